@@ -1,0 +1,26 @@
+# `make ablation`: everything from nothing to the table. `make test`: the whole test suite. Both build .venv on first use.
+PYTHON ?= python3
+BIN := .venv/bin
+SCALE ?= laptop
+RUNS ?= runs
+
+.PHONY: ablation test ui clean
+
+ablation: .venv/installed
+	$(BIN)/python run.py reproduce table5 --scale $(SCALE)
+	$(BIN)/python run.py report table6 --scale $(SCALE)
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+ui: .venv/installed
+	$(BIN)/python run.py ui
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 12) else "Python 3.11 or 3.12 is needed; call: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf .venv .cache .pytest_cache .ruff_cache

@@ -1,0 +1,162 @@
+"""Writes what an experiment found: report.md, table.csv, figures with their data, provenance.json.
+
+No clock and no randomness: the same records give the same bytes.
+"""
+
+import csv
+import io
+import json
+from datetime import UTC, datetime
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from moepp.analysis import figures, tables
+from moepp.analysis.comparison import Comparison, compare
+from moepp.analysis.experiment import Experiment
+from moepp.analysis.results import Run, SweepResults
+from moepp.analysis.verdict import held_equal, missing_runs, noise_floor, verdict
+from moepp.records import write_text
+
+SAME_FOR_ALL = ("git", "versions", "hardware", "data")  # provenance that all runs of one table should share
+HOW_TO_READ = f"""\
+`±` is the half width of a 95 % t-interval over seeds, n the number of finished seeds. Losses are in nats per token,
+lower is better. Differences are paired: both sides share the seed. `{tables.ALONE}`: the interval of this difference
+alone excludes 0. `{tables.CORRECTED}`: it still differs at 5 % after Holm's correction over all rows of its table;
+only this counts as beyond noise. `{tables.NONE}`: no value."""
+
+MEASURED = "Activated parameters and FLOPs are those of the FFN experts that tokens reached, not of the nominal top-k."
+
+
+def write_report(experiment: Experiment, results: SweepResults, out: Path) -> list[Path]:
+    """Fills `out` and returns the files, report.md first. Raises UsageError when sweep and experiment do not fit."""
+    comparison = compare(experiment, results)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, suffix in product(figures.FIGURES, (".svg", ".png", ".csv")):
+        (out / f"{name}{suffix}").unlink(missing_ok=True)  # an earlier report may have had a figure that this one lacks
+    drawn = figures.draw(comparison, out)
+    texts = {
+        "report.md": _report(comparison, drawn),
+        "table.csv": _csv(tables.csv_table(comparison)),
+        "provenance.json": json.dumps(provenance_of(experiment, results), indent=1) + "\n",
+        **{f"{figure.name}.csv": _csv(figure.rows) for figure in drawn},
+    }
+    for name, text in texts.items():
+        write_text(out / name, text)
+    images = [f"{figure.name}{suffix}" for figure in drawn for suffix in (".svg", ".png")]
+    return [out / name for name in (*texts, *images)]
+
+
+def provenance_of(experiment: Experiment, results: SweepResults) -> dict[str, Any]:
+    """Where the numbers come from. A section on which runs disagree is a list of its values, each with its runs."""
+    runs = _runs(experiment, results)
+    return {
+        "command": _command(experiment, results),
+        "sweep": results.name,
+        "scale": results.scale,
+        "first_run_began": _utc(min(run.first_ms for run in runs)),
+        "last_run_ended": _utc(max(run.last_ms for run in runs)),
+        **{section: _agreed(runs, section) for section in SAME_FOR_ALL},
+        "expert_forward": results.timing_setup,
+        "runs": [{"arm": run.arm, "seed": run.seed, "record": run.record} for run in runs],
+        "missing": missing_runs(experiment, results),
+    }
+
+
+def report_metrics(comparison: Comparison) -> dict[str, float]:
+    """The few numbers worth showing on a tracker's parent run. `+` becomes `_`: trackers refuse it in names."""
+    found: dict[str, float] = {}
+    for arm in comparison.experiment.arms:
+        difference = comparison.differences.get(arm)
+        values = {
+            "val_loss": comparison.results.mean(arm, "val_loss"),
+            "val_loss_minus_baseline": difference and difference.estimate.mean,
+            "val_loss_minus_baseline_half_width": difference and difference.estimate.half_width,
+        }
+        found |= {f"report/{arm.replace('+', '_')}/{name}": v for name, v in values.items() if v is not None}
+    return found
+
+
+def _report(comparison: Comparison, drawn: list[figures.Drawn]) -> str:
+    experiment, results = comparison.experiment, comparison.results
+    seeds = sorted({run.seed for run in _runs(experiment, results)})
+    about = [
+        f"**{experiment.question}** Beside the paper's {experiment.reference} (MoE++, arXiv 2410.07348).",
+        f"Sweep `{results.name}`, scale `{results.scale}`, seeds {', '.join(map(str, seeds))},"
+        f" baseline `{results.baseline}`. Made by `{_command(experiment, results)}`.",
+        f"Hardware: {_hardware(_runs(experiment, results))}.",
+    ]
+    equal = _bullets([*held_equal(comparison), *_disagreements(experiment, results)])
+    budgets = tables.markdown(tables.budget_table(comparison))
+    sections = {
+        "Verdict": _bullets(verdict(comparison)),
+        "Quality": f"{tables.markdown(tables.quality_table(comparison))}\n\n{HOW_TO_READ}",
+        "Effects": tables.markdown(tables.effects_table(comparison)),
+        "Compute and speed": f"{tables.markdown(tables.cost_table(comparison))}\n\n{_timing(results)}",
+        "Figures": "\n\n".join(f"![{f.caption}]({f.name}.svg)\n\n{f.caption} [Data]({f.name}.csv)." for f in drawn),
+        "Noise floor": _bullets(noise_floor(comparison)),
+        "What is held equal, and what is not": f"{equal}\n\n{budgets}\n\n{MEASURED}",
+        "What the paper leaves open": _bullets(experiment.notes),
+    }
+    if missing := missing_runs(experiment, results):
+        sections["Missing runs"] = _bullets(missing)
+    body = [f"# {experiment.title}", *about, *(f"## {title}\n\n{text}" for title, text in sections.items())]
+    return "\n\n".join(body) + "\n"
+
+
+def _timing(results: SweepResults) -> str:
+    if not results.expert_times:
+        return "No `expert_forward.json` beside the sweep: expert forward times and speed-ups are not shown."
+    setup = ", ".join(f"{key} {value}" for key, value in results.timing_setup.items())
+    return (
+        "Expert forward: sum over layers, all arms measured interleaved in one process after training"
+        f" ({setup}). Speed-up: median of {results.baseline} / median of the arm under the same routing."
+        " Ideal: inverse ratio of their FFN shares. The paper's FFN shares are derived from its Eq. 8."
+    )
+
+
+def _disagreements(experiment: Experiment, results: SweepResults) -> list[str]:
+    runs = _runs(experiment, results)
+    differing = [section for section in SAME_FOR_ALL if isinstance(_agreed(runs, section), list)]
+    said = [f"The runs differ in {', '.join(differing)}: see provenance.json."] if differing else []
+    dirty = sum(bool(run.provenance.get("git", {}).get("dirty")) for run in runs)
+    return [*said, f"{dirty} of {len(runs)} runs were made with uncommitted changes."] if dirty else said
+
+
+def _hardware(runs: list[Run]) -> str:
+    hardware = _agreed(runs, "hardware")
+    if not isinstance(hardware, dict):
+        return "see provenance.json"
+    return ", ".join(f"{name} {value}" for name, value in hardware.items() if value)
+
+
+def _agreed(runs: list[Run], section: str) -> Any:
+    values: dict[str, list[str]] = {}
+    for run in runs:
+        key = json.dumps(run.provenance.get(section), sort_keys=True)
+        values.setdefault(key, []).append(f"{run.arm}, seed {run.seed}")
+    if len(values) == 1:
+        return json.loads(next(iter(values)))
+    return [{"value": json.loads(value), "runs": names} for value, names in values.items()]
+
+
+def _runs(experiment: Experiment, results: SweepResults) -> list[Run]:
+    return [results.runs[arm][seed] for arm in experiment.arms for seed in sorted(results.runs.get(arm, {}))]
+
+
+def _command(experiment: Experiment, results: SweepResults) -> str:
+    return f"python run.py reproduce {experiment.name} --scale {results.scale}"
+
+
+def _utc(milliseconds: int) -> str:
+    return datetime.fromtimestamp(milliseconds // 1000, UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _bullets(lines: list[str] | tuple[str, ...]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _csv(rows: tables.Rows) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()

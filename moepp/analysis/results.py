@@ -1,0 +1,130 @@
+"""Run records of a sweep as plain data. Only finished runs count; any other trial is listed with its reason."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moepp.analysis.statistics import Estimate, mean_interval
+from moepp.errors import UsageError
+from moepp.records import RunRecord, read_json
+
+ROUTINGS = ("learned", "balanced")  # by the trained router, and forced to its target load
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished trial. `curve` holds (tokens seen, val/loss); `first_ms` and `last_ms` are Unix times of its log."""
+
+    arm: str
+    seed: int
+    record: str  # name of the record's directory, the identity of its config
+    final: dict[str, float]
+    budget: dict[str, float]
+    experts: dict[str, int]  # ffn, zero, copy, constant
+    provenance: dict[str, Any]
+    curve: tuple[tuple[float, float], ...]
+    first_ms: int
+    last_ms: int
+
+    def value(self, metric: str) -> float | None:
+        """`final/<metric>`, else the planned budget of that name; None when it is absent or not finite."""
+        value = self.final.get(metric, self.budget.get(metric))
+        return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+@dataclass(frozen=True)
+class ExpertTime:
+    """Expert-layer forward time of one arm, in ms, summed over layers; `ffn_share` is that of the timed batch."""
+
+    median_ms: float
+    min_ms: float
+    ffn_share: float
+
+
+@dataclass(frozen=True)
+class SweepResults:
+    name: str
+    scale: str
+    baseline: str
+    match: str
+    runs: dict[str, dict[int, Run]]  # arm -> seed -> run
+    missing: dict[tuple[str, int], str] = field(default_factory=dict)  # (arm, seed) -> why there is no result
+    expert_times: dict[tuple[str, str], ExpertTime] = field(default_factory=dict)  # (arm, routing)
+    timing_setup: dict[str, Any] = field(default_factory=dict)  # hardware, threads, tokens, dtype, repeats, date
+
+    def by_seed(self, arm: str, metric: str) -> dict[int, float]:
+        """The metric of every finished seed of `arm`, in the order of seeds."""
+        runs = self.runs.get(arm, {})
+        values = {seed: runs[seed].value(metric) for seed in sorted(runs)}
+        return {seed: value for seed, value in values.items() if value is not None}
+
+    def estimate(self, arm: str, metric: str) -> Estimate | None:
+        values = self.by_seed(arm, metric)
+        return mean_interval(list(values.values())) if values else None
+
+    def mean(self, arm: str, metric: str) -> float | None:
+        estimate = self.estimate(arm, metric)
+        return estimate.mean if estimate else None
+
+    def ratio(self, arm: str, routing: str, of: Callable[[ExpertTime], float]) -> float | None:
+        """`of(baseline) / of(arm)` under the same routing; None without both times."""
+        ours, base = self.expert_times.get((arm, routing)), self.expert_times.get((self.baseline, routing))
+        return of(base) / of(ours) if ours and base and of(ours) else None
+
+
+def load_sweep_results(directory: Path | str) -> SweepResults:
+    """Everything the tables need from `runs/<sweep>-<scale>/`. Raises UsageError when no trial has finished."""
+    directory = Path(directory)
+    sweep = read_json(directory / "sweep.json")
+    runs: dict[str, dict[int, Run]] = {}
+    missing = {}
+    for trial in sweep["trials"] if sweep else []:
+        arm, seed = trial["arm"], trial["seed"]
+        record = RunRecord(directory / trial["path"])
+        reason = _unfinished(record)
+        if reason is None:
+            runs.setdefault(arm, {})[seed] = _read(record, arm, seed)
+        else:
+            missing[arm, seed] = reason
+    if not runs:
+        raise UsageError(
+            f"{directory} holds no finished run; run `python run.py reproduce EXPERIMENT --scale SCALE` first"
+            " (`python run.py reproduce --list` names the experiments)"
+        )
+    timing = read_json(directory / "expert_forward.json") or {}
+    times = {
+        (row["arm"], row["routing"]): ExpertTime(row["median_ms"], row["min_ms"], row["ffn_share"])
+        for row in timing.pop("rows", [])
+    }
+    about = {key: sweep[key] for key in ("name", "scale", "baseline", "match")}
+    return SweepResults(**about, runs=runs, missing=missing, expert_times=times, timing_setup=timing)
+
+
+def _unfinished(record: RunRecord) -> str | None:
+    """Why the trial has no result; None when it has one."""
+    if record.status == "failed":
+        reason = record.read("failed.json").get("reason", "no reason recorded")
+        return f"failed ({' '.join(reason.split())[:200]})"  # a reason may be the tail of a log: keep it to one line
+    if record.status != "done":
+        return "not finished" if record.status == "started" else "not started"
+    return None if math.isfinite(record.final().get("val_loss", math.nan)) else "final/val_loss is not finite"
+
+
+def _read(record: RunRecord, arm: str, seed: int) -> Run:
+    lines = record.metrics()
+    budget = record.read("budget.json")
+    tokens_per_step = budget.get("tokens", 0) / max(1, lines[-1]["step"])
+    return Run(
+        arm=arm,
+        seed=seed,
+        record=record.path.name,
+        final=record.final(),
+        budget=budget,
+        experts=record.read("config.yaml").get("model", {}).get("experts", {}),
+        provenance=record.read("provenance.json"),
+        curve=tuple((line["step"] * tokens_per_step, line["val/loss"]) for line in lines if "val/loss" in line),
+        first_ms=lines[0]["time"],
+        last_ms=lines[-1]["time"],
+    )

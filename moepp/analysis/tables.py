@@ -1,0 +1,227 @@
+"""Tables of a comparison: rows as text for the report and the terminal, full-precision columns for the CSV."""
+
+from moepp.analysis.comparison import Comparison, Difference
+from moepp.analysis.results import ROUTINGS, SweepResults
+from moepp.analysis.statistics import Estimate
+
+NONE = "–"  # no value: never NaN, never 0
+ALONE, CORRECTED = "†", "‡"  # a difference whose own interval excludes 0; one that survives Holm's correction
+MEASURED = (
+    "val_loss", "val_bits_per_byte", "val_accuracy",
+    "ffn_per_token", "ffn_share", "zero_share", "copy_share", "constant_share",
+    "dropped_share", "load_max_over_mean", "router_entropy",
+    "tokens_per_s", "step_time_ms", "peak_mem_gib", "expert_forward_ms", "expert_forward_ms_balanced", "train_seconds",
+    "total_params", "active_params", "flops_per_token", "tokens",
+)  # fmt: skip
+Rows = list[list[str]]
+
+
+def number(value: float | None, form: str = ".4f") -> str:
+    return NONE if value is None else format(value, form)
+
+
+def quantity(value: float | None) -> str:
+    """1234567 -> 1.23M."""
+    if value is None:
+        return NONE
+    for factor, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{value / factor:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def plus_minus(estimate: Estimate | None, sign: str = "") -> str:
+    return NONE if estimate is None else f"{estimate.mean:{sign}.4f} ± {number(estimate.half_width)}"
+
+
+def signed(difference: Difference | None) -> str:
+    """A difference with its mark of significance."""
+    if difference is None:
+        return NONE
+    mark = CORRECTED if difference.significant else ALONE if difference.estimate.excludes_zero else ""
+    return plus_minus(difference.estimate, sign="+") + mark
+
+
+def p_value(difference: Difference | None) -> str:
+    if difference is None or difference.p_holm is None:
+        return NONE
+    return f"{difference.p_holm:.3f}" if difference.p_holm >= 0.001 else "<0.001"
+
+
+def seeds(comparison: Comparison, arm: str) -> str:
+    """The finished seeds of an arm, and the pairs they make with the baseline where these are fewer."""
+    n, found = len(comparison.results.runs.get(arm, {})), comparison.differences.get(arm)
+    return f"{n} ({found.estimate.n} paired)" if found and found.estimate.n < n else str(n)
+
+
+def experts(results: SweepResults, arm: str) -> str:
+    """`8 + 1/1/2`: FFN experts + zero/copy/constant experts."""
+    counts = next((run.experts for run in results.runs.get(arm, {}).values()), {})
+    return f"{counts['ffn']} + {counts['zero']}/{counts['copy']}/{counts['constant']}" if counts else NONE
+
+
+def speedups(results: SweepResults, arm: str, routing: str) -> tuple[float | None, float | None]:
+    """Measured (of medians) and ideal (of FFN shares) speed-up of the expert forward over the baseline."""
+    measured = results.ratio(arm, routing, lambda time: time.median_ms)
+    ideal = results.ratio(arm, routing, lambda time: time.ffn_share)
+    return measured, ideal
+
+
+def quality_table(comparison: Comparison) -> Rows:
+    results, experiment = comparison.results, comparison.experiment
+    base = experiment.paper[results.baseline].average
+    rows = [["arm", "n", "validation loss", f"minus {results.baseline}", "p (Holm)", "bits per byte", "accuracy",
+             "paper: average, %", f"paper: minus {results.baseline}"]]  # fmt: skip
+    for arm in experiment.arms:
+        found, paper = comparison.differences.get(arm), experiment.paper[arm].average
+        rows.append([
+            arm,
+            seeds(comparison, arm),
+            plus_minus(results.estimate(arm, "val_loss")),
+            signed(found),
+            p_value(found),
+            plus_minus(results.estimate(arm, "val_bits_per_byte")),
+            plus_minus(results.estimate(arm, "val_accuracy")),
+            f"{paper:.1f}",
+            NONE if arm == results.baseline else f"{paper - base:+.1f}",
+        ])  # fmt: skip
+    return rows
+
+
+def effects_table(comparison: Comparison) -> Rows:
+    """The experiment's contrasts: arms with something against arms without it."""
+    rows = [["effect of", "n", "validation loss, on minus off", "p (Holm)", "paper: average, on minus off, %"]]
+    for name in comparison.experiment.contrasts:
+        found = comparison.contrasts.get(name)
+        paper = comparison.experiment.paper_effect(name)
+        rows.append([name, str(found.estimate.n if found else 0), signed(found), p_value(found), f"{paper:+.2f}"])
+    return rows
+
+
+def cost_table(comparison: Comparison) -> Rows:
+    """Expert compute and speed; `ideal` is the speed-up if time were proportional to the timed batch's FFN share."""
+    results, experiment = comparison.results, comparison.experiment
+    rows = [["arm", "experts: FFN + zero/copy/constant", "FFN experts per token", "FFN share"]]
+    rows[0] += [
+        f"{routing}: {column}" for routing in ROUTINGS for column in ("expert forward, ms", "speed-up", "ideal")
+    ]
+    rows[0] += ["training, tokens/s", "paper: FFN share", "paper: speed-up"]
+    for arm in experiment.arms:
+        paper = experiment.paper[arm]
+        row = [arm, experts(results, arm), number(results.mean(arm, "ffn_per_token"), ".3f")]
+        row.append(number(results.mean(arm, "ffn_share"), ".3f"))
+        for routing in ROUTINGS:
+            time = results.expert_times.get((arm, routing))
+            measured, ideal = speedups(results, arm, routing)
+            row += [number(time and time.median_ms, ".2f"), number(measured, ".2f"), number(ideal, ".2f")]
+        row += [
+            number(results.mean(arm, "tokens_per_s"), ".0f"),
+            f"{paper.ffn_share:.3f}",
+            number(paper.speedup, ".2f"),
+        ]
+        rows.append(row)
+    return rows
+
+
+def budget_table(comparison: Comparison) -> Rows:
+    results = comparison.results
+    budgets = {
+        "total_params": "total parameters",
+        "active_params": "activated parameters",
+        "flops_per_token": "forward FLOPs/token",
+        "tokens": "training tokens",
+    }
+    rows = [["arm", *budgets.values(), "training time, s", "peak memory, GiB"]]
+    for arm in comparison.experiment.arms:
+        row = [arm, *(quantity(results.mean(arm, name)) for name in budgets)]
+        row += [number(results.mean(arm, "train_seconds"), ".0f"), number(results.mean(arm, "peak_mem_gib"), ".2f")]
+        rows.append(row)
+    return rows
+
+
+def csv_table(comparison: Comparison) -> Rows:
+    """One row per arm: every mean with its interval, differences, times and the paper's numbers, at full precision."""
+    results, experiment = comparison.results, comparison.experiment
+    rows = []
+    for arm in experiment.arms:
+        paper, found = experiment.paper[arm], comparison.differences.get(arm)
+        cells = {
+            "arm": arm,
+            "experts": experts(results, arm),
+            "seeds": " ".join(map(str, sorted(results.runs.get(arm, {})))),
+        }
+        for metric in MEASURED:
+            cells |= _interval(metric, results.estimate(arm, metric))
+        cells |= _interval("difference", found.estimate if found else None)
+        cells |= {"difference_n": found.estimate.n if found else None, "p": found.estimate.p_value if found else None}
+        cells |= {"p_holm": found.p_holm if found else None}
+        for routing in ROUTINGS:
+            time = results.expert_times.get((arm, routing))
+            cells |= {f"{routing}_median_ms": time and time.median_ms, f"{routing}_min_ms": time and time.min_ms}
+            cells[f"{routing}_speedup"], cells[f"{routing}_ideal_speedup"] = speedups(results, arm, routing)
+            cells[f"{routing}_speedup_of_min"] = results.ratio(arm, routing, lambda time: time.min_ms)
+        cells |= {"paper_average": paper.average, "paper_ffn_share": paper.ffn_share, "paper_speedup": paper.speedup}
+        rows.append(cells)
+    return [list(rows[0]), *(["" if value is None else str(value) for value in cells.values()] for cells in rows)]
+
+
+def terminal_table(comparison: Comparison) -> str:
+    """The short form for the end of a command, within 120 columns."""
+    results, experiment = comparison.results, comparison.experiment
+    rows = [
+        [
+            "arm",
+            "n",
+            "loss",
+            f"minus {results.baseline}",
+            "p",
+            "bpb",
+            "FFN/tok",
+            "speed-up",
+            "ideal",
+            "tokens/s",
+            "paper %",
+        ]
+    ]
+    for arm in experiment.arms:
+        found = comparison.differences.get(arm)
+        measured, ideal = speedups(results, arm, "learned")
+        rows.append([
+            arm,
+            seeds(comparison, arm),
+            number(results.mean(arm, "val_loss")),
+            signed(found),
+            p_value(found),
+            number(results.mean(arm, "val_bits_per_byte")),
+            number(results.mean(arm, "ffn_per_token"), ".2f"),
+            number(measured, ".2f"),
+            number(ideal, ".2f"),
+            number(results.mean(arm, "tokens_per_s"), ".0f"),
+            f"{experiment.paper[arm].average:.1f}",
+        ])  # fmt: skip
+    legend = (
+        f"loss: validation, ± 95 % interval; {ALONE} excludes 0 alone, {CORRECTED} after Holm's correction, as p is"
+    )
+    return "\n".join([*aligned(rows), legend])
+
+
+def aligned(rows: Rows) -> list[str]:
+    """First column left, the others right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+
+
+def markdown(rows: Rows) -> str:
+    head, *body = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([head, "|---|" + "---:|" * (len(rows[0]) - 1), *body])
+
+
+def _interval(name: str, estimate: Estimate | None) -> dict[str, float | None]:
+    if estimate is None:
+        return {name: None, f"{name}_low": None, f"{name}_high": None}
+    return {name: estimate.mean, f"{name}_low": estimate.low, f"{name}_high": estimate.high}

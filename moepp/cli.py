@@ -1,0 +1,222 @@
+"""The commands. Every import that costs time happens inside the command that needs it."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moepp.errors import RunError, UsageError
+
+if TYPE_CHECKING:
+    from moepp.analysis.experiment import Experiment
+    from moepp.training.settings import RunConfig
+
+OVERRIDES = "config values: group=fragment (size=tiny, data=text) or dotted.key=value (model.top_k=1); see conf/"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if not hasattr(options, "command"):
+        parser.print_help()
+        return 0
+    try:
+        options.command(options)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="run.py", description="MoE++: train, ablate, compare.")
+    commands = parser.add_subparsers(title="commands", metavar="")
+
+    def add(name: str, command: Callable[[argparse.Namespace], None], summary: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=summary)
+        sub.set_defaults(command=command)
+        return sub
+
+    def add_overrides(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
+
+    def add_scale(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--scale", default="laptop", help="smoke, laptop, gpu or paper, as the sweep file defines them"
+        )
+
+    reproduce = add("reproduce", _reproduce, "run the sweep of a paper table and print the table beside the paper's")
+    reproduce.add_argument("experiment", nargs="?", help="a file of experiments/, such as table5")
+    reproduce.add_argument("--list", action="store_true", help="list the experiments")
+    reproduce.add_argument("--workers", type=int, default=0, help="trials at a time; 0: one per core, one per GPU")
+    reproduce.add_argument("--seeds", type=int, nargs="+", help="instead of the sweep file's")
+    add_scale(reproduce)
+    add_overrides(reproduce)
+
+    report = add("report", _report, "rebuild a report from the run records, without training")
+    report.add_argument("experiment", help="a file of experiments/, such as table5")
+    report.add_argument("--runs", default="runs", help="folder of the run records")
+    add_scale(report)
+
+    train = add("train", _train, "train one model, or continue it")
+    add_overrides(train)
+
+    prepare = add("prepare", _prepare, "tokenise a corpus and print the folder of token files")
+    add_overrides(prepare)
+
+    generate = add("generate", _generate, "continue a prompt with a trained run")
+    generate.add_argument("run", type=Path, help="directory of a finished run")
+    generate.add_argument("--prompt", default="The state of the Union", help="text to continue")
+    generate.add_argument("--tokens", type=int, default=64, help="how many tokens to add")
+    generate.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
+    generate.add_argument("--seed", type=int, default=0, help="of the sampling")
+
+    ui = add("ui", _ui, "open the MLflow UI on the runs, on this machine only")
+    ui.add_argument("--port", type=int, default=5000)
+    add_overrides(ui)
+
+    sync = add("sync", _sync, "bring MLflow up to the run records")
+    add_overrides(sync)
+
+    trial = add("trial", _trial, "train a frozen config in its own directory (what a sweep starts for each trial)")
+    trial.add_argument("config", type=Path, help="config.yaml of a run directory")
+    return parser
+
+
+def _train(options: argparse.Namespace) -> None:
+    from moepp.config import compose
+    from moepp.training.settings import RunConfig, run_directory
+
+    config = compose(RunConfig, options.overrides)
+    from moepp.training.run import freeze, train
+
+    config = freeze(config)
+    directory = run_directory(config)
+    print(f"run record: {directory}")
+    with _mirrored(config, directory):
+        record = train(config, directory)
+    for name, value in record.final().items():
+        print(f"{name:>28} {value:.6g}")
+
+
+def _mirrored(config: "RunConfig", directory: Path) -> AbstractContextManager[None]:
+    """Follows the run into MLflow while it trains, where MLflow is asked for."""
+    from moepp.records import RunRecord
+    from moepp.training.tracking import Mirror
+
+    if config.tracking.backend == "jsonl":
+        return nullcontext()
+    return Mirror(RunRecord(directory), config.tracking, config.runs).follow()
+
+
+def _trial(options: argparse.Namespace) -> None:
+    from moepp.sweeps.process import die_with_parent
+
+    die_with_parent()
+    from moepp.config import load
+    from moepp.training.run import train
+    from moepp.training.settings import RunConfig
+
+    train(load(RunConfig, options.config), options.config.parent)
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from moepp.config import compose
+    from moepp.training.settings import RunConfig
+    from moepp.training.tokens import prepare
+
+    tokens = prepare(compose(RunConfig, options.overrides).data)
+    train, val = tokens.header.train, tokens.header.val
+    print(f"{tokens.path}: {train.tokens:,} training tokens, {val.tokens:,} held out, {train.documents:,} documents")
+
+
+def _reproduce(options: argparse.Namespace) -> None:
+    from experiments import discover
+
+    experiments = discover()
+    if options.list or options.experiment is None:
+        for experiment in experiments.values():
+            print(f"{experiment.name:<8} {experiment.reference:<9} {experiment.title}  (sweep {experiment.sweep})")
+        return
+    experiment = _experiment(options.experiment)
+    from moepp.sweeps.runner import run_sweep
+    from moepp.sweeps.spec import load_sweep
+    from moepp.sweeps.timing import time_arms
+
+    sweep = load_sweep(experiment.sweep)
+    directory = run_sweep(sweep, options.scale, options.workers, options.overrides, options.seeds)
+    time_arms(directory)
+    _write_report(experiment, directory)
+
+
+def _report(options: argparse.Namespace) -> None:
+    experiment = _experiment(options.experiment)
+    _write_report(experiment, Path(options.runs) / f"{experiment.sweep}-{options.scale}")
+
+
+def _experiment(name: str) -> "Experiment":
+    from experiments import discover
+
+    experiments = discover()
+    if name not in experiments:
+        raise UsageError(f"no experiment '{name}'; choose from {', '.join(experiments)}")
+    return experiments[name]
+
+
+def _write_report(experiment: "Experiment", directory: Path) -> None:
+    from moepp.analysis.comparison import compare
+    from moepp.analysis.report import report_metrics, write_report
+    from moepp.analysis.results import load_sweep_results
+    from moepp.analysis.tables import terminal_table
+    from moepp.config import load
+    from moepp.records import read_json
+    from moepp.training.settings import RunConfig
+    from moepp.training.tracking import log_report
+
+    results = load_sweep_results(directory)
+    folder = Path("results") / experiment.name / results.scale
+    files = write_report(experiment, results, folder)
+    comparison = compare(experiment, results)
+    first = read_json(directory / "sweep.json")["trials"][0]["path"]
+    config = load(RunConfig, directory / first / "config.yaml")
+    if config.tracking.backend == "mlflow":
+        log_report(directory, config.tracking, config.runs, report_metrics(comparison), files)
+    print(terminal_table(comparison))
+    print(f"\nreport: {folder / 'report.md'}    compare the runs in the browser: make ui")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from moepp.training.generate import continue_text
+
+    print(continue_text(options.run, options.prompt, options.tokens, options.temperature, options.seed))
+
+
+def _ui(options: argparse.Namespace) -> None:
+    from moepp.config import compose
+    from moepp.training.mlflow_store import serve
+    from moepp.training.settings import RunConfig
+
+    config = compose(RunConfig, options.overrides)
+    serve(config.tracking, config.runs, options.port)
+
+
+def _sync(options: argparse.Namespace) -> None:
+    from moepp.config import compose
+    from moepp.training.settings import RunConfig
+    from moepp.training.tracking import sync_all
+
+    config = compose(RunConfig, options.overrides)
+    print(f"{sync_all(config.runs, config.tracking)} run records are in MLflow")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""Joins the dataclass schema, conf/base.yaml, named fragments and `key=value` overrides into one typed config.
+
+A folder in conf/ is a group and each YAML file in it a fragment: `size=tiny` merges conf/size/tiny.yaml at the root.
+Groups merge in the order base.yaml lists them under `fragments`, so a later group refines an earlier one whatever the
+order on the command line.
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from moepp.errors import UsageError
+from moepp.records import write_text
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+Schema = TypeVar("Schema")
+
+
+def compose(schema: type[Schema], arguments: Iterable[str | Mapping[str, Any]], conf: Path = CONF) -> Schema:
+    """A `schema` instance from defaults < base.yaml < fragments < overrides.
+
+    `arguments` are `group=fragment` and `dotted.key=value` strings, or mappings shaped like the config (as sweep files
+    write them); later ones win. Raises UsageError, in one line, for an unknown key or fragment, a wrong type, or values
+    the dataclasses refuse.
+    """
+    base = _load(conf / "base.yaml")
+    fragments = dict(base.pop("fragments", {}))
+    overrides = []
+    for argument in arguments:
+        if isinstance(argument, Mapping):
+            overrides.append(OmegaConf.create(dict(argument)))
+            continue
+        key, equals, value = argument.partition("=")
+        if not equals or not key:
+            raise UsageError(f"'{argument}' is not an override; write key=value, for example model.top_k=2")
+        if (conf / key).is_dir():
+            fragments[key] = value
+        else:
+            overrides.append(_dotted(argument))
+    layers = [OmegaConf.create(base), *(_fragment(conf, group, name) for group, name in fragments.items()), *overrides]
+    groups = [folder.name for folder in conf.iterdir() if folder.is_dir()]
+    return _join(schema, layers, groups)
+
+
+def load(schema: type[Schema], path: Path) -> Schema:
+    """The config that `save` froze. Raises UsageError in one line that begins with the path."""
+    try:
+        return _join(schema, [_load(path)])
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+
+
+def save(config: Any, path: Path) -> None:
+    """Writes the resolved config as YAML."""
+    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True))
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """`{"model.top_k": 2, ...}`: every leaf of the config by its dotted key."""
+    return dict(_leaves(OmegaConf.to_container(OmegaConf.structured(config), resolve=True)))
+
+
+def identity(config: Any, ignore: Iterable[str]) -> str:
+    """12 hex digits of everything that can change the result; `ignore` lists dotted keys or prefixes that cannot."""
+    ignored = tuple(ignore)
+    kept = {
+        key: value
+        for key, value in flatten(config).items()
+        if not any(key == i or key.startswith(i + ".") for i in ignored)
+    }
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _load(path: Path) -> DictConfig:
+    try:
+        loaded = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise UsageError(f"no config file {path}") from None
+    except (OSError, YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(loaded, DictConfig):
+        raise UsageError(f"{path} must hold keys and values")
+    return loaded
+
+
+def _fragment(conf: Path, group: str, name: str) -> DictConfig:
+    path = conf / group / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in (conf / group).glob("*.yaml"))
+        raise UsageError(f"{group}={name}: no such fragment; choose from {', '.join(known)}{_nearest(name, known)}")
+    return _load(path)
+
+
+def _dotted(argument: str) -> DictConfig:
+    try:
+        return OmegaConf.from_dotlist([argument])
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise UsageError(f"cannot read '{argument}': {' '.join(str(error).split())}") from None
+
+
+def _join(schema: type[Schema], layers: Iterable[DictConfig], groups: Iterable[str] = ()) -> Schema:
+    """Merges the layers over the schema's defaults; `groups` are names that a misspelt key may have meant."""
+    known = flatten(schema())
+    config = OmegaConf.structured(schema)
+    try:
+        for layer in layers:
+            _refuse_unknown_keys(layer, known, groups)
+            config = OmegaConf.merge(config, layer)
+        return OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise UsageError(f"{getattr(error, 'full_key', None) or 'config'}: {str(error).splitlines()[0]}") from None
+    except ValueError as error:  # raised by a dataclass that refuses its values
+        raise UsageError(str(error)) from None
+
+
+def _refuse_unknown_keys(layer: DictConfig, known: Mapping[str, Any], groups: Iterable[str]) -> None:
+    for key, _ in _leaves(OmegaConf.to_container(layer)):
+        inside = [leaf for leaf in known if leaf.startswith(f"{key}.")]
+        if inside:
+            raise UsageError(f"{key} is a group of keys; set one of {', '.join(inside)}")
+        if key not in known and not any(key.startswith(f"{leaf}.") for leaf in known):
+            raise UsageError(f"unknown key {key}{_nearest(key, [*known, *groups])}")
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    if isinstance(node, Mapping) and (node or not prefix):
+        for key, value in node.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, node
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {match[0]}?" if match else ""

@@ -1,0 +1,17 @@
+"""The two ways a command ends early with one line instead of a traceback."""
+
+
+class UsageError(Exception):
+    """The request cannot be carried out as written; the message says what to change. Exit code 2."""
+
+
+class RunError(Exception):
+    """A run that began correctly cannot go on; the message says what happened and what is kept."""
+
+    exit_code = 1
+
+
+class Interrupted(RunError):
+    """The process was asked to stop; the same command continues from what is saved."""
+
+    exit_code = 130

@@ -1,0 +1,70 @@
+"""Router logits with the gating residual (Eq. 6), and the gate forms that turn logits into gates.
+
+Shape suffixes: T tokens, K top-k, D model width, N all experts (FFN, constant, copy, zero).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+GateForm = Literal["released", "softmax", "renormalized"]
+
+
+class Router(nn.Module):
+    """logits^j = W^j x^j + W_g^j logits^(j-1), in at least float32 (Eq. 6).
+
+    The carried logits are pre-softmax and contain every earlier layer's residual; no detach, no bias. The first layer
+    has no W_g: an unused parameter would break DDP.
+    """
+
+    def __init__(self, dim: int, experts: int, gating_residual: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, dim))
+        self.residual = nn.Parameter(torch.empty(experts, experts)) if gating_residual else None
+
+    def forward(self, x_TD: Tensor, previous_TN: Tensor | None) -> Tensor:
+        """Raw logits [T, N]; `previous_TN` are the previous MoE layer's."""
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            logits_TN = F.linear(x_TD.to(dtype), self.weight.to(dtype))
+            if self.residual is not None and previous_TN is not None:
+                logits_TN = logits_TN + F.linear(previous_TN.to(dtype), self.residual.to(dtype))
+        return logits_TN
+
+
+@dataclass
+class Routing:
+    """Where each token goes. `expert_TK` int64, `gate_TK` its weights, `probs_TN` the softmax that the balance loss
+    reads.
+    """
+
+    expert_TK: Tensor
+    gate_TK: Tensor
+    probs_TN: Tensor
+
+
+def normalize_logits(logits_TN: Tensor, std: float) -> Tensor:
+    """Each token's logits scaled to the standard deviation `std` over the experts (unbiased), as in the released 7B
+    (`logits_norm`).
+    """
+    return logits_TN * (std / logits_TN.std(dim=-1, keepdim=True))
+
+
+def route(logits_TN: Tensor, top_k: int, form: GateForm, zero_experts: int) -> Routing:
+    """Chooses the `top_k` experts of each token and their gates.
+
+    `softmax`: the probability over all N, not renormalised (Eq. 1). `renormalized`: divided by its sum over the chosen.
+    `released`: the zero experts' (the last `zero_experts` ids) gates are set to 0 first, so {FFN, zero} gives the FFN
+    weight 1; a token that chose zero experts only gets gates 0.
+    """
+    probs_TN = logits_TN.softmax(-1)
+    gate_TK, expert_TK = probs_TN.topk(top_k, dim=-1)
+    if form == "released" and zero_experts:
+        gate_TK = gate_TK.masked_fill(expert_TK >= logits_TN.shape[1] - zero_experts, 0)
+    if form != "softmax":
+        total_T1 = gate_TK.sum(-1, keepdim=True)
+        gate_TK = gate_TK / torch.where(total_T1 > 0, total_T1, 1)
+    return Routing(expert_TK, gate_TK, probs_TN)

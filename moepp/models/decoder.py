@@ -1,0 +1,192 @@
+"""LLaMA-style decoder language model: pre-RMSNorm, rotary attention, and an MoE++ layer in every k-th block.
+
+Shape suffixes: B batch, S sequence, T = B*S tokens, D model width, H query heads, G key-value heads, A head width, V
+vocabulary, N experts.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moepp.layers.balance import combine_layers
+from moepp.layers.moe import MoEConfig, MoELayer, MoEStats
+from moepp.models.attention import Attention, KeyValueCache, rotary_table
+
+
+@dataclass
+class DecoderConfig(MoEConfig):
+    """The whole model; the MoE layers' keys are inherited."""
+
+    vocab_size: int = 2048
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int | None = None  # grouped-query attention; null: as many as heads
+    moe_every: int = 1  # blocks moe_every, 2*moe_every, ... (counted from 1) hold an MoE layer, the others a dense FFN
+    dense_hidden: int | None = (
+        None  # hidden width of those dense FFNs; null: top_k * hidden, the MoE layer's largest compute
+    )
+    tie_embeddings: bool = False
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    init_std: float = 0.02
+    activation_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dim % self.heads or (self.dim // self.heads) % 2:
+            raise ValueError(f"dim={self.dim} must divide into heads={self.heads} of even width")
+        if self.heads % self.num_kv_heads:
+            raise ValueError(f"kv_heads={self.kv_heads} must divide heads={self.heads}")
+        if not 1 <= self.moe_every <= self.layers:
+            raise ValueError(f"moe_every={self.moe_every} must lie between 1 and layers={self.layers}")
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+    @property
+    def dense_width(self) -> int:
+        return self.top_k * self.hidden if self.dense_hidden is None else self.dense_hidden
+
+    def is_moe(self, block: int) -> bool:
+        """Whether block `block`, counted from 0, holds an MoE layer."""
+        return (block + 1) % self.moe_every == 0
+
+
+@dataclass
+class DecoderOutput:
+    """`logits` [B, S, V]; `stats` of every MoE layer, first to last."""
+
+    logits: Tensor
+    stats: list[MoEStats]
+
+    @property
+    def router_logits(self) -> list[Tensor]:
+        """Raw logits [T, N] of every MoE layer, gating residual included."""
+        return [layer.logits_TN for layer in self.stats]
+
+
+class DenseFFN(nn.Module):
+    """SwiGLU FFN of the blocks without an MoE layer."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.w_in = nn.Linear(dim, 2 * hidden, bias=False)
+        self.w_out = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.w_in(x).chunk(2, -1)
+        return self.w_out(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + MoE(norm(x)); hands its router logits to the next block."""
+
+    def __init__(self, config: DecoderConfig, index: int):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention = Attention(config.dim, config.heads, config.num_kv_heads)
+        self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        first = index + 1 == config.moe_every
+        self.ffn = MoELayer(config, first) if config.is_moe(index) else DenseFFN(config.dim, config.dense_width)
+
+    def forward(
+        self, x_BSD: Tensor, rotary: Tensor, previous_logits: Tensor | None, cache: KeyValueCache | None
+    ) -> tuple[Tensor, MoEStats | None]:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotary, cache)
+        h_BSD = self.ffn_norm(x_BSD)
+        if isinstance(self.ffn, DenseFFN):
+            return x_BSD + self.ffn(h_BSD), None
+        y_BSD, stats = self.ffn(h_BSD, previous_logits)
+        return x_BSD + y_BSD, stats
+
+
+class Decoder(nn.Module):
+    """The language model. `seed` fixes the initial weights; None leaves them unset, for loading a checkpoint or the
+    meta device.
+    """
+
+    def __init__(self, config: DecoderConfig, seed: int | None = None):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.layers))
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        if seed is not None:
+            initialize(self, seed)
+
+    def forward(self, ids_BS: Tensor, caches: list[KeyValueCache] | None = None) -> DecoderOutput:
+        """`ids_BS` int64 token ids; with `caches`, the tokens that follow those already cached."""
+        offset = caches[0].length if caches else 0
+        positions = torch.arange(offset, offset + ids_BS.shape[1], device=ids_BS.device)
+        rotary = rotary_table(positions, self.config.head_dim, self.config.rope_theta)
+        x_BSD, logits_TN, stats = self.embedding(ids_BS), None, []
+        for index, block in enumerate(self.blocks):
+            inputs = (x_BSD, rotary, logits_TN, caches[index] if caches else None)
+            if self.config.activation_checkpointing and self.training:
+                x_BSD, layer = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                x_BSD, layer = block(*inputs)
+            if layer is not None:
+                logits_TN = layer.logits_TN
+                stats.append(layer)
+        x_BSD = self.norm(x_BSD)
+        return DecoderOutput(F.linear(x_BSD, self.embedding.weight if self.head is None else self.head.weight), stats)
+
+    def balance_loss(self, output: DecoderOutput) -> Tensor:
+        """beta * L_b over all layers (Eq. 9)."""
+        return combine_layers([layer.balance_loss for layer in output.stats], self.config.balance)
+
+    def moe_layers(self) -> list[MoELayer]:
+        return [block.ffn for block in self.blocks if isinstance(block.ffn, MoELayer)]
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        ids_BS: Tensor,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """`ids_BS` with `max_new_tokens` more ids, [B, S + max_new_tokens]; greedy at temperature 0, else sampled."""
+        was_training = self.training
+        self.eval()
+        caches = [KeyValueCache() for _ in self.blocks]
+        step_BS = ids_BS
+        for _ in range(max_new_tokens):
+            logits_BV = self(step_BS, caches).logits[:, -1].float()
+            if temperature == 0:
+                step_BS = logits_BV.argmax(-1, keepdim=True)
+            else:
+                step_BS = torch.multinomial((logits_BV / temperature).softmax(-1), 1, generator=generator)
+            ids_BS = torch.cat([ids_BS, step_BS], dim=1)
+        self.train(was_training)
+        return ids_BS
+
+
+def initialize(model: Decoder, seed: int) -> None:
+    """Every matrix, embedding and constant vector from N(0, init_std); projections that write into the residual stream
+    from N(0, init_std / sqrt(2 * layers)) (Megatron's scaled init; the paper states none); norms at 1.
+
+    Each parameter has its own generator, seeded by `seed` and its name: arms of an ablation share the initial value of
+    every parameter they have in common.
+    """
+    std, scaled = model.config.init_std, model.config.init_std / math.sqrt(2 * model.config.layers)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.fill_(1)
+                continue
+            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+            generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:7]))
+            parameter.normal_(0, scaled if "w_out" in name else std, generator=generator)

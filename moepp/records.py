@@ -1,0 +1,157 @@
+"""The run record: a directory that says everything about one run, with no tracker and no torch needed to read it.
+
+    config.yaml       the resolved config                 budget.json      parameters, FLOPs, tokens
+    provenance.json   commit, versions, hardware, data    metrics.jsonl    one JSON object per logged step
+    tables/           per-layer, per-expert tables        checkpoints/     what a second call resumes from
+    mlflow.json       the MLflow run, once mirrored       log.txt          what a child process printed
+    done              the run reached its last step and its final evaluation
+    failed.json       why it stopped instead
+    lock              held by the process that trains here
+
+A run is finished when `done` exists: an exit code or a tracker's status proves nothing.
+"""
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moepp.errors import RunError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces `path` in one step: a reader or a crash sees the old file or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The file's value; None when the file does not exist."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+
+
+class RunRecord:
+    """Reads and writes one run directory. One process writes; any number read."""
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+
+    @property
+    def status(self) -> str:
+        """`done`, `failed`, `started` (has metrics or checkpoints, may be running) or `waiting`."""
+        if (self.path / "done").exists():
+            return "done"
+        if (self.path / "failed.json").exists():
+            return "failed"
+        return "started" if (self.path / "metrics.jsonl").exists() else "waiting"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends one line: `step`, wall-clock `time` in milliseconds, and the metrics."""
+        line = json.dumps({"step": step, "time": int(time.time() * 1000), **metrics})
+        with open(self.path / "metrics.jsonl", "a") as file:
+            file.write(line + "\n")
+
+    def metrics(self) -> list[dict[str, float]]:
+        """All complete lines in order; a last line cut off by a crash is left out."""
+        try:
+            text = (self.path / "metrics.jsonl").read_text()
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    def rewind(self, step: int) -> None:
+        """Forgets metrics after `step` and final ones: a resumed run repeats those steps and writes the same lines
+        again.
+        """
+        path = self.path / "metrics.jsonl"
+        if path.exists():
+            kept = [
+                line for line in self.metrics() if line["step"] <= step and not any("final/" in key for key in line)
+            ]
+            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def final(self) -> dict[str, float]:
+        """The `final/*` metrics without their prefix; empty while the run is unfinished."""
+        found: dict[str, float] = {}
+        for line in self.metrics():
+            found.update({key.removeprefix("final/"): value for key, value in line.items() if key.startswith("final/")})
+        return found
+
+    def read(self, name: str) -> dict[str, Any]:
+        """`config.yaml`, `budget.json` or `provenance.json` as a plain dict; empty when absent."""
+        if name.endswith(".yaml"):
+            from omegaconf import OmegaConf
+
+            path = self.path / name
+            return OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else {}
+        return read_json(self.path / name) or {}
+
+    def finish(self) -> None:
+        (self.path / "failed.json").unlink(missing_ok=True)
+        write_text(self.path / "done", "")
+
+    def fail(self, reason: str) -> None:
+        write_json(self.path / "failed.json", {"reason": reason, "time": int(time.time() * 1000)})
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps every other process from working in this directory; freed with the process, however it dies.
+
+        Raises RunError with the holder's process id. A POSIX lock: forked data-loading workers that outlive a killed
+        run do not hold it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / "lock", "a+") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                file.seek(0)
+                holder = file.read() or "?"
+                raise RunError(f"{self.path} is in use by process {holder}; end it or wait for it") from None
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+
+
+class MetricsTail:
+    """Follows metrics.jsonl: each `read` returns the lines that are new since the one before."""
+
+    def __init__(self, record: RunRecord):
+        self.path = record.path / "metrics.jsonl"
+        self._inode = self._offset = 0
+
+    def read(self) -> list[dict[str, float]]:
+        """New complete lines in order. A file replaced by `rewind` is read again from its beginning."""
+        try:
+            with open(self.path, "rb") as file:
+                stat = os.fstat(file.fileno())
+                if stat.st_ino != self._inode or stat.st_size < self._offset:
+                    self._inode, self._offset = stat.st_ino, 0
+                file.seek(self._offset)
+                new = file.read()
+        except FileNotFoundError:
+            return []
+        complete = new[: new.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        return [json.loads(line) for line in complete.splitlines()]

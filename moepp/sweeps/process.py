@@ -1,0 +1,58 @@
+"""A trial's process: started by the runner, and never outliving it."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from moepp.config import CONF
+
+PARENT_PID = "MOEPP_PARENT_PID"
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def start(command: Sequence[str], log: Path, slot: Mapping[str, str]) -> subprocess.Popen:
+    """Starts a trial that prints into `log`.
+
+    It gets a session of its own: Ctrl-C reaches the runner alone, which then asks the trial to stop. Call this in the
+    main thread, for Linux takes the end of the starting thread for the parent's death.
+    """
+    # The checkout is importable even when the command was given from another folder.
+    path = os.pathsep.join(filter(None, [str(CONF.parent), os.environ.get("PYTHONPATH")]))
+    child = {**os.environ, **slot, "PYTHONPATH": path, PARENT_PID: str(os.getpid())}
+    with open(log, "ab") as output:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=child,
+            start_new_session=True,
+        )
+
+
+def die_with_parent() -> None:
+    """Ties this process to the runner that started it: when that dies, by SIGKILL too, the kernel kills this one.
+
+    Does nothing in a process that no runner started, or away from Linux.
+    """
+    # Taken out of the environment, for a trial's own children have the trial as their parent.
+    parent = os.environ.pop(PARENT_PID, None)
+    if parent is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(parent):  # it died before the line above
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def cause_of_end(returncode: int, log: Path) -> str:
+    """One line on a trial that ended without saying why: its signal or exit code, and the last line it printed."""
+    how = f"killed by {signal.Signals(-returncode).name}" if returncode < 0 else f"exit code {returncode}"
+    with open(log, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
+        lines = file.read().decode(errors="replace").split("\n")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "nothing printed")
+    return f"{how}; {last}"

@@ -1,0 +1,54 @@
+"""One progress bar over the optimizer steps of all trials of a sweep, read from their records."""
+
+import sys
+from collections.abc import Sequence
+
+from tqdm import tqdm
+
+from moepp.records import MetricsTail, RunRecord
+
+
+class TrialProgress:
+    """The steps a trial has finished, and its newest loss and throughput."""
+
+    def __init__(self, record: RunRecord, steps: int):
+        self.record, self.steps = record, steps
+        self.step = steps if record.status == "done" else 0
+        self.newest: dict[str, str] = {}
+        self._tail = MetricsTail(record)
+        self.read()
+
+    def read(self) -> None:
+        if self.step == self.steps:
+            return
+        for line in self._tail.read():
+            self.step = min(int(line["step"]), self.steps)
+            shown = {"loss": line.get("train/loss"), "tokens/s": line.get("perf/tokens_per_s")}
+            self.newest |= {name: f"{value:.4g}" for name, value in shown.items() if value is not None}
+
+
+class SweepProgress:
+    """The bar. Steps that were finished before count as done and not towards the rate, so the time left is honest."""
+
+    def __init__(self, trials: Sequence[TrialProgress], enabled: bool):
+        self._trials = trials
+        self._bar = tqdm(
+            total=sum(trial.steps for trial in trials),
+            initial=sum(trial.step for trial in trials),
+            unit="step",
+            smoothing=0,
+            disable=not enabled,
+            mininterval=0.5 if sys.stderr.isatty() else 60,  # in a log file a line a minute
+        )
+
+    def describe(self, text: str) -> None:
+        self._bar.set_description(text, refresh=False)
+
+    def show(self, running: Sequence[TrialProgress]) -> None:
+        for trial in running:
+            trial.read()
+            self._bar.set_postfix({"step": trial.step, **trial.newest}, refresh=False)
+        self._bar.update(sum(trial.step for trial in self._trials) - self._bar.n)
+
+    def close(self) -> None:
+        self._bar.close()

@@ -1,0 +1,42 @@
+"""Which share of this machine each of the trials that run at the same time may use."""
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moepp.training.settings import TrainerConfig
+
+Slot = dict[str, str]  # environment variables of a trial
+
+
+def divide(workers: int, trainer: "TrainerConfig") -> list[Slot]:
+    """One slot per worker; `workers` 0 makes as many as there are GPUs, or cores where the trials use none.
+
+    A slot holds its own GPUs (`trainer.devices` of them; shared in turn when there are too few) and its share of the
+    cores, which torch would otherwise give whole to every trial.
+    """
+    gpus = _gpus() if trainer.accelerator != "cpu" else []
+    devices = max(1, trainer.devices)
+    cores = os.cpu_count() or 1
+    workers = workers or (max(1, len(gpus) // devices) if gpus else cores)
+    threads = str(max(1, cores // workers))
+    slots = []
+    for worker in range(workers):
+        slot: Slot = {}
+        if not trainer.threads and "OMP_NUM_THREADS" not in os.environ:
+            slot |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        if gpus:
+            slot["CUDA_VISIBLE_DEVICES"] = ",".join(
+                dict.fromkeys(gpus[(worker * devices + i) % len(gpus)] for i in range(devices))
+            )
+        slots.append(slot)
+    return slots
+
+
+def _gpus() -> list[str]:
+    """The GPUs this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return visible.split(",")[:count] if visible else [str(index) for index in range(count)]

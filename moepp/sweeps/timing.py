@@ -1,0 +1,65 @@
+"""Expert forward times of a sweep's arms, interleaved in one process: speed-ups are ratios of these, never of
+separately timed trials.
+"""
+
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from moepp.errors import RunError
+from moepp.records import RunRecord, read_json, write_json
+
+
+def time_arms(directory: Path, repeats: int = 15) -> dict[str, Any]:
+    """Times every arm of a finished sweep with the weights of its first finished seed; writes and returns
+    expert_forward.json.
+
+    Measured once: a file that already covers these runs is returned as it is.
+    """
+    runs = _first_runs(directory)
+    path = directory / "expert_forward.json"
+    known = read_json(path)
+    if known and known["runs"] == {arm: run.name for arm, run in runs.items()}:
+        return known
+
+    import torch
+
+    from moepp.training.provenance import collect
+    from moepp.training.run import autocast_of, load_decoder, validation_ids
+    from moepp.training.throughput import expert_forward_times
+    from moepp.training.tokens import prepare
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    loaded = {arm: load_decoder(run) for arm, run in runs.items()}
+    config = next(iter(loaded.values()))[1]
+    ids = validation_ids(prepare(config.data, progress=False), config.data.seq_len).to(device)
+    models = {arm: model.to(device) for arm, (model, _) in loaded.items()}
+    rows = expert_forward_times(models, ids, autocast_of(config, device), repeats)
+    hardware = collect({})["hardware"]
+    times = {
+        "runs": {arm: run.name for arm, run in runs.items()},
+        "hardware": hardware["gpus"][0] if hardware["gpus"] else hardware["cpu"],
+        "threads": torch.get_num_threads(),
+        "tokens": ids.numel(),
+        "dtype": config.trainer.precision,
+        "repeats": repeats,
+        "date": datetime.now(UTC).date().isoformat(),
+        "rows": rows,
+    }
+    write_json(path, times)
+    return times
+
+
+def _first_runs(directory: Path) -> dict[str, Path]:
+    """Of each arm the finished run with the first seed."""
+    sweep = read_json(directory / "sweep.json")
+    if sweep is None:
+        raise RunError(f"{directory} holds no sweep")
+    runs: dict[str, Path] = {}
+    for trial in sweep["trials"]:
+        run = directory / trial["path"]
+        if RunRecord(run).status == "done":
+            runs.setdefault(trial["arm"], run)
+    return runs

@@ -1,0 +1,147 @@
+"""What happens beside training: metrics to the loggers, checkpoints to resume from."""
+
+import math
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, Checkpoint
+from torch import Tensor
+
+from moepp.errors import Interrupted, RunError
+from moepp.models.budget import forward_flops
+from moepp.training.module import LanguageModel
+from moepp.training.throughput import StepTimer, peak_flops, peak_memory_gib
+
+
+class MetricsReporter(Callback):
+    """Logs losses, routing and speed every `log_every` steps, and each validation, under the number of finished steps.
+
+    Lightning's own `self.log` counts steps from 0 and writes after checkpoints are saved; a resumed run would lose or
+    shift lines.
+    """
+
+    def setup(self, trainer: pl.Trainer, pl_module: LanguageModel, stage: str) -> None:
+        self.config = pl_module.config
+        self.grad_norm: Tensor | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
+        self.timer, self.timed_from = StepTimer(pl_module.device), trainer.global_step
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: LanguageModel, optimizer: Any) -> None:
+        if self._due(trainer.global_step + 1):
+            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            self.grad_norm = torch.nn.utils.get_total_norm(gradients)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LanguageModel, *_: Any) -> None:
+        step = trainer.global_step
+        if not self._due(step) or trainer.fit_loop._should_accumulate():
+            return
+        raise_if_not_finite(trainer, pl_module)
+        metrics = {name: float(value) for name, value in pl_module.train_losses.items()}
+        metrics["train/grad_norm"] = float(self.grad_norm)
+        metrics["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+        metrics["train/tokens"] = step * self._tokens_per_step()
+        routing = {name: float(value) for name, value in pl_module.train_routing.compute().items()}
+        metrics.update({f"router/{name}": value for name, value in routing.items()})
+        metrics.update(self._speed(step, pl_module.device, routing["ffn_per_token"], trainer.world_size))
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self.timer.pause()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        metrics = {f"val/{name}": value for name, value in pl_module.validation_metrics().items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, trainer.global_step)
+        self.timer.resume()
+
+    def _due(self, step: int) -> bool:
+        return step % self.config.trainer.log_every == 0
+
+    def _tokens_per_step(self) -> int:
+        return self.config.data.batch_size * self.config.data.seq_len
+
+    def _speed(self, step: int, device: torch.device, ffn_per_token: float, devices: int) -> dict[str, float]:
+        seconds, steps = self.timer.lap(), step - self.timed_from
+        self.timed_from = step
+        tokens_per_s = steps * self._tokens_per_step() / seconds
+        flops = 3 * sum(forward_flops(self.config.model, self.config.data.seq_len, ffn_per_token).values())
+        speed = {
+            "perf/tokens_per_s": tokens_per_s,
+            "perf/step_time_ms": seconds / steps * 1000,
+            "perf/tflops": flops * tokens_per_s / 1e12,  # executed, over all devices
+            "perf/peak_mem_gib": peak_memory_gib(device),
+        }
+        peak = peak_flops(device)
+        if peak is not None:
+            speed["perf/mfu"] = flops * tokens_per_s / (peak * devices)
+        return speed
+
+
+class ResumeCheckpoint(Checkpoint):
+    """Keeps the newest full training state in `folder`, every `every` steps and when the process is asked to stop.
+
+    SIGTERM ends the run after the step in progress, with Interrupted. Saved is always between two steps, and after the
+    validation where one is due: a resumed run neither repeats nor skips anything.
+    """
+
+    def __init__(self, folder: Path, every: int, val_every: int):
+        self.folder, self.every, self.val_every = folder, every, val_every
+        self.stopping = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
+        # Lightning's own handler would end training between two micro-batches; it restores the original at the end.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._stop)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LanguageModel, *_: Any) -> None:
+        if not trainer.fit_loop._should_accumulate() and trainer.global_step % self.val_every:
+            self._save_where_due(trainer, pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._save_where_due(trainer, pl_module)
+
+    def _stop(self, *_: Any) -> None:
+        self.stopping = True
+
+    def _save_where_due(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
+        step = trainer.global_step
+        if not self.stopping and step % self.every:
+            return
+        raise_if_not_finite(trainer, pl_module)
+        trainer.save_checkpoint(self.folder / f"step-{step:08d}.ckpt")
+        if trainer.is_global_zero:
+            for older in resume_points(self.folder)[:-1]:
+                older.unlink()
+        if self.stopping:
+            raise Interrupted(f"stopped at step {step}; the same command continues")
+
+
+def resume_points(folder: Path) -> list[Path]:
+    """The training checkpoints in `folder`, oldest first."""
+    return sorted(folder.glob("step-*.ckpt"))
+
+
+def raise_if_not_finite(trainer: pl.Trainer, module: LanguageModel) -> None:
+    """Stops a run whose loss became NaN or infinite, before anything of it is saved."""
+    bad = int(module.first_bad_step)
+    if bad < 0:
+        return
+    lr = module.config.optim.lr
+    saved = resume_points(next(c.folder for c in trainer.checkpoint_callbacks if isinstance(c, ResumeCheckpoint)))
+    kept = f"the last good checkpoint is {os.path.relpath(saved[-1])}" if saved else "no checkpoint was saved before it"
+    scheduled = trainer.optimizers[0].param_groups[0]["lr"] if trainer.optimizers else math.nan
+    raise RunError(
+        f"the loss is not finite at step {bad + 1} (learning rate {scheduled:.3g}, peak {lr:.3g}); {kept}. "
+        "Lower optim.lr, lengthen optim.warmup_steps or lower optim.grad_clip"
+    )

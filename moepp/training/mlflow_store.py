@@ -1,0 +1,187 @@
+"""The MLflow store: its address, a client that stays quiet, and the web page over it. Imports mlflow only when used."""
+
+import fcntl
+import logging
+import os
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moepp.errors import RunError, UsageError
+from moepp.records import read_json, write_json
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+    from moepp.training.tracking import TrackingConfig
+
+METRICS_PER_CALL = 1000  # MLflow refuses more
+
+
+def store_uri(tracking: "TrackingConfig", runs: Path | str) -> str:
+    """`tracking.uri`, else MLFLOW_TRACKING_URI, else the SQLite file in the runs folder.
+
+    Raises UsageError for a folder of files, which MLflow has given up.
+    """
+    uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not uri:
+        return f"sqlite:///{Path(runs).resolve()}/mlflow.db"
+    if "://" not in uri or uri.startswith("file:"):
+        raise UsageError(f"MLflow no longer writes to folders such as '{uri}'; use tracking.uri=sqlite:///mlflow.db")
+    return uri
+
+
+def connect(tracking: "TrackingConfig", runs: Path | str) -> tuple["MlflowClient", str]:
+    """A client of the store and the id of the experiment, which is created on first use."""
+    uri = store_uri(tracking, runs)
+    # Set before mlflow reads them: report to nobody but the user's tracker, and fail within seconds when that is
+    # away, for the follower tries again anyway.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    from mlflow import MlflowClient
+
+    for chatty in ("mlflow", "alembic"):  # some forty lines about migrations when a store is created
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    with store_lock(runs):
+        client = MlflowClient(tracking_uri=uri)
+        found = client.get_experiment_by_name(tracking.experiment)
+        if found is not None:
+            return client, found.experiment_id
+        # A server knows where its artifacts go; a database alone would put them into the working directory.
+        artifacts = None if uri.startswith("http") else (Path(runs).resolve() / "mlartifacts").as_uri()
+        return client, client.create_experiment(tracking.experiment, artifact_location=artifacts)
+
+
+@contextmanager
+def store_lock(runs: Path | str) -> Iterator[None]:
+    """One thread of one process at a time: two at once would break a new store, or open two runs for one record."""
+    folder = Path(runs)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".mlflow.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class MirroredRun:
+    """An MLflow run and what is known to be in it, so that a pass sends only what is new."""
+
+    def __init__(
+        self, directory: Path, tracking: "TrackingConfig", runs: Path | str, name: str, start_ms: float | None = None
+    ):
+        self.client, experiment_id = connect(tracking, runs)
+        self._path = directory / "mlflow.json"
+        with store_lock(runs):
+            self.state: dict[str, Any] = read_json(self._path) or {}
+            run = self._find(self.state.get("run_id"))
+            if run is None:  # never mirrored, or into a store that has been deleted since
+                start = None if start_ms is None else int(start_ms)
+                run = self.client.create_run(experiment_id, start_time=start, run_name=name)
+                self.state = {"run_id": run.info.run_id, "steps": {}}
+                self.save()
+        self.run_id: str = run.info.run_id
+        self._tags, self._params = dict(run.data.tags), dict(run.data.params)
+        self._status = run.info.status
+        self._has_data = bool(run.inputs and run.inputs.dataset_inputs)
+
+    def _find(self, run_id: str | None) -> Any:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            run = self.client.get_run(run_id) if run_id else None
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+        return run if run and run.info.lifecycle_stage == "active" else None
+
+    def save(self) -> None:
+        write_json(self._path, self.state)
+
+    def put(self, tags: Mapping[str, str], params: Mapping[str, str] | None = None) -> None:
+        """Tags follow the record; params are immutable in MLflow, so each is sent once."""
+        from mlflow.entities import Param, RunTag
+
+        tags = {key: value for key, value in tags.items() if self._tags.get(key, "") != value}
+        params = {key: value for key, value in (params or {}).items() if key not in self._params}
+        if tags or params:
+            self.client.log_batch(
+                self.run_id,
+                params=[Param(key, value) for key, value in params.items()],
+                tags=[RunTag(key, value) for key, value in tags.items()],
+            )
+            self._tags.update(tags)
+            self._params.update(params)
+
+    def put_data(self, name: str, header: Mapping[str, Any]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        if self._has_data or "digest" not in header:
+            return
+        dataset = Dataset(name, header["digest"], source_type="local", source=header.get("corpus", name))
+        context = [InputTag("mlflow.data.context", "training")]
+        self.client.log_inputs(self.run_id, [DatasetInput(dataset, context)])
+        self._has_data = True
+
+    def put_metrics(self, lines: list[dict[str, float]]) -> None:
+        """Sends each metric's steps after the last one mirrored: a resumed run writes earlier steps a second time.
+
+        A crash between sending and saving sends the same values again, and the store drops those it has.
+        """
+        from mlflow.entities import Metric
+
+        steps = dict(self.state["steps"])
+        metrics = []
+        for line in lines:
+            step, time = int(line["step"]), int(line["time"])
+            for key, value in line.items():
+                if key not in ("step", "time") and isinstance(value, int | float) and step > steps.get(key, -1):
+                    metrics.append(Metric(key, float(value), time, step))
+                    steps[key] = step
+        for start in range(0, len(metrics), METRICS_PER_CALL):
+            self.client.log_batch(self.run_id, metrics=metrics[start : start + METRICS_PER_CALL])
+        if metrics:
+            self.state["steps"] = steps
+            self.save()
+
+    def put_files(self, paths: list[Path]) -> None:
+        for path in paths:
+            if path.is_dir():
+                self.client.log_artifacts(self.run_id, str(path), path.name)
+            elif path.exists():
+                self.client.log_artifact(self.run_id, str(path))
+
+    def put_status(self, status: str, end_ms: int | None = None) -> None:
+        if status == self._status:
+            return
+        if status == "RUNNING":
+            self.client.update_run(self.run_id, status)
+        else:
+            self.client.set_terminated(self.run_id, status, end_ms)
+        self._status = status
+
+
+def serve(tracking: "TrackingConfig", runs: Path | str, port: int = 5000) -> None:
+    """Becomes the MLflow server over the store, for this machine only; Ctrl-C ends it. Does not return.
+
+    Raises UsageError when the tracker is a server already, RunError when the port is taken.
+    """
+    uri = store_uri(tracking, runs)
+    if uri.startswith("http"):
+        raise UsageError(f"the tracker is a server already: open {uri}")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise RunError(f"cannot use port {port} ({error.strerror}); choose another with --port") from None
+    connect(tracking, runs)
+    artifacts = (Path(runs).resolve() / "mlartifacts").as_uri()
+    os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")  # jobs belong to features that no run uses
+    print(f"MLflow: http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
+    store = ["--backend-store-uri", uri, "--default-artifact-root", artifacts]
+    place = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--uvicorn-opts", "--log-level warning"]
+    os.execv(sys.executable, [sys.executable, "-m", "mlflow", "server", *store, *place])

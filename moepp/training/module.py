@@ -1,0 +1,102 @@
+"""The LightningModule: next-token cross-entropy plus the balance loss, and validation that is exact over devices."""
+
+import math
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import MeanMetric, Metric
+
+from moepp.models.decoder import Decoder
+from moepp.training.optim import build_optimizer, learning_rate_scale
+from moepp.training.routing_stats import RoutingStatistics
+from moepp.training.settings import RunConfig
+
+
+class BitsPerByte(Metric):
+    """Total nats over total UTF-8 bytes of the predicted text, in bits. Targets that stand for no text (end-of-text)
+    are left out.
+    """
+
+    def __init__(self, end_of_text: int):
+        super().__init__()
+        self.end_of_text = end_of_text
+        self.add_state("nats", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("bytes", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, nats: Tensor, targets: Tensor, lengths: Tensor) -> None:
+        """`nats` of every target, the target ids, and the bytes each target stands for; all [B, S]."""
+        self.nats += nats.double().masked_fill(targets == self.end_of_text, 0).sum()
+        self.bytes += lengths.sum()
+
+    def compute(self) -> Tensor:
+        return self.nats / self.bytes / math.log(2)
+
+
+class LanguageModel(pl.LightningModule):
+    """Trains a Decoder as `config` says. `end_of_text` is the token id that separates documents."""
+
+    def __init__(self, config: RunConfig, end_of_text: int):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config.model, config.seed)
+        self.val_loss = MeanMetric()
+        self.val_accuracy = MeanMetric()
+        self.val_bits_per_byte = BitsPerByte(end_of_text)
+        self.val_routing = RoutingStatistics(config.model)
+        self.train_routing = RoutingStatistics(
+            config.model
+        )  # of the last step only, so that a resumed run logs the same
+        self.train_losses: dict[str, Tensor] = {}
+        self.validated_step = -1  # finished steps at the last validation
+        # Step of the first loss that was not finite, -1 while there is none; kept on the device, so that watching costs
+        # no synchronisation.
+        self.register_buffer("first_bad_step", torch.tensor(-1), persistent=False)
+
+    def training_step(self, tokens: Tensor) -> Tensor:
+        """`tokens` [B, S+1]; returns cross-entropy + beta * L_b (Eq. 9)."""
+        output = self.model(tokens[:, :-1])
+        cross_entropy = F.cross_entropy(output.logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+        balance = self.model.balance_loss(output)
+        loss = cross_entropy + balance
+        self.train_losses = {"train/loss": cross_entropy.detach(), "train/balance_loss": balance.detach()}
+        self.train_routing.reset()
+        self.train_routing.update(output.stats)
+        bad = ~torch.isfinite(loss.detach()) & (self.first_bad_step < 0)
+        self.first_bad_step = torch.where(bad, self.global_step, self.first_bad_step)
+        self.log("loss", cross_entropy, prog_bar=True, logger=False)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        """`batch`: tokens [B, S+1] and the bytes [B, S] that each target stands for."""
+        tokens, lengths = batch
+        targets = tokens[:, 1:]
+        output = self.model(tokens[:, :-1])
+        logits = output.logits.float()
+        nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        self.val_loss.update(nats)
+        self.val_accuracy.update((logits.argmax(-1) == targets).float())
+        self.val_bits_per_byte.update(nats, targets, lengths)
+        self.val_routing.update(output.stats)
+
+    def on_validation_epoch_start(self) -> None:
+        for metric in (self.val_loss, self.val_accuracy, self.val_bits_per_byte, self.val_routing):
+            metric.reset()
+
+    def on_validation_epoch_end(self) -> None:
+        self.validated_step = self.trainer.global_step
+
+    def validation_metrics(self) -> dict[str, float]:
+        """`loss`, `bits_per_byte`, `accuracy` of the last validation."""
+        return {
+            "loss": float(self.val_loss.compute()),
+            "bits_per_byte": float(self.val_bits_per_byte.compute()),
+            "accuracy": float(self.val_accuracy.compute()),
+        }
+
+    def configure_optimizers(self) -> dict:
+        optim, steps = self.config.optim, self.config.trainer.steps
+        optimizer = build_optimizer(self, optim)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_scale(step, steps, optim))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -1,0 +1,83 @@
+"""What a run was made with: code, versions, hardware, data."""
+
+import os
+import platform
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("torch", "lightning", "torchmetrics", "omegaconf", "mlflow", "datasets", "tokenizers", "numpy")
+
+
+def collect(data_header: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of provenance.json; `data_header` is the header of the prepared tokens."""
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(_shorten(argument) for argument in sys.argv),
+        "host": socket.gethostname(),
+        "git": git(ROOT),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "hardware": _hardware(),
+        "data": dict(data_header),
+    }
+
+
+def git(root: Path) -> dict[str, Any]:
+    """`sha` and `dirty` (changes to tracked files) of the checkout that holds moepp; empty for an installed package."""
+    # A virtual environment may lie inside a stranger's repository: only a repository that tracks this code counts.
+    if _git(root, "ls-files", "--error-unmatch", "moepp/__init__.py") is None:
+        return {}
+    changes = _git(root, "status", "--porcelain", "--untracked-files=no")
+    return {"sha": _git(root, "rev-parse", "HEAD"), "dirty": bool(changes)}
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
+    except OSError:  # git is not installed
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _hardware() -> dict[str, Any]:
+    torch = sys.modules.get("torch")  # looked up, not imported: a light command stays light
+    gpus = []
+    if torch is not None and torch.cuda.is_available():
+        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads() if torch is not None else None,
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpus": gpus,
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def _shorten(argument: str) -> str:
+    """Paths as the reader of a shared record needs them: relative to the working directory, else to the home."""
+    return argument.replace(f"{Path.cwd()}{os.sep}", "").replace(str(Path.home()), "~")

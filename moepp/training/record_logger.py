@@ -1,0 +1,43 @@
+"""Lightning's logger interface over a run record."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from moepp.records import RunRecord
+
+
+class RecordLogger(Logger):
+    """Appends what Lightning logs to the record: one call, one line, at once.
+
+    Nothing is held back, so a checkpoint never stands beside a record that lacks the steps before it.
+    """
+
+    def __init__(self, record: RunRecord):
+        super().__init__()
+        self.record = record
+
+    @property
+    def name(self) -> str:
+        return self.record.path.parent.name
+
+    @property
+    def version(self) -> str:
+        return self.record.path.name
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.record.path)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """`step` counts optimizer steps; Lightning's own `epoch` key says nothing where runs are measured in steps."""
+        kept = {key: float(value) for key, value in sorted(metrics.items()) if key != "epoch"}
+        if kept:
+            self.record.log(step, kept)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Nothing: config.yaml already holds them."""

@@ -1,0 +1,63 @@
+"""What the routers did: FFN experts per token, the share of each expert type, load balance, entropy, dropped slots."""
+
+import csv
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from moepp.layers.moe import MoEConfig, MoEStats
+
+
+class RoutingStatistics(Metric):
+    """Sums over batches and devices of what every MoE layer reports."""
+
+    def __init__(self, config: MoEConfig):
+        super().__init__()
+        self.experts, self.top_k, self.kinds = config.experts, config.top_k, config.experts.kinds()
+        self.add_state("chosen_LN", torch.zeros(0, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("dropped", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("entropy", torch.zeros(()), dist_reduce_fx="mean")  # mean over layers, summed over batches
+        self.add_state("batches", torch.zeros(()), dist_reduce_fx="mean")
+
+    def update(self, stats: list[MoEStats]) -> None:
+        chosen_LN = torch.stack([layer.chosen_N for layer in stats])
+        self.chosen_LN = chosen_LN if self.chosen_LN.numel() == 0 else self.chosen_LN + chosen_LN
+        self.dropped += torch.stack([layer.dropped for layer in stats]).sum()
+        self.entropy += torch.stack([layer.entropy for layer in stats]).mean()
+        self.batches += 1
+
+    def share_LN(self) -> Tensor:
+        """Share of a layer's routed slots that each expert got; every row sums to 1."""
+        return self.chosen_LN / self.chosen_LN.sum(1, keepdim=True)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Means over layers. `load_max_over_mean` compares FFN experts with each other; `dropped_share` is of all
+        slots.
+        """
+        share_LN, ffn = self.share_LN(), self.experts.ffn
+        ffn_share_L = share_LN[:, :ffn].sum(1)
+        metrics = {"ffn_per_token": self.top_k * ffn_share_L.mean(), "ffn_share": ffn_share_L.mean()}
+        start = ffn
+        for kind, count in (
+            ("constant", self.experts.constant),
+            ("copy", self.experts.copy),
+            ("zero", self.experts.zero),
+        ):
+            metrics[f"{kind}_share"] = share_LN[:, start : start + count].sum(1).mean()
+            start += count
+        load_LE = share_LN[:, :ffn]
+        metrics["load_max_over_mean"] = (load_LE.amax(1) / load_LE.mean(1).clamp(min=1e-12)).mean()
+        metrics["entropy"] = self.entropy / self.batches
+        metrics["dropped_share"] = self.dropped / self.chosen_LN.sum()
+        return metrics
+
+    def write_table(self, path: Path) -> None:
+        """One CSV row per layer and expert: layer, expert, kind, share of the layer's slots."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(["layer", "expert", "kind", "share"])
+            for layer, shares in enumerate(self.share_LN().tolist()):
+                rows.writerows([layer, e, self.kinds[e], f"{share:.6f}"] for e, share in enumerate(shares))

@@ -1,0 +1,211 @@
+"""One run from its config to its `done` marker: prepare, resume, fit, evaluate, record."""
+
+import dataclasses
+import logging
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+
+from moepp import config as configs
+from moepp.errors import Interrupted, RunError
+from moepp.models.budget import Budget, active_parameters, forward_flops
+from moepp.models.decoder import Decoder
+from moepp.records import RunRecord, write_json
+from moepp.training.callbacks import MetricsReporter, ResumeCheckpoint, resume_points
+from moepp.training.data import TokenDataModule
+from moepp.training.module import LanguageModel
+from moepp.training.provenance import collect
+from moepp.training.record_logger import RecordLogger
+from moepp.training.settings import RunConfig
+from moepp.training.throughput import expert_forward_times
+from moepp.training.tokens import TokenFiles, prepare
+
+FINAL_WEIGHTS = "final.ckpt"  # weights only: a finished run needs no optimizer state
+TIMED_TOKENS = 4096  # in one expert-forward measurement
+
+
+def freeze(config: RunConfig) -> RunConfig:
+    """The config with the digest of its prepared tokens, so that a changed corpus is another run. Builds the tokens."""
+    tokens = prepare(config.data, progress=config.trainer.progress)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, digest=tokens.header.digest))
+
+
+def train(config: RunConfig, directory: Path) -> RunRecord:
+    """Trains a frozen config in its run directory, or continues, or returns at once when it is done.
+
+    Raises RunError for what goes wrong after a correct start, and leaves the reason in failed.json; Interrupted after
+    SIGTERM.
+    """
+    record = RunRecord(directory)
+    try:
+        with record.lock():
+            if record.status != "done":
+                _train_or_say_why(record, config)
+    except OSError as error:
+        raise RunError(f"cannot write the run record {directory}: {error.strerror or error}") from error
+    return record
+
+
+def _train_or_say_why(record: RunRecord, config: RunConfig) -> None:
+    try:
+        _open_record(record, config)
+        _train(record, config)
+    except Interrupted:
+        raise
+    except RunError as error:
+        record.fail(str(error))
+        raise
+
+
+def load_decoder(directory: Path) -> tuple[Decoder, RunConfig]:
+    """The trained model of a finished run, on the CPU, and its config."""
+    config = configs.load(RunConfig, directory / "config.yaml")
+    model = Decoder(config.model)
+    state = _load_checkpoint(RunRecord(directory).checkpoints / FINAL_WEIGHTS)["state_dict"]
+    model.load_state_dict(
+        {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
+    )
+    return model.eval(), config
+
+
+def autocast_of(config: RunConfig, device: torch.device) -> Callable[[], AbstractContextManager]:
+    """The precision context in which a run's forward passes are computed."""
+    if config.trainer.precision == "bf16-mixed":
+        return lambda: torch.autocast(device.type, torch.bfloat16)
+    return nullcontext
+
+
+def _open_record(record: RunRecord, config: RunConfig) -> None:
+    tokens = config.trainer.steps * config.data.batch_size * config.data.seq_len
+    configs.save(config, record.path / "config.yaml")
+    write_json(record.path / "budget.json", dataclasses.asdict(Budget.of(config.model, config.data.seq_len, tokens)))
+    record.path.joinpath("failed.json").unlink(missing_ok=True)
+
+
+def _train(record: RunRecord, config: RunConfig) -> None:
+    _quiet()
+    if config.trainer.threads:
+        torch.set_num_threads(config.trainer.threads)
+    tokens = prepare(config.data, progress=False)
+    write_json(record.path / "provenance.json", collect(dataclasses.asdict(tokens.header)))
+    module = LanguageModel(config, tokens.header.end_of_text)
+    data = TokenDataModule(config.data, config.seed, config.trainer.accumulate)
+    trainer = _trainer(record, config)
+    resume = _resume_point(record)
+    started = time.perf_counter()
+    trainer.fit(module, data, ckpt_path=resume)
+    if module.validated_step != trainer.global_step:
+        trainer.validate(module, data, verbose=False)
+    _finish(record, config, trainer, module, tokens, time.perf_counter() - started)
+
+
+def _trainer(record: RunRecord, config: RunConfig) -> pl.Trainer:
+    settings = config.trainer
+    return pl.Trainer(
+        accelerator=settings.accelerator,
+        devices=settings.devices,
+        num_nodes=settings.num_nodes,
+        precision=settings.precision,
+        max_steps=settings.steps,
+        max_epochs=-1,
+        accumulate_grad_batches=settings.accumulate,
+        gradient_clip_val=config.optim.grad_clip or None,
+        val_check_interval=settings.val_every * settings.accumulate,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        logger=RecordLogger(record),
+        log_every_n_steps=settings.log_every,
+        callbacks=[
+            MetricsReporter(),
+            ResumeCheckpoint(record.checkpoints, settings.checkpoint_every, settings.val_every),
+        ],
+        default_root_dir=record.path,
+        use_distributed_sampler=False,
+        enable_progress_bar=settings.progress,
+        enable_model_summary=False,
+    )
+
+
+def _resume_point(record: RunRecord) -> Path | None:
+    """The newest checkpoint, verified; the record's metrics are rewound to its step."""
+    points = resume_points(record.checkpoints)
+    if not points:
+        record.rewind(0)
+        return None
+    record.rewind(_load_checkpoint(points[-1])["global_step"])
+    return points[-1]
+
+
+def _load_checkpoint(path: Path) -> dict:
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except FileNotFoundError:
+        raise RunError(f"there is no checkpoint {path}; the run is not finished") from None
+    except Exception as error:  # torch reports damage with whatever its zip and pickle readers raise
+        raise RunError(
+            f"checkpoint {path} cannot be read ({str(error).splitlines()[0]}); delete it to train this run anew"
+        ) from error
+
+
+def _finish(
+    record: RunRecord,
+    config: RunConfig,
+    trainer: pl.Trainer,
+    module: LanguageModel,
+    tokens: TokenFiles,
+    seconds: float,
+) -> None:
+    """Writes the final weights, tables and `final/*` metrics, then the marker."""
+    routing = {name: float(value) for name, value in module.val_routing.compute().items()}
+    final = {f"val_{name}": value for name, value in module.validation_metrics().items()} | routing
+    final["router_entropy"] = final.pop("entropy")
+    final |= _speed(record)
+    final["train_seconds"] = seconds
+    final["active_params"] = active_parameters(config.model, routing["ffn_per_token"])
+    final["flops_per_token"] = sum(forward_flops(config.model, config.data.seq_len, routing["ffn_per_token"]).values())
+    if config.trainer.expert_timing:
+        final |= _expert_times(module, config, tokens)
+    trainer.save_checkpoint(record.checkpoints / FINAL_WEIGHTS, weights_only=True)
+    if trainer.is_global_zero:
+        module.val_routing.write_table(record.path / "tables" / "expert_load.csv")
+        record.log(trainer.global_step, {f"final/{name}": value for name, value in final.items()})
+        record.finish()
+        for point in resume_points(record.checkpoints):
+            point.unlink()
+
+
+def _speed(record: RunRecord) -> dict[str, float]:
+    """Medians over the logged intervals; the first holds the warm-up and is left out where there are others."""
+    lines = [line for line in record.metrics() if "perf/tokens_per_s" in line]
+    steady = lines[1:] or lines
+    names = ("tokens_per_s", "step_time_ms", "tflops", "mfu")
+    found = {name: [line[f"perf/{name}"] for line in steady if f"perf/{name}" in line] for name in names}
+    speed = {name: statistics.median(values) for name, values in found.items() if values}
+    if lines:
+        speed["peak_mem_gib"] = max(line["perf/peak_mem_gib"] for line in lines)
+    return speed
+
+
+def _expert_times(module: LanguageModel, config: RunConfig, tokens: TokenFiles) -> dict[str, float]:
+    ids = validation_ids(tokens, config.data.seq_len).to(module.device)
+    rows = expert_forward_times({"run": module.model}, ids, autocast_of(config, module.device))
+    by_routing = {row["routing"]: row["median_ms"] for row in rows}
+    return {"expert_forward_ms": by_routing["learned"], "expert_forward_ms_balanced": by_routing["balanced"]}
+
+
+def validation_ids(tokens: TokenFiles, seq_len: int) -> torch.Tensor:
+    """The first held-out sequences, about TIMED_TOKENS in all, [B, S] int64: what expert forward times are taken on."""
+    sequences = max(1, min(TIMED_TOKENS, len(tokens.val)) // seq_len)
+    return torch.from_numpy(tokens.val[: sequences * seq_len].astype("int64")).view(sequences, seq_len)
+
+
+def _quiet() -> None:
+    """Lightning's tips and notices would drown the progress bar; errors still pass."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")

@@ -1,0 +1,62 @@
+"""The schema of one training run: every component's own dataclass, joined."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from moepp.config import identity
+from moepp.models.decoder import DecoderConfig
+from moepp.training.optim import OptimConfig
+from moepp.training.tokens import DataConfig
+from moepp.training.tracking import TrackingConfig
+
+
+@dataclass
+class TrainerConfig:
+    """How long and how a run trains. Intervals are in optimizer steps."""
+
+    steps: int = 1000
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    accumulate: int = 1  # micro-batches per optimizer step
+    val_every: int = 100
+    log_every: int = 10
+    checkpoint_every: int = 100
+    expert_timing: bool = True  # measure perf/expert_forward_ms after the last step
+    accelerator: str = "auto"
+    devices: int = 1
+    num_nodes: int = 1
+    threads: int = 0  # CPU threads of this process; 0 leaves torch's choice
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulate", "val_every", "log_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"trainer.{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass
+class RunConfig:
+    """One run. `seed` sets initial weights and batch order; `tags` only label the run."""
+
+    name: str = "train"
+    seed: int = 0
+    runs: str = "runs"  # folder of all run records
+    model: DecoderConfig = field(default_factory=DecoderConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    tags: dict[str, str] = field(default_factory=dict)  # arm, baseline, sweep, experiment, paper_table
+
+
+# What cannot change a result: a run moved to other devices, folders or trackers is still the same run.
+NOT_IDENTITY = (
+    "name", "runs", "tags", "tracking", "data.cache", "data.workers",
+    "trainer.log_every", "trainer.checkpoint_every", "trainer.expert_timing", "trainer.accelerator", "trainer.devices",
+    "trainer.num_nodes", "trainer.threads", "trainer.progress",
+)  # fmt: skip
+
+
+def run_directory(config: RunConfig) -> Path:
+    """`runs/<name>/<identity>`: the same config always finds its own record, checkpoint and MLflow run."""
+    return Path(config.runs) / config.name / identity(config, NOT_IDENTITY)

@@ -1,0 +1,172 @@
+"""Speed: steps, peak memory, executed FLOPs, and the paper's "expert forward time".
+
+Expert forward time (footnote of Table 3) is FFN plus zero-computation experts; here with dispatch and combine, without
+router and attention, summed over the layers of one forward pass. It is measured on the routing that was learned and on
+forced balanced routing.
+"""
+
+import random
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from moepp.layers.balance import ffn_share
+from moepp.layers.moe import MoEConfig, MoELayer
+from moepp.layers.router import Routing
+from moepp.models.decoder import Decoder
+
+# Dense bf16 matrix-product peaks in FLOP/s, without sparsity (vendors' data sheets), by a piece of the device's name.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+
+
+class StepTimer:
+    """Wall time of training alone: the time between `pause` and `resume` (validation) does not count."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.resume()
+
+    def resume(self) -> None:
+        self.elapsed, self.mark = getattr(self, "elapsed", 0.0), self._now()
+
+    def pause(self) -> None:
+        self.elapsed += self._now() - self.mark
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        self.pause()
+        seconds, self.elapsed = self.elapsed, 0.0
+        self.resume()
+        return seconds
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's bf16 peak in FLOP/s; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory held so far: allocated on a GPU, resident set of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes on Linux
+
+
+def balanced_routing(config: MoEConfig, tokens: int, generator: torch.Generator, device: torch.device) -> Routing:
+    """Exactly balanced assignments: every FFN expert gets tau times a zero-computation expert's slots, in random token
+    order.
+    """
+    weights = torch.tensor([config.balance.tau] * config.experts.ffn + [1.0] * config.experts.zero_computation)
+    quota_N = torch.zeros(len(weights), dtype=torch.int64)
+    remaining = tokens * config.top_k
+    while remaining:  # a token picks an expert once, so no expert takes more than `tokens`
+        open_N = quota_N < tokens
+        share_N = weights * open_N / (weights * open_N).sum() * remaining
+        added_N = torch.minimum(share_N.floor().long(), tokens - quota_N)
+        if not added_N.any():
+            added_N[torch.where(open_N, share_N, -1.0).topk(min(remaining, int(open_N.sum()))).indices] = 1
+        quota_N += added_N
+        remaining -= int(added_N.sum())
+    expert_KT = torch.arange(len(weights)).repeat_interleave(quota_N).view(config.top_k, tokens)
+    expert_TK = expert_KT[:, torch.randperm(tokens, generator=generator)].t().contiguous().to(device)
+    gate_TK = torch.full(expert_TK.shape, 1 / config.top_k, device=device)
+    return Routing(expert_TK, gate_TK, torch.empty(tokens, 0, device=device))
+
+
+def expert_forward_times(
+    models: dict[str, Decoder],
+    ids_BS: Tensor,
+    precision: Callable[[], AbstractContextManager],
+    repeats: int = 15,
+    warmup: int = 3,
+    seed: int = 0,
+) -> list[dict[str, float | str]]:
+    """Expert forward times of several models, interleaved in shuffled order in this process.
+
+    One row per model and routing (`learned`, `balanced`): median_ms and min_ms of one pass over all layers at B*S
+    tokens, ffn_share reached. `precision()` is the autocast context of the runs.
+    """
+    cases = {}
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad(), precision():
+        for name, model in models.items():
+            learned = _layer_inputs(model.eval(), ids_BS)
+            balanced = [
+                (layer, x, balanced_routing(layer.config, len(x), generator, x.device)) for layer, x, _ in learned
+            ]
+            cases[name, "learned"], cases[name, "balanced"] = learned, balanced
+        times: dict[tuple[str, str], list[float]] = {key: [] for key in cases}
+        order = list(cases)
+        shuffle = random.Random(seed)
+        for repeat in range(warmup + repeats):
+            shuffle.shuffle(order)
+            for key in order:
+                milliseconds = _time_ms(cases[key], ids_BS.device)
+                if repeat >= warmup:
+                    times[key].append(milliseconds)
+    return [
+        {
+            "arm": name,
+            "routing": routing,
+            "median_ms": statistics.median(times[name, routing]),
+            "min_ms": min(times[name, routing]),
+            "ffn_share": _reached_share(cases[name, routing]),
+        }
+        for name, routing in cases
+    ]
+
+
+LayerCase = tuple[MoELayer, Tensor, Routing]
+
+
+def _layer_inputs(model: Decoder, ids_BS: Tensor) -> list[LayerCase]:
+    """Every MoE layer with the tokens it sees and the routing it chooses for them."""
+    seen: list[LayerCase] = []
+
+    def remember(layer: MoELayer, inputs: tuple[Tensor, Tensor | None]) -> None:
+        x_TD = inputs[0].flatten(0, -2)
+        seen.append((layer, x_TD, layer.route(layer.router(x_TD, inputs[1]))))
+
+    handles = [layer.register_forward_pre_hook(remember) for layer in model.moe_layers()]
+    model(ids_BS)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def _time_ms(cases: list[LayerCase], device: torch.device) -> float:
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for layer, x_TD, routing in cases:
+            layer.expert_forward(x_TD, routing)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+    begin = time.perf_counter()
+    for layer, x_TD, routing in cases:
+        layer.expert_forward(x_TD, routing)
+    return (time.perf_counter() - begin) * 1000
+
+
+def _reached_share(cases: list[LayerCase]) -> float:
+    shares = [(routing.expert_TK < layer.config.experts.ffn).float().mean() for layer, _, routing in cases]
+    return float(torch.stack(shares).mean())
+
+
+def ideal_speedup(config: MoEConfig) -> float:
+    """1 / FFN share of a balanced layer: the most that skipping FFN work can give."""
+    return 1 / ffn_share(config.experts, config.balance.tau)

@@ -1,0 +1,216 @@
+"""MLflow as a mirror of the run record: training writes metrics.jsonl, a follower copies it to the tracker.
+
+A slow, dead or absent tracker therefore never touches training, and every mirror can be made again from the record.
+"""
+
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from moepp.errors import RunError, UsageError
+from moepp.records import MetricsTail, RunRecord, read_json
+from moepp.training.mlflow_store import MirroredRun, store_uri
+
+# The axes people filter runs by. The rest of the config is an artifact: a page of 80 params hides the five that differ.
+AXES = {
+    "arm": "tags.arm", "size": "tags.size", "seed": "seed", "top_k": "model.top_k", "tau": "model.balance.tau",
+    "n_ffn": "model.experts.ffn", "n_zero": "model.experts.zero", "n_copy": "model.experts.copy",
+    "n_constant": "model.experts.constant", "gating_residual": "model.gating_residual", "lr": "optim.lr",
+}  # fmt: skip
+BUDGETS = ("tokens", "total_params", "active_params", "flops_per_token")
+SECONDS_BETWEEN_PASSES = 2.0
+
+
+@dataclass
+class TrackingConfig:
+    """Where runs can be looked at. The run record is written whatever stands here."""
+
+    backend: Literal["mlflow", "jsonl"] = "mlflow"  # jsonl: the run record alone
+    uri: str = ""  # empty: MLFLOW_TRACKING_URI, else sqlite:///<runs>/mlflow.db
+    experiment: str = "moepp"
+
+
+class Mirror:
+    """One run record in MLflow; its mlflow.json keeps the run id and the last mirrored step of every metric."""
+
+    def __init__(self, record: RunRecord, tracking: TrackingConfig, runs: Path | str, parent_run_id: str | None = None):
+        self.record, self.tracking, self.runs, self.parent_run_id = record, tracking, runs, parent_run_id
+        self.uri = store_uri(tracking, runs)
+        self.complete = False
+        self._tail = MetricsTail(record)
+        self._pending: list[dict[str, float]] = []
+        self._run: MirroredRun | None = None
+
+    def sync(self, ended: bool = False) -> None:
+        """One pass: brings MLflow up to the record, however often it is called.
+
+        `ended` says that nobody trains this record any more, so an unfinished one was interrupted. Raises whatever the
+        tracker raises; nothing is lost by that, the next pass makes up for it.
+        """
+        status = self.record.status  # read before the metrics: once it says done, they are all there
+        if status == "waiting" or self.complete:
+            return
+        self._pending += self._tail.read()
+        if self._run is None:
+            start = self._pending[0]["time"] if self._pending else None
+            self._run = MirroredRun(self.record.path, self.tracking, self.runs, self._name(), start)
+        run = self._run
+        if not run.state.get("complete"):
+            config, provenance = self.record.read("config.yaml"), self.record.read("provenance.json")
+            run.put(tags=self._tags(config, provenance), params=_axes(config, self.record.read("budget.json")))
+            run.put_data(str(_at(config, "data.corpus")), provenance.get("data", {}))
+            run.put_metrics(self._pending)
+            self._finish_pass(run, status, ended)
+        self._pending = []
+        self.complete = bool(run.state.get("complete"))
+
+    def follow(self) -> AbstractContextManager[None]:
+        """Syncs every two seconds beside the training, and a last time at the end."""
+        return follow(self)
+
+    def _finish_pass(self, run: MirroredRun, status: str, ended: bool) -> None:
+        end = int(self._pending[-1]["time"]) if self._pending else None
+        if status == "done":
+            run.put_files([self.record.path / n for n in ("config.yaml", "provenance.json", "budget.json", "tables")])
+            run.put_status("FINISHED", end)
+            run.state["complete"] = True
+            run.save()
+        elif status == "failed":
+            run.put_status("FAILED", end)
+        else:
+            run.put_status("KILLED" if ended else "RUNNING", end)
+
+    def _name(self) -> str:
+        config = self.record.read("config.yaml")
+        arm = config.get("tags", {}).get("arm") or config.get("name", self.record.path.parent.name)
+        return f"{arm} s{config.get('seed', 0)}"
+
+    def _tags(self, config: Mapping[str, Any], provenance: Mapping[str, Any]) -> dict[str, str]:
+        git = provenance.get("git", {})
+        tags = {
+            **config.get("tags", {}),
+            "git_sha": git.get("sha"), "git_dirty": git.get("dirty"), "host": provenance.get("host"),
+            "failure": self.record.read("failed.json").get("reason", ""),
+            "mlflow.parentRunId": self.parent_run_id,
+        }  # fmt: skip
+        return {key: str(value) for key, value in tags.items() if value is not None}
+
+
+class FolderMirror:
+    """All records of `runs/<name>/`; those of a sweep lie under one parent run."""
+
+    def __init__(self, directory: Path, tracking: TrackingConfig, runs: Path | str):
+        self.directory, self.tracking, self.runs = directory, tracking, runs
+        self.uri = store_uri(tracking, runs)
+        self._mirrors: dict[Path, Mirror] = {}
+        self._parent: MirroredRun | None = None
+
+    def sync(self, ended: bool = False) -> None:
+        """One pass over the folder, as `Mirror.sync`."""
+        sweep = read_json(self.directory / "sweep.json")
+        if sweep and self._parent is None:
+            self._parent = _open_parent(self.directory, sweep, self.tracking, self.runs)
+        parent_run_id = self._parent.run_id if self._parent else None
+        for config in sorted(self.directory.glob("*/config.yaml")):
+            path = config.parent
+            if path not in self._mirrors:
+                self._mirrors[path] = Mirror(RunRecord(path), self.tracking, self.runs, parent_run_id)
+            self._mirrors[path].sync(ended)
+        if self._parent:
+            statuses = {RunRecord(self.directory / trial["path"]).status for trial in sweep["trials"]}
+            unfinished = "KILLED" if ended else "RUNNING"
+            settled = "FAILED" if "failed" in statuses else "FINISHED"
+            self._parent.put_status(settled if statuses <= {"done", "failed"} else unfinished)
+
+    def follow(self) -> AbstractContextManager[None]:
+        """Syncs every two seconds beside the sweep, and a last time at the end."""
+        return follow(self)
+
+
+class Syncs(Protocol):
+    uri: str
+
+    def sync(self, ended: bool = False) -> None: ...
+
+
+@contextmanager
+def follow(mirror: Syncs) -> Iterator[None]:
+    """Runs `mirror.sync` in a thread until the block ends. A failing tracker costs one line, never the run."""
+    stop = threading.Event()
+    warned = threading.Event()
+
+    def attempt(ended: bool) -> None:
+        try:
+            mirror.sync(ended)
+        except Exception as error:  # whatever a tracker raises, it must not end the training beside it
+            if not warned.is_set():
+                warned.set()
+                _warn(mirror.uri, _first_line(error))
+
+    def passes() -> None:
+        while not stop.wait(SECONDS_BETWEEN_PASSES):
+            attempt(ended=False)
+        attempt(ended=True)
+
+    thread = threading.Thread(target=passes, daemon=True, name="mlflow")
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=30)
+        if thread.is_alive() and not warned.is_set():
+            _warn(mirror.uri, "no answer within 30 s")
+
+
+def sync_all(runs: Path | str, tracking: TrackingConfig) -> int:
+    """Mirrors every record below `runs`; returns how many there are. Raises RunError when the tracker fails."""
+    if tracking.backend != "mlflow":
+        raise UsageError(f"tracking.backend={tracking.backend} mirrors nothing; use tracking.backend=mlflow")
+    try:
+        for directory in sorted(path for path in Path(runs).glob("*") if path.is_dir()):
+            FolderMirror(directory, tracking, runs).sync()
+    except Exception as error:
+        raise RunError(f"cannot mirror to {store_uri(tracking, runs)}: {_first_line(error)}") from error
+    return len(list(Path(runs).glob("*/*/config.yaml")))
+
+
+def log_report(
+    directory: Path, tracking: TrackingConfig, runs: Path | str, metrics: Mapping[str, float], files: list[Path]
+) -> None:
+    """Puts what the analysis found onto the sweep's parent run: `metrics`, and `files` as artifacts."""
+    parent = _open_parent(directory, read_json(directory / "sweep.json"), tracking, runs)
+    for key, value in metrics.items():
+        parent.client.log_metric(parent.run_id, key, value)
+    parent.put_files(files)
+
+
+def _open_parent(directory: Path, sweep: Mapping[str, Any], tracking: TrackingConfig, runs: Path | str) -> MirroredRun:
+    run = MirroredRun(directory, tracking, runs, directory.name)
+    tags = {"sweep": directory.name, "experiment": sweep["name"], "paper_table": sweep.get("paper", "")}
+    tags |= {key: sweep[key] for key in ("baseline", "scale", "match")}
+    run.put(tags={**tags, "mlflow.note.content": sweep["question"]})
+    return run
+
+
+def _axes(config: Mapping[str, Any], budget: Mapping[str, Any]) -> dict[str, str]:
+    values = {name: _at(config, key) for name, key in AXES.items()} | {name: budget.get(name) for name in BUDGETS}
+    return {name: str(value) for name, value in values.items() if value is not None}
+
+
+def _at(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = config.get(part) if isinstance(config, Mapping) else None
+    return config
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _warn(uri: str, reason: str) -> None:
+    print(f"warning: cannot mirror to {uri} ({reason}); `python run.py sync` will catch up", file=sys.stderr)

@@ -1,0 +1,173 @@
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+from synthetic_sweep import write_sweep, write_times
+
+from experiments.table6 import EXPERIMENT as TABLE6
+from moepp.analysis.comparison import compare
+from moepp.analysis.report import report_metrics, write_report
+from moepp.analysis.results import load_sweep_results
+from moepp.analysis.tables import markdown, quality_table, quantity, terminal_table
+from moepp.records import write_json
+
+FULL = "zero+copy+constant"
+LOSSES = {
+    "vanilla": {0: 3.200, 1: 3.260, 2: 3.170},
+    "no_residual": {0: 3.205, 1: 3.250, 2: 3.172},
+    FULL: {0: 3.099, 1: 3.160, 2: 3.071},
+}
+TIMES = {"vanilla": (12.0, 1.0), "no_residual": (10.0, 0.75), FULL: (10.0, 0.75)}
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    return write_sweep(tmp_path_factory.mktemp("sweep"), LOSSES, TIMES)
+
+
+@pytest.fixture(scope="module")
+def report(sweep):
+    write_report(TABLE6, load_sweep_results(sweep), sweep / "report")
+    return sweep / "report"
+
+
+def test_returns_exactly_the_files_it_wrote(sweep):
+    written = write_report(TABLE6, load_sweep_results(sweep), sweep / "again")
+    assert written[0].name == "report.md"
+    assert sorted(written) == sorted((sweep / "again").iterdir())
+
+
+def test_the_same_records_give_the_same_bytes_in_another_process(sweep, report):
+    again = sweep / "other"
+    script = (
+        "import sys; from pathlib import Path; from experiments.table6 import EXPERIMENT\n"
+        "from moepp.analysis.report import write_report; from moepp.analysis.results import load_sweep_results\n"
+        "write_report(EXPERIMENT, load_sweep_results(Path(sys.argv[1])), Path(sys.argv[2]))"
+    )
+    subprocess.run(
+        [sys.executable, "-c", script, sweep, again],
+        check=True,
+        env={"PYTHONPATH": ":".join(sys.path), "PYTHONHASHSEED": "7"},
+    )
+    names = sorted(path.name for path in report.iterdir())
+    assert names == sorted(path.name for path in again.iterdir()) and "differences.svg" in names
+    assert [name for name in names if (report / name).read_bytes() != (again / name).read_bytes()] == []
+
+
+def test_the_table_holds_full_precision_and_the_papers_row(report):
+    rows = {row["arm"]: row for row in csv.DictReader((report / "table.csv").open())}
+    full = rows[FULL]
+    assert float(full["val_loss"]) == pytest.approx(3.11) and float(full["difference"]) == pytest.approx(-0.1)
+    assert float(full["difference_low"]) < -0.1 < float(full["difference_high"]) < 0
+    assert float(full["learned_speedup"]) == 1.2 and float(full["learned_ideal_speedup"]) == pytest.approx(4 / 3)
+    assert (full["seeds"], full["experts"], full["paper_average"]) == ("0 1 2", "8 + 1/1/2", "47.7")
+    assert rows["vanilla"]["difference"] == "" and rows["vanilla"]["learned_speedup"] == "1.0"
+
+
+def test_figures_carry_the_numbers_they_show(report):
+    rows = {row["difference"]: row for row in csv.DictReader((report / "differences.csv").open())}
+    assert float(rows[f"{FULL} – vanilla"]["mean"]) == pytest.approx(-0.1)
+    assert float(rows["effect of the gating residual"]["mean"]) == pytest.approx(-0.099)
+    curve = list(csv.DictReader((report / "curves.csv").open()))
+    assert float([row for row in curve if row["arm"] == FULL][-1]["minus_baseline"]) == pytest.approx(-0.1)
+    assert all(
+        (report / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in ("differences", "speedup", "curves")
+    )
+
+
+def test_the_report_has_the_papers_numbers_the_verdict_and_the_command(report):
+    text = (report / "report.md").read_text()
+    assert "python run.py reproduce table6 --scale laptop" in text
+    assert f"| {FULL} | 3 | 3.1100 ± " in text and "| 47.7 | +1.1 |" in text
+    assert "Lower validation loss than vanilla, beyond noise" in text and "Hardware: cpu two cores." in text
+    assert "nan" not in text.lower() and "Missing runs" not in text
+
+
+def test_without_timings_the_columns_are_empty_and_the_report_says_so(tmp_path):
+    write_sweep(tmp_path, LOSSES, TIMES)
+    write_report(TABLE6, load_sweep_results(tmp_path), tmp_path / "report")
+    (tmp_path / "expert_forward.json").unlink()
+    write_report(TABLE6, load_sweep_results(tmp_path), tmp_path / "report")
+    text = (tmp_path / "report/report.md").read_text()
+    assert "No `expert_forward.json` beside the sweep" in text and "so no speed-up is shown" in text
+    assert "| – | – | – | – | – | – |" in text
+    assert not list((tmp_path / "report").glob("speedup.*"))  # that of the first report is gone
+
+
+def test_times_of_learned_routing_alone_still_make_a_figure(tmp_path):
+    write_sweep(tmp_path, LOSSES)
+    write_times(tmp_path, TIMES)
+    timing = json.loads((tmp_path / "expert_forward.json").read_text())
+    timing["rows"] = [row for row in timing["rows"] if row["routing"] == "learned"]
+    write_json(tmp_path / "expert_forward.json", timing)
+    write_report(TABLE6, load_sweep_results(tmp_path), tmp_path / "report")
+    assert len((tmp_path / "report/speedup.csv").read_text().splitlines()) == 3
+
+
+def test_one_seed_shows_a_dash_for_every_interval(tmp_path):
+    write_sweep(tmp_path, {arm: {0: by_seed[0]} for arm, by_seed in LOSSES.items()})
+    results = load_sweep_results(tmp_path)
+    write_report(TABLE6, results, tmp_path / "report")
+    assert f"| {FULL} | 1 | 3.0990 ± – | -0.1010 ± – | – |" in markdown(quality_table(compare(TABLE6, results)))
+    assert "nan" not in (tmp_path / "report/report.md").read_text().lower()
+
+
+def test_missing_seeds_are_listed_and_n_is_shown(tmp_path):
+    write_sweep(tmp_path, LOSSES)
+    (tmp_path / f"trials/{FULL}-1/done").unlink()
+    write_report(TABLE6, load_sweep_results(tmp_path), tmp_path / "report")
+    text = (tmp_path / "report/report.md").read_text()
+    assert f"## Missing runs\n\n- {FULL}, seed 1: not finished" in text and f"| {FULL} | 2 | 3.0850 ± " in text
+
+
+def test_seeds_the_baseline_lacks_are_no_pairs(tmp_path):
+    write_sweep(tmp_path, LOSSES)
+    (tmp_path / "trials/vanilla-1/done").unlink()
+    table = markdown(quality_table(compare(TABLE6, load_sweep_results(tmp_path))))
+    assert f"| {FULL} | 3 (2 paired) | 3.1100 ± " in table and "| vanilla | 2 | 3.1850 ± " in table
+
+
+def test_a_tiny_p_is_never_shown_as_zero(tmp_path):
+    exact = {FULL: {seed: loss - 0.1 for seed, loss in LOSSES["vanilla"].items()}, "vanilla": LOSSES["vanilla"]}
+    table = quality_table(compare(TABLE6, load_sweep_results(write_sweep(tmp_path, exact))))
+    assert table[3][4] == "<0.001"
+
+
+def test_provenance_names_every_run_and_says_when_commits_differ(tmp_path):
+    write_sweep(tmp_path, LOSSES)
+    write_json(
+        tmp_path / f"trials/{FULL}-1/provenance.json",
+        {"git": {"sha": "def", "dirty": True}, "hardware": {"cpu": "two cores"}},
+    )
+    write_report(TABLE6, load_sweep_results(tmp_path), tmp_path / "report")
+    provenance = json.loads((tmp_path / "report/provenance.json").read_text())
+    assert provenance["git"][1] == {"value": {"dirty": True, "sha": "def"}, "runs": [f"{FULL}, seed 1"]}
+    assert provenance["hardware"] == {"cpu": "two cores"} and provenance["first_run_began"] == "2023-11-14 22:13 UTC"
+    assert {"arm": FULL, "seed": 1, "record": f"{FULL}-1"} in provenance["runs"] and len(provenance["runs"]) == 9
+    text = (tmp_path / "report/report.md").read_text()
+    assert (
+        "The runs differ in git: see provenance.json." in text
+        and "1 of 9 runs were made with uncommitted changes." in text
+    )
+
+
+def test_the_terminal_table_is_aligned_and_narrow(sweep):
+    lines = terminal_table(compare(TABLE6, load_sweep_results(sweep))).splitlines()
+    assert len({len(line) for line in lines[:-1]}) == 1 and max(map(len, lines)) <= 110
+    assert lines[3].split()[:6] == [FULL, "3", "3.1100", "-0.1000", "±", "0.0025‡"]
+    assert lines[3].split()[-4:] == ["1.20", "1.33", "1010", "47.7"]
+
+
+def test_tracker_metrics_have_names_trackers_accept(sweep):
+    metrics = report_metrics(compare(TABLE6, load_sweep_results(sweep)))
+    assert metrics["report/zero_copy_constant/val_loss_minus_baseline"] == pytest.approx(-0.1)
+    assert not any("+" in name for name in metrics) and "report/vanilla/val_loss_minus_baseline" not in metrics
+
+
+@pytest.mark.parametrize(
+    "value, text", [(None, "–"), (999, "999"), (1_234_567, "1.23M"), (2.5e9, "2.5G"), (0.5, "0.5")]
+)
+def test_quantities_are_short(value, text):
+    assert quantity(value) == text

@@ -1,0 +1,40 @@
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+
+from moepp.training.tokens import FORMAT, Counts, Header
+
+torch.set_num_threads(1)  # the models are tiny, and other processes may want the cores
+
+
+@pytest.fixture(scope="session")
+def token_folder(tmp_path_factory):
+    """Prepared tokens with something to learn: id + 1 follows id three times in four, over 64 ids; each id is one byte,
+    id 0 none.
+    """
+    folder = tmp_path_factory.mktemp("tokens")
+    generator = np.random.default_rng(0)
+    steps = np.where(generator.random(24_000) < 0.75, 1, generator.integers(0, 64, 24_000))
+    ids = (steps.cumsum() % 64).astype("<u2")
+    train, val = ids[:20_000], ids[20_000:]
+    train.tofile(folder / "train.bin")
+    val.tofile(folder / "val.bin")
+    (val != 0).astype("<u4").tofile(folder / "val.lengths.bin")
+    counts = [Counts(1, len(split), int((split != 0).sum())) for split in (train, val)]
+    header = Header(FORMAT, "feedfacefeedface", "<u2", 64, 0, "a counting chain", *counts)
+    (folder / "header.json").write_text(json.dumps(asdict(header)))
+    return folder
+
+
+@pytest.fixture
+def overrides(token_folder, tmp_path):
+    """A run of 12 steps that takes a fraction of a second, with its records in a folder of the test's own."""
+    return [
+        "size=smoke", "tracking=jsonl", "data=tokens", f"data.path={token_folder}", f"runs={tmp_path / 'runs'}",
+        "trainer.progress=false", "trainer.steps=12", "trainer.val_every=5", "trainer.checkpoint_every=4",
+        "trainer.log_every=2", "trainer.expert_timing=false", "trainer.accelerator=cpu",
+        "trainer.threads=1",
+    ]  # fmt: skip

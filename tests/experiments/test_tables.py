@@ -1,0 +1,62 @@
+import subprocess
+import sys
+
+import pytest
+
+from experiments import discover
+from moepp.analysis.experiment import Experiment
+
+PRINTED = {  # averages as the paper prints them
+    "table5": {"vanilla": 46.6, "zero": 47.0, "copy": 47.2, "constant": 47.4, "zero+copy": 47.2, "zero+constant": 47.3,
+               "copy+constant": 47.5, "zero+copy+constant": 47.7},
+    "table6": {"vanilla": 46.6, "no_residual": 47.5, "zero+copy+constant": 47.7},
+}  # fmt: skip
+
+
+@pytest.fixture(params=sorted(discover()))
+def experiment(request) -> Experiment:
+    return discover()[request.param]
+
+
+def test_a_file_name_is_its_experiments_name():
+    assert all(name == experiment.name for name, experiment in discover().items())
+    assert set(discover()) >= set(PRINTED)
+
+
+def test_every_experiment_is_complete(experiment):
+    assert set(experiment.arms) == set(experiment.paper)
+    assert all(len(row.scores) == len(experiment.tasks) for row in experiment.paper.values())
+    assert experiment.noisy_task in experiment.tasks
+    for contrast in experiment.contrasts.values():
+        assert set(contrast.on) | set(contrast.off) <= set(experiment.arms) and not set(contrast.on) & set(contrast.off)
+
+
+@pytest.mark.parametrize("name", sorted(PRINTED))
+def test_task_scores_give_the_papers_printed_averages(name):
+    assert {arm: row.average for arm, row in discover()[name].paper.items()} == PRINTED[name]
+
+
+def test_table5_effects_split_the_eight_arms_in_halves():
+    experiment = discover()["table5"]
+    for name, contrast in experiment.contrasts.items():
+        kind = name.split()[0]
+        assert (len(contrast.on), len(contrast.off)) == (4, 4) and kind in contrast.on
+        assert {"+".join(part for part in arm.split("+") if part != kind) or "vanilla" for arm in contrast.on} == set(
+            contrast.off
+        )
+    assert experiment.paper_effect("zero experts") == pytest.approx(0.125)
+
+
+def test_listing_experiments_imports_nothing_heavy():
+    heavy = ("torch", "lightning", "mlflow", "matplotlib", "numpy", "scipy", "datasets")
+    script = (
+        f"import sys; from experiments import discover; discover(); print([m for m in {heavy} if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": ":".join(sys.path)},
+        check=True,
+    )
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,76 @@
+import pytest
+import torch
+
+from moepp.config import compose
+from moepp.layers.experts import ExpertCounts
+from moepp.models.budget import active_parameters, expected_ffn_per_token, forward_flops, parameters
+from moepp.models.decoder import Decoder, DecoderConfig
+from moepp.training.settings import RunConfig
+
+# Table 2 with a vocabulary of 65,536 and untied embeddings, in billions: total, activated with and without the input
+# embedding, and what MoE++ adds to vanilla MoE in millions (counting the unused gating residual of layer 1, which the
+# released code carries).
+PAPER = {
+    "0.6b": (0.582, 0.242, 0.192, 0.094),
+    "1b": (1.035, 0.242, 0.192, 0.097),
+    "2b": (1.941, 0.242, 0.192, 0.259),
+    "7b": (7.676, 1.334, 1.234, 0.378),
+}
+
+
+@pytest.mark.parametrize("size", PAPER)
+def test_the_papers_sizes_build_with_its_parameter_counts(size):
+    total, active, without_input, added = PAPER[size]
+    vanilla, moepp = (compose(RunConfig, [f"size={size}", f"model={m}"]).model for m in ("vanilla", "moepp"))
+    for config in (vanilla, moepp):
+        with torch.device("meta"):
+            model = Decoder(config)
+        assert sum(p.numel() for p in model.parameters()) == sum(parameters(config).values())
+    assert sum(parameters(moepp).values()) / 1e9 == pytest.approx(total, abs=1e-3)
+    assert active_parameters(vanilla) / 1e9 == pytest.approx(active, abs=6e-4)
+    assert (active_parameters(vanilla) - parameters(vanilla)["embedding"]) / 1e9 == pytest.approx(
+        without_input, abs=6e-4
+    )
+    unused = moepp.experts.total**2
+    difference = sum(parameters(moepp).values()) + unused - sum(parameters(vanilla).values())
+    assert difference / 1e6 == pytest.approx(added, abs=6e-4)
+
+
+def test_the_papers_expert_sets():
+    sets = {size: compose(RunConfig, [f"size={size}"]).model.experts for size in PAPER}
+    assert sets == {
+        "0.6b": ExpertCounts(8, 1, 1, 2),
+        "1b": ExpertCounts(16, 1, 1, 2),
+        "2b": ExpertCounts(32, 1, 1, 6),
+        "7b": ExpertCounts(16, 1, 1, 2),
+    }
+    assert expected_ffn_per_token(compose(RunConfig, ["size=7b"]).model) == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"kv_heads": 2}, {"moe_every": 2}, {"tie_embeddings": True}, {"gating_residual": False}], ids=str
+)
+def test_counted_parameters_equal_the_built_models(changes):
+    config = DecoderConfig(dim=32, hidden=24, layers=4, heads=4, vocab_size=61, **changes)
+    assert sum(p.numel() for p in Decoder(config).parameters()) == sum(parameters(config).values())
+
+
+def test_flops_equal_what_torch_counts():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = DecoderConfig(dim=32, hidden=24, layers=2, heads=4, vocab_size=61)
+    model, ids = (
+        Decoder(config, seed=0).eval(),
+        torch.randint(0, 61, (2, 16), generator=torch.Generator().manual_seed(0)),
+    )
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        output = model(ids)
+    chosen = torch.stack([layer.chosen_N for layer in output.stats])
+    ffn_per_token = chosen[:, :8].sum().item() / (2 * ids.numel())
+    ours = forward_flops(config, 16, ffn_per_token)
+    products = (
+        sum(ours.values()) - 2 * config.layers * 16 * config.dim
+    )  # scores: we count the causal half, on CPU torch none
+    counted = counter.get_total_flops()
+    attention = sum(v for op, v in counter.get_flop_counts()["Global"].items() if "attention" in str(op))
+    assert (counted - attention) / ids.numel() == pytest.approx(products, rel=2e-3)

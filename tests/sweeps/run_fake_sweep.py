@@ -1,0 +1,32 @@
+"""A whole runner process for the tests that kill or interrupt one: `python run_fake_sweep.py RUNS`."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+from moepp.errors import RunError
+from moepp.sweeps.runner import run_sweep
+from moepp.sweeps.spec import Scale, Sweep
+from moepp.training import tokens
+
+FAKE_TRIAL = (sys.executable, str(Path(__file__).with_name("fake_trial.py")))
+
+
+def no_preparation(config):
+    """In place of tokens.prepare: the fake trials read no tokens."""
+    return SimpleNamespace(header=SimpleNamespace(digest="0123456789abcdef"))
+
+
+def sweep(**arms) -> Sweep:
+    arms = arms or {"top1": ["model.top_k=1"], "top2": {"model": {"top_k": 2}}}
+    scales = {"smoke": Scale(set=["size=smoke", "trainer.steps=4", "tracking=jsonl"])}
+    return Sweep(name="toy", question="Which?", base=["model=vanilla"], scales=scales, baseline="top1", arms=arms)
+
+
+if __name__ == "__main__":
+    tokens.prepare = no_preparation
+    try:
+        run_sweep(sweep(), "smoke", workers=2, extra=[f"runs={sys.argv[1]}", "trainer.steps=20"], command=FAKE_TRIAL)
+    except RunError as error:
+        print(f"error: {error}")
+        sys.exit(error.exit_code)

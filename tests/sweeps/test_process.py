@@ -1,0 +1,35 @@
+import os
+import signal
+import subprocess
+import sys
+
+from moepp.sweeps.process import cause_of_end, die_with_parent, start
+
+
+def test_a_process_without_a_runner_lives_on(monkeypatch):
+    monkeypatch.delenv("MOEPP_PARENT_PID", raising=False)
+    die_with_parent()
+
+
+def test_a_process_whose_runner_is_already_gone_ends_at_once():
+    script = "from moepp.sweeps.process import die_with_parent; die_with_parent(); print('alive')"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "MOEPP_PARENT_PID": "1999999999"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True)
+    assert (done.returncode, done.stdout) == (-signal.SIGKILL, b"")
+
+
+def test_a_trial_starts_in_its_own_session_with_its_slot(tmp_path):
+    log = tmp_path / "log.txt"
+    script = (
+        "import os; print(os.getsid(0) == os.getpid(), os.environ['OMP_NUM_THREADS'], os.environ['MOEPP_PARENT_PID'])"
+    )
+    assert start([sys.executable, "-c", script], log, {"OMP_NUM_THREADS": "3"}).wait() == 0
+    assert log.read_text().split() == ["True", "3", str(os.getpid())]
+
+
+def test_cause_of_end_names_the_signal_and_the_last_line(tmp_path):
+    log = tmp_path / "log.txt"
+    log.write_text("step 1\n" * 5000 + "CUDA error: out of memory\n\n")
+    assert cause_of_end(-9, log) == "killed by SIGKILL; CUDA error: out of memory"
+    log.write_text("")
+    assert cause_of_end(3, log) == "exit code 3; nothing printed"

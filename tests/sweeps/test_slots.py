@@ -1,0 +1,39 @@
+import os
+
+import pytest
+
+from moepp.sweeps import slots
+from moepp.training.settings import TrainerConfig
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(slots, "_gpus", lambda: [])
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+
+def test_workers_share_the_cores():
+    assert slots.divide(3, TrainerConfig()) == [{"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}] * 3
+
+
+def test_without_gpus_there_is_one_worker_per_core():
+    assert [slot["OMP_NUM_THREADS"] for slot in slots.divide(0, TrainerConfig())] == ["1"] * 8
+
+
+def test_threads_that_were_asked_for_stay(monkeypatch):
+    assert slots.divide(2, TrainerConfig(threads=4)) == [{}, {}]
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert slots.divide(2, TrainerConfig()) == [{}, {}]
+
+
+def test_each_worker_gets_gpus_of_its_own(monkeypatch):
+    monkeypatch.setattr(slots, "_gpus", lambda: ["0", "1", "2", "3"])
+
+    def given(*arguments):
+        return [slot["CUDA_VISIBLE_DEVICES"] for slot in slots.divide(*arguments)]
+
+    assert given(0, TrainerConfig()) == ["0", "1", "2", "3"]
+    assert given(0, TrainerConfig(devices=2)) == ["0,1", "2,3"]
+    assert given(6, TrainerConfig()) == ["0", "1", "2", "3", "0", "1"]
+    assert "CUDA_VISIBLE_DEVICES" not in slots.divide(1, TrainerConfig(accelerator="cpu"))[0]

