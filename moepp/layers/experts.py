@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moepp.layers.dispatch import LocalDispatcher
+from moepp.layers.dispatch import Backend, LocalDispatcher
 
 
 @dataclass
@@ -43,30 +43,49 @@ class ExpertCounts:
         return ["ffn"] * self.ffn + ["constant"] * self.constant + ["copy"] * self.copy + ["zero"] * self.zero
 
 
+@dataclass
+class Affine:
+    """What all zero-computation experts add, c x + M V, not yet evaluated: a kernel may fuse it with its combine.
+
+    `scale_T` is c; `mix_TC` and `vectors_CD` are M and V, None without constant experts. All in at least float32.
+    """
+
+    scale_T: Tensor
+    mix_TC: Tensor | None
+    vectors_CD: Tensor | None
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        """[T, D] in scale_T's dtype."""
+        scaled_TD = self.scale_T[:, None] * x_TD
+        if self.mix_TC is None:
+            return scaled_TD
+        return torch.addmm(scaled_TD, self.mix_TC, self.vectors_CD)
+
+
 class FFNExperts(nn.Module):
     """E SwiGLU experts, stacked so that a strategy can slice dimension 0 and nothing else.
 
-    `w_in` [E, 2F, D] holds the gate projection in its first F rows and the up projection in the others; `w_out` is [E,
-    D, F]. The `dispatcher` decides where the rows are computed; a strategy replaces it, the layer never asks for a
-    rank.
+    `w_in` [E, 2F, D] holds the gate projection in its first F rows and the up projection in the others; `w_out` is
+    [E, D, F]. The `dispatcher` decides where and by which kernel the rows are computed; a strategy replaces it, the
+    layer never asks for a rank.
     """
 
-    def __init__(self, experts: int, dim: int, hidden: int):
+    def __init__(self, experts: int, dim: int, hidden: int, backend: Backend = "auto"):
         super().__init__()
         self.w_in = nn.Parameter(torch.empty(experts, 2 * hidden, dim))
         self.w_out = nn.Parameter(torch.empty(experts, dim, hidden))
-        self.dispatcher = LocalDispatcher()
+        self.dispatcher = LocalDispatcher(backend)
 
-    def forward(self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor) -> Tensor:
-        """Sum over k of gate * expert(x), in at least float32, [T, D]. Slots whose expert id is E or more contribute
-        nothing.
+    def forward(self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, others: Affine | None) -> Tensor:
+        """Sum over k of gate * expert(x), plus `others`, [T, D] in gate_TK's dtype.
+
+        Slots whose expert id is E or more belong to no FFN expert and are never multiplied.
         """
-        return self.dispatcher(self.w_in, self.w_out, x_TD, expert_TK, gate_TK)
+        return self.dispatcher(self.w_in, self.w_out, x_TD, expert_TK, gate_TK, others)
 
 
 class ZeroComputationExperts(nn.Module):
-    """Zero (Eq. 3), copy (Eq. 4) and constant (Eq. 5) experts as one pass: y = c_x * x + G_c a_2 @ V, with no gather or
-    scatter.
+    """Zero (Eq. 3), copy (Eq. 4) and constant (Eq. 5) experts as one affine map of the input, nothing gathered.
 
     A constant expert j mixes its input with a learned vector: a_j1 x + a_j2 v_j, [a_j1, a_j2] = softmax(W_j x).
     """
@@ -75,23 +94,18 @@ class ZeroComputationExperts(nn.Module):
 
     def __init__(self, counts: ExpertCounts, dim: int):
         super().__init__()
-        self.constant, self.copy = counts.constant, counts.copy
+        self.counts = counts
         if counts.constant:
             self.w_mix = nn.Parameter(torch.empty(2 * counts.constant, dim))  # W_c of Eq. 5, two rows per expert
             self.vectors = nn.Parameter(torch.empty(counts.constant, dim))  # v of Eq. 5
 
-    def forward(self, x_TD: Tensor, gate_TZ: Tensor) -> Tensor:
-        """The gated sum of all zero-computation experts, [T, D], in gate_TZ's dtype.
-
-        `gate_TZ` holds a token's gate for every zero-computation expert, 0 where not chosen, in expert order.
-        """
-        x_TD = x_TD.to(gate_TZ.dtype)
-        gate_TC, gate_copies, _ = gate_TZ.split(
-            [self.constant, self.copy, gate_TZ.shape[1] - self.constant - self.copy], 1
-        )
-        c_T = gate_copies.sum(1)
-        if not self.constant:
-            return c_T[:, None] * x_TD
-        mix_TC2 = F.linear(x_TD, self.w_mix.to(x_TD.dtype)).unflatten(1, (self.constant, 2)).softmax(-1)
-        c_T = c_T + (gate_TC * mix_TC2[..., 0]).sum(1)
-        return torch.addmm(c_T[:, None] * x_TD, gate_TC * mix_TC2[..., 1], self.vectors.to(x_TD.dtype))
+    def forward(self, x_TD: Tensor, gate_TZ: Tensor) -> Affine:
+        """`gate_TZ` holds a token's gate for every zero-computation expert, 0 where not chosen, in expert order."""
+        counts, dtype = self.counts, gate_TZ.dtype
+        gate_TC, gate_copies, _ = gate_TZ.split([counts.constant, counts.copy, counts.zero], 1)
+        scale_T = gate_copies.sum(1)
+        if not counts.constant:
+            return Affine(scale_T, None, None)
+        mix_TC2 = F.linear(x_TD.to(dtype), self.w_mix.to(dtype)).unflatten(1, (counts.constant, 2)).softmax(-1)
+        scale_T = scale_T + (gate_TC * mix_TC2[..., 0]).sum(1)
+        return Affine(scale_T, gate_TC * mix_TC2[..., 1], self.vectors.to(dtype))

@@ -16,8 +16,9 @@ from moepp.layers.balance import (
     selection_counts,
     within_capacity,
 )
+from moepp.layers.dispatch import Backend
 from moepp.layers.experts import ExpertCounts, FFNExperts, ZeroComputationExperts
-from moepp.layers.router import GateForm, Router, Routing, normalize_logits, route
+from moepp.layers.router import GateForm, Router, RouterForm, Routing, normalize_logits, route
 
 
 @dataclass
@@ -35,6 +36,9 @@ class MoEConfig:
     gating_residual: bool = True
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     capacity_factor: float | None = 1.1  # in training only; null is dropless
+    router: RouterForm = "linear"
+    multiply_by_top_k: bool = False  # experts see top_k * x, as released code does without its no_mul_topk flag
+    backend: Backend = "auto"  # kernel of the FFN experts; changes speed and rounding, nothing else
 
     def __post_init__(self) -> None:
         experts = self.experts
@@ -68,8 +72,9 @@ class MoELayer(nn.Module):
     def __init__(self, config: MoEConfig, first: bool = False):
         super().__init__()
         self.config = config
-        self.router = Router(config.dim, config.experts.total, config.gating_residual and not first)
-        self.ffn = FFNExperts(config.experts.ffn, config.dim, config.hidden)
+        residual = config.gating_residual and not first
+        self.router = Router(config.dim, config.experts.total, residual, config.router)
+        self.ffn = FFNExperts(config.experts.ffn, config.dim, config.hidden, config.backend)
         self.zero_computation = (
             ZeroComputationExperts(config.experts, config.dim) if config.experts.zero_computation else None
         )
@@ -100,14 +105,16 @@ class MoELayer(nn.Module):
 
     def expert_forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """The gated sum of the chosen experts, [T, D] in x_TD's dtype: all of the layer but the router."""
-        y_TD = self.ffn(x_TD, routing.expert_TK, routing.gate_TK)
+        if self.config.multiply_by_top_k:
+            x_TD = x_TD * self.config.top_k
+        others = None
         if self.zero_computation is not None:
             total, ffn = self.config.experts.total, self.config.experts.ffn
             gate_TN = routing.gate_TK.new_zeros(len(x_TD), total + 1)  # column N takes dropped slots
             gate_TN = gate_TN.scatter_add(1, routing.expert_TK, routing.gate_TK)
             with torch.autocast(x_TD.device.type, enabled=False):
-                y_TD = y_TD + self.zero_computation(x_TD, gate_TN[:, ffn:total])
-        return y_TD.to(x_TD.dtype)
+                others = self.zero_computation(x_TD, gate_TN[:, ffn:total])
+        return self.ffn(x_TD, routing.expert_TK, routing.gate_TK, others).to(x_TD.dtype)
 
     def statistics(self, logits_TN: Tensor, routing: Routing) -> MoEStats:
         config, probs_TN = self.config, routing.probs_TN

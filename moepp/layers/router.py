@@ -11,25 +11,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 GateForm = Literal["released", "softmax", "renormalized"]
+RouterForm = Literal["linear", "two_layer"]
 
 
 class Router(nn.Module):
     """logits^j = W^j x^j + W_g^j logits^(j-1), in at least float32 (Eq. 6).
 
     The carried logits are pre-softmax and contain every earlier layer's residual; no detach, no bias. The first layer
-    has no W_g: an unused parameter would break DDP.
+    has no W_g: an unused parameter would break DDP. The `two_layer` form (released code) replaces W^j x by
+    W tanh(W_hidden x) with 8 N hidden units.
     """
 
-    def __init__(self, dim: int, experts: int, gating_residual: bool):
+    def __init__(self, dim: int, experts: int, gating_residual: bool, form: RouterForm = "linear"):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(experts, dim))
+        hidden = 8 * experts if form == "two_layer" else None
+        self.hidden = nn.Parameter(torch.empty(hidden, dim)) if hidden else None
+        self.weight = nn.Parameter(torch.empty(experts, hidden or dim))
         self.residual = nn.Parameter(torch.empty(experts, experts)) if gating_residual else None
 
     def forward(self, x_TD: Tensor, previous_TN: Tensor | None) -> Tensor:
         """Raw logits [T, N]; `previous_TN` are the previous MoE layer's."""
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TN = F.linear(x_TD.to(dtype), self.weight.to(dtype))
+            x_TD = x_TD.to(dtype)
+            if self.hidden is not None:
+                x_TD = F.linear(x_TD, self.hidden.to(dtype)).tanh()
+            logits_TN = F.linear(x_TD, self.weight.to(dtype))
             if self.residual is not None and previous_TN is not None:
                 logits_TN = logits_TN + F.linear(previous_TN.to(dtype), self.residual.to(dtype))
         return logits_TN

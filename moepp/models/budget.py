@@ -20,12 +20,17 @@ def parameters(config: DecoderConfig) -> dict[str, int]:
         "head": 0 if config.tie_embeddings else config.vocab_size * dim,
         "attention": config.layers * 2 * dim * config.head_dim * (config.heads + config.num_kv_heads),
         "norms": (2 * config.layers + 1) * dim,
-        "router": moe * experts.total * dim,
+        "router": moe * _router_parameters(config),
         "gating_residual": (moe - 1) * experts.total**2 if config.gating_residual else 0,
         "constant_experts": moe * experts.constant * 3 * dim,
         "ffn_experts": moe * experts.ffn * 3 * dim * config.hidden,
         "dense_ffn": (config.layers - moe) * 3 * dim * config.dense_width,
     }
+
+
+def _router_parameters(config: DecoderConfig) -> int:
+    experts, dim = config.experts.total, config.dim
+    return experts * dim if config.router == "linear" else 8 * experts * (dim + experts)
 
 
 def active_parameters(config: DecoderConfig, ffn_per_token: float | None = None) -> int:

@@ -64,10 +64,11 @@ class DecoderConfig(MoEConfig):
 
 @dataclass
 class DecoderOutput:
-    """`logits` [B, S, V]; `stats` of every MoE layer, first to last."""
+    """`logits` [B, S, V]; `stats` of every MoE layer, first to last; `hidden_states` where they were asked for."""
 
     logits: Tensor
     stats: list[MoEStats]
+    hidden_states: list[Tensor] | None = None  # the embeddings, each block's output but the last, and the final norm's
 
     @property
     def router_logits(self) -> list[Tensor]:
@@ -125,13 +126,17 @@ class Decoder(nn.Module):
         if seed is not None:
             initialize(self, seed)
 
-    def forward(self, ids_BS: Tensor, caches: list[KeyValueCache] | None = None) -> DecoderOutput:
+    def forward(
+        self, ids_BS: Tensor, caches: list[KeyValueCache] | None = None, hidden_states: bool = False
+    ) -> DecoderOutput:
         """`ids_BS` int64 token ids; with `caches`, the tokens that follow those already cached."""
         offset = caches[0].length if caches else 0
         positions = torch.arange(offset, offset + ids_BS.shape[1], device=ids_BS.device)
         rotary = rotary_table(positions, self.config.head_dim, self.config.rope_theta)
         x_BSD, logits_TN, stats = self.embedding(ids_BS), None, []
+        states = []
         for index, block in enumerate(self.blocks):
+            states.append(x_BSD)
             inputs = (x_BSD, rotary, logits_TN, caches[index] if caches else None)
             if self.config.activation_checkpointing and self.training:
                 x_BSD, layer = checkpoint(block, *inputs, use_reentrant=False)
@@ -141,7 +146,8 @@ class Decoder(nn.Module):
                 logits_TN = layer.logits_TN
                 stats.append(layer)
         x_BSD = self.norm(x_BSD)
-        return DecoderOutput(F.linear(x_BSD, self.embedding.weight if self.head is None else self.head.weight), stats)
+        logits_BSV = F.linear(x_BSD, self.embedding.weight if self.head is None else self.head.weight)
+        return DecoderOutput(logits_BSV, stats, [*states, x_BSD] if hidden_states else None)
 
     def balance_loss(self, output: DecoderOutput) -> Tensor:
         """beta * L_b over all layers (Eq. 9)."""

@@ -51,7 +51,7 @@ class RunConfig:
 
 # What cannot change a result: a run moved to other devices, folders or trackers is still the same run.
 NOT_IDENTITY = (
-    "name", "runs", "tags", "tracking", "data.cache", "data.workers",
+    "name", "runs", "tags", "model.backend", "tracking", "data.cache", "data.workers",
     "trainer.log_every", "trainer.checkpoint_every", "trainer.expert_timing", "trainer.accelerator", "trainer.devices",
     "trainer.num_nodes", "trainer.threads", "trainer.progress",
 )  # fmt: skip

@@ -45,11 +45,13 @@ def moe(layer, x_TD, previous_TN=None):
     config = layer.config
     outputs, carried, selected, probabilities = [], [], torch.zeros(config.experts.total, dtype=x_TD.dtype), []
     for t, x in enumerate(x_TD):
-        logits = layer.router.weight @ x
+        hidden = x if layer.router.hidden is None else torch.tanh(layer.router.hidden @ x)
+        logits = layer.router.weight @ hidden
         if previous_TN is not None and layer.router.residual is not None:
             logits = logits + layer.router.residual @ previous_TN[t]
         found, probs = gates(logits, config)
-        outputs.append(sum(gate * expert_output(layer, i, x) for i, gate in found.items()))
+        seen = config.top_k * x if config.multiply_by_top_k else x
+        outputs.append(sum(gate * expert_output(layer, i, seen) for i, gate in found.items()))
         carried.append(logits)
         probabilities.append(probs)
         for i in found:

@@ -66,6 +66,8 @@ def test_layer_equals_the_equations_for_every_combination_of_expert_types(counts
         {"logits_norm": 0.3, "gate": "softmax"},
         {"balance": BalanceConfig(tau=0.1, form="paper")},
         {"gating_residual": False},
+        {"router": "two_layer"},
+        {"multiply_by_top_k": True},
     ],
     ids=str,
 )

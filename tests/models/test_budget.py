@@ -48,7 +48,16 @@ def test_the_papers_expert_sets():
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"kv_heads": 2}, {"moe_every": 2}, {"tie_embeddings": True}, {"gating_residual": False}], ids=str
+    "changes",
+    [
+        {},
+        {"kv_heads": 2},
+        {"moe_every": 2},
+        {"tie_embeddings": True},
+        {"gating_residual": False},
+        {"router": "two_layer"},
+    ],
+    ids=str,
 )
 def test_counted_parameters_equal_the_built_models(changes):
     config = DecoderConfig(dim=32, hidden=24, layers=4, heads=4, vocab_size=61, **changes)
