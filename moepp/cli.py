@@ -19,7 +19,11 @@ OVERRIDES = "config values: group=fragment (size=tiny, data=text) or dotted.key=
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    if rest and hasattr(options, "overrides") and all("=" in word and word[0] != "-" for word in rest):
+        options.overrides += rest  # argparse takes positional words in one place only; ours may stand anywhere
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if not hasattr(options, "command"):
         parser.print_help()
         return 0
@@ -86,6 +90,15 @@ def _parser() -> argparse.ArgumentParser:
 
     sync = add("sync", _sync, "bring MLflow up to the run records")
     add_overrides(sync)
+
+    bench = add("bench", _bench, "time the expert layer against its floor and its peers")
+    bench.add_argument("what", choices=["layer"])
+    bench.add_argument("--quick", action="store_true", help="vanilla and tau 0.75 only; under a minute on two cores")
+    bench.add_argument("--ffn", type=int, nargs="+", choices=[8, 16, 32], help="FFN experts of the sets to measure")
+    bench.add_argument("--routing", nargs="+", choices=["learned", "balanced"])
+    bench.add_argument("--tokens", type=int)
+    bench.add_argument("--repeats", type=int)
+    bench.add_argument("--out", type=Path, default=Path("results/bench_layer/latest"))
 
     trial = add("trial", _trial, "train a frozen config in its own directory (what a sweep starts for each trial)")
     trial.add_argument("config", type=Path, help="config.yaml of a run directory")
@@ -198,6 +211,18 @@ def _generate(options: argparse.Namespace) -> None:
     from moepp.training.generate import continue_text
 
     print(continue_text(options.run, options.prompt, options.tokens, options.temperature, options.seed))
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from moepp.benchmarks.layer import LayerBenchmark, markdown, run
+
+    given = {"sets": options.ffn, "routings": options.routing, "tokens": options.tokens, "repeats": options.repeats}
+    benchmark = LayerBenchmark.quick() if options.quick else LayerBenchmark()
+    benchmark = replace(benchmark, **{key: value for key, value in given.items() if value is not None})
+    print("\n".join(markdown(run(benchmark, options.out))))
+    print(f"\nreport: {options.out / 'report.md'}")
 
 
 def _ui(options: argparse.Namespace) -> None:

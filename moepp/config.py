@@ -51,8 +51,9 @@ def compose(schema: type[Schema], arguments: Iterable[str | Mapping[str, Any]], 
 
 def load(schema: type[Schema], path: Path) -> Schema:
     """The config that `save` froze. Raises UsageError in one line that begins with the path."""
+    layer = _load(path)
     try:
-        return _join(schema, [_load(path)])
+        return _join(schema, [layer])
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
 

@@ -84,7 +84,7 @@ class Comparison:
     differences: dict[str, Difference]  # arm -> arm minus baseline
     contrasts: dict[str, Difference]
     noise: NoiseFloor
-    ordering: Ordering
+    ordering: Ordering | None  # None where the experiment has no paper's numbers
     budgets: dict[str, Budget]
 
 
@@ -108,7 +108,7 @@ def compare(experiment: Experiment, results: SweepResults) -> Comparison:
         differences=differences,
         contrasts=_differences(experiment.contrasts, loss),
         noise=_noise(list(loss[results.baseline].values()), list(differences.values())),
-        ordering=_ordering(experiment, loss),
+        ordering=_ordering(experiment, loss) if experiment.paper else None,
         budgets={name: budget for name in BUDGETS if (budget := _budget(experiment.arms, results, name))},
     )
 

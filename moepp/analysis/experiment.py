@@ -1,8 +1,10 @@
-"""What an experiment file declares: a question, the sweep that answers it, and the paper's numbers beside ours."""
+"""What an experiment file declares: a question, the sweep that answers it, and where there are any, the paper's numbers
+beside ours.
+"""
 
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -32,19 +34,21 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One table of the paper. `arms` are arms of the sweep in display order; the sweep says which is the baseline."""
+    """One table of the paper, or a question of our own with no paper's numbers: then `paper`, `tasks`, `noisy_task` and
+    `reference` stay empty. `arms` are arms of the sweep in display order; the sweep says which is the baseline.
+    """
 
     name: str
     title: str
     question: str
-    reference: str  # where in the paper
     sweep: str
     arms: tuple[str, ...]
-    tasks: tuple[str, ...]  # columns of PaperRow.scores
-    noisy_task: str  # the one task whose scores are near chance and carry much of the paper's average
-    paper: Mapping[str, PaperRow]
-    contrasts: Mapping[str, Contrast]
-    notes: tuple[str, ...]  # what the paper leaves open and what was chosen here
+    reference: str = ""  # where in the paper
+    tasks: tuple[str, ...] = ()  # columns of PaperRow.scores
+    noisy_task: str = ""  # the one task whose scores are near chance and carry much of the paper's average
+    paper: Mapping[str, PaperRow] = field(default_factory=dict)  # of every arm, or of none
+    contrasts: Mapping[str, Contrast] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()  # what the paper leaves open and what was chosen here
 
     def average_without_noisy_task(self, arm: str) -> float:
         """The paper's scores averaged over the other tasks, to two digits (which keeps exact ties exact)."""

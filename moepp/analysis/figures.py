@@ -68,7 +68,7 @@ def differences(comparison: Comparison) -> "tuple[Figure, Rows] | None":
 
 
 def speedup(comparison: Comparison) -> "tuple[Figure, Rows] | None":
-    """Expert forward over the baseline's, against the ideal of time proportional to the FFN share."""
+    """Expert forward over the baseline's, against the ideal of time proportional to FFN compute."""
     results = comparison.results
     arms = [a for a in comparison.experiment.arms if a != results.baseline and (a, "learned") in results.expert_times]
     found = [(arm, routing, *speedups(results, arm, routing)) for routing in ROUTINGS for arm in arms]
@@ -84,7 +84,7 @@ def speedup(comparison: Comparison) -> "tuple[Figure, Rows] | None":
     middles = [arms.index(arm) + offset[routing] for arm, routing, *_ in found]
     ideals = [ideal for *_, ideal in found]
     low, high = [y - 0.18 for y in middles], [y + 0.18 for y in middles]
-    axes.vlines(ideals, low, high, color=INK, lw=2.2, label="ideal, 1 / FFN share")
+    axes.vlines(ideals, low, high, color=INK, lw=2.2, label="ideal, baseline's FFN compute / arm's")
     axes.axvline(1, color=INK, lw=0.8, ls="--")
     axes.set_yticks(range(len(arms)), arms)
     axes.set_ylim(len(arms) - 0.5, -0.5)
@@ -126,7 +126,7 @@ def curves(comparison: Comparison) -> "tuple[Figure, Rows] | None":
 
 FIGURES = {
     "differences": (differences, "Differences in validation loss: every seed, the mean, its 95 % interval."),
-    "speedup": (speedup, "Expert forward: measured speed-up, and the ideal if time followed the FFN share."),
+    "speedup": (speedup, "Expert forward: measured speed-up, and the ideal if time followed FFN compute."),
     "curves": (curves, "Validation loss over training, mean over seeds; right: distance to the baseline."),
 }
 

@@ -80,8 +80,9 @@ def report_metrics(comparison: Comparison) -> dict[str, float]:
 def _report(comparison: Comparison, drawn: list[figures.Drawn]) -> str:
     experiment, results = comparison.experiment, comparison.results
     seeds = sorted({run.seed for run in _runs(experiment, results)})
+    beside = f" Beside the paper's {experiment.reference} (MoE++, arXiv 2410.07348)." if experiment.paper else ""
     about = [
-        f"**{experiment.question}** Beside the paper's {experiment.reference} (MoE++, arXiv 2410.07348).",
+        f"**{experiment.question}**{beside}",
         f"Sweep `{results.name}`, scale `{results.scale}`, seeds {', '.join(map(str, seeds))},"
         f" baseline `{results.baseline}`. Made by `{_command(experiment, results)}`.",
         f"Hardware: {_hardware(_runs(experiment, results))}.",
@@ -96,7 +97,7 @@ def _report(comparison: Comparison, drawn: list[figures.Drawn]) -> str:
         "Figures": "\n\n".join(f"![{f.caption}]({f.name}.svg)\n\n{f.caption} [Data]({f.name}.csv)." for f in drawn),
         "Noise floor": _bullets(noise_floor(comparison)),
         "What is held equal, and what is not": f"{equal}\n\n{budgets}\n\n{MEASURED}",
-        "What the paper leaves open": _bullets(experiment.notes),
+        ("What the paper leaves open" if experiment.paper else "Notes"): _bullets(experiment.notes),
     }
     if missing := missing_runs(experiment, results):
         sections["Missing runs"] = _bullets(missing)
@@ -107,11 +108,12 @@ def _report(comparison: Comparison, drawn: list[figures.Drawn]) -> str:
 def _timing(results: SweepResults) -> str:
     if not results.expert_times:
         return "No `expert_forward.json` beside the sweep: expert forward times and speed-ups are not shown."
-    setup = ", ".join(f"{key} {value}" for key, value in results.timing_setup.items())
+    setup = ", ".join(f"{key} {value}" for key, value in results.timing_setup.items() if key != "runs")
     return (
         "Expert forward: sum over layers, all arms measured interleaved in one process after training"
         f" ({setup}). Speed-up: median of {results.baseline} / median of the arm under the same routing."
-        " Ideal: inverse ratio of their FFN shares. The paper's FFN shares are derived from its Eq. 8."
+        " Ideal: inverse ratio of the hidden FFN units that a token passes. The paper's FFN shares are derived from its"
+        " Eq. 8."
     )
 
 

@@ -22,7 +22,7 @@ class Run:
     record: str  # name of the record's directory, the identity of its config
     final: dict[str, float]
     budget: dict[str, float]
-    experts: dict[str, int]  # ffn, zero, copy, constant
+    experts: dict[str, int]  # ffn, zero, copy, constant, shared; empty for a dense model
     provenance: dict[str, Any]
     curve: tuple[tuple[float, float], ...]
     first_ms: int
@@ -36,11 +36,13 @@ class Run:
 
 @dataclass(frozen=True)
 class ExpertTime:
-    """Expert-layer forward time of one arm, in ms, summed over layers; `ffn_share` is that of the timed batch."""
+    """Expert-layer forward time of one arm, in ms, summed over layers; `ffn_width` is the hidden FFN units that a token
+    of the timed batch passes in a layer.
+    """
 
     median_ms: float
     min_ms: float
-    ffn_share: float
+    ffn_width: float
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def load_sweep_results(directory: Path | str) -> SweepResults:
         )
     timing = read_json(directory / "expert_forward.json") or {}
     times = {
-        (row["arm"], row["routing"]): ExpertTime(row["median_ms"], row["min_ms"], row["ffn_share"])
+        (row["arm"], row["routing"]): ExpertTime(row["median_ms"], row["min_ms"], row["ffn_width"])
         for row in timing.pop("rows", [])
     }
     about = {key: sweep[key] for key in ("name", "scale", "baseline", "match")}
@@ -115,6 +117,7 @@ def _unfinished(record: RunRecord) -> str | None:
 def _read(record: RunRecord, arm: str, seed: int) -> Run:
     lines = record.metrics()
     budget = record.read("budget.json")
+    model = record.read("config.yaml").get("model", {})
     tokens_per_step = budget.get("tokens", 0) / max(1, lines[-1]["step"])
     return Run(
         arm=arm,
@@ -122,7 +125,7 @@ def _read(record: RunRecord, arm: str, seed: int) -> Run:
         record=record.path.name,
         final=record.final(),
         budget=budget,
-        experts=record.read("config.yaml").get("model", {}).get("experts", {}),
+        experts=model.get("experts", {}) if model.get("moe_every", 1) else {},
         provenance=record.read("provenance.json"),
         curve=tuple((line["step"] * tokens_per_step, line["val/loss"]) for line in lines if "val/loss" in line),
         first_ms=lines[0]["time"],

@@ -55,25 +55,28 @@ def seeds(comparison: Comparison, arm: str) -> str:
 
 
 def experts(results: SweepResults, arm: str) -> str:
-    """`8 + 1/1/2`: FFN experts + zero/copy/constant experts."""
+    """`8 + 1/1/2`: FFN experts + zero/copy/constant experts, and shared ones where there are any."""
     counts = next((run.experts for run in results.runs.get(arm, {}).values()), {})
-    return f"{counts['ffn']} + {counts['zero']}/{counts['copy']}/{counts['constant']}" if counts else NONE
+    if not counts:
+        return NONE
+    shared = f", {counts['shared']} shared" if counts.get("shared") else ""
+    return f"{counts['ffn']} + {counts['zero']}/{counts['copy']}/{counts['constant']}{shared}"
 
 
 def speedups(results: SweepResults, arm: str, routing: str) -> tuple[float | None, float | None]:
-    """Measured (of medians) and ideal (of FFN shares) speed-up of the expert forward over the baseline."""
+    """Measured (of medians) and ideal (of FFN compute) speed-up of the expert forward over the baseline."""
     measured = results.ratio(arm, routing, lambda time: time.median_ms)
-    ideal = results.ratio(arm, routing, lambda time: time.ffn_share)
+    ideal = results.ratio(arm, routing, lambda time: time.ffn_width)
     return measured, ideal
 
 
 def quality_table(comparison: Comparison) -> Rows:
     results, experiment = comparison.results, comparison.experiment
-    base = experiment.paper[results.baseline].average
-    rows = [["arm", "n", "validation loss", f"minus {results.baseline}", "p (Holm)", "bits per byte", "accuracy",
-             "paper: average, %", f"paper: minus {results.baseline}"]]  # fmt: skip
+    rows = [["arm", "n", "validation loss", f"minus {results.baseline}", "p (Holm)", "bits per byte", "accuracy"]]
+    if experiment.paper:
+        rows[0] += ["paper: average, %", f"paper: minus {results.baseline}"]
     for arm in experiment.arms:
-        found, paper = comparison.differences.get(arm), experiment.paper[arm].average
+        found = comparison.differences.get(arm)
         rows.append([
             arm,
             seeds(comparison, arm),
@@ -82,43 +85,47 @@ def quality_table(comparison: Comparison) -> Rows:
             p_value(found),
             plus_minus(results.estimate(arm, "val_bits_per_byte")),
             plus_minus(results.estimate(arm, "val_accuracy")),
-            f"{paper:.1f}",
-            NONE if arm == results.baseline else f"{paper - base:+.1f}",
         ])  # fmt: skip
+        if experiment.paper:
+            paper, base = experiment.paper[arm].average, experiment.paper[results.baseline].average
+            rows[-1] += [f"{paper:.1f}", NONE if arm == results.baseline else f"{paper - base:+.1f}"]
     return rows
 
 
 def effects_table(comparison: Comparison) -> Rows:
     """The experiment's contrasts: arms with something against arms without it."""
-    rows = [["effect of", "n", "validation loss, on minus off", "p (Holm)", "paper: average, on minus off, %"]]
-    for name in comparison.experiment.contrasts:
+    experiment = comparison.experiment
+    rows = [["effect of", "n", "validation loss, on minus off", "p (Holm)"]]
+    if experiment.paper:
+        rows[0].append("paper: average, on minus off, %")
+    for name in experiment.contrasts:
         found = comparison.contrasts.get(name)
-        paper = comparison.experiment.paper_effect(name)
-        rows.append([name, str(found.estimate.n if found else 0), signed(found), p_value(found), f"{paper:+.2f}"])
+        rows.append([name, str(found.estimate.n if found else 0), signed(found), p_value(found)])
+        if experiment.paper:
+            rows[-1].append(f"{experiment.paper_effect(name):+.2f}")
     return rows
 
 
 def cost_table(comparison: Comparison) -> Rows:
-    """Expert compute and speed; `ideal` is the speed-up if time were proportional to the timed batch's FFN share."""
+    """Expert compute and speed; `ideal` is the speed-up if time were proportional to the timed batch's FFN compute."""
     results, experiment = comparison.results, comparison.experiment
     rows = [["arm", "experts: FFN + zero/copy/constant", "FFN experts per token", "FFN share"]]
     rows[0] += [
         f"{routing}: {column}" for routing in ROUTINGS for column in ("expert forward, ms", "speed-up", "ideal")
     ]
-    rows[0] += ["training, tokens/s", "paper: FFN share", "paper: speed-up"]
+    rows[0].append("training, tokens/s")
+    if experiment.paper:
+        rows[0] += ["paper: FFN share", "paper: speed-up"]
     for arm in experiment.arms:
-        paper = experiment.paper[arm]
         row = [arm, experts(results, arm), number(results.mean(arm, "ffn_per_token"), ".3f")]
         row.append(number(results.mean(arm, "ffn_share"), ".3f"))
         for routing in ROUTINGS:
             time = results.expert_times.get((arm, routing))
             measured, ideal = speedups(results, arm, routing)
             row += [number(time and time.median_ms, ".2f"), number(measured, ".2f"), number(ideal, ".2f")]
-        row += [
-            number(results.mean(arm, "tokens_per_s"), ".0f"),
-            f"{paper.ffn_share:.3f}",
-            number(paper.speedup, ".2f"),
-        ]
+        row.append(number(results.mean(arm, "tokens_per_s"), ".0f"))
+        if experiment.paper:
+            row += [f"{experiment.paper[arm].ffn_share:.3f}", number(experiment.paper[arm].speedup, ".2f")]
         rows.append(row)
     return rows
 
@@ -144,7 +151,7 @@ def csv_table(comparison: Comparison) -> Rows:
     results, experiment = comparison.results, comparison.experiment
     rows = []
     for arm in experiment.arms:
-        paper, found = experiment.paper[arm], comparison.differences.get(arm)
+        found = comparison.differences.get(arm)
         cells = {
             "arm": arm,
             "experts": experts(results, arm),
@@ -160,7 +167,10 @@ def csv_table(comparison: Comparison) -> Rows:
             cells |= {f"{routing}_median_ms": time and time.median_ms, f"{routing}_min_ms": time and time.min_ms}
             cells[f"{routing}_speedup"], cells[f"{routing}_ideal_speedup"] = speedups(results, arm, routing)
             cells[f"{routing}_speedup_of_min"] = results.ratio(arm, routing, lambda time: time.min_ms)
-        cells |= {"paper_average": paper.average, "paper_ffn_share": paper.ffn_share, "paper_speedup": paper.speedup}
+        if experiment.paper:
+            paper = experiment.paper[arm]
+            cells |= {"paper_average": paper.average, "paper_ffn_share": paper.ffn_share}
+            cells["paper_speedup"] = paper.speedup
         rows.append(cells)
     return [list(rows[0]), *(["" if value is None else str(value) for value in cells.values()] for cells in rows)]
 
@@ -180,9 +190,10 @@ def terminal_table(comparison: Comparison) -> str:
             "speed-up",
             "ideal",
             "tokens/s",
-            "paper %",
         ]
     ]
+    if experiment.paper:
+        rows[0].append("paper %")
     for arm in experiment.arms:
         found = comparison.differences.get(arm)
         measured, ideal = speedups(results, arm, "learned")
@@ -197,8 +208,9 @@ def terminal_table(comparison: Comparison) -> str:
             number(measured, ".2f"),
             number(ideal, ".2f"),
             number(results.mean(arm, "tokens_per_s"), ".0f"),
-            f"{experiment.paper[arm].average:.1f}",
         ])  # fmt: skip
+        if experiment.paper:
+            rows[-1].append(f"{experiment.paper[arm].average:.1f}")
     legend = (
         f"loss: validation, ± 95 % interval; {ALONE} excludes 0 alone, {CORRECTED} after Holm's correction, as p is"
     )

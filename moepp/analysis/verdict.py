@@ -12,7 +12,8 @@ def verdict(comparison: Comparison) -> list[str]:
     """One entry per claim: arms, effects, the paper's order, speed."""
     missing = len(missing_runs(comparison.experiment, comparison.results))
     preliminary = [f"Preliminary, planned runs still missing: {missing}."] if missing else []
-    return [*preliminary, _arms(comparison), *_effects(comparison), _order(comparison), _speed(comparison)]
+    order = [_order(comparison)] if comparison.experiment.paper else []
+    return [*preliminary, _arms(comparison), *_effects(comparison), *order, _speed(comparison)]
 
 
 def missing_runs(experiment: Experiment, results: SweepResults) -> list[str]:
@@ -121,13 +122,13 @@ def _speed(comparison: Comparison) -> str:
     if not timed:
         return "Expert forward times were not measured together for these arms, so no speed-up is shown."
     fastest = max(timed, key=lambda arm: timed[arm][0])
-    shown = dict.fromkeys([fastest, *(arm for arm in timed if experiment.paper[arm].speedup)])
+    reported = {arm: row.speedup for arm, row in experiment.paper.items() if row.speedup}
+    shown = dict.fromkeys([fastest, *(arm for arm in timed if arm in reported)])
     said = []
     for arm in shown:
         measured, ideal = timed[arm]
-        paper = experiment.paper[arm].speedup
-        reported = f", paper {paper:.2f}x" if paper else ""
-        said.append(f"{arm} {measured:.2f}x (ideal for its FFN share {ideal:.2f}x{reported})")
+        paper = f", paper {reported[arm]:.2f}x" if arm in reported else ""
+        said.append(f"{arm} {measured:.2f}x (ideal for its FFN compute {ideal:.2f}x{paper})")
     return f"Expert forward against {results.baseline}, learned routing: {'; '.join(said)}. Fastest: {fastest}."
 
 

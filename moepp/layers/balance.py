@@ -1,4 +1,4 @@
-"""Load-balance loss (Eq. 7) and expert capacity (Eq. 8).
+"""Load-balance loss (Eq. 7) with the forms of other methods, router losses, and expert capacity (Eq. 8).
 
 Shape suffixes: T tokens, K top-k, N all experts (FFN, constant, copy, zero).
 """
@@ -14,17 +14,35 @@ from moepp.layers.experts import ExpertCounts
 
 @dataclass
 class BalanceConfig:
-    """The load-balance loss: `tau` in (0, 1] is the weight of a zero-computation expert against 1 for an FFN expert."""
+    """How the load is balanced. `tau` in (0, 1] is the weight of a zero-computation expert against 1 for an FFN
+    expert; docs/methods.md says which keys make which published method.
+    """
 
     tau: float = 0.75
     beta: float = 0.01
-    form: Literal["paper", "switch"] = "switch"
+    form: Literal["paper", "switch", "null_averaged", "grouped"] = "switch"
+    expected_ffn: float | None = None  # FFN experts per token that `grouped`, `longcat` and `remoe` aim at
+    z_loss: float = 0.0  # weight of the mean squared log-sum-exp of the logits
+    entropy_loss: float = 0.0  # weight of the router's mean entropy
+    control: Literal["loss_free", "longcat", "remoe"] | None = None  # acts beside the gradient, see control.py
+    control_rate: float = 1e-3
+    control_decay: float = 1.0  # factor on a bias's rate after every optimizer step
 
     def __post_init__(self) -> None:
         if not 0 < self.tau <= 1:
             raise ValueError(f"balance.tau={self.tau} must lie in (0, 1]")
-        if self.beta < 0:
-            raise ValueError(f"balance.beta={self.beta} must not be negative")
+        for name in ("beta", "z_loss", "entropy_loss", "control_rate"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"balance.{name}={getattr(self, name)} must not be negative")
+        if not 0 < self.control_decay <= 1:
+            raise ValueError(f"balance.control_decay={self.control_decay} must lie in (0, 1]")
+        if self.aims_at_expected_ffn and not (self.expected_ffn and self.expected_ffn > 0):
+            user = self.control if self.control in ("longcat", "remoe") else self.form
+            raise ValueError(f"balance.expected_ffn={self.expected_ffn}: {user} aims at it, set it above 0")
+
+    @property
+    def aims_at_expected_ffn(self) -> bool:
+        return self.form == "grouped" or self.control in ("longcat", "remoe")
 
 
 def ffn_share(counts: ExpertCounts, tau: float) -> float:
@@ -32,6 +50,13 @@ def ffn_share(counts: ExpertCounts, tau: float) -> float:
     1).
     """
     return tau * counts.ffn / (tau * counts.ffn + counts.zero_computation)
+
+
+def load_targets(counts: ExpertCounts, tau: float) -> Tensor:
+    """The share of all slots that each expert gets in a balanced layer, [N]: in the ratio of 1 to 1 / tau."""
+    weight_N = torch.ones(counts.total)
+    weight_N[: counts.ffn] = tau
+    return weight_N / weight_N.sum()
 
 
 def selection_counts(expert_TK: Tensor, experts: int) -> Tensor:
@@ -42,23 +67,46 @@ def selection_counts(expert_TK: Tensor, experts: int) -> Tensor:
 def load_balance_loss(
     probs_TN: Tensor, count_N: Tensor, tokens: int, counts: ExpertCounts, config: BalanceConfig
 ) -> Tensor:
-    """One layer's sum_i eta_i f_i P_i (Eq. 7), times N in the `switch` form. Not yet multiplied by beta.
+    """One layer's sum_i eta_i f_i P_i (Eq. 7), times N in all forms but the `paper`'s. Not yet multiplied by beta.
 
     f_i = count_i / tokens carries no gradient; P_i is the mean probability. eta is 1 for FFN experts and tau for the
-    others.
+    others. `null_averaged` (AdaMoE, arXiv 2406.13233) gives every zero-computation expert the mean f of all of them.
+    `grouped` sees two groups only.
     """
+    share_N = count_N.to(probs_TN.dtype) / tokens
+    if config.form == "grouped":
+        return group_loss(probs_TN.mean(0), share_N, counts, config.expected_ffn)
+    if config.form == "null_averaged":
+        share_N[counts.ffn :] = share_N[counts.ffn :].mean()
     eta_N = torch.ones_like(probs_TN[0])
     eta_N[counts.ffn :] = config.tau
-    loss = (eta_N * (count_N.to(eta_N.dtype) / tokens) * probs_TN.mean(0)).sum()
-    return loss * counts.total if config.form == "switch" else loss
+    loss = (eta_N * share_N * probs_TN.mean(0)).sum()
+    return loss if config.form == "paper" else loss * counts.total
+
+
+def group_loss(mean_probs_N: Tensor, share_N: Tensor, counts: ExpertCounts, expected_ffn: float) -> Tensor:
+    """LongCat-Flash's device loss with one device (arXiv 2509.01322): f_1 P_1 + f_2 P_2 for the FFN experts and the
+    zero-computation experts, each f a group's slots over those it should get, K_e T and (K - K_e) T.
+    """
+    ffn_share, other_share = share_N[: counts.ffn].sum(), share_N[counts.ffn :].sum()
+    expected_other = ffn_share + other_share - expected_ffn
+    ffn_probs, other_probs = mean_probs_N[: counts.ffn].sum(), mean_probs_N[counts.ffn :].sum()
+    return ffn_share / expected_ffn * ffn_probs + other_share / expected_other * other_probs
+
+
+def router_losses(logits_TN: Tensor, probs_TN: Tensor, config: BalanceConfig) -> Tensor:
+    """One layer's z-loss and entropy loss, already weighted."""
+    z_loss = logits_TN.logsumexp(-1).square().mean()
+    entropy = torch.special.entr(probs_TN).sum(-1).mean()
+    return config.z_loss * z_loss + config.entropy_loss * entropy
 
 
 def combine_layers(losses: list[Tensor], config: BalanceConfig) -> Tensor:
-    """beta times the layers' losses: their mean in the `switch` form, their sum in the `paper` form (Eq. 9 read layer
-    by layer).
+    """beta times the layers' losses: their sum in the `paper` form (Eq. 9 read layer by layer), their mean in the
+    others.
     """
     total = torch.stack(losses).sum() * config.beta
-    return total / len(losses) if config.form == "switch" else total
+    return total if config.form == "paper" else total / len(losses)
 
 
 def capacities(counts: ExpertCounts, tau: float, slots: int, factor: float) -> list[int]:

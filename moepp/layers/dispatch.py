@@ -3,7 +3,8 @@
 A dispatcher maps `(w_in [E,2F,D], w_out [E,D,F], x [T,D], expert ids [T,K], gates [T,K], others)` to the gated sum over
 each token's experts, [T,D] in the gates' dtype. Rows are multiplied in the weights' dtype. Slots whose id is E or more
 (zero-computation experts, dropped rows) never reach an FFN expert; `others`, an `experts.Affine` or None, is what the
-zero-computation experts add. Every backend is such a function. Shape suffixes as in experts.py.
+zero-computation experts add. Every backend is such a function, and raises
+`grouped.BackendError` where it cannot run. Shape suffixes as in experts.py.
 """
 
 from typing import TYPE_CHECKING, Literal
@@ -11,17 +12,24 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from moepp.layers.kernels import sorted_rows
+from moepp.layers.kernels import grouped, sorted_rows, triton_experts
 
 if TYPE_CHECKING:
     from moepp.layers.experts import Affine
 
-Backend = Literal["auto", "sorted"]
-BACKENDS = {"sorted": sorted_rows.dispatch}
+Backend = Literal["auto", "sorted", "grouped", "triton"]
+BACKENDS = {"sorted": sorted_rows.dispatch, "grouped": grouped.dispatch, "triton": triton_experts.dispatch}
+TRACEABLE = ("grouped",)  # the others leave torch.compile's graph: host-side sizes, kernels of their own
 
 
-def choose_backend(x_TD: Tensor) -> str:
-    """The backend that `auto` stands for on this tensor."""
+def choose_backend(w_out: Tensor) -> str:
+    """The backend that `auto` stands for with these weights, [E, D, F] in the dtype they are multiplied in.
+
+    `grouped` where grouped_mm has a kernel that takes the sizes from the device: bfloat16 on Hopper and on datacenter
+    Blackwell. Elsewhere grouped_mm waits for the host and loops over the experts, as `sorted` does with less traffic.
+    """
+    if w_out.is_cuda and w_out.dtype == torch.bfloat16 and grouped.aligned(w_out):
+        return "grouped" if torch.cuda.get_device_properties(w_out.device).major in (9, 10) else "sorted"
     return "sorted"
 
 
@@ -40,10 +48,14 @@ class LocalDispatcher:
         gate_TK: Tensor,
         others: "Affine | None",
     ) -> Tensor:
-        backend = choose_backend(x_TD) if self.backend == "auto" else self.backend
         dtype = compute_dtype(x_TD)
+        w_in, w_out = w_in.to(dtype), w_out.to(dtype)
+        backend = choose_backend(w_out) if self.backend == "auto" else self.backend
+        kernel = BACKENDS[backend]
+        if torch.compiler.is_compiling() and backend not in TRACEABLE:
+            kernel = torch.compiler.disable(kernel)  # here and not above: it imports the compiler, which takes seconds
         with torch.autocast(x_TD.device.type, enabled=False):
-            return BACKENDS[backend](w_in.to(dtype), w_out.to(dtype), x_TD, expert_TK, gate_TK, others)
+            return kernel(w_in, w_out, x_TD, expert_TK, gate_TK, others)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -22,9 +22,10 @@ class ExpertCounts:
     zero: int = 1
     copy: int = 1
     constant: int = 2
+    shared: int = 0  # FFN experts that every token passes, outside routing (DeepSeekMoE); not in `total`
 
     def __post_init__(self) -> None:
-        for name in ("ffn", "zero", "copy", "constant"):
+        for name in ("ffn", "zero", "copy", "constant", "shared"):
             if getattr(self, name) < 0:
                 raise ValueError(f"experts.{name}={getattr(self, name)} must not be negative")
         if self.ffn < 1:

@@ -1,34 +1,53 @@
 """The MoE++ layer: router -> gates -> capacity -> zero-computation experts + FFN experts.
 
 Vanilla MoE is this layer with no zero-computation experts and no gating residual.
-Shape suffixes: B batch, S sequence, T = B*S tokens, K top-k, D model width, N all experts (FFN, constant, copy, zero).
+Shape suffixes: B batch, S sequence, T = B*S tokens, K slots of a token (top-k), D model width, N all experts (FFN,
+constant, copy, zero).
 """
 
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moepp.layers.balance import (
     BalanceConfig,
     capacities,
     load_balance_loss,
+    router_losses,
     selection_counts,
     within_capacity,
 )
+from moepp.layers.control import SelectionBias, SparsityControl, build_control
+from moepp.layers.dense import DenseFFN
 from moepp.layers.dispatch import Backend
 from moepp.layers.experts import ExpertCounts, FFNExperts, ZeroComputationExperts
-from moepp.layers.router import GateForm, Router, RouterForm, Routing, normalize_logits, route
+from moepp.layers.rival_routers import RecurrentRouter, SharedNullRouter
+from moepp.layers.router import (
+    GateForm,
+    Router,
+    RouterForm,
+    Routing,
+    SelectionForm,
+    form_gates,
+    normalize_logits,
+    select_positive,
+    select_top_k,
+    select_top_p,
+)
 
 
 @dataclass
 class MoEConfig:
-    """One MoE++ layer."""
+    """One MoE++ layer, or that of another method: docs/methods.md says which keys make which."""
 
     dim: int = 128
     hidden: int = 256  # of each FFN expert; a SwiGLU expert has 3 * dim * hidden parameters
     experts: ExpertCounts = field(default_factory=ExpertCounts)
+    selection: SelectionForm = "top_k"  # top_p and relu choose a variable number of experts
     top_k: int = 2
+    top_p: float = 0.4  # cumulative probability that selection=top_p reaches
     gate: GateForm = "released"
     logits_norm: float | None = (
         None  # standard deviation to which logits are scaled before the softmax; released 7B: 1.0
@@ -37,6 +56,7 @@ class MoEConfig:
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     capacity_factor: float | None = 1.1  # in training only; null is dropless
     router: RouterForm = "linear"
+    router_width: int = 128  # of the recurrent router's state
     multiply_by_top_k: bool = False  # experts see top_k * x, as released code does without its no_mul_topk flag
     backend: Backend = "auto"  # kernel of the FFN experts; changes speed and rounding, nothing else
 
@@ -47,43 +67,110 @@ class MoEConfig:
                 f"top_k={self.top_k} must lie between 1 and the {experts.total} experts (ffn {experts.ffn}, "
                 f"constant {experts.constant}, copy {experts.copy}, zero {experts.zero})"
             )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
         if self.capacity_factor is not None and self.capacity_factor <= 0:
             raise ValueError(f"capacity_factor={self.capacity_factor} must be positive, or null for dropless")
         if self.logits_norm is not None and self.logits_norm <= 0:
             raise ValueError(f"logits_norm={self.logits_norm} must be positive, or null for plain logits")
+        if self.router_width < 1:
+            raise ValueError(f"router_width={self.router_width} must be at least 1")
+        for impossible, reason in _conflicts(self):
+            if impossible:
+                raise ValueError(reason)
+
+
+def _conflicts(config: MoEConfig) -> list[tuple[bool, str]]:
+    """Every pair of keys that cannot go together: whether it does, and what to change."""
+    experts, balance = config.experts, config.balance
+    variable, shared_null = config.selection != "top_k", config.router == "shared_null"
+    no_zero_computation = experts.zero_computation == 0
+    return [
+        (
+            config.gating_residual and config.router in ("shared_null", "recurrent"),
+            f"router={config.router} carries no logits from layer to layer: set gating_residual=false",
+        ),
+        (shared_null and not experts.zero, "router=shared_null needs null experts: set experts.zero above 0"),
+        (
+            config.capacity_factor is not None and (variable or shared_null),
+            f"{'selection=' + config.selection if variable else 'router=shared_null'} gives experts no fixed share of"
+            " slots, so Eq. 8 gives no capacity: set capacity_factor=null",
+        ),
+        (
+            balance.form in ("null_averaged", "grouped") and no_zero_computation,
+            f"balance.form={balance.form} needs zero-computation experts: set experts.zero, copy or constant above 0",
+        ),
+        (
+            balance.control == "longcat" and no_zero_computation,
+            "balance.control=longcat needs zero-computation experts: set experts.zero, copy or constant above 0",
+        ),
+        (
+            balance.control in ("loss_free", "longcat") and variable,
+            f"balance.control={balance.control} biases a top-k choice: set selection=top_k",
+        ),
+        (
+            balance.form == "grouped" and variable,
+            "balance.form=grouped shares out a fixed number of slots: set selection=top_k",
+        ),
+        (
+            balance.aims_at_expected_ffn and not variable and balance.expected_ffn >= config.top_k,
+            f"balance.expected_ffn={balance.expected_ffn} must be less than top_k={config.top_k}",
+        ),
+        (
+            balance.control == "remoe" and config.selection != "relu",
+            "balance.control=remoe steers how many ReLU scores are positive: set selection=relu",
+        ),
+        (
+            config.selection == "relu" and balance.entropy_loss > 0,
+            "selection=relu has no probabilities: set balance.entropy_loss=0",
+        ),
+    ]
 
 
 @dataclass
 class MoEStats:
-    """What one layer reports. Only `balance_loss` and `logits_TN` carry gradients."""
+    """What one layer reports. Only `balance_loss`, `router_loss`, `logits_TN` and `carried` carry gradients."""
 
-    logits_TN: Tensor  # raw, gating residual included: the next layer's `previous_logits`
+    logits_TN: Tensor  # raw, gating residual included
     balance_loss: Tensor  # Eq. 7, before beta
     chosen_N: Tensor  # tokens that chose each expert, before any were dropped
     dropped: Tensor  # slots over capacity
     entropy: Tensor  # of the router's distribution, mean over tokens, in nats
+    router_loss: Tensor  # z-loss and entropy loss, weighted
+    carried: Tensor  # what the next layer's router receives: the logits, or a recurrent router's state
 
 
 class MoELayer(nn.Module):
-    """Routes every token to `top_k` of N experts; `first` marks the network's first MoE layer, which has no gating
-    residual.
+    """Routes every token to `top_k` of N experts (or as `selection` says).
+
+    `first` marks the network's first MoE layer, which has no gating residual. `gru` is the recurrent routers' common
+    one.
     """
 
-    def __init__(self, config: MoEConfig, first: bool = False):
+    def __init__(self, config: MoEConfig, first: bool = False, gru: nn.GRUCell | None = None):
         super().__init__()
         self.config = config
-        residual = config.gating_residual and not first
-        self.router = Router(config.dim, config.experts.total, residual, config.router)
-        self.ffn = FFNExperts(config.experts.ffn, config.dim, config.hidden, config.backend)
-        self.zero_computation = (
-            ZeroComputationExperts(config.experts, config.dim) if config.experts.zero_computation else None
-        )
+        experts = config.experts
+        self.router = self._build_router(first, gru)
+        self.ffn = FFNExperts(experts.ffn, config.dim, config.hidden, config.backend)
+        self.zero_computation = ZeroComputationExperts(experts, config.dim) if experts.zero_computation else None
+        self.shared = DenseFFN(config.dim, experts.shared * config.hidden) if experts.shared else None
+        self.control = build_control(config.balance, experts)
 
-    def forward(self, x_BSD: Tensor, previous_logits: Tensor | None = None) -> tuple[Tensor, MoEStats]:
+    def _build_router(self, first: bool, gru: nn.GRUCell | None) -> nn.Module:
+        config, experts = self.config, self.config.experts
+        if config.router == "shared_null":
+            return SharedNullRouter(config.dim, experts.total, experts.zero)
+        if config.router == "recurrent":
+            return RecurrentRouter(config.dim, experts.total, gru)
+        return Router(config.dim, experts.total, config.gating_residual and not first, config.router)
+
+    def forward(self, x_BSD: Tensor, previous: Tensor | None = None) -> tuple[Tensor, MoEStats]:
+        """`previous` is the previous MoE layer's `MoEStats.carried`."""
         x_TD = x_BSD.flatten(0, -2)
-        logits_TN = self.router(x_TD, previous_logits)
+        logits_TN, carried = self.router(x_TD, previous)
         routing = self.route(logits_TN)
-        stats = self.statistics(logits_TN, routing)
+        stats = self.statistics(logits_TN, routing, carried)
         if self.training and self.config.capacity_factor is not None:
             routing, stats.dropped = self.drop_over_capacity(routing)
         return self.expert_forward(x_TD, routing).view_as(x_BSD), stats
@@ -92,7 +179,14 @@ class MoELayer(nn.Module):
         config = self.config
         if config.logits_norm is not None:
             logits_TN = normalize_logits(logits_TN, config.logits_norm)
-        return route(logits_TN, config.top_k, config.gate, config.experts.zero)
+        if config.selection == "relu":
+            routing = select_positive(logits_TN.relu())
+        elif config.selection == "top_p":
+            routing = select_top_p(logits_TN.softmax(-1), config.top_p)
+        else:
+            bias_N = self.control.bias_N if isinstance(self.control, SelectionBias) else None
+            routing = select_top_k(logits_TN.softmax(-1), config.top_k, bias_N)
+        return form_gates(routing, config.gate, config.experts.zero)
 
     def drop_over_capacity(self, routing: Routing) -> tuple[Routing, Tensor]:
         """Slots over capacity (Eq. 8) get gate 0 and id N, which no expert has; the token keeps its residual path."""
@@ -104,7 +198,9 @@ class MoELayer(nn.Module):
         return Routing(expert_TK, routing.gate_TK * kept_TK, routing.probs_TN), slots - kept_TK.sum()
 
     def expert_forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        """The gated sum of the chosen experts, [T, D] in x_TD's dtype: all of the layer but the router."""
+        """The gated sum of the chosen experts, and the shared ones, [T, D] in x_TD's dtype: all of the layer but the
+        router.
+        """
         if self.config.multiply_by_top_k:
             x_TD = x_TD * self.config.top_k
         others = None
@@ -114,11 +210,18 @@ class MoELayer(nn.Module):
             gate_TN = gate_TN.scatter_add(1, routing.expert_TK, routing.gate_TK)
             with torch.autocast(x_TD.device.type, enabled=False):
                 others = self.zero_computation(x_TD, gate_TN[:, ffn:total])
-        return self.ffn(x_TD, routing.expert_TK, routing.gate_TK, others).to(x_TD.dtype)
+        y_TD = self.ffn(x_TD, routing.expert_TK, routing.gate_TK, others).to(x_TD.dtype)
+        return y_TD if self.shared is None else y_TD + self.shared(x_TD)
 
-    def statistics(self, logits_TN: Tensor, routing: Routing) -> MoEStats:
-        config, probs_TN = self.config, routing.probs_TN
+    def statistics(self, logits_TN: Tensor, routing: Routing, carried: Tensor) -> MoEStats:
+        config, balance, probs_TN = self.config, self.config.balance, routing.probs_TN
         chosen_N = selection_counts(routing.expert_TK, config.experts.total)
-        loss = load_balance_loss(probs_TN, chosen_N, len(probs_TN), config.experts, config.balance)
+        loss = load_balance_loss(probs_TN, chosen_N, len(probs_TN), config.experts, balance)
+        if isinstance(self.control, SparsityControl):
+            loss = loss * self.control.multiplier
+        zero = torch.zeros((), device=loss.device, dtype=loss.dtype)
+        router_loss = router_losses(logits_TN, probs_TN, balance) if balance.z_loss or balance.entropy_loss else zero
+        if config.selection == "relu":  # scores, not probabilities
+            probs_TN = F.normalize(probs_TN, p=1, dim=-1)
         entropy = torch.special.entr(probs_TN.detach()).sum(-1).mean()
-        return MoEStats(logits_TN, loss, chosen_N, chosen_N.new_zeros(()), entropy)
+        return MoEStats(logits_TN, loss, chosen_N, chosen_N.new_zeros(()), entropy, router_loss, carried)

@@ -1,6 +1,6 @@
-"""Router logits with the gating residual (Eq. 6), and the gate forms that turn logits into gates.
+"""Router logits with the gating residual (Eq. 6), and what turns logits into each token's experts and gates.
 
-Shape suffixes: T tokens, K top-k, D model width, N all experts (FFN, constant, copy, zero).
+Shape suffixes: T tokens, K slots of a token, D model width, N all experts (FFN, constant, copy, zero).
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 GateForm = Literal["released", "softmax", "renormalized"]
-RouterForm = Literal["linear", "two_layer"]
+RouterForm = Literal["linear", "two_layer", "shared_null", "recurrent"]
+SelectionForm = Literal["top_k", "top_p", "relu"]
 
 
 class Router(nn.Module):
@@ -29,8 +30,8 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(experts, hidden or dim))
         self.residual = nn.Parameter(torch.empty(experts, experts)) if gating_residual else None
 
-    def forward(self, x_TD: Tensor, previous_TN: Tensor | None) -> Tensor:
-        """Raw logits [T, N]; `previous_TN` are the previous MoE layer's."""
+    def forward(self, x_TD: Tensor, previous_TN: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Raw logits [T, N], and what the next MoE layer's router receives: the same logits."""
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         with torch.autocast(x_TD.device.type, enabled=False):
             x_TD = x_TD.to(dtype)
@@ -39,13 +40,13 @@ class Router(nn.Module):
             logits_TN = F.linear(x_TD, self.weight.to(dtype))
             if self.residual is not None and previous_TN is not None:
                 logits_TN = logits_TN + F.linear(previous_TN.to(dtype), self.residual.to(dtype))
-        return logits_TN
+        return logits_TN, logits_TN
 
 
 @dataclass
 class Routing:
-    """Where each token goes. `expert_TK` int64, `gate_TK` its weights, `probs_TN` the softmax that the balance loss
-    reads.
+    """Where each token goes. `expert_TK` int64, with id N in slots that are not used; `gate_TK` its weights; `probs_TN`
+    the router's scores, which the balance loss reads: the softmax, or the ReLU where that selects.
     """
 
     expert_TK: Tensor
@@ -60,18 +61,41 @@ def normalize_logits(logits_TN: Tensor, std: float) -> Tensor:
     return logits_TN * (std / logits_TN.std(dim=-1, keepdim=True))
 
 
-def route(logits_TN: Tensor, top_k: int, form: GateForm, zero_experts: int) -> Routing:
-    """Chooses the `top_k` experts of each token and their gates.
+def select_top_k(probs_TN: Tensor, top_k: int, bias_N: Tensor | None) -> Routing:
+    """The `top_k` experts with the highest score; a bias counts in the choice, not in the gate."""
+    if bias_N is None:
+        gate_TK, expert_TK = probs_TN.topk(top_k, dim=-1)
+    else:
+        expert_TK = (probs_TN + bias_N).topk(top_k, dim=-1).indices
+        gate_TK = probs_TN.gather(1, expert_TK)
+    return Routing(expert_TK, gate_TK, probs_TN)
 
-    `softmax`: the probability over all N, not renormalised (Eq. 1). `renormalized`: divided by its sum over the chosen.
+
+def select_top_p(probs_TN: Tensor, threshold: float) -> Routing:
+    """The smallest set of experts whose probabilities sum to `threshold` or more, in N slots."""
+    gate_TK, expert_TK = probs_TN.sort(dim=-1, descending=True, stable=True)
+    unused_TK = gate_TK.cumsum(-1) - gate_TK >= threshold  # what stands before it is enough
+    return Routing(expert_TK.masked_fill(unused_TK, probs_TN.shape[1]), gate_TK.masked_fill(unused_TK, 0), probs_TN)
+
+
+def select_positive(scores_TN: Tensor) -> Routing:
+    """Every expert with a positive score, in N slots: any number per token, none included."""
+    tokens, experts = scores_TN.shape
+    expert_TN = torch.arange(experts, device=scores_TN.device).expand(tokens, experts)
+    return Routing(expert_TN.masked_fill(scores_TN <= 0, experts), scores_TN, scores_TN)
+
+
+def form_gates(routing: Routing, form: GateForm, zero_experts: int) -> Routing:
+    """The gates of the chosen experts from their scores.
+
+    `softmax`: the scores themselves, not renormalised (Eq. 1). `renormalized`: divided by their sum over the chosen.
     `released`: the zero experts' (the last `zero_experts` ids) gates are set to 0 first, so {FFN, zero} gives the FFN
     weight 1; a token that chose zero experts only gets gates 0.
     """
-    probs_TN = logits_TN.softmax(-1)
-    gate_TK, expert_TK = probs_TN.topk(top_k, dim=-1)
+    gate_TK, experts = routing.gate_TK, routing.probs_TN.shape[1]
     if form == "released" and zero_experts:
-        gate_TK = gate_TK.masked_fill(expert_TK >= logits_TN.shape[1] - zero_experts, 0)
+        gate_TK = gate_TK.masked_fill(routing.expert_TK >= experts - zero_experts, 0)
     if form != "softmax":
         total_T1 = gate_TK.sum(-1, keepdim=True)
         gate_TK = gate_TK / torch.where(total_T1 > 0, total_T1, 1)
-    return Routing(expert_TK, gate_TK, probs_TN)
+    return Routing(routing.expert_TK, gate_TK, routing.probs_TN)

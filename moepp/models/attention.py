@@ -4,9 +4,14 @@ Shape suffixes: B batch, S new tokens, L cached and new tokens, D model width, H
 width.
 """
 
+import math
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+AttentionKernel = Literal["fused", "plain"]
 
 
 class KeyValueCache:
@@ -46,9 +51,9 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Causal attention; `w_qkv` holds the queries' rows, then the keys', then the values'."""
 
-    def __init__(self, dim: int, heads: int, kv_heads: int):
+    def __init__(self, dim: int, heads: int, kv_heads: int, kernel: AttentionKernel = "fused"):
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, dim // heads
+        self.heads, self.kv_heads, self.head_dim, self.kernel = heads, kv_heads, dim // heads, kernel
         self.w_qkv = nn.Linear(dim, (heads + 2 * kv_heads) * self.head_dim, bias=False)
         self.w_out = nn.Linear(dim, dim, bias=False)
 
@@ -59,15 +64,24 @@ class Attention(nn.Module):
         cached = cache.length if cache is not None else 0
         if cache is not None:
             keys, values = cache.append(keys, values)
-        y_BHSA = F.scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            attn_mask=causal_mask(queries.shape[2], keys.shape[2], x_BSD.device) if cached else None,
-            is_causal=not cached,
-            enable_gqa=self.kv_heads != self.heads,
-        )
-        return self.w_out(y_BHSA.transpose(1, 2).flatten(2))
+        attend = plain_attention if self.kernel == "plain" else fused_attention
+        return self.w_out(attend(queries, keys, values, cached).transpose(1, 2).flatten(2))
+
+
+def fused_attention(queries: Tensor, keys: Tensor, values: Tensor, cached: int) -> Tensor:
+    """torch's fused kernels, [B, H, S, A]; the first `cached` of the keys precede all queries."""
+    mask = causal_mask(queries.shape[2], keys.shape[2], queries.device) if cached else None
+    grouped = keys.shape[1] != queries.shape[1]
+    return F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=not cached, enable_gqa=grouped)
+
+
+def plain_attention(queries: Tensor, keys: Tensor, values: Tensor, cached: int) -> Tensor:
+    """The same, as the released code computes it: scores whole, softmax in float32. Slower, and rounds as that does."""
+    repeats = queries.shape[1] // keys.shape[1]
+    keys, values = keys.repeat_interleave(repeats, 1), values.repeat_interleave(repeats, 1)
+    scores = queries @ keys.transpose(2, 3) / math.sqrt(queries.shape[-1])
+    scores = scores.masked_fill(~causal_mask(queries.shape[2], keys.shape[2], queries.device), -math.inf)
+    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(values.dtype) @ values
 
 
 def causal_mask(new: int, total: int, device: torch.device) -> Tensor:

@@ -1,14 +1,26 @@
 """Parameters and forward FLOPs of a decoder by part, computed from its config alone."""
 
+import math
 from dataclasses import dataclass
 
 from moepp.layers.balance import ffn_share
+from moepp.layers.moe import MoEConfig
 from moepp.models.decoder import DecoderConfig
 
 
-def expected_ffn_per_token(config: DecoderConfig) -> float:
-    """FFN experts per token of a perfectly balanced layer: K tau N_FFN / (tau N_FFN + N_ZC) (Table 1)."""
-    return config.top_k * ffn_share(config.experts, config.balance.tau)
+def expected_ffn_per_token(config: MoEConfig) -> float:
+    """Routed FFN experts per token of a perfectly balanced layer: K tau N_FFN / (tau N_FFN + N_ZC) (Table 1), or what
+    the method's own control aims at. With `top_p` it is the most that p can need, which a router that knows nothing
+    does; training decides the rest.
+    """
+    experts = config.experts
+    if config.balance.aims_at_expected_ffn:
+        return config.balance.expected_ffn
+    if config.selection == "top_p":
+        return math.ceil(config.top_p * experts.total) * experts.ffn / experts.total
+    if config.selection == "relu":
+        return experts.ffn / 2  # scores start symmetric around 0, and nothing steers their number
+    return config.top_k * ffn_share(experts, config.balance.tau)
 
 
 def parameters(config: DecoderConfig) -> dict[str, int]:
@@ -21,25 +33,34 @@ def parameters(config: DecoderConfig) -> dict[str, int]:
         "attention": config.layers * 2 * dim * config.head_dim * (config.heads + config.num_kv_heads),
         "norms": (2 * config.layers + 1) * dim,
         "router": moe * _router_parameters(config),
-        "gating_residual": (moe - 1) * experts.total**2 if config.gating_residual else 0,
+        "router_gru": 6 * config.router_width**2 if config.router == "recurrent" else 0,  # one for all layers
+        "gating_residual": max(0, moe - 1) * experts.total**2 if config.gating_residual else 0,
         "constant_experts": moe * experts.constant * 3 * dim,
         "ffn_experts": moe * experts.ffn * 3 * dim * config.hidden,
+        "shared_experts": moe * experts.shared * 3 * dim * config.hidden,
         "dense_ffn": (config.layers - moe) * 3 * dim * config.dense_width,
     }
 
 
 def _router_parameters(config: DecoderConfig) -> int:
     experts, dim = config.experts.total, config.dim
-    return experts * dim if config.router == "linear" else 8 * experts * (dim + experts)
+    return {
+        "linear": experts * dim,
+        "two_layer": 8 * experts * (dim + experts),
+        "shared_null": (experts - config.experts.zero + 1) * dim,
+        "recurrent": config.router_width * (dim + experts),
+    }[config.router]
 
 
 def active_parameters(config: DecoderConfig, ffn_per_token: float | None = None) -> int:
     """Parameters one token uses, both embeddings included, with `ffn_per_token` FFN experts in each MoE layer.
 
-    None means top_k, the upper bound that the paper's "activated parameters" states (Table 2).
+    None means top_k, the upper bound that the paper's "activated parameters" states (Table 2); with a variable number
+    of experts, all of them.
     """
     part = parameters(config)
-    used = config.top_k if ffn_per_token is None else ffn_per_token
+    most = config.top_k if config.selection == "top_k" else config.experts.ffn
+    used = most if ffn_per_token is None else ffn_per_token
     return round(sum(part.values()) - part["ffn_experts"] * (1 - min(1.0, used / config.experts.ffn)))
 
 
@@ -50,11 +71,13 @@ def forward_flops(config: DecoderConfig, seq_len: int, ffn_per_token: float | No
     """
     part = parameters(config)
     used = expected_ffn_per_token(config) if ffn_per_token is None else ffn_per_token
+    moe = sum(config.is_moe(block) for block in range(config.layers))
     return {
         "attention": 2 * part["attention"] + 2 * config.layers * seq_len * config.dim,
-        "router": 2 * (part["router"] + part["gating_residual"]),
+        "router": 2 * (part["router"] + moe * part["router_gru"] + part["gating_residual"]),
         "constant_experts": 2 * part["constant_experts"],
         "ffn_experts": 2 * part["ffn_experts"] * used / config.experts.ffn,
+        "shared_experts": 2 * part["shared_experts"],
         "dense_ffn": 2 * part["dense_ffn"],
         "head": 2 * config.vocab_size * config.dim,
     }
@@ -65,7 +88,7 @@ class Budget:
     """The quantities that arms may be matched on, before training."""
 
     total_params: int
-    active_params: int  # upper bound: top_k FFN experts
+    active_params: int  # upper bound
     flops_per_token: float  # forward, at the balanced layer's FFN share
     tokens: int
 

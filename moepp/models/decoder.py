@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moepp.layers.balance import combine_layers
+from moepp.layers.dense import DenseFFN
 from moepp.layers.moe import MoEConfig, MoELayer, MoEStats
-from moepp.models.attention import Attention, KeyValueCache, rotary_table
+from moepp.layers.rival_routers import shared_gru
+from moepp.models.attention import Attention, AttentionKernel, KeyValueCache, rotary_table
 
 
 @dataclass
@@ -26,11 +28,13 @@ class DecoderConfig(MoEConfig):
     layers: int = 4
     heads: int = 4
     kv_heads: int | None = None  # grouped-query attention; null: as many as heads
-    moe_every: int = 1  # blocks moe_every, 2*moe_every, ... (counted from 1) hold an MoE layer, the others a dense FFN
+    moe_every: int = 1  # blocks moe_every, 2*moe_every, ... (counted from 1) hold an MoE layer, the others a dense
+    # FFN; 0: all blocks are dense
     dense_hidden: int | None = (
         None  # hidden width of those dense FFNs; null: top_k * hidden, the MoE layer's largest compute
     )
     tie_embeddings: bool = False
+    attention: AttentionKernel = "fused"  # plain: slower, with the rounding of the released code
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
     init_std: float = 0.02
@@ -42,8 +46,8 @@ class DecoderConfig(MoEConfig):
             raise ValueError(f"dim={self.dim} must divide into heads={self.heads} of even width")
         if self.heads % self.num_kv_heads:
             raise ValueError(f"kv_heads={self.kv_heads} must divide heads={self.heads}")
-        if not 1 <= self.moe_every <= self.layers:
-            raise ValueError(f"moe_every={self.moe_every} must lie between 1 and layers={self.layers}")
+        if not 0 <= self.moe_every <= self.layers:
+            raise ValueError(f"moe_every={self.moe_every} must lie between 0 and layers={self.layers}")
 
     @property
     def num_kv_heads(self) -> int:
@@ -59,7 +63,7 @@ class DecoderConfig(MoEConfig):
 
     def is_moe(self, block: int) -> bool:
         """Whether block `block`, counted from 0, holds an MoE layer."""
-        return (block + 1) % self.moe_every == 0
+        return self.moe_every > 0 and (block + 1) % self.moe_every == 0
 
 
 @dataclass
@@ -76,38 +80,26 @@ class DecoderOutput:
         return [layer.logits_TN for layer in self.stats]
 
 
-class DenseFFN(nn.Module):
-    """SwiGLU FFN of the blocks without an MoE layer."""
-
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        self.w_in = nn.Linear(dim, 2 * hidden, bias=False)
-        self.w_out = nn.Linear(hidden, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.w_in(x).chunk(2, -1)
-        return self.w_out(F.silu(gate) * up)
-
-
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + MoE(norm(x)); hands its router logits to the next block."""
+    """x + attention(norm(x)), then x + MoE(norm(x)); hands what its router carries to the next block."""
 
-    def __init__(self, config: DecoderConfig, index: int):
+    def __init__(self, config: DecoderConfig, index: int, gru: nn.GRUCell | None):
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.attention = Attention(config.dim, config.heads, config.num_kv_heads)
+        self.attention = Attention(config.dim, config.heads, config.num_kv_heads, config.attention)
         self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         first = index + 1 == config.moe_every
-        self.ffn = MoELayer(config, first) if config.is_moe(index) else DenseFFN(config.dim, config.dense_width)
+        dense = not config.is_moe(index)
+        self.ffn = DenseFFN(config.dim, config.dense_width) if dense else MoELayer(config, first, gru)
 
     def forward(
-        self, x_BSD: Tensor, rotary: Tensor, previous_logits: Tensor | None, cache: KeyValueCache | None
+        self, x_BSD: Tensor, rotary: Tensor, previous: Tensor | None, cache: KeyValueCache | None
     ) -> tuple[Tensor, MoEStats | None]:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotary, cache)
         h_BSD = self.ffn_norm(x_BSD)
         if isinstance(self.ffn, DenseFFN):
             return x_BSD + self.ffn(h_BSD), None
-        y_BSD, stats = self.ffn(h_BSD, previous_logits)
+        y_BSD, stats = self.ffn(h_BSD, previous)
         return x_BSD + y_BSD, stats
 
 
@@ -120,7 +112,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.layers))
+        self.router_gru = shared_gru(config.router_width) if config.router == "recurrent" else None
+        self.blocks = nn.ModuleList(Block(config, index, self.router_gru) for index in range(config.layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
         if seed is not None:
@@ -133,25 +126,36 @@ class Decoder(nn.Module):
         offset = caches[0].length if caches else 0
         positions = torch.arange(offset, offset + ids_BS.shape[1], device=ids_BS.device)
         rotary = rotary_table(positions, self.config.head_dim, self.config.rope_theta)
-        x_BSD, logits_TN, stats = self.embedding(ids_BS), None, []
+        x_BSD, carried, stats = self.embedding(ids_BS), None, []
         states = []
         for index, block in enumerate(self.blocks):
             states.append(x_BSD)
-            inputs = (x_BSD, rotary, logits_TN, caches[index] if caches else None)
+            inputs = (x_BSD, rotary, carried, caches[index] if caches else None)
             if self.config.activation_checkpointing and self.training:
                 x_BSD, layer = checkpoint(block, *inputs, use_reentrant=False)
             else:
                 x_BSD, layer = block(*inputs)
             if layer is not None:
-                logits_TN = layer.logits_TN
+                carried = layer.carried
                 stats.append(layer)
         x_BSD = self.norm(x_BSD)
         logits_BSV = F.linear(x_BSD, self.embedding.weight if self.head is None else self.head.weight)
         return DecoderOutput(logits_BSV, stats, [*states, x_BSD] if hidden_states else None)
 
     def balance_loss(self, output: DecoderOutput) -> Tensor:
-        """beta * L_b over all layers (Eq. 9)."""
-        return combine_layers([layer.balance_loss for layer in output.stats], self.config.balance)
+        """beta * L_b over all layers (Eq. 9), and the mean of their z-loss and entropy loss; 0 without MoE layers."""
+        if not output.stats:
+            return output.logits.new_zeros(())
+        balance = combine_layers([layer.balance_loss for layer in output.stats], self.config.balance)
+        return balance + torch.stack([layer.router_loss for layer in output.stats]).mean()
+
+    def step_control(self, chosen_LN: Tensor, tokens: int) -> None:
+        """Updates every MoE layer's control by the counts of one optimizer step: `chosen_N` of all layers, summed over
+        its micro-batches, and the number of their tokens.
+        """
+        for layer, chosen_N in zip(self.moe_layers(), chosen_LN, strict=True):
+            if layer.control is not None:
+                layer.control.step(chosen_N, tokens)
 
     def moe_layers(self) -> list[MoELayer]:
         return [block.ffn for block in self.blocks if isinstance(block.ffn, MoELayer)]

@@ -1,6 +1,7 @@
 """The LightningModule: next-token cross-entropy plus the balance loss, and validation that is exact over devices."""
 
 import math
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 
+from moepp.layers.moe import MoEStats
 from moepp.models.decoder import Decoder
 from moepp.training.optim import build_optimizer, learning_rate_scale
 from moepp.training.routing_stats import RoutingStatistics
@@ -49,6 +51,10 @@ class LanguageModel(pl.LightningModule):
             config.model
         )  # of the last step only, so that a resumed run logs the same
         self.train_losses: dict[str, Tensor] = {}
+        # Counts of the micro-batches since the last optimizer step. Checkpoints are saved right after a step, where
+        # there are none, so these need no buffer.
+        self.step_chosen_LN: Tensor | None = None
+        self.step_tokens = 0
         self.validated_step = -1  # finished steps at the last validation
         # Step of the first loss that was not finite, -1 while there is none; kept on the device, so that watching costs
         # no synchronisation.
@@ -63,10 +69,29 @@ class LanguageModel(pl.LightningModule):
         self.train_losses = {"train/loss": cross_entropy.detach(), "train/balance_loss": balance.detach()}
         self.train_routing.reset()
         self.train_routing.update(output.stats)
+        self._count(output.stats)
         bad = ~torch.isfinite(loss.detach()) & (self.first_bad_step < 0)
         self.first_bad_step = torch.where(bad, self.global_step, self.first_bad_step)
         self.log("loss", cross_entropy, prog_bar=True, logger=False)
         return loss
+
+    def _count(self, stats: list[MoEStats]) -> None:
+        """Adds a micro-batch to the counts of its step: here and not in the layers, which activation checkpointing runs
+        twice.
+        """
+        if self.config.model.balance.control is None or not stats:
+            return
+        chosen_LN = torch.stack([layer.chosen_N for layer in stats])
+        self.step_chosen_LN = chosen_LN if self.step_chosen_LN is None else self.step_chosen_LN + chosen_LN
+        self.step_tokens += len(stats[0].logits_TN)
+
+    def optimizer_step(self, *arguments: Any, **options: Any) -> None:
+        """The update, which runs the step's last micro-batch first, then that of the layers' control."""
+        super().optimizer_step(*arguments, **options)
+        if self.step_chosen_LN is not None:
+            chosen_LN = self.trainer.strategy.reduce(self.step_chosen_LN, reduce_op="sum")
+            self.model.step_control(chosen_LN, self.step_tokens * self.trainer.world_size)
+            self.step_chosen_LN, self.step_tokens = None, 0
 
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
         """`batch`: tokens [B, S+1] and the bytes [B, S] that each target stands for."""

@@ -15,30 +15,37 @@ class RoutingStatistics(Metric):
 
     def __init__(self, config: MoEConfig):
         super().__init__()
-        self.experts, self.top_k, self.kinds = config.experts, config.top_k, config.experts.kinds()
-        self.add_state("chosen_LN", torch.zeros(0, dtype=torch.int64), dist_reduce_fx="sum")
+        self.experts, self.kinds = config.experts, config.experts.kinds()
+        self.add_state("chosen_LN", torch.zeros(0, config.experts.total, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("dropped", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("entropy", torch.zeros(()), dist_reduce_fx="mean")  # mean over layers, summed over batches
         self.add_state("batches", torch.zeros(()), dist_reduce_fx="mean")
 
     def update(self, stats: list[MoEStats]) -> None:
+        """A model without MoE layers has no `stats` and leaves nothing."""
+        if not stats:
+            return
         chosen_LN = torch.stack([layer.chosen_N for layer in stats])
         self.chosen_LN = chosen_LN if self.chosen_LN.numel() == 0 else self.chosen_LN + chosen_LN
+        self.tokens += len(stats[0].logits_TN)
         self.dropped += torch.stack([layer.dropped for layer in stats]).sum()
         self.entropy += torch.stack([layer.entropy for layer in stats]).mean()
         self.batches += 1
 
     def share_LN(self) -> Tensor:
-        """Share of a layer's routed slots that each expert got; every row sums to 1."""
-        return self.chosen_LN / self.chosen_LN.sum(1, keepdim=True)
+        """Share of a layer's routed slots that each expert got; a row sums to 1, or to 0 where no slot was used."""
+        return self.chosen_LN / self.chosen_LN.sum(1, keepdim=True).clamp(min=1)
 
     def compute(self) -> dict[str, Tensor]:
-        """Means over layers. `load_max_over_mean` compares FFN experts with each other; `dropped_share` is of all
-        slots.
+        """Means over layers. `ffn_per_token` counts routed FFN experts, not shared ones; `load_max_over_mean` compares
+        FFN experts with each other; `dropped_share` is of all slots. Without MoE layers only what is then 0.
         """
+        if not len(self.chosen_LN):
+            return {name: torch.zeros(()) for name in ("ffn_per_token", "entropy")}
         share_LN, ffn = self.share_LN(), self.experts.ffn
-        ffn_share_L = share_LN[:, :ffn].sum(1)
-        metrics = {"ffn_per_token": self.top_k * ffn_share_L.mean(), "ffn_share": ffn_share_L.mean()}
+        metrics = {"ffn_per_token": (self.chosen_LN[:, :ffn].sum(1) / self.tokens).mean()}
+        metrics["ffn_share"] = share_LN[:, :ffn].sum(1).mean()
         start = ffn
         for kind, count in (
             ("constant", self.experts.constant),
@@ -50,7 +57,7 @@ class RoutingStatistics(Metric):
         load_LE = share_LN[:, :ffn]
         metrics["load_max_over_mean"] = (load_LE.amax(1) / load_LE.mean(1).clamp(min=1e-12)).mean()
         metrics["entropy"] = self.entropy / self.batches
-        metrics["dropped_share"] = self.dropped / self.chosen_LN.sum()
+        metrics["dropped_share"] = self.dropped / self.chosen_LN.sum().clamp(min=1)
         return metrics
 
     def write_table(self, path: Path) -> None:

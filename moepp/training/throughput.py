@@ -5,6 +5,7 @@ router and attention, summed over the layers of one forward pass. It is measured
 forced balanced routing.
 """
 
+import math
 import random
 import resource
 import statistics
@@ -15,9 +16,10 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from moepp.layers.balance import ffn_share
+from moepp.layers.dense import DenseFFN
 from moepp.layers.moe import MoEConfig, MoELayer
 from moepp.layers.router import Routing
+from moepp.models.budget import expected_ffn_per_token
 from moepp.models.decoder import Decoder
 
 # Dense bf16 matrix-product peaks in FLOP/s, without sparsity (vendors' data sheets), by a piece of the device's name.
@@ -66,23 +68,28 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def balanced_routing(config: MoEConfig, tokens: int, generator: torch.Generator, device: torch.device) -> Routing:
-    """Exactly balanced assignments: every FFN expert gets tau times a zero-computation expert's slots, in random token
-    order.
+    """Exactly balanced assignments in random token order: FFN experts share the slots of a balanced layer evenly, and
+    zero-computation experts those that remain. Where a method has none of these, the rest of its slots stay unused.
     """
-    weights = torch.tensor([config.balance.tau] * config.experts.ffn + [1.0] * config.experts.zero_computation)
+    experts, ffn_per_token = config.experts, expected_ffn_per_token(config)
+    slots = config.top_k if config.selection == "top_k" else math.ceil(ffn_per_token)
+    others = max(1, experts.zero_computation)  # without any, id N of unused slots
+    weights = torch.tensor(
+        [ffn_per_token / experts.ffn] * experts.ffn + [(slots - ffn_per_token) / others] * others, dtype=torch.float64
+    )
     quota_N = torch.zeros(len(weights), dtype=torch.int64)
-    remaining = tokens * config.top_k
+    remaining = tokens * slots
     while remaining:  # a token picks an expert once, so no expert takes more than `tokens`
         open_N = quota_N < tokens
         share_N = weights * open_N / (weights * open_N).sum() * remaining
-        added_N = torch.minimum(share_N.floor().long(), tokens - quota_N)
+        added_N = torch.minimum((share_N + 1e-6).floor().long(), tokens - quota_N)
         if not added_N.any():
             added_N[torch.where(open_N, share_N, -1.0).topk(min(remaining, int(open_N.sum()))).indices] = 1
         quota_N += added_N
         remaining -= int(added_N.sum())
-    expert_KT = torch.arange(len(weights)).repeat_interleave(quota_N).view(config.top_k, tokens)
+    expert_KT = torch.arange(len(weights)).repeat_interleave(quota_N).view(slots, tokens)
     expert_TK = expert_KT[:, torch.randperm(tokens, generator=generator)].t().contiguous().to(device)
-    gate_TK = torch.full(expert_TK.shape, 1 / config.top_k, device=device)
+    gate_TK = torch.full(expert_TK.shape, 1 / slots, device=device)
     return Routing(expert_TK, gate_TK, torch.empty(tokens, 0, device=device))
 
 
@@ -97,7 +104,8 @@ def expert_forward_times(
     """Expert forward times of several models, interleaved in shuffled order in this process.
 
     One row per model and routing (`learned`, `balanced`): median_ms and min_ms of one pass over all layers at B*S
-    tokens, ffn_share reached. `precision()` is the autocast context of the runs.
+    tokens, the ffn_share of all slots reached, and ffn_width, the hidden FFN units that a token passes in a layer. A
+    model without MoE layers is timed on its dense FFNs. `precision()` is the autocast context of the runs.
     """
     cases = {}
     generator = torch.Generator().manual_seed(seed)
@@ -105,7 +113,8 @@ def expert_forward_times(
         for name, model in models.items():
             learned = _layer_inputs(model.eval(), ids_BS)
             balanced = [
-                (layer, x, balanced_routing(layer.config, len(x), generator, x.device)) for layer, x, _ in learned
+                (layer, x, routing and balanced_routing(layer.config, len(x), generator, x.device))
+                for layer, x, routing in learned
             ]
             cases[name, "learned"], cases[name, "balanced"] = learned, balanced
         times: dict[tuple[str, str], list[float]] = {key: [] for key in cases}
@@ -123,24 +132,29 @@ def expert_forward_times(
             "routing": routing,
             "median_ms": statistics.median(times[name, routing]),
             "min_ms": min(times[name, routing]),
-            "ffn_share": _reached_share(cases[name, routing]),
+            "ffn_share": _mean(cases[name, routing], _ffn_share),
+            "ffn_width": _mean(cases[name, routing], _ffn_width),
         }
         for name, routing in cases
     ]
 
 
-LayerCase = tuple[MoELayer, Tensor, Routing]
+LayerCase = tuple[MoELayer | DenseFFN, Tensor, Routing | None]  # no routing: a dense FFN
 
 
 def _layer_inputs(model: Decoder, ids_BS: Tensor) -> list[LayerCase]:
-    """Every MoE layer with the tokens it sees and the routing it chooses for them."""
+    """Every MoE layer with the tokens it sees and the routing it chooses for them; the dense FFNs where there is no MoE
+    layer.
+    """
     seen: list[LayerCase] = []
 
-    def remember(layer: MoELayer, inputs: tuple[Tensor, Tensor | None]) -> None:
+    def remember(layer: MoELayer | DenseFFN, inputs: tuple[Tensor, ...]) -> None:
         x_TD = inputs[0].flatten(0, -2)
-        seen.append((layer, x_TD, layer.route(layer.router(x_TD, inputs[1]))))
+        routing = layer.route(layer.router(x_TD, inputs[1])[0]) if isinstance(layer, MoELayer) else None
+        seen.append((layer, x_TD, routing))
 
-    handles = [layer.register_forward_pre_hook(remember) for layer in model.moe_layers()]
+    layers = model.moe_layers() or [block.ffn for block in model.blocks]
+    handles = [layer.register_forward_pre_hook(remember) for layer in layers]
     model(ids_BS)
     for handle in handles:
         handle.remove()
@@ -151,22 +165,36 @@ def _time_ms(cases: list[LayerCase], device: torch.device) -> float:
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        for layer, x_TD, routing in cases:
-            layer.expert_forward(x_TD, routing)
+        _run(cases)
         end.record()
         end.synchronize()
         return start.elapsed_time(end)
     begin = time.perf_counter()
-    for layer, x_TD, routing in cases:
-        layer.expert_forward(x_TD, routing)
+    _run(cases)
     return (time.perf_counter() - begin) * 1000
 
 
-def _reached_share(cases: list[LayerCase]) -> float:
-    shares = [(routing.expert_TK < layer.config.experts.ffn).float().mean() for layer, _, routing in cases]
-    return float(torch.stack(shares).mean())
+def _run(cases: list[LayerCase]) -> None:
+    for layer, x_TD, routing in cases:
+        if routing is None:
+            layer(x_TD)
+        else:
+            layer.expert_forward(x_TD, routing)
 
 
-def ideal_speedup(config: MoEConfig) -> float:
-    """1 / FFN share of a balanced layer: the most that skipping FFN work can give."""
-    return 1 / ffn_share(config.experts, config.balance.tau)
+def _mean(cases: list[LayerCase], of: Callable[[MoELayer | DenseFFN, Tensor, Routing | None], float]) -> float:
+    return statistics.fmean(of(*case) for case in cases)
+
+
+def _ffn_share(layer: MoELayer | DenseFFN, x_TD: Tensor, routing: Routing | None) -> float:
+    if routing is None:
+        return 1.0
+    used = int((routing.expert_TK < layer.config.experts.total).sum())
+    return int((routing.expert_TK < layer.config.experts.ffn).sum()) / max(1, used)
+
+
+def _ffn_width(layer: MoELayer | DenseFFN, x_TD: Tensor, routing: Routing | None) -> float:
+    if routing is None:
+        return layer.w_out.in_features
+    rows = int((routing.expert_TK < layer.config.experts.ffn).sum())
+    return (rows / len(x_TD) + layer.config.experts.shared) * layer.config.hidden

@@ -10,7 +10,7 @@ STEPS, TOKENS = 100, 102_400
 
 
 Losses = dict[str, dict[int, float]]  # arm -> seed -> final validation loss
-Times = dict[str, tuple[float, float]]  # arm -> (median ms, FFN share), written for both routings
+Times = dict[str, tuple[float, float]]  # arm -> (median ms, FFN width), written for both routings
 
 
 def write_sweep(directory: Path, losses: Losses, times: Times | None = None) -> Path:
@@ -44,7 +44,7 @@ def write_run(path: Path, loss: float, **final: float) -> RunRecord:
 
 def write_times(directory: Path, times: Times) -> None:
     rows = [
-        {"arm": arm, "routing": routing, "median_ms": median, "min_ms": 0.9 * median, "ffn_share": share}
+        {"arm": arm, "routing": routing, "median_ms": median, "min_ms": 0.9 * median, "ffn_width": share}
         for arm, (median, share) in times.items()
         for routing in ("learned", "balanced")
     ]

@@ -2,6 +2,7 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from synthetic_sweep import write_sweep, write_times
@@ -83,6 +84,17 @@ def test_the_report_has_the_papers_numbers_the_verdict_and_the_command(report):
     assert f"| {FULL} | 3 | 3.1100 ± " in text and "| 47.7 | +1.1 |" in text
     assert "Lower validation loss than vanilla, beyond noise" in text and "Hardware: cpu two cores." in text
     assert "nan" not in text.lower() and "Missing runs" not in text
+
+
+def test_an_experiment_of_our_own_shows_no_papers_numbers(tmp_path):
+    ours = replace(TABLE6, reference="", tasks=(), noisy_task="", paper={})
+    results = load_sweep_results(write_sweep(tmp_path, LOSSES, TIMES))
+    write_report(ours, results, tmp_path / "report")
+    text = (tmp_path / "report/report.md").read_text()
+    assert "Effect of the gating residual" in text and f"| {FULL} | 3 | 3.1100 ± " in text and "## Notes" in text
+    assert not any("paper" in line.lower() for line in text.splitlines() if line.startswith("|"))
+    assert "arXiv" not in text and "paper" not in (tmp_path / "report/table.csv").read_text()
+    assert "paper" not in terminal_table(compare(ours, results))
 
 
 def test_without_timings_the_columns_are_empty_and_the_report_says_so(tmp_path):

@@ -56,6 +56,6 @@ def test_speedups_compare_the_same_routing(tmp_path):
     write_sweep(tmp_path, {"vanilla": {0: 3.2}}, times={"vanilla": (12.0, 1.0), "zero": (10.0, 0.75)})
     results = load_sweep_results(tmp_path)
     assert results.ratio("zero", "learned", lambda t: t.median_ms) == pytest.approx(1.2)
-    assert results.ratio("zero", "balanced", lambda t: t.ffn_share) == pytest.approx(4 / 3)
+    assert results.ratio("zero", "balanced", lambda t: t.ffn_width) == pytest.approx(4 / 3)
     assert results.ratio("copy", "learned", lambda t: t.median_ms) is None
     assert results.timing_setup == {"hardware": "two cores", "threads": 2, "repeats": 30}

@@ -5,6 +5,7 @@ import pytest
 
 from experiments import discover
 from moepp.analysis.experiment import Experiment
+from moepp.sweeps.spec import load_sweep
 
 PRINTED = {  # averages as the paper prints them
     "table5": {"vanilla": 46.6, "zero": 47.0, "copy": 47.2, "constant": 47.4, "zero+copy": 47.2, "zero+constant": 47.3,
@@ -24,9 +25,12 @@ def test_a_file_name_is_its_experiments_name():
 
 
 def test_every_experiment_is_complete(experiment):
-    assert set(experiment.arms) == set(experiment.paper)
-    assert all(len(row.scores) == len(experiment.tasks) for row in experiment.paper.values())
-    assert experiment.noisy_task in experiment.tasks
+    sweep = load_sweep(experiment.sweep)
+    assert set(experiment.arms) <= set(sweep.arms) and sweep.baseline in experiment.arms
+    if experiment.paper:
+        assert set(experiment.arms) == set(experiment.paper)
+        assert all(len(row.scores) == len(experiment.tasks) for row in experiment.paper.values())
+        assert experiment.noisy_task in experiment.tasks and experiment.reference
     for contrast in experiment.contrasts.values():
         assert set(contrast.on) | set(contrast.off) <= set(experiment.arms) and not set(contrast.on) & set(contrast.off)
 

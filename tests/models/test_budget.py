@@ -56,6 +56,11 @@ def test_the_papers_expert_sets():
         {"tie_embeddings": True},
         {"gating_residual": False},
         {"router": "two_layer"},
+        {"router": "shared_null", "gating_residual": False, "capacity_factor": None},
+        {"router": "recurrent", "router_width": 8, "gating_residual": False},
+        {"experts": ExpertCounts(ffn=4, shared=2)},
+        {"moe_every": 0},
+        {"moe_every": 0, "dense_hidden": 30},
     ],
     ids=str,
 )
@@ -64,18 +69,67 @@ def test_counted_parameters_equal_the_built_models(changes):
     assert sum(p.numel() for p in Decoder(config).parameters()) == sum(parameters(config).values())
 
 
-def test_flops_equal_what_torch_counts():
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [  # FFN experts per token that each method aims at, as conf/model states them for 8 FFN experts
+        ("vanilla", 2.0),
+        ("moepp", 1.2),
+        ("switch", 1.0),
+        ("adamoe", 3 * 8 / 20),
+        ("shared_null", 0.4 * 3),
+        ("longcat", 1.2),
+        ("loss_free", 1.2),
+        ("remoe", 1.2),
+        ("top_p", 4.0),  # at most: ceil(0.4 * 8) experts where all are equally probable
+    ],
+)
+def test_expected_ffn_experts_per_token(method, expected):
+    assert expected_ffn_per_token(compose(RunConfig, ["size=tiny", f"model={method}"]).model) == pytest.approx(expected)
+
+
+def test_with_a_variable_number_of_experts_all_may_be_active():
+    config = compose(RunConfig, ["size=tiny", "model=remoe"]).model
+    assert active_parameters(config) == sum(parameters(config).values())
+    assert active_parameters(config, 1.2) < active_parameters(config, 2.0) < active_parameters(config)
+
+
+def test_the_arms_of_the_routers_sweep_share_their_ffn_compute():
+    from moepp.sweeps.spec import load_sweep
+
+    models = {trial.arm: trial.config.model for trial in load_sweep("routers").trials("laptop", seeds=[0])}
+    width = {
+        arm: (expected_ffn_per_token(model) + model.experts.shared) * model.hidden
+        for arm, model in models.items()
+        if arm not in ("vanilla", "dense", "top_p")
+    }
+    assert width["moepp"] == pytest.approx(1.2 * 192)
+    assert width == pytest.approx(dict.fromkeys(width, width["moepp"]), rel=0.005)
+    experts = {arm: (model.experts.ffn + model.experts.shared) * model.hidden for arm, model in models.items()}
+    del experts["dense"]
+    assert experts == pytest.approx(dict.fromkeys(experts, 8 * 192), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"experts": ExpertCounts(ffn=8, shared=2)},
+        {"router": "recurrent", "router_width": 16, "gating_residual": False},
+        {"moe_every": 0},
+    ],
+    ids=str,
+)
+def test_flops_equal_what_torch_counts(changes):
     from torch.utils.flop_counter import FlopCounterMode
 
-    config = DecoderConfig(dim=32, hidden=24, layers=2, heads=4, vocab_size=61)
+    config = DecoderConfig(dim=32, hidden=24, layers=2, heads=4, vocab_size=61, **changes)
     model, ids = (
         Decoder(config, seed=0).eval(),
         torch.randint(0, 61, (2, 16), generator=torch.Generator().manual_seed(0)),
     )
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         output = model(ids)
-    chosen = torch.stack([layer.chosen_N for layer in output.stats])
-    ffn_per_token = chosen[:, :8].sum().item() / (2 * ids.numel())
+    ffn_per_token = sum(layer.chosen_N[:8].sum().item() for layer in output.stats) / (2 * ids.numel())
     ours = forward_flops(config, 16, ffn_per_token)
     products = (
         sum(ours.values()) - 2 * config.layers * 16 * config.dim

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from moepp.layers.balance import BalanceConfig
 from moepp.layers.experts import ExpertCounts
 from moepp.models.decoder import Decoder, DecoderConfig
 
@@ -16,7 +17,9 @@ def ids(batch=2, length=12, seed=0):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"kv_heads": 2}, {"kv_heads": 1, "moe_every": 2}, {"tie_embeddings": True}], ids=str
+    "changes",
+    [{}, {"kv_heads": 2}, {"kv_heads": 1, "moe_every": 2}, {"tie_embeddings": True}, {"attention": "plain"}],
+    ids=str,
 )
 def test_cached_decoding_equals_the_whole_sequence(changes):
     model = make(**changes, init_std=0.2).eval()
@@ -29,6 +32,17 @@ def test_cached_decoding_equals_the_whole_sequence(changes):
     for _ in range(6):  # without a cache
         expected = torch.cat([expected, model(expected).logits[:, -1:].argmax(-1)], 1)
     assert torch.equal(generated, expected)
+
+
+@pytest.mark.parametrize("changes", [{}, {"kv_heads": 2}], ids=str)
+def test_the_plain_attention_equals_the_fused_one_with_gradients(changes):
+    outcomes = []
+    for kernel in ("fused", "plain"):
+        model = make(**changes, init_std=0.2, attention=kernel)
+        logits = model(ids()).logits
+        outcomes.append([logits, *torch.autograd.grad(logits.square().mean(), model.blocks[0].attention.parameters())])
+    for fused, plain in zip(*outcomes, strict=True):
+        torch.testing.assert_close(plain, fused, rtol=1e-4, atol=1e-5)
 
 
 def test_sampling_follows_its_generator_and_its_temperature():
@@ -89,6 +103,59 @@ def test_activation_checkpointing_changes_no_gradient():
         assert torch.equal(plain, recomputed)
 
 
+METHODS = {
+    "dense": {"moe_every": 0},
+    "shared": {"experts": ExpertCounts(ffn=4, shared=1)},
+    "shared_null": {"router": "shared_null", "gating_residual": False, "capacity_factor": None},
+    "recurrent": {"router": "recurrent", "router_width": 8, "gating_residual": False},
+    "relu": {"selection": "relu", "capacity_factor": None, "init_std": 0.2},
+    "top_p": {"selection": "top_p", "capacity_factor": None, "balance": BalanceConfig(z_loss=0.1, entropy_loss=0.1)},
+}
+
+
+@pytest.mark.parametrize("changes", METHODS.values(), ids=METHODS)
+def test_activation_checkpointing_changes_no_gradient_of_other_methods(changes):
+    gradients = []
+    for switch in (False, True):
+        model = make(activation_checkpointing=switch, **changes)
+        output = model(ids())
+        (output.logits.square().mean() + model.balance_loss(output)).backward()
+        assert [name for name, p in model.named_parameters() if p.grad is None] == []
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+def test_the_recurrent_routers_gru_is_one_and_carries_its_state_from_layer_to_layer():
+    model = make(router="recurrent", router_width=8, gating_residual=False, init_std=0.5).eval()
+    assert [name for name in model.state_dict() if "gru" in name] == ["router_gru.weight_ih", "router_gru.weight_hh"]
+    grus = {id(block.ffn.router.shared[0]) for block in model.blocks}
+    assert grus == {id(model.router_gru)}
+    before = model(ids()).router_logits
+    with torch.no_grad():
+        model.router_gru.weight_hh.zero_()  # the first layer's state before is 0 in any case
+    after = model(ids()).router_logits
+    assert torch.equal(before[0], after[0]) and not torch.allclose(before[1], after[1])
+
+
+def test_router_losses_are_averaged_over_layers_and_added_to_the_balance_loss():
+    plain, with_losses = make(), make(balance=BalanceConfig(z_loss=0.5, entropy_loss=0.25))
+    output = with_losses(ids())
+    expected = plain.balance_loss(plain(ids()))
+    for logits in output.router_logits:
+        p = logits.softmax(-1)
+        loss = 0.5 * logits.exp().sum(-1).log().square().mean() - 0.25 * (p * p.log()).sum(-1).mean()
+        expected = expected + loss / 3
+    torch.testing.assert_close(with_losses.balance_loss(output), expected)
+
+
+def test_a_dense_model_has_no_moe_layer_and_no_balance_loss():
+    model = make(moe_every=0)
+    output = model(ids())
+    assert model.moe_layers() == output.stats == [] and model.balance_loss(output) == 0
+    assert {block.ffn.w_out.in_features for block in model.blocks} == {2 * 24}
+
+
 def test_every_parameter_gets_a_gradient():
     model = make()
     output = model(ids())
@@ -120,6 +187,7 @@ def test_residual_projections_start_smaller():
         ({"heads": 5}, "heads=5"),
         ({"kv_heads": 3}, "kv_heads=3"),
         ({"moe_every": 4}, "moe_every=4"),
+        ({"moe_every": -1}, "moe_every=-1"),
         ({"dim": 4}, "dim=4"),
     ],
     ids=str,

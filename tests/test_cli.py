@@ -1,0 +1,122 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moepp.cli import main
+from moepp.config import CONF
+
+ROOT = CONF.parent
+
+
+def cli(capsys, *arguments):
+    """Exit code, standard output and standard error of one command."""
+    try:
+        code = main(arguments)
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], [], ["train", "--help"], ["reproduce", "--list"]], ids=str)
+def test_light_commands_import_nothing_heavy(arguments):
+    script = f"""
+import sys
+from moepp.cli import main
+try:
+    main({arguments!r})
+except SystemExit:
+    pass
+heavy = {{"torch", "lightning", "mlflow", "datasets", "numpy", "matplotlib"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "reproduce" in done.stdout or "table5" in done.stdout or "key=value" in done.stdout
+
+
+def test_without_arguments_the_commands_are_listed(capsys):
+    code, out, _ = cli(capsys)
+    assert code == 0
+    for command in ("reproduce", "report", "train", "prepare", "generate", "bench", "ui", "sync"):
+        assert f"\n    {command} " in out or f"\n    {command}\n" in out
+
+
+def test_run_py_is_the_same_entry_point():
+    done = subprocess.run([sys.executable, "run.py", "reproduce", "--list"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "\ntable5 " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "model.expert.zero=1"], "unknown key model.expert.zero; did you mean model.experts.zero?"),
+        (["train", "model=vanilla", "model.top_k=9"], "top_k=9 must lie between 1 and the 8 experts"),
+        (["train", "data=text", "data.path=nothing/*.txt"], "data.path=nothing/*.txt: no file matches"),
+        (["train", "data=text"], "data.corpus=text needs data.path"),
+        (["train", "size=huge"], "size=huge: no such fragment; choose from 0.6b, 1b, 2b, 7b, smoke, tiny"),
+        (["reproduce", "table55"], "no experiment 'table55'; choose from"),
+        (["reproduce", "table5", "--scale", "big"], "unknown scale 'big'; choose from smoke, laptop, paper"),
+        (["reproduce", "table5", "--scale", "smoke", "model.topk=1"], "unknown key model.topk; did you mean"),
+        (["report", "table5", "--runs", "nowhere"], "nowhere/zero_computation_experts-laptop holds no finished run"),
+        (["trial", "nowhere/config.yaml"], "no config file nowhere/config.yaml"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(capsys, arguments, message):
+    code, _, err = cli(capsys, *arguments)
+    assert code == 2
+    assert err.startswith(f"error: {message}")
+    assert err.count("\n") == 1
+
+
+def test_a_corpus_shorter_than_one_sequence(capsys, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(f"short text {name}")
+    code, _, err = cli(
+        capsys, "train", "size=smoke", "tracking=jsonl", "data=text", f"data.path={tmp_path}/*.txt",
+        f"data.cache={tmp_path}/cache", "trainer.progress=false",
+    )  # fmt: skip
+    assert code == 2
+    assert "fewer than data.seq_len + 1 = 33; give more text or a smaller data.seq_len" in err
+
+
+def test_a_run_directory_that_cannot_be_written(capsys, overrides, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    code, _, err = cli(capsys, "train", *overrides, f"runs={tmp_path}/file")
+    assert code == 1
+    assert err.startswith("error: cannot write the run record") and err.count("\n") == 1
+
+
+def test_words_that_are_no_overrides_are_refused(capsys):
+    code, _, err = cli(capsys, "report", "table5", "model.top_k=1")
+    assert code == 2 and "unrecognized arguments: model.top_k=1" in err
+
+
+def test_train_prints_where_the_record_is_and_what_came_out(capsys, overrides):
+    code, out, _ = cli(capsys, "train", *overrides)
+    assert code == 0
+    record = Path(out.splitlines()[0].removeprefix("run record: "))
+    assert (record / "done").exists()
+    assert "val_bits_per_byte" in out
+
+
+def test_generate_continues_a_prompt(capsys, tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for i in range(8):
+        (corpus / f"{i}.txt").write_text(f"the union is strong and number {i} is " * 30)
+    code, out, err = cli(
+        capsys, "train", "size=smoke", "tracking=jsonl", "data=text", f"data.path={corpus}/*.txt",
+        f"runs={tmp_path}/runs", f"data.cache={tmp_path}/cache", "data.val_share=0.3", "trainer.steps=2",
+        "trainer.progress=false", "trainer.expert_timing=false", "trainer.threads=1",
+    )  # fmt: skip
+    assert code == 0, err
+    run = out.splitlines()[0].removeprefix("run record: ")
+    code, first, _ = cli(capsys, "generate", run, "--prompt", "the union", "--tokens", "5", "--temperature", "0")
+    assert code == 0 and first.startswith("the union")
+    assert cli(capsys, "generate", run, "--prompt", "the union", "--tokens", "5", "--temperature", "0")[1] == first
+    code, _, err = cli(capsys, "generate", str(tmp_path / "runs"))
+    assert code == 2 and "no config file" in err

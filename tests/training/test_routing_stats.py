@@ -1,0 +1,42 @@
+import pytest
+import torch
+
+from moepp.layers.experts import ExpertCounts
+from moepp.layers.moe import MoEConfig, MoEStats
+from moepp.training.routing_stats import RoutingStatistics
+
+CONFIG = MoEConfig(experts=ExpertCounts(ffn=2, zero=1, copy=1, constant=0))
+
+
+def layer(chosen, tokens=10, dropped=0):
+    zero = torch.zeros(())
+    logits = torch.zeros(tokens, 4)
+    return MoEStats(logits, zero, torch.tensor(chosen), torch.tensor(dropped), torch.tensor(0.5), zero, logits)
+
+
+def test_ffn_experts_per_token_are_counted_over_batches_and_layers():
+    statistics = RoutingStatistics(CONFIG)
+    statistics.update([layer([5, 5, 4, 6]), layer([10, 8, 1, 1])])
+    statistics.update([layer([7, 3, 5, 5], dropped=3), layer([10, 10, 0, 0])])
+    found = {name: value.item() for name, value in statistics.compute().items()}
+    assert found["ffn_per_token"] == pytest.approx((20 / 20 + 38 / 20) / 2)
+    assert found["ffn_share"] == pytest.approx((20 / 40 + 38 / 40) / 2)
+    assert found["zero_share"] == pytest.approx((11 / 40 + 1 / 40) / 2)
+    assert found["load_max_over_mean"] == pytest.approx((12 / 10 + 20 / 19) / 2)
+    assert found["dropped_share"] == pytest.approx(3 / 80) and found["entropy"] == pytest.approx(0.5)
+
+
+def test_ffn_experts_per_token_do_not_need_a_fixed_number_of_slots():
+    statistics = RoutingStatistics(CONFIG)
+    statistics.update([layer([3, 1, 0, 0]), layer([0, 0, 0, 0])])  # the second layer used no slot at all
+    found = statistics.compute()
+    assert found["ffn_per_token"].item() == pytest.approx((0.4 + 0.0) / 2)
+    assert all(torch.isfinite(value) for value in found.values())
+
+
+def test_a_model_without_moe_layers_routes_nothing(tmp_path):
+    statistics = RoutingStatistics(CONFIG)
+    statistics.update([])
+    assert {name: value.item() for name, value in statistics.compute().items()} == {"ffn_per_token": 0, "entropy": 0}
+    statistics.write_table(tmp_path / "load.csv")
+    assert (tmp_path / "load.csv").read_text().split() == ["layer,expert,kind,share"]
