@@ -2,7 +2,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SCALE ?= laptop
-RUNS ?= runs
 
 .PHONY: ablation test ui clean
 

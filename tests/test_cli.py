@@ -1,8 +1,10 @@
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 from moepp.cli import main
 from moepp.config import CONF
@@ -56,6 +58,7 @@ def test_run_py_is_the_same_entry_point():
         (["train", "model=vanilla", "model.top_k=9"], "top_k=9 must lie between 1 and the 8 experts"),
         (["train", "data=text", "data.path=nothing/*.txt"], "data.path=nothing/*.txt: no file matches"),
         (["train", "data=text"], "data.corpus=text needs data.path"),
+        (["train", "trainer.devices=2"], "trainer.devices and trainer.num_nodes must be 1"),
         (["train", "size=huge"], "size=huge: no such fragment; choose from 0.6b, 1b, 2b, 7b, smoke, tiny"),
         (["reproduce", "table55"], "no experiment 'table55'; choose from"),
         (["reproduce", "table5", "--scale", "big"], "unknown scale 'big'; choose from smoke, laptop, paper"),
@@ -88,6 +91,13 @@ def test_a_run_directory_that_cannot_be_written(capsys, overrides, tmp_path):
     code, _, err = cli(capsys, "train", *overrides, f"runs={tmp_path}/file")
     assert code == 1
     assert err.startswith("error: cannot write the run record") and err.count("\n") == 1
+
+
+@pytest.mark.skipif(find_spec("triton") is not None and torch.cuda.is_available(), reason="triton runs here")
+def test_a_kernel_that_cannot_run_here_says_what_can(capsys, overrides):
+    code, _, err = cli(capsys, "train", *overrides, "model.backend=triton")
+    assert code == 2
+    assert err.startswith("error: backend=triton needs") and "backend=auto" in err and err.count("\n") == 1
 
 
 def test_words_that_are_no_overrides_are_refused(capsys):

@@ -3,6 +3,7 @@
 Shape suffixes: T tokens, K top-k, N all experts (FFN, constant, copy, zero).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -60,8 +61,11 @@ def load_targets(counts: ExpertCounts, tau: float) -> Tensor:
 
 
 def selection_counts(expert_TK: Tensor, experts: int) -> Tensor:
-    """How many tokens chose each expert, [N] int64; ids of N or more are not counted."""
-    return torch.bincount(expert_TK.reshape(-1).clamp(max=experts), minlength=experts + 1)[:experts]
+    """How many tokens chose each expert, [N] int64; ids of N or more are not counted.
+
+    Not bincount: on a GPU that waits for the host, which must know the result's size.
+    """
+    return (expert_TK.reshape(-1, 1) == torch.arange(experts, device=expert_TK.device)).sum(0)
 
 
 def load_balance_loss(
@@ -109,30 +113,26 @@ def combine_layers(losses: list[Tensor], config: BalanceConfig) -> Tensor:
     return total if config.form == "paper" else total / len(losses)
 
 
-def capacities(counts: ExpertCounts, tau: float, slots: int, factor: float) -> list[int]:
-    """Rows each expert accepts, rounded up (Eq. 8): factor * slots * w_i / sum w, with w = tau for FFN experts and 1
-    for the others.
+def capacities(counts: ExpertCounts, tau: float, slots: int, factor: float, device: torch.device) -> Tensor:
+    """Rows each expert accepts, [N] int64, rounded up (Eq. 8): factor * slots * w_i / sum w, with w = tau for FFN
+    experts and 1 for the others.
 
     `slots` = K * T assignments. Eq. 8 prints T, which would drop 45 % of all top-2 assignments even under perfect
     balance.
     """
-    total = tau * counts.ffn + counts.zero_computation
-    share = factor * slots / total
-    ffn, other = -int(-share * tau // 1), -int(-share // 1)
-    return [ffn] * counts.ffn + [other] * counts.zero_computation
+    share = factor * slots / (tau * counts.ffn + counts.zero_computation)
+    capacity_N = torch.full((counts.total,), math.ceil(share), device=device)
+    capacity_N[: counts.ffn] = math.ceil(share * tau)
+    return capacity_N
 
 
-def within_capacity(expert_TK: Tensor, capacity: list[int]) -> Tensor:
+def within_capacity(expert_TK: Tensor, capacity_N: Tensor) -> Tensor:
     """True for the slots an expert accepts, [T, K]: first choices of all tokens come before second choices, then batch
     order decides.
     """
-    expert_S = expert_TK.t().reshape(-1)  # k-major
-    order_S = expert_S.argsort(stable=True)
-    count_N = torch.bincount(expert_S, minlength=len(capacity))
-    start_N = count_N.cumsum(0) - count_N
-    sorted_S = expert_S[order_S]
+    sorted_S, order_S = expert_TK.t().reshape(-1).sort(stable=True)  # k-major
+    start_N = torch.searchsorted(sorted_S, torch.arange(len(capacity_N), device=sorted_S.device))
     position_S = torch.arange(len(order_S), device=order_S.device) - start_N[sorted_S]
-    limit_N = torch.tensor(capacity, device=order_S.device)
     kept_S = torch.empty_like(order_S, dtype=torch.bool)
-    kept_S[order_S] = position_S < limit_N[sorted_S]
+    kept_S[order_S] = position_S < capacity_N[sorted_S]
     return kept_S.view(expert_TK.shape[1], expert_TK.shape[0]).t()

@@ -3,8 +3,8 @@
 A dispatcher maps `(w_in [E,2F,D], w_out [E,D,F], x [T,D], expert ids [T,K], gates [T,K], others)` to the gated sum over
 each token's experts, [T,D] in the gates' dtype. Rows are multiplied in the weights' dtype. Slots whose id is E or more
 (zero-computation experts, dropped rows) never reach an FFN expert; `others`, an `experts.Affine` or None, is what the
-zero-computation experts add. Every backend is such a function, and raises
-`grouped.BackendError` where it cannot run. Shape suffixes as in experts.py.
+zero-computation experts add. Every backend is such a function, and raises `grouped.BackendError` where it cannot run.
+Shape suffixes as in experts.py.
 """
 
 from typing import TYPE_CHECKING, Literal

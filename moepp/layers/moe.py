@@ -49,9 +49,7 @@ class MoEConfig:
     top_k: int = 2
     top_p: float = 0.4  # cumulative probability that selection=top_p reaches
     gate: GateForm = "released"
-    logits_norm: float | None = (
-        None  # standard deviation to which logits are scaled before the softmax; released 7B: 1.0
-    )
+    logits_norm: float | None = None  # std to which a token's logits are scaled before the softmax; released 7B: 1.0
     gating_residual: bool = True
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     capacity_factor: float | None = 1.1  # in training only; null is dropless
@@ -192,7 +190,7 @@ class MoELayer(nn.Module):
         """Slots over capacity (Eq. 8) get gate 0 and id N, which no expert has; the token keeps its residual path."""
         config = self.config
         slots = routing.expert_TK.numel()
-        limits = capacities(config.experts, config.balance.tau, slots, config.capacity_factor)
+        limits = capacities(config.experts, config.balance.tau, slots, config.capacity_factor, routing.expert_TK.device)
         kept_TK = within_capacity(routing.expert_TK, limits)
         expert_TK = routing.expert_TK.masked_fill(~kept_TK, config.experts.total)
         return Routing(expert_TK, routing.gate_TK * kept_TK, routing.probs_TN), slots - kept_TK.sum()

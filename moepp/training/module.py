@@ -47,9 +47,8 @@ class LanguageModel(pl.LightningModule):
         self.val_accuracy = MeanMetric()
         self.val_bits_per_byte = BitsPerByte(end_of_text)
         self.val_routing = RoutingStatistics(config.model)
-        self.train_routing = RoutingStatistics(
-            config.model
-        )  # of the last step only, so that a resumed run logs the same
+        # Of the last step only, so that a resumed run logs the same.
+        self.train_routing = RoutingStatistics(config.model)
         self.train_losses: dict[str, Tensor] = {}
         # Counts of the micro-batches since the last optimizer step. Checkpoints are saved right after a step, where
         # there are none, so these need no buffer.

@@ -13,7 +13,8 @@ import lightning.pytorch as pl
 import torch
 
 from moepp import config as configs
-from moepp.errors import Interrupted, RunError
+from moepp.errors import Interrupted, RunError, UsageError
+from moepp.layers.kernels.grouped import BackendError
 from moepp.models.budget import Budget, active_parameters, forward_flops
 from moepp.models.decoder import Decoder
 from moepp.records import RunRecord, write_json
@@ -32,6 +33,7 @@ TIMED_TOKENS = 4096  # in one expert-forward measurement
 
 def freeze(config: RunConfig) -> RunConfig:
     """The config with the digest of its prepared tokens, so that a changed corpus is another run. Builds the tokens."""
+    _refuse_many_devices(config)
     tokens = prepare(config.data, progress=config.trainer.progress)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, digest=tokens.header.digest))
 
@@ -42,6 +44,7 @@ def train(config: RunConfig, directory: Path) -> RunRecord:
     Raises RunError for what goes wrong after a correct start, and leaves the reason in failed.json; Interrupted after
     SIGTERM.
     """
+    _refuse_many_devices(config)
     record = RunRecord(directory)
     try:
         with record.lock():
@@ -52,12 +55,19 @@ def train(config: RunConfig, directory: Path) -> RunRecord:
     return record
 
 
+def _refuse_many_devices(config: RunConfig) -> None:
+    if config.trainer.devices * config.trainer.num_nodes != 1:
+        raise UsageError("trainer.devices and trainer.num_nodes must be 1: training over several is not built yet")
+
+
 def _train_or_say_why(record: RunRecord, config: RunConfig) -> None:
     try:
         _open_record(record, config)
         _train(record, config)
     except Interrupted:
         raise
+    except BackendError as error:
+        raise UsageError(str(error)) from None
     except RunError as error:
         record.fail(str(error))
         raise

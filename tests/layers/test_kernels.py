@@ -40,7 +40,7 @@ ASSIGNMENTS = {
     "none to an FFN": torch.tensor([[EXPERTS, EXPERTS + 1]]).repeat(TOKENS, 1),
     "one token": torch.tensor([[3, 1]]),
 }
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-2, torch.bfloat16: 3e-2}  # of each result's norm
+TOLERANCE = {torch.float32: 5e-6, torch.float16: 1e-2, torch.bfloat16: 3e-2}  # of each result's norm
 
 on_gpu = (pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device"))
 NO_TRITON = importlib.util.find_spec("triton") is None

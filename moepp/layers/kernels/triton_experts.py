@@ -65,7 +65,9 @@ def load_kernels(w_in: Tensor) -> ModuleType:
 
         from moepp.layers.kernels import triton_kernels
     except ImportError:
-        raise BackendError("backend=triton needs the package triton (pip install triton); or choose backend=auto") from None
+        raise BackendError(
+            "backend=triton needs the package triton (pip install triton); or choose backend=auto"
+        ) from None
     if not w_in.is_cuda and not triton.knobs.runtime.interpret:
         raise BackendError("backend=triton needs a GPU; choose backend=auto (TRITON_INTERPRET=1 emulates one, slowly)")
     if w_in.dtype == torch.float64:
@@ -81,7 +83,7 @@ class FusedExperts(torch.autograd.Function):
         ctx: Any, w_in: Tensor, w_out: Tensor, x_TD: Tensor, gate_TK: Tensor,
         scale_T: Tensor | None, mix_TC: Tensor | None, vectors_CD: Tensor | None, launch: "Launcher",
     ) -> Tensor:  # fmt: skip
-        x_rows_TD = x_TD.to(w_in.dtype).contiguous()
+        w_in, w_out, x_rows_TD = w_in.contiguous(), w_out.contiguous(), x_TD.to(w_in.dtype).contiguous()
         z_S2F, h_SF = launch.swiglu_in(x_rows_TD, w_in, save_z=any(ctx.needs_input_grad))
         y_SD = launch.rows_matmul(h_SF, w_out.transpose(1, 2))
         ctx.save_for_backward(w_in, w_out, x_TD, x_rows_TD, gate_TK, scale_T, mix_TC, vectors_CD, z_S2F)
@@ -130,13 +132,13 @@ class Launcher:
         z_S2F = x_TD.new_empty(rows, width) if save_z else None
         h_SF = x_TD.new_empty(rows, hidden)
         self.kernels.swiglu_in_kernel[self.grid(hidden)](
-            x_TD, w_in.contiguous(), z_S2F, h_SF, self.plan.slot_S, *self.tile_arguments(), dim, hidden, experts,
+            x_TD, w_in, z_S2F, h_SF, self.plan.slot_S, *self.tile_arguments(), dim, hidden, experts,
             TOP_K=self.top_k, SAVE_Z=save_z, PRECISION=precision(), **BLOCKS, **LAUNCH,
         )  # fmt: skip
         return z_S2F, h_SF
 
     def rows_matmul(self, a_SK: Tensor, b_EKN: Tensor) -> Tensor:
-        """a[r] b[e] for every row r of every expert e, [S, N]; b may be a transposed view."""
+        """a[r] b[e] for every row r of every expert e, [S, N]; b is contiguous or the transpose of such a tensor."""
         experts, inner, columns = b_EKN.shape
         c_SN = a_SK.new_empty(len(a_SK), columns)
         self.kernels.rows_matmul_kernel[self.grid(columns)](
@@ -170,7 +172,7 @@ class Launcher:
         grid = self.grid(hidden)
         dgate_SB = gate_TK.new_empty(len(z_S2F), grid[0])
         self.kernels.swiglu_out_backward_kernel[grid](
-            grad_TD, w_out.contiguous(), z_S2F, gate_TK.contiguous(), self.plan.slot_S, dz_S2F, gated_h_SF, dgate_SB,
+            grad_TD, w_out, z_S2F, gate_TK.contiguous(), self.plan.slot_S, dz_S2F, gated_h_SF, dgate_SB,
             *self.tile_arguments(), dim, hidden, experts,
             TOP_K=self.top_k, PRECISION=precision(), **BLOCKS, **LAUNCH,
         )  # fmt: skip
@@ -181,7 +183,7 @@ class Launcher:
         """Each expert's sum over its rows of a^T b, in the shape [E, A, B] of `like`; `gather` names the operand in
         token order.
         """
-        c_EAB = torch.empty_like(like, memory_format=torch.contiguous_format)
+        c_EAB = torch.empty_like(like)
         experts, rows, columns = like.shape
         grid = -(-columns // BLOCKS["BLOCK_N"]), -(-rows // BLOCKS["BLOCK_M"]), experts
         self.kernels.rows_outer_kernel[grid](
