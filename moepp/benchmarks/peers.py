@@ -69,10 +69,8 @@ def transformers_experts(implementation: str) -> Callable[[MoELayer], Forward]:
             expert_TK = routing.expert_TK.clamp(max=counts.ffn)
             gate_TK = routing.gate_TK.masked_fill(expert_TK == counts.ffn, 0).to(x_TD.dtype)
             y_TD = experts(x_TD, expert_TK, gate_TK)
-            if layer.zero_computation is None:
-                return y_TD
-            gate_TN = routing.gate_TK.new_zeros(len(x_TD), counts.total).scatter(1, routing.expert_TK, routing.gate_TK)
-            return y_TD + layer.zero_computation(x_TD, gate_TN[:, counts.ffn :])(x_TD).to(x_TD.dtype)
+            others = layer.zero_computation_terms(x_TD, routing)
+            return y_TD if others is None else y_TD + others(x_TD).to(x_TD.dtype)
 
         return forward
 

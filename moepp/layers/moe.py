@@ -22,7 +22,7 @@ from moepp.layers.balance import (
 from moepp.layers.control import SelectionBias, SparsityControl, build_control
 from moepp.layers.dense import DenseFFN
 from moepp.layers.dispatch import Backend
-from moepp.layers.experts import ExpertCounts, FFNExperts, ZeroComputationExperts
+from moepp.layers.experts import Affine, ExpertCounts, FFNExperts, ZeroComputationExperts
 from moepp.layers.rival_routers import RecurrentRouter, SharedNullRouter
 from moepp.layers.router import (
     GateForm,
@@ -201,15 +201,19 @@ class MoELayer(nn.Module):
         """
         if self.config.multiply_by_top_k:
             x_TD = x_TD * self.config.top_k
-        others = None
-        if self.zero_computation is not None:
-            total, ffn = self.config.experts.total, self.config.experts.ffn
-            gate_TN = routing.gate_TK.new_zeros(len(x_TD), total + 1)  # column N takes dropped slots
-            gate_TN = gate_TN.scatter_add(1, routing.expert_TK, routing.gate_TK)
-            with torch.autocast(x_TD.device.type, enabled=False):
-                others = self.zero_computation(x_TD, gate_TN[:, ffn:total])
+        others = self.zero_computation_terms(x_TD, routing)
         y_TD = self.ffn(x_TD, routing.expert_TK, routing.gate_TK, others).to(x_TD.dtype)
         return y_TD if self.shared is None else y_TD + self.shared(x_TD)
+
+    def zero_computation_terms(self, x_TD: Tensor, routing: Routing) -> Affine | None:
+        """What the zero-computation experts add for these tokens, not yet evaluated; None where there are none."""
+        if self.zero_computation is None:
+            return None
+        total, ffn = self.config.experts.total, self.config.experts.ffn
+        gate_TN = routing.gate_TK.new_zeros(len(x_TD), total + 1)  # column N takes dropped slots
+        gate_TN = gate_TN.scatter_add(1, routing.expert_TK, routing.gate_TK)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return self.zero_computation(x_TD, gate_TN[:, ffn:total])
 
     def statistics(self, logits_TN: Tensor, routing: Routing, carried: Tensor) -> MoEStats:
         config, balance, probs_TN = self.config, self.config.balance, routing.probs_TN
