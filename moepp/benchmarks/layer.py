@@ -180,6 +180,7 @@ def _row(
         **{f"{name}_ms": median[name] for name in names},
         **{f"{name}_min_ms": min(times[case, name]) for name in names},
         "over_floor": median["moepp"] / median["floor"],
+        "zero_computation_share": median["zero_computation"] / median["moepp"] if case.tau is not None else None,
         "loop_over_moepp": median["loop"] / median["moepp"],
         "best_transformers_over_moepp": best_peer / median["moepp"] if best_peer else None,
         "ideal_speedup": 1 / shares[case],
@@ -210,6 +211,7 @@ def _write(rows: list[dict[str, Any]], benchmark: LayerBenchmark, out: Path, dev
 COLUMNS = {
     "experts": "experts", "tau": "tau", "dtype": "dtype", "direction": "direction", "routing": "routing",
     "ffn_share": "FFN share", "moepp_ms": "ours, ms", "floor_ms": "GEMM floor, ms", "over_floor": "ours / floor",
+    "zero_computation_share": "zero-computation pass / ours",
     "loop_ms": "loop, ms", "loop_over_moepp": "loop / ours",
     "transformers_eager_ms": "transformers eager, ms", "transformers_grouped_mm_ms": "transformers grouped_mm, ms",
     "best_transformers_over_moepp": "best transformers / ours",

@@ -113,9 +113,19 @@ def gemm_floor(layer: MoELayer) -> Forward:
     return forward
 
 
+def zero_computation_pass(layer: MoELayer) -> Forward:
+    """The part of our layer that the zero-computation experts cost."""
+
+    def forward(x_TD: Tensor, routing: Routing) -> Tensor:
+        others = layer.zero_computation_terms(x_TD, routing)
+        return x_TD if others is None else others(x_TD)
+
+    return forward
+
+
 def available() -> dict[str, Callable[[MoELayer], Forward]]:
     """The implementations that can be measured here, ours first."""
-    found = {"moepp": ours, "floor": gemm_floor, "loop": reference_loop}
+    found = {"moepp": ours, "floor": gemm_floor, "zero_computation": zero_computation_pass, "loop": reference_loop}
     if find_spec("transformers"):
         found |= {f"transformers_{kind}": transformers_experts(kind) for kind in ("eager", "grouped_mm")}
     return found

@@ -88,6 +88,10 @@ def test_a_benchmark_writes_a_table_whose_ratios_are_those_of_its_times(tmp_path
         assert row["speedup"] == pytest.approx(vanilla["moepp_ms"] / row["moepp_ms"])
         assert row["over_floor"] == pytest.approx(row["moepp_ms"] / row["floor_ms"])
         assert row["moepp_min_ms"] <= row["moepp_ms"]
+        if row["tau"] == "vanilla":
+            assert row["zero_computation_share"] is None
+        else:
+            assert row["zero_computation_share"] == pytest.approx(row["zero_computation_ms"] / row["moepp_ms"])
         assert row["ideal_speedup"] == pytest.approx(1 / row["ffn_share"])
     assert {row["ffn_share"] for row in rows if row["tau"] == "vanilla"} == {1.0}
     balanced = [row for row in rows if row["routing"] == "balanced" and row["tau"] == 0.25]
