@@ -95,7 +95,7 @@ def run(benchmark: LayerBenchmark, out: Path, progress: bool = True) -> list[dic
             bar.set_description(f"{ffn} experts {dtype} {direction}")
             times, shares = _time_group(benchmark, ffn, getattr(torch, dtype), direction, device, bar)
             rows += [_row(case, dtype, direction, times, shares, names) for case in shares]
-    _write(rows, benchmark, out, device)
+            _write(rows, benchmark, out, device)  # after each group: an interrupted benchmark keeps what it has
     return rows
 
 
