@@ -250,7 +250,10 @@ def end_without_lease() -> None:
 
 
 def _guard(path: Path) -> None:
-    """Gives up after half the stale time: who takes over must have waited for all of it since the same last beat."""
+    """Gives up after half the stale time: who takes over must have waited for all of it since the same last beat.
+
+    One gap is left: a machine that is suspended as a whole wakes up with this thread asleep for stale / 20 seconds.
+    """
     content, since = b"", time.monotonic()
     holder = Holder.of(path.read_bytes()) if path.exists() else None
     stale = holder.stale if holder else STALE_SECONDS

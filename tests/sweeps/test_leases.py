@@ -65,7 +65,9 @@ def python():
     yield python
     for process in started:
         process.kill()
-        process.communicate()
+        process.wait()
+        process.stdin.close()
+        process.stdout.close()
 
 
 def elsewhere(folder, number=1, stale=0.3, state="held"):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from moepp.config import CONF
@@ -27,9 +28,15 @@ def lines(path: Path) -> list[str]:
 
 
 def trial_processes(directory: Path) -> list[int]:
-    """The newest process of every trial that is not done."""
-    unfinished = [path.parent for path in directory.glob("*/attempts") if not (path.parent / "done").exists()]
-    return [int(lines(path / "attempts")[-1].split()[0]) for path in unfinished if lines(path / "attempts")]
+    """Those that live now and are known by their config to be ours."""
+    found = []
+    for path in directory.glob("*/attempts"):
+        for line in lines(path)[-1:]:
+            command = Path(f"/proc/{line.split()[0]}/cmdline")
+            with suppress(OSError):
+                if str(path.parent).encode() in command.read_bytes():
+                    found.append(int(line.split()[0]))
+    return found
 
 
 def test_a_tortured_sweep_keeps_its_promise(tmp_path):
@@ -49,8 +56,9 @@ def test_a_tortured_sweep_keeps_its_promise(tmp_path):
                 workers[victim] = start_worker(tmp_path / "runs")
                 killed_workers += 1
             elif trials := trial_processes(directory):
-                os.kill(chance.choice(trials), signal.SIGKILL)
-                killed_trials += 1
+                with suppress(ProcessLookupError):  # it was quicker
+                    os.kill(chance.choice(trials), signal.SIGKILL)
+                    killed_trials += 1
         assert [worker.wait(timeout=60) for worker in workers] == [0] * WORKERS
     finally:
         for worker in workers:
