@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 
 OVERRIDES = "config values: group=fragment (size=tiny, data=text) or dotted.key=value (model.top_k=1); see conf/"
 
+SWEEP_ACTIONS = (
+    "plan: trials, budgets and time, without training; run: everything that is not done; status: what is done, running,"
+    " failed and waiting; work: one trial at a time, beside any number of workers that share the folder of records"
+    " (--workers: how many share this machine); retry: forget failures, for the next run or work to try again"
+)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
@@ -65,6 +71,14 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.add_argument("--seeds", type=int, nargs="+", help="instead of the sweep file's")
     add_scale(reproduce)
     add_overrides(reproduce)
+
+    sweep = add("sweep", _sweep, "plan, run, watch or share a sweep, with the same arguments for each")
+    sweep.add_argument("action", choices=["plan", "run", "status", "work", "retry"], help=SWEEP_ACTIONS)
+    sweep.add_argument("sweep", help="a file of sweeps/, such as routers, or the path of your own")
+    sweep.add_argument("--workers", type=int, default=0, help="trials at a time; 0: one per core, one per GPU")
+    sweep.add_argument("--seeds", type=int, nargs="+", help="instead of the sweep file's")
+    add_scale(sweep)
+    add_overrides(sweep)
 
     report = add("report", _report, "rebuild a report from the run records, without training")
     report.add_argument("experiment", help="a file of experiments/, such as table5")
@@ -132,9 +146,11 @@ def _mirrored(config: "RunConfig", directory: Path) -> AbstractContextManager[No
 
 
 def _trial(options: argparse.Namespace) -> None:
+    from moepp.sweeps.leases import end_without_lease
     from moepp.sweeps.process import die_with_parent
 
     die_with_parent()
+    end_without_lease()
     from moepp.config import load
     from moepp.training.run import train
     from moepp.training.settings import RunConfig
@@ -169,6 +185,16 @@ def _reproduce(options: argparse.Namespace) -> None:
     directory = run_sweep(sweep, options.scale, options.workers, options.overrides, options.seeds)
     time_arms(directory)
     _write_report(experiment, directory)
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    from moepp.sweeps import commands
+
+    if options.action in ("status", "retry"):
+        getattr(commands, options.action)(options.sweep, options.scale, options.overrides)
+    else:
+        arguments = (options.scale, options.workers, options.overrides, options.seeds)
+        getattr(commands, options.action)(options.sweep, *arguments)
 
 
 def _report(options: argparse.Namespace) -> None:

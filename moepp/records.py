@@ -5,8 +5,9 @@
     tables/           per-layer, per-expert tables        checkpoints/     what a second call resumes from
     mlflow.json       the MLflow run, once mirrored       log.txt          what a child process printed
     done              the run reached its last step and its final evaluation
-    failed.json       why it stopped instead
+    failed.json       why it stopped instead             crashes.json     every attempt that ended in neither
     lock              held by the process that trains here
+    leases/           which worker of a sweep may start that process
 
 A run is finished when `done` exists: an exit code or a tracker's status proves nothing.
 """
@@ -14,8 +15,9 @@ A run is finished when `done` exists: an exit code or a tracker's status proves 
 import fcntl
 import json
 import os
+import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,12 +28,16 @@ from moepp.errors import RunError
 def write_text(path: Path, text: str) -> None:
     """Replaces `path` in one step: a reader or a crash sees the old file or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # other machines have the same process ids
+    try:
+        with open(temporary, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -110,8 +116,22 @@ class RunRecord:
         (self.path / "failed.json").unlink(missing_ok=True)
         write_text(self.path / "done", "")
 
-    def fail(self, reason: str) -> None:
-        write_json(self.path / "failed.json", {"reason": reason, "time": int(time.time() * 1000)})
+    def fail(self, reason: str, log: Sequence[str] = ()) -> None:
+        """`log` holds the last lines that a child process printed."""
+        write_json(self.path / "failed.json", {"reason": reason, "time": int(time.time() * 1000), "log": list(log)})
+
+    @property
+    def crashes(self) -> list[dict[str, Any]]:
+        """`reason` and `time` of every attempt that ended without `done` and was not asked to stop."""
+        return read_json(self.path / "crashes.json") or []
+
+    def crash(self, reason: str) -> None:
+        write_json(self.path / "crashes.json", [*self.crashes, {"reason": reason, "time": int(time.time() * 1000)}])
+
+    def forgive(self) -> None:
+        """Forgets failure and crashes, so that the run counts as unfinished and nothing else is lost."""
+        for name in ("failed.json", "crashes.json"):
+            (self.path / name).unlink(missing_ok=True)
 
     @contextmanager
     def lock(self) -> Iterator[None]:

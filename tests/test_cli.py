@@ -22,7 +22,9 @@ def cli(capsys, *arguments):
     return code, captured.out, captured.err
 
 
-@pytest.mark.parametrize("arguments", [["--help"], [], ["train", "--help"], ["reproduce", "--list"]], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], [], ["train", "--help"], ["reproduce", "--list"], ["sweep", "--help"]], ids=str
+)
 def test_light_commands_import_nothing_heavy(arguments):
     script = f"""
 import sys
@@ -42,7 +44,7 @@ assert not heavy, heavy
 def test_without_arguments_the_commands_are_listed(capsys):
     code, out, _ = cli(capsys)
     assert code == 0
-    for command in ("reproduce", "report", "train", "prepare", "generate", "bench", "ui", "sync"):
+    for command in ("reproduce", "sweep", "report", "train", "prepare", "generate", "bench", "ui", "sync"):
         assert f"\n    {command} " in out or f"\n    {command}\n" in out
 
 
@@ -63,6 +65,8 @@ def test_run_py_is_the_same_entry_point():
         (["reproduce", "table55"], "no experiment 'table55'; choose from"),
         (["reproduce", "table5", "--scale", "big"], "unknown scale 'big'; choose from smoke, laptop, paper"),
         (["reproduce", "table5", "--scale", "smoke", "model.topk=1"], "unknown key model.topk; did you mean"),
+        (["sweep", "run", "table5"], "unknown sweep 'table5'; choose from"),
+        (["sweep", "status", "routers", "runs=nowhere"], "nowhere/routers-laptop holds no sweep; `python run.py"),
         (["report", "table5", "--runs", "nowhere"], "nowhere/zero_computation_experts-laptop holds no finished run"),
         (["trial", "nowhere/config.yaml"], "no config file nowhere/config.yaml"),
     ],

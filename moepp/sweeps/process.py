@@ -51,8 +51,12 @@ def die_with_parent() -> None:
 def cause_of_end(returncode: int, log: Path) -> str:
     """One line on a trial that ended without saying why: its signal or exit code, and the last line it printed."""
     how = f"killed by {signal.Signals(-returncode).name}" if returncode < 0 else f"exit code {returncode}"
+    return f"{how}; {(last_lines(log, 1) or ['nothing printed'])[0]}"
+
+
+def last_lines(log: Path, count: int = 10) -> list[str]:
+    """The last lines of a log that are not empty."""
     with open(log, "rb") as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
         lines = file.read().decode(errors="replace").split("\n")
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "nothing printed")
-    return f"{how}; {last}"
+    return [line.strip() for line in lines if line.strip()][-count:]

@@ -1,4 +1,7 @@
-"""Runs a sweep: a child process per trial. What is finished is never run again, what was cut short continues."""
+"""Runs a sweep: a child process per trial. What is finished is never run again, what was cut short continues.
+
+Any number of runners, on any machines that share the folder of records, may work at one sweep (moepp/sweeps/leases.py).
+"""
 
 import signal
 import subprocess
@@ -6,21 +9,23 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
-from moepp.config import save
 from moepp.errors import Interrupted, RunError, UsageError
-from moepp.records import RunRecord, write_json
-from moepp.sweeps.process import cause_of_end, start
-from moepp.sweeps.progress import SweepProgress, TrialProgress
+from moepp.sweeps.budgets import budgets, require_match
+from moepp.sweeps.job import Job
+from moepp.sweeps.leases import STALE_SECONDS, Heart, Lease, LeaseWatch
+from moepp.sweeps.plan import promise
+from moepp.sweeps.progress import SweepProgress
 from moepp.sweeps.slots import Slot, divide
 from moepp.sweeps.spec import Sweep, Trial
-from moepp.training.tracking import FolderMirror
+from moepp.training.mlflow_store import store_uri
+from moepp.training.tracking import FolderMirror, TrackingConfig, follow
 
 TRIAL_COMMAND = (sys.executable, "-m", "moepp.cli", "trial")
 SECONDS_TO_STOP = 30  # a stopped trial finishes its step and writes a checkpoint
 POLL_SECONDS = 0.2
+LOOK_SECONDS = 1.0  # between two looks at the trials of other workers
 
 
 def run_sweep(
@@ -31,33 +36,43 @@ def run_sweep(
     seeds: Sequence[int] | None = None,
     progress: bool = True,
     command: Sequence[str] = TRIAL_COMMAND,
+    at_once: int | None = None,
+    stale: float = STALE_SECONDS,
 ) -> Path:
-    """Runs every trial that is not done and returns the sweep's directory, `runs/<sweep>-<scale>/`.
+    """Works at a sweep until none of its trials is left, and returns its directory, `runs/<sweep>-<scale>/`.
 
-    `workers` trials at a time (0: one per GPU, else one per core). `command` runs one trial, given the path of its
-    frozen config. Raises RunError when trials failed (the others have been run by then) or the disk cannot be written,
-    and Interrupted after Ctrl-C or SIGTERM. Called again, it goes on where it stopped and tries failed trials anew.
+    The machine is divided among `workers` (0: one per GPU, else one per core); this process runs `at_once` of them, all
+    unless told. Trials that others hold are waited for, and taken over after `stale` seconds without a sign of life.
+    `command` runs one trial, given the path of its frozen config.
+
+    Raises UsageError when the arms break `match`, or the directory holds the sweep with other settings; RunError when
+    trials failed (the others have been run by then) or the disk cannot be written; Interrupted after Ctrl-C or SIGTERM.
+    Called again, it goes on where it stopped.
     """
     if workers < 0:
         raise UsageError(f"workers={workers} must not be negative")
     trials = sweep.trials(scale, extra, seeds)
+    require_match(sweep.match, budgets(trials))
     _freeze_data(trials)
     config = trials[0].config
     directory = Path(config.runs) / config.name
-    mirrored = config.tracking.backend == "mlflow"
+    heart = Heart(stale)
     try:
-        with RunRecord(directory).lock():
-            jobs = [_Job(trial) for trial in trials]
-            _describe(sweep, scale, jobs, directory)
-            with FolderMirror(directory, config.tracking, config.runs).follow() if mirrored else nullcontext():
-                _Runner(jobs, divide(workers, config.trainer), command, progress).run()
+        promise(directory, sweep, scale, trials)
+        jobs = [Job(trial, sweep.retries, heart, stale) for trial in trials]
+        runner = _Runner(jobs, divide(workers, config.trainer)[:at_once], command, progress)
+        mirrored = config.tracking.backend == "mlflow"
+        mirror = _SharedMirror(directory, config.tracking, config.runs, heart, stale) if mirrored else None
+        with heart.beating(), follow(mirror) if mirror else nullcontext():
+            runner.run()
     except OSError as error:
         place = error.filename or directory
         raise RunError(f"cannot write {place} ({error.strerror}); the same command continues") from error
     failures = [f"{job.label}: {job.failure}" for job in jobs if job.failure]
     if failures:
         raise RunError(
-            f"{len(failures)} of {len(jobs)} trials failed; the same command tries them again ({'; '.join(failures)})"
+            f"{len(failures)} of {len(jobs)} trials failed; `python run.py sweep retry {sweep.name} --scale {scale}`"
+            f" lets the same command try them again ({'; '.join(failures)})"
         )
     return directory
 
@@ -74,98 +89,101 @@ def _freeze_data(trials: Sequence[Trial]) -> None:
         trial.config.data.digest = digests[wanted]
 
 
-class _Job:
-    """A trial on this machine."""
+class _SharedMirror:
+    """The MLflow mirror of a sweep's folder, kept by one of its runners at a time: two would send each step twice."""
 
-    def __init__(self, trial: Trial):
-        self.trial, self.label = trial, f"{trial.arm} s{trial.seed}"
-        self.record = RunRecord(trial.directory)
-        self.progress = TrialProgress(self.record, trial.config.trainer.steps)
-        self.process: subprocess.Popen | None = None
-        self.slot: Slot = {}
-        self.failure = ""
+    def __init__(self, directory: Path, tracking: TrackingConfig, runs: str, heart: Heart, stale: float):
+        self.uri = store_uri(tracking, runs)
+        self._open = lambda: FolderMirror(directory, tracking, runs)
+        self._heart, self._watch = heart, LeaseWatch(directory / "mirror", stale)
+        self._lease: Lease | None = None
 
-    @property
-    def done(self) -> bool:
-        return self.record.status == "done"
-
-    def start(self, command: Sequence[str], slot: Slot) -> None:
-        self.slot, path = slot, self.record.path
-        path.mkdir(parents=True, exist_ok=True)
-        (path / "failed.json").unlink(missing_ok=True)
-        self.trial.config.trainer.progress = False  # the sweep's bar is the one people watch
-        save(self.trial.config, path / "config.yaml")
-        self.process = start([*command, str(path / "config.yaml")], path / "log.txt", slot)
-
-    def settle(self) -> None:
-        """Only the `done` marker is success: a trial that was ended from outside may well exit with code 0."""
-        if self.done:
-            return
-        if self.record.status != "failed":
-            self.record.fail(cause_of_end(self.process.returncode, self.record.path / "log.txt"))
-        self.failure = self.record.read("failed.json")["reason"]
+    def sync(self, ended: bool = False) -> None:
+        if self._lease is not None and self._lease.lost:
+            self._heart.release(self._lease)
+            self._lease = None
+        if self._lease is None:
+            self._lease = self._watch.claim()
+            if self._lease is None:
+                return
+            self._heart.add(self._lease)
+            self._mirror = self._open()  # reads what the keeper before it has sent
+        try:
+            self._mirror.sync(ended)
+        finally:
+            if ended:
+                self._heart.release(self._lease)
 
 
-def _describe(sweep: Sweep, scale: str, jobs: Sequence[_Job], directory: Path) -> None:
-    about = {key: getattr(sweep, key) for key in ("name", "question", "paper", "baseline", "match", "objective")}
-    trials = [{"arm": job.trial.arm, "seed": job.trial.seed, "path": job.record.path.name} for job in jobs]
-    write_json(directory / "sweep.json", {**about, "scale": scale, "trials": trials})
-
-
-@dataclass
 class _Runner:
-    """The loop over jobs: starts, watches and, when interrupted, stops them."""
+    """The loop over jobs: claims, starts, watches and, when interrupted, stops them."""
 
-    jobs: Sequence[_Job]
-    slots: list[Slot]  # free ones
-    command: Sequence[str]
-    progress: bool
-    interrupted: bool = False
+    def __init__(self, jobs: Sequence[Job], slots: list[Slot], command: Sequence[str], progress: bool):
+        self.jobs, self.slots, self.command = jobs, slots, command  # the slots are the free ones
+        self.waiting = [job for job in jobs if not job.settled]
+        self.running: list[Job] = []
+        self.interrupted = False
+        self._next_look = 0.0
+        self._bar = SweepProgress([job.progress for job in jobs], progress)
 
     def run(self) -> None:
-        waiting = [job for job in self.jobs if not job.done]
-        running: list[_Job] = []
-        bar = SweepProgress([job.progress for job in self.jobs], self.progress)
         with self._interruptible():
             try:
-                while (waiting or running) and not self.interrupted:
-                    while waiting and self.slots:
-                        job = waiting.pop(0)
-                        job.start(self.command, self.slots.pop(0))
-                        running.append(job)
-                        bar.describe(f"trial {self.jobs.index(job) + 1}/{len(self.jobs)} {job.label}")
+                while (self.waiting or self.running) and not self.interrupted:
+                    self._claim()
                     time.sleep(POLL_SECONDS)
-                    bar.show([job.progress for job in running])
+                    self._bar.show([job.progress for job in self.running])
                     if not self.interrupted:
-                        running = self._settle(running)
+                        self._settle()
             finally:
-                self._stop(running)
-                bar.close()
+                self._stop()
+                self._bar.close()
         if self.interrupted:
             done = sum(job.done for job in self.jobs)
             raise Interrupted(
                 f"interrupted: {done} of {len(self.jobs)} trials are finished; the same command continues"
             )
 
-    def _settle(self, running: list[_Job]) -> list[_Job]:
-        """Closes the books on ended trials and frees their slots; returns the others."""
-        for job in running:
-            if job.process.poll() is not None:
-                job.settle()
-                self.slots.append(job.slot)
-        return [job for job in running if job.process.returncode is None]
+    def _claim(self) -> None:
+        """Fills the free slots, as far as there are trials that nobody holds."""
+        if not self.slots or time.monotonic() < self._next_look:
+            return
+        for job in list(self.waiting):
+            if job.settled:
+                job.progress.read()
+                self.waiting.remove(job)
+            elif job.claim():
+                self.waiting.remove(job)
+                self.running.append(job)
+                job.start(self.command, self.slots.pop(0))
+                self._bar.describe(f"trial {self.jobs.index(job) + 1}/{len(self.jobs)} {job.label}")
+            if not self.slots:
+                return
+        self._next_look = time.monotonic() + LOOK_SECONDS
 
-    def _stop(self, running: list[_Job]) -> None:
-        processes = [job.process for job in running if job.process]
-        for process in processes:
+    def _settle(self) -> None:
+        """Closes the books on ended trials and frees their slots."""
+        for job in [job for job in self.running if job.ended()]:
+            job.settle()
+            self.running.remove(job)
+            self.slots.append(job.slot)
+            if not job.settled:
+                self.waiting.append(job)
+            self._next_look = 0.0
+
+    def _stop(self) -> None:
+        started = [job.process for job in self.running if job.process]
+        for process in started:
             process.terminate()
         deadline = time.monotonic() + SECONDS_TO_STOP
-        for process in processes:
+        for process in started:
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        for job in self.running:
+            job.release()
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:

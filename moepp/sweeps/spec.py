@@ -1,4 +1,4 @@
-"""Sweep files: named arms against one baseline, their seeds, and what is held equal."""
+"""Sweep files: named arms or a search space against one baseline, their seeds, and what is held equal."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from moepp.config import CONF, compose, load
 from moepp.errors import UsageError
+from moepp.sweeps import space
 
 if TYPE_CHECKING:
     from moepp.training.settings import RunConfig
@@ -25,7 +26,10 @@ class Scale:
 
 @dataclass
 class Sweep:
-    """A file of sweeps/. An arm holds what it changes: a list of overrides, or a mapping shaped like the config."""
+    """A file of sweeps/. An arm holds what it changes: a list of overrides, or a mapping shaped like the config.
+
+    `match` is checked within 1 % before anything runs (moepp/sweeps/budgets.py).
+    """
 
     name: str = ""
     question: str = ""
@@ -34,9 +38,24 @@ class Sweep:
     scales: dict[str, Scale] = field(default_factory=dict)
     baseline: str = ""
     arms: dict[str, Any] = field(default_factory=dict)
+    space: dict[str, Any] = field(default_factory=dict)  # more arms: moepp/sweeps/space.py
     seeds: list[int] = field(default_factory=lambda: [0])
     match: Literal["tokens", "total_params", "active_params", "flops_per_token", "none"] = "tokens"  # held equal
     objective: str = "final/val_loss"
+    retries: int = 1  # times that a crashed trial is started again
+
+    def folder(self, scale: str, extra: Iterable[str] = ()) -> Path:
+        """Where the sweep's records are, found without composing a config: `runs/<sweep>-<scale>/`."""
+        runs = "runs"
+        for layer in (*self.base, *self.scale(scale).set, *extra):
+            key, _, value = layer.partition("=")
+            runs = value if key == "runs" else runs
+        return Path(runs) / f"{self.name}-{scale}"
+
+    def scale(self, name: str) -> Scale:
+        if name not in self.scales:
+            raise UsageError(_unknown("scale", name, self.scales))
+        return self.scales[name]
 
     def trials(self, scale: str, extra: Iterable[str] = (), seeds: Sequence[int] | None = None) -> list["Trial"]:
         """Every arm with every seed, all arms of the first seed first, so that a table exists early.
@@ -46,9 +65,7 @@ class Sweep:
         """
         from moepp.training.settings import RunConfig
 
-        if scale not in self.scales:
-            raise UsageError(_unknown("scale", scale, self.scales))
-        chosen = self.scales[scale]
+        chosen = self.scale(scale)
         seeds = list(seeds or chosen.seeds or self.seeds)
         if len(set(seeds)) < len(seeds):
             raise UsageError(f"seeds {seeds} of sweep {self.name} repeat; each seed is one run per arm")
@@ -92,9 +109,16 @@ def load_sweep(name_or_path: str) -> Sweep:
         if not path.is_file():
             raise UsageError(_unknown("sweep", name_or_path, sorted(found.stem for found in SWEEPS.glob("*.yaml"))))
     sweep = load(Sweep, path)
+    if sweep.space:
+        points = space.expand(sweep.space)
+        if both := sweep.arms.keys() & points.keys():
+            raise UsageError(f"{path}: arm {min(both)} is also a point of the space")
+        sweep.arms |= points
     for key in ("name", "question", "scales", "arms", "baseline", "seeds"):
         if not getattr(sweep, key):
             raise UsageError(f"{path}: {key} is missing")
+    if sweep.retries < 0:
+        raise UsageError(f"{path}: retries={sweep.retries} must not be negative")
     if sweep.baseline not in sweep.arms:
         raise UsageError(f"{path}: {_unknown('baseline', sweep.baseline, sweep.arms)}")
     for arm, changes in sweep.arms.items():

@@ -1,5 +1,9 @@
-"""A whole runner process for the tests that kill or interrupt one: `python run_fake_sweep.py RUNS`."""
+"""A whole runner process for the tests that kill or interrupt one: `python run_fake_sweep.py RUNS [OPTIONS]`.
 
+OPTIONS is JSON: options of run_sweep, and `arms` as the number of arms in place of the two of the toy sweep.
+"""
+
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,16 +21,22 @@ def no_preparation(config):
     return SimpleNamespace(header=SimpleNamespace(digest="0123456789abcdef"))
 
 
-def sweep(**arms) -> Sweep:
+def sweep(retries=1, match="tokens", **arms) -> Sweep:
     arms = arms or {"top1": ["model.top_k=1"], "top2": {"model": {"top_k": 2}}}
     scales = {"smoke": Scale(set=["size=smoke", "trainer.steps=4", "tracking=jsonl"])}
-    return Sweep(name="toy", question="Which?", base=["model=vanilla"], scales=scales, baseline="top1", arms=arms)
+    return Sweep(
+        name="toy", question="Which?", base=["model=vanilla"], scales=scales, baseline=next(iter(arms)), arms=arms,
+        retries=retries, match=match,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
     tokens.prepare = no_preparation
+    options = {"workers": 2} | json.loads(sys.argv[2] if len(sys.argv) > 2 else "{}")
+    arms = {f"lr{i}": [f"optim.lr={i + 1}e-4"] for i in range(options.pop("arms", 0))}
+    toy = sweep(options.pop("retries", 1), **arms)
     try:
-        run_sweep(sweep(), "smoke", workers=2, extra=[f"runs={sys.argv[1]}", "trainer.steps=20"], command=FAKE_TRIAL)
+        run_sweep(toy, "smoke", extra=[f"runs={sys.argv[1]}", "trainer.steps=20"], command=FAKE_TRIAL, **options)
     except RunError as error:
         print(f"error: {error}")
         sys.exit(error.exit_code)

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from run_fake_sweep import FAKE_TRIAL, no_preparation, sweep
 
-from moepp.errors import RunError
+from moepp.errors import RunError, UsageError
 from moepp.records import RunRecord, read_json
 from moepp.sweeps import runner
+from moepp.sweeps.job import Job
+from moepp.sweeps.leases import Heart
 from moepp.sweeps.runner import run_sweep
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,10 +29,9 @@ def runs(tmp_path):
     return tmp_path / "runs"
 
 
-def run(runs, arms=None, extra=(), **options):
-    return run_sweep(
-        sweep(**(arms or {})), "smoke", extra=[f"runs={runs}", *extra], progress=False, command=FAKE_TRIAL, **options
-    )
+def run(runs, arms=None, extra=(), retries=1, **options):
+    toy = sweep(retries, **(arms or {}))
+    return run_sweep(toy, "smoke", extra=[f"runs={runs}", *extra], progress=False, command=FAKE_TRIAL, **options)
 
 
 def attempts(directory: Path) -> dict[str, int]:
@@ -49,10 +50,10 @@ def alive(pid: int) -> bool:
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def start_runner(runs, seconds_per_step="0.2") -> subprocess.Popen:
+def start_runner(runs, seconds_per_step="0.2", **options) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "SECONDS_PER_STEP": seconds_per_step}
     return subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("run_fake_sweep.py")), str(runs)],
+        [sys.executable, str(Path(__file__).with_name("run_fake_sweep.py")), str(runs), json.dumps(options)],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
 
@@ -85,21 +86,34 @@ def test_each_worker_gets_its_share_of_the_cores(runs, monkeypatch):
     assert {path.read_text().split()[1] for path in directory.glob("*/attempts")} == {"3"}
 
 
-def test_a_failing_trial_stops_no_other_and_is_tried_again(runs):
+def test_a_failing_trial_stops_no_other_and_is_retried_as_often_as_stated(runs):
     arms = {"broken": ["model.top_k=2"], "top1": ["model.top_k=1"]}
-    with pytest.raises(RunError, match=r"1 of 2 trials failed.*broken s0: exit code 1; expert 3 is on fire") as error:
-        run(runs, arms, workers=1)
+    message = r"1 of 2 trials failed; .*sweep retry toy --scale smoke.*broken s0: exit code 1; expert 3 is on fire"
+    with pytest.raises(RunError, match=message) as error:
+        run(runs, arms, workers=1, retries=2)
     assert "\n" not in str(error.value)
     directory = runs / "toy-smoke"
-    statuses = {
-        t["arm"]: RunRecord(directory / t["path"]).status for t in read_json(directory / "sweep.json")["trials"]
-    }
-    assert statuses == {"broken": "failed", "top1": "done"}
+    records = {t["arm"]: RunRecord(directory / t["path"]) for t in read_json(directory / "sweep.json")["trials"]}
+    assert {arm: record.status for arm, record in records.items()} == {"broken": "failed", "top1": "done"}
+    assert records["broken"].read("failed.json")["log"][-2:] == ["the router is cold", "expert 3 is on fire"]
+    assert len(records["broken"].crashes) == 3
+    assert sorted(attempts(directory).values()) == [1, 3]
 
     (runs.parent / "fixed").touch()
-    run(runs, arms, workers=1)
-    assert {RunRecord(path.parent).status for path in directory.glob("*/config.yaml")} == {"done"}
-    assert sorted(attempts(directory).values()) == [1, 2]
+    with pytest.raises(RunError, match="1 of 2 trials failed"):  # a failure stands until it is forgiven
+        run(runs, arms, workers=1, retries=2)
+    records["broken"].forgive()
+    run(runs, arms, workers=1, retries=2)
+    assert {record.status for record in records.values()} == {"done"}
+    assert sorted(attempts(directory).values()) == [1, 4]
+
+
+def test_a_trial_that_crashes_once_is_retried_and_finishes(runs, capfd):
+    directory = run(runs, {"flaky": ["model.top_k=2"]}, workers=1)
+    record = RunRecord(next(directory.glob("*/done")).parent)
+    assert [crash["reason"] for crash in record.crashes] == ["a cosmic ray"]
+    assert "warning: flaky s0 is tried again: a cosmic ray" in capfd.readouterr().err
+    assert not (record.path / "failed.json").exists()
 
 
 def test_exit_code_zero_without_the_done_marker_is_a_failure(runs):
@@ -143,20 +157,108 @@ def test_an_interrupted_runner_stops_its_trials_and_says_how_to_go_on(runs, numb
 def test_a_trial_that_ignores_the_request_to_stop_is_killed(runs, monkeypatch):
     monkeypatch.setattr(runner, "SECONDS_TO_STOP", 0.5)
     script = "import signal, time; signal.signal(15, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
-    deaf = runner._Job(sweep().trials("smoke", [f"runs={runs}"])[0])
+    deaf = Job(sweep().trials("smoke", [f"runs={runs}"])[0], retries=0, heart=Heart())
+    assert deaf.claim()
     deaf.start([sys.executable, "-c", script], {})
     wait_until(lambda: "deaf" in (deaf.record.path / "log.txt").read_text())
-    runner._Runner([deaf], [], (), progress=False)._stop([deaf])
+    loop = runner._Runner([deaf], [], (), progress=False)
+    loop.running = [deaf]
+    loop._stop()
     assert deaf.process.returncode == -signal.SIGKILL
 
 
-def test_two_runners_never_share_a_sweep(runs):
-    first = start_runner(runs)
-    wait_until(lambda: len(steps_logged(runs / "toy-smoke")) == 2)
-    with pytest.raises(RunError, match=f"toy-smoke is in use by process {first.pid}"):
+def each_step_once(directory) -> bool:
+    records = [RunRecord(path.parent) for path in directory.glob("*/config.yaml")]
+    steps = [[line["step"] for line in record.metrics() if "train/loss" in line] for record in records]
+    return all(found == list(range(1, 21)) for found in steps)
+
+
+def test_runners_share_a_sweep_and_run_each_trial_once(runs):
+    runners = [start_runner(runs, "0.05", arms=5, at_once=1) for _ in range(3)]
+    assert [process.wait(timeout=60) for process in runners] == [0, 0, 0]
+    directory = runs / "toy-smoke"
+    assert list(attempts(directory).values()) == [1] * 5
+    assert each_step_once(directory)
+
+
+def test_the_trial_of_a_stopped_runner_ends_itself_and_goes_on_elsewhere(runs):
+    directory = runs / "toy-smoke"
+    stopped = start_runner(runs, arms=1, stale=2)
+    wait_until(lambda: steps_logged(directory) and steps_logged(directory)[0] >= 2)
+    stopped.send_signal(signal.SIGSTOP)
+    try:
+        assert start_runner(runs, "0.01", arms=1, stale=2).wait(timeout=30) == 0
+        assert list(attempts(directory).values()) == [2]
+        assert each_step_once(directory)
+    finally:
+        stopped.send_signal(signal.SIGCONT)
+    assert stopped.wait(timeout=10) == 0  # it finds the trial done, and counts no crash
+    assert not list(directory.glob("*/crashes.json"))
+
+
+def test_a_worker_that_lost_its_lease_stops_the_trial(runs, capfd):
+    job = Job(sweep().trials("smoke", [f"runs={runs}"])[0], retries=0, heart=Heart())
+    assert job.claim()
+    job.start([sys.executable, "-c", "import time; time.sleep(60)"], {})
+    assert not job.ended()
+    (job.lease.path.parent / "2").touch()
+    assert job.ended() and job.process.returncode == -signal.SIGKILL
+    job.settle()
+    assert job.record.status == "waiting" and not job.record.crashes
+    assert "top1 s0 was taken over by another worker" in capfd.readouterr().err
+
+
+def test_seeds_and_arms_may_be_added(runs):
+    run(runs)
+    run(runs, {"top1": ["model.top_k=1"], "top3": ["model.top_k=3"]}, seeds=[0, 1])
+    directory = runs / "toy-smoke"
+    trials = {(t["arm"], t["seed"]) for t in read_json(directory / "sweep.json")["trials"]}
+    assert trials == {("top1", 0), ("top2", 0), ("top1", 1), ("top3", 0), ("top3", 1)}
+    assert list(attempts(directory).values()) == [1] * 5
+
+
+def test_other_settings_under_the_same_name_are_refused(runs):
+    directory = run(runs)
+    before = (directory / "sweep.json").read_text()
+    message = r"other settings of arm top1 \(trainer.steps: 4 then, 5 now\); start afresh under another name"
+    with pytest.raises(UsageError, match=message) as error:
+        run(runs, extra=["trainer.steps=5", "trainer.threads=2"])
+    assert "\n" not in str(error.value)
+    assert (directory / "sweep.json").read_text() == before and list(attempts(directory).values()) == [1, 1]
+
+
+def test_a_damaged_plan_is_one_line(runs):
+    directory = run(runs)
+    (directory / "sweep.json").write_text('{"trials": [')
+    with pytest.raises(UsageError, match=r"sweep\.json is damaged; remove it"):
         run(runs)
-    first.kill()
-    first.communicate()
+
+
+def test_arms_that_break_the_match_are_refused_before_anything_runs(runs):
+    wider = {"top1": ["model.top_k=1"], "wide": ["model.top_k=1", "model.hidden=64"]}
+    with pytest.raises(UsageError, match=r"the arms differ by .*% in total_params.*(?s:.*)wide "):
+        run_sweep(sweep(match="total_params", **wider), "smoke", extra=[f"runs={runs}"], command=FAKE_TRIAL)
+    assert not runs.exists()
+
+
+def test_one_runner_at_a_time_mirrors_the_sweep(runs, monkeypatch):
+    synced = []
+
+    class Recorder:
+        def __init__(self, directory, tracking, runs):
+            self.name = f"mirror {len(synced)}"
+
+        def sync(self, ended):
+            synced.append((self.name, ended))
+
+    monkeypatch.setattr(runner, "FolderMirror", Recorder)
+    config = sweep().trials("smoke", [f"runs={runs}"])[0].config
+    first, second = (runner._SharedMirror(runs / "toy", config.tracking, config.runs, Heart(), 60) for _ in range(2))
+    for mirror in (first, second, first):
+        mirror.sync()
+    first.sync(ended=True)
+    second.sync()
+    assert synced == [("mirror 0", False), ("mirror 0", False), ("mirror 0", True), ("mirror 3", False)]
 
 
 def test_an_unwritable_folder_is_one_line(tmp_path):

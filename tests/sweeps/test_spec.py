@@ -81,6 +81,21 @@ def test_arms_that_amount_to_the_same_run_are_refused(write):
         load_sweep(write(arms=arms)).trials("smoke")
 
 
+def test_a_space_adds_arms(write):
+    space = {"grid": {"model": ["vanilla", "moepp"], "optim.lr": [0.001, 0.002]}}
+    trials = load_sweep(write(arms=None, space=space, baseline="model=vanilla,lr=0.001")).trials("smoke", seeds=[0])
+    found = [(t.arm, t.config.model.gating_residual, t.config.optim.lr) for t in trials]
+    assert found[0] == ("model=vanilla,lr=0.001", False, 0.001)
+    assert found[3] == ("model=moepp,lr=0.002", True, 0.002)
+    assert len(load_sweep(write(space=space)).trials("smoke", seeds=[0])) == 6  # beside the two named ones
+
+
+def test_a_point_of_the_space_may_not_hide_an_arm(write):
+    arms = SWEEP["arms"] | {"top_k=1": ["model.top_k=1"]}
+    with pytest.raises(UsageError, match="arm top_k=1 is also a point of the space"):
+        load_sweep(write(arms=arms, space={"grid": {"model.top_k": [1, 2]}}))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -91,6 +106,8 @@ def test_arms_that_amount_to_the_same_run_are_refused(write):
         ({"match": "wallclock"}, "match: .*wallclock"),
         ({"seeds": ["many"]}, "seeds"),
         ({"scales": {"smoke": {"sets": []}}}, "scales.smoke.sets"),
+        ({"retries": -1}, "retries=-1 must not be negative"),
+        ({"space": {"tpe": {}}}, "space must hold either grid or random"),
         ({"arms": {"vanilla": 3}}, "arm vanilla must be a list of overrides or a mapping"),
     ],
 )

@@ -1,0 +1,108 @@
+"""What `python run.py sweep` prints and does: plan, run, status, work, retry."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from moepp.errors import UsageError
+from moepp.records import RunRecord
+from moepp.sweeps.plan import read_plan
+from moepp.sweeps.spec import load_sweep
+from moepp.sweeps.status import STATES, SweepStatus, TrialStatus, read_status
+
+LISTED = 20  # waiting trials by name
+
+
+def plan(name: str, scale: str, workers: int, overrides: Sequence[str], seeds: Sequence[int] | None) -> None:
+    """Prints what `run` would train and what is held equal; trains nothing and tokenises nothing."""
+    from moepp.sweeps.budgets import budgets, require_match, table
+    from moepp.sweeps.slots import divide
+
+    sweep = load_sweep(name)
+    trials = sweep.trials(scale, overrides, seeds)
+    arms = budgets(trials)
+    chosen = ", ".join(str(seed) for seed in dict.fromkeys(trial.seed for trial in trials))
+    print(f"{sweep.name} at scale {scale}: {sweep.question}")
+    print(f"{len(trials)} trials of {trials[0].config.trainer.steps} steps: {len(arms)} arms, seeds {chosen}\n")
+    print("\n".join(table(arms)))
+    require_match(sweep.match, arms)
+    print("\nnothing is declared equal" if sweep.match == "none" else f"\nequal as declared: {sweep.match}")
+    status = _status(sweep.folder(scale, overrides))
+    done, seconds = (status.count("done"), status.trial_seconds) if status else (0, None)
+    at_once = len(divide(workers, trials[0].config.trainer))
+    estimate = "unknown until a trial has finished"
+    if seconds is not None:
+        estimate = f"about {_duration(seconds * max(0, len(trials) - done) / at_once)}"
+    print(f"time: {estimate} ({done} trials are done, {at_once} run at a time)")
+
+
+def run(name: str, scale: str, workers: int, overrides: Sequence[str], seeds: Sequence[int] | None) -> None:
+    """Trains everything that is not done, as many trials at a time as the machine is divided into."""
+    from moepp.sweeps.runner import run_sweep
+
+    _finished(run_sweep(load_sweep(name), scale, workers, overrides, seeds))
+
+
+def work(name: str, scale: str, workers: int, overrides: Sequence[str], seeds: Sequence[int] | None) -> None:
+    """One worker of any number: a trial at a time, on one of `workers` shares of this machine (0: all of it)."""
+    from moepp.sweeps.runner import run_sweep
+
+    _finished(run_sweep(load_sweep(name), scale, workers or 1, overrides, seeds, at_once=1))
+
+
+def status(name: str, scale: str, overrides: Sequence[str]) -> None:
+    directory = load_sweep(name).folder(scale, overrides)
+    print("\n".join(describe(directory.name, _begun(directory))))
+
+
+def retry(name: str, scale: str, overrides: Sequence[str]) -> None:
+    """Forgets failures; what a failed trial has saved is kept, and it goes on from there."""
+    directory = load_sweep(name).folder(scale, overrides)
+    failed = [trial for trial in _begun(directory).trials if trial.state == "failed"]
+    for trial in failed:
+        RunRecord(trial.path).forgive()
+    print(f"{len(failed)} failed trials will be tried again by the next `sweep run` or `sweep work`")
+
+
+def describe(title: str, status: SweepStatus) -> list[str]:
+    """The counts, then every trial that is not done."""
+    counts = ", ".join(f"{status.count(state)} {state}" for state in STATES)
+    left = status.seconds_left
+    lines = [f"{title}: {counts}" + ("" if left is None else f"; about {_duration(left)} left")]
+    for trial in status.trials:
+        if trial.state in ("running", "failed"):
+            lines += _lines(trial)
+    waiting = [trial for trial in status.trials if trial.state == "waiting"]
+    for trial in waiting[:LISTED]:
+        lines += _lines(trial)
+    return [*lines, f"waiting  and {len(waiting) - LISTED} more"] if len(waiting) > LISTED else lines
+
+
+def _lines(trial: TrialStatus) -> Iterable[str]:
+    reached = f", step {trial.step} of {trial.steps}" if trial.step or trial.state == "running" else ""
+    left = "" if trial.seconds_left is None else f", {_duration(trial.seconds_left)} left"
+    note = f" ({trial.note})" if trial.state == "running" else f": {trial.note}" if trial.note else ""
+    yield f"{trial.state:<8} {trial.label}{reached}{left}{note}"
+    for line in trial.log:
+        yield f"         | {line}"
+
+
+def _begun(directory: Path) -> SweepStatus:
+    found = _status(directory)
+    if found is None:
+        raise UsageError(f"{directory} holds no sweep; `python run.py sweep run` begins one")
+    return found
+
+
+def _status(directory: Path) -> SweepStatus | None:
+    known = read_plan(directory)
+    return read_status(directory, known) if known else None
+
+
+def _finished(directory: Path) -> None:
+    print(f"all trials are done: {directory}")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,95 @@
+"""A trial of a sweep as one worker sees it: claimed, run in a process of its own, and given back."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from moepp.config import save
+from moepp.records import RunRecord
+from moepp.sweeps.leases import LEASE_FILE, NO_LEASE, STALE_SECONDS, Heart, Lease, LeaseWatch
+from moepp.sweeps.process import cause_of_end, last_lines, start
+from moepp.sweeps.progress import TrialProgress
+from moepp.sweeps.slots import Slot
+from moepp.sweeps.spec import Trial
+
+
+class Job:
+    """The trial, its record and, while this worker has them, its lease and its process."""
+
+    def __init__(self, trial: Trial, retries: int, heart: Heart, stale: float = STALE_SECONDS):
+        self.trial, self.label = trial, f"{trial.arm} s{trial.seed}"
+        self.retries, self.heart = retries, heart
+        self.record = RunRecord(trial.directory)
+        self.progress = TrialProgress(self.record, trial.config.trainer.steps)
+        self.watch = LeaseWatch(self.record.path / "leases", stale)
+        self.lease: Lease | None = None
+        self.process: subprocess.Popen | None = None
+        self.slot: Slot = {}
+
+    @property
+    def done(self) -> bool:
+        return self.record.status == "done"
+
+    @property
+    def failure(self) -> str:
+        """Why nobody will try this trial again; empty while somebody may."""
+        if self.record.status != "failed" or len(self.record.crashes) <= self.retries:
+            return ""
+        return self.record.read("failed.json")["reason"]
+
+    @property
+    def settled(self) -> bool:
+        return self.done or bool(self.failure)
+
+    def claim(self) -> bool:
+        """Whether this worker may run the trial now."""
+        lease = self.watch.claim()
+        if lease is None:
+            self.progress.read()
+            return False
+        if self.settled:  # by its last holder, after this worker had looked
+            lease.release()
+            return False
+        self.heart.add(lease)
+        self.lease = lease
+        return True
+
+    def start(self, command: Sequence[str], slot: Slot) -> None:
+        self.slot, path = slot, self.record.path
+        (path / "failed.json").unlink(missing_ok=True)
+        self.trial.config.trainer.progress = False  # the sweep's bar is the one people watch
+        save(self.trial.config, path / "config.yaml")
+        environment = {**slot, LEASE_FILE: str(self.lease.path)}
+        self.process = start([*command, str(path / "config.yaml")], path / "log.txt", environment)
+
+    def ended(self) -> bool:
+        """Whether the process has ended. One whose lease is lost is killed: the trial is another worker's now."""
+        if self.process.poll() is None and self.lease.lost:
+            print(f"warning: {self.label} was taken over by another worker; stopping it here", file=sys.stderr)
+            self.process.kill()
+            self.process.wait()
+        return self.process.returncode is not None
+
+    def settle(self) -> None:
+        """Closes the books on an ended process and gives the trial back.
+
+        Only the `done` marker is success: a trial that was ended from outside may well exit with code 0.
+        """
+        if not (self.done or self.lease.lost or self.process.returncode == NO_LEASE):
+            self._count_crash()
+        self.release()
+
+    def release(self) -> None:
+        if self.lease is not None:
+            self.heart.release(self.lease)
+        self.lease = None
+
+    def _count_crash(self) -> None:
+        log = self.record.path / "log.txt"
+        reason = self.record.read("failed.json").get("reason") or cause_of_end(self.process.returncode, log)
+        self.record.crash(reason)
+        if len(self.record.crashes) > self.retries:
+            self.record.fail(reason, last_lines(log))
+        else:
+            (self.record.path / "failed.json").unlink(missing_ok=True)
+            print(f"warning: {self.label} is tried again: {reason}", file=sys.stderr)

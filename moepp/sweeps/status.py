@@ -1,0 +1,95 @@
+"""Where a sweep stands, read from sweep.json and the records of its trials: no torch, and nothing is written."""
+
+import itertools
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moepp.records import RunRecord
+from moepp.sweeps.leases import Holder, died_here, is_free, newest
+
+STATES = ("done", "running", "failed", "waiting")
+TIMED_TRIALS = 20  # finished ones whose time stands for the rest
+RATE_LINES = 10  # newest logged lines whose speed stands for the rest of a trial
+
+
+@dataclass(frozen=True)
+class TrialStatus:
+    label: str  # arm and seed
+    state: str  # one of STATES
+    path: Path
+    step: int
+    steps: int
+    seconds_left: float | None = None  # of a running trial, at its latest speed
+    note: str = ""  # who runs it, or why it failed
+    log: tuple[str, ...] = ()  # last lines of a failed trial
+
+
+@dataclass(frozen=True)
+class SweepStatus:
+    trials: Sequence[TrialStatus]
+
+    def count(self, state: str) -> int:
+        return sum(trial.state == state for trial in self.trials)
+
+    @property
+    def trial_seconds(self) -> float | None:
+        """Mean training time of finished trials; None before the first."""
+        done = (RunRecord(trial.path).final() for trial in self.trials if trial.state == "done")
+        timed = (final["train_seconds"] for final in done if "train_seconds" in final)
+        seconds = list(itertools.islice(timed, TIMED_TRIALS))
+        return statistics.fmean(seconds) if seconds else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until the last trial ends with as many at a time as run now; None when nobody can know."""
+        running = [trial for trial in self.trials if trial.state == "running"]
+        per_trial, waiting = self.trial_seconds, self.count("waiting")
+        left = [per_trial if trial.seconds_left is None else trial.seconds_left for trial in running]
+        if not running or None in left or (waiting and per_trial is None):
+            return None
+        return max(*left, (sum(left) + waiting * (per_trial or 0.0)) / len(running))
+
+
+def read_status(directory: Path, plan: dict[str, Any]) -> SweepStatus:
+    """`plan` is what sweep.json of `directory` holds."""
+    return SweepStatus([_trial(directory / trial["path"], trial) for trial in plan["trials"]])
+
+
+def _trial(path: Path, trial: dict[str, Any]) -> TrialStatus:
+    label, steps, record = f"{trial['arm']} s{trial['seed']}", trial["steps"], RunRecord(path)
+    status = record.status
+    if status == "done":
+        return TrialStatus(label, "done", path, steps, steps)
+    lines = record.metrics()
+    step = min(steps, int(lines[-1]["step"])) if lines else 0
+    if holder := _holder(path / "leases"):
+        return TrialStatus(label, "running", path, step, steps, _seconds_left(lines, step, steps), holder)
+    if status == "failed":
+        failed = record.read("failed.json")
+        return TrialStatus(label, "failed", path, step, steps, None, failed["reason"], tuple(failed.get("log", ())))
+    return TrialStatus(label, "waiting", path, step, steps)
+
+
+def _holder(leases: Path) -> str:
+    """Who has the trial, in words; empty when anybody may claim it."""
+    number, content = newest(leases)
+    holder, path = Holder.of(content), leases / str(number)
+    if not number or (holder and (is_free(content) or died_here(holder, path))):
+        return ""
+    # Two machines' clocks meet here, which is good enough to inform and never decides.
+    silent = time.time() - path.stat().st_mtime
+    who = f"process {holder.pid} on {holder.host}" if holder else "an unreadable lease"
+    late = holder is not None and silent > holder.stale
+    return f"{who}, silent for {silent:.0f} s: any worker takes over" if late else who
+
+
+def _seconds_left(lines: Sequence[dict[str, float]], step: int, steps: int) -> float | None:
+    recent = lines[-RATE_LINES:]
+    if len(recent) < 2 or recent[-1]["step"] <= recent[0]["step"]:
+        return None
+    per_step = (recent[-1]["time"] - recent[0]["time"]) / 1000 / (recent[-1]["step"] - recent[0]["step"])
+    return max(0.0, per_step * (steps - step) - (time.time() - recent[-1]["time"] / 1000))

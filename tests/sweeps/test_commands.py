@@ -1,0 +1,138 @@
+import resource
+import subprocess
+import sys
+import time
+
+import pytest
+
+from moepp.cli import main
+from moepp.config import CONF
+from moepp.records import RunRecord, write_json
+from moepp.sweeps.leases import LeaseWatch
+
+SWEEP = """
+name: toy
+question: Which expert?
+base: [tracking=jsonl, data=tokens]
+scales: {smoke: {set: [size=smoke]}, laptop: {set: [size=tiny, runs=elsewhere]}}
+baseline: vanilla
+arms: {vanilla: [model=vanilla], moepp: []}
+seeds: [0, 1]
+match: MATCH
+"""
+
+
+@pytest.fixture
+def toy(tmp_path):
+    path = tmp_path / "toy.yaml"
+    path.write_text(SWEEP.replace("MATCH", "tokens"))
+    return path
+
+
+def sweep(capsys, action, path, *arguments):
+    code = main(["sweep", action, str(path), "--scale", "smoke", f"runs={path.parent}/runs", *arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def began(directory, trials):
+    """A sweep of `trials` arms, and their records."""
+    records = [RunRecord(directory / f"{arm:012x}") for arm in range(trials)]
+    described = [
+        {"arm": f"arm{arm}", "seed": 0, "path": record.path.name, "steps": 100} for arm, record in enumerate(records)
+    ]
+    write_json(directory / "sweep.json", {"name": "toy", "baseline": "arm0", "trials": described})
+    for record in records:
+        record.path.mkdir()
+    return records
+
+
+def finish(record, seconds=60.0):
+    record.log(100, {"final/train_seconds": seconds})
+    record.finish()
+
+
+def train_half(record):
+    """Half of 100 steps, ten in a second."""
+    now = int(time.time() * 1000)
+    rows = [f'{{"step": {step}, "time": {now - (50 - step) * 100}, "train/loss": 1.0}}\n' for step in range(10, 51, 10)]
+    (record.path / "metrics.jsonl").write_text("".join(rows))
+
+
+def test_plan_shows_trials_and_budgets_and_trains_nothing(capsys, toy):
+    code, out, _ = sweep(capsys, "plan", toy, "--workers", "2")
+    assert code == 0
+    assert "toy at scale smoke: Which expert?\n4 trials of 8 steps: 2 arms, seeds 0, 1\n" in out
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if line[:1].isalpha()}
+    assert rows["vanilla"][4] == rows["moepp"][4] == "2,048"
+    assert "equal as declared: tokens" in out
+    assert "time: unknown until a trial has finished (0 trials are done, 2 run at a time)" in out
+    assert sorted(path.name for path in toy.parent.iterdir()) == ["toy.yaml"]
+
+
+def test_plan_estimates_from_finished_trials(capsys, toy):
+    began_there = began(toy.parent / "runs" / "toy-smoke", 2)
+    finish(began_there[0], seconds=200)
+    _, out, _ = sweep(capsys, "plan", toy, "--workers", "2")
+    assert "time: about 5 min (1 trials are done, 2 run at a time)" in out
+
+
+def test_plan_refuses_arms_that_break_the_match(capsys, toy):
+    toy.write_text(SWEEP.replace("MATCH", "flops_per_token"))
+    code, out, err = sweep(capsys, "plan", toy)
+    assert code == 2
+    assert "the arms differ by" in err and "vanilla" in out
+
+
+def test_status_says_what_every_trial_does(capsys, toy):
+    done, running, failed, _, cut = began(toy.parent / "runs" / "toy-smoke", 5)
+    finish(done)
+    train_half(running)
+    lease = LeaseWatch(running.path / "leases").claim()
+    failed.fail("exit code 1; no memory", ["step 3", "no memory"])
+    train_half(cut)
+    code, out, _ = sweep(capsys, "status", toy)
+    lease.release()
+    head, *rows = out.splitlines()
+    assert code == 0
+    assert head == "toy-smoke: 1 done, 1 running, 1 failed, 2 waiting; about 2 min left"
+    assert rows[0].startswith("running  arm1 s0, step 50 of 100, ") and " s left (process " in rows[0]
+    assert rows[1:4] == ["failed   arm2 s0: exit code 1; no memory", "         | step 3", "         | no memory"]
+    assert rows[4:] == ["waiting  arm3 s0", "waiting  arm4 s0, step 50 of 100"]
+
+
+def test_the_folder_is_found_as_the_runner_finds_it(capsys, toy):
+    code, _, err = sweep(capsys, "status", toy)
+    assert code == 2
+    assert err == f"error: {toy.parent}/runs/toy-smoke holds no sweep; `python run.py sweep run` begins one\n"
+    assert main(["sweep", "status", str(toy)]) == 2
+    assert "error: elsewhere/toy-laptop holds no sweep" in capsys.readouterr().err
+
+
+def test_retry_forgets_failures_and_nothing_else(capsys, toy):
+    done, failed, waiting = began(toy.parent / "runs" / "toy-smoke", 3)
+    finish(done)
+    train_half(failed)
+    failed.crash("no memory")
+    failed.fail("no memory")
+    for forgotten in ("1 failed trials", "0 failed trials"):
+        code, out, _ = sweep(capsys, "retry", toy)
+        assert code == 0 and out.startswith(forgotten)
+    assert (done.status, failed.status, waiting.status) == ("done", "started", "waiting")
+    assert failed.crashes == [] and len(failed.metrics()) == 5
+
+
+def test_status_of_a_thousand_trials_takes_less_than_a_second_and_no_torch(toy):
+    for record in began(toy.parent / "runs" / "toy-smoke", 1000):
+        finish(record)
+    script = f"""
+import sys
+from moepp.cli import main
+assert main(["sweep", "status", {str(toy)!r}, "--scale", "smoke", "runs={toy.parent}/runs"]) == 0
+assert not {{"torch", "lightning", "mlflow", "numpy"}} & set(sys.modules)
+"""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", script], cwd=CONF.parent, capture_output=True, text=True)
+    assert done.stdout == "toy-smoke: 1000 done, 0 running, 0 failed, 0 waiting\n", done.stderr
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)  # of the processor: other tests may run beside this one
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
