@@ -42,7 +42,7 @@ assert not heavy, heavy
 def test_without_arguments_the_commands_are_listed(capsys):
     code, out, _ = cli(capsys)
     assert code == 0
-    for command in ("reproduce", "report", "train", "prepare", "generate", "bench", "ui", "sync"):
+    for command in ("reproduce", "report", "train", "prepare", "generate", "bench", "compare", "rerun", "ui", "sync"):
         assert f"\n    {command} " in out or f"\n    {command}\n" in out
 
 
@@ -64,6 +64,8 @@ def test_run_py_is_the_same_entry_point():
         (["reproduce", "table5", "--scale", "big"], "unknown scale 'big'; choose from smoke, laptop, paper"),
         (["reproduce", "table5", "--scale", "smoke", "model.topk=1"], "unknown key model.topk; did you mean"),
         (["report", "table5", "--runs", "nowhere"], "nowhere/zero_computation_experts-laptop holds no finished run"),
+        (["compare", "nowhere", "nowhere"], "nowhere is neither a run directory nor <sweep directory>:<arm>"),
+        (["rerun", "nowhere"], "nowhere is no finished run; only a finished run can be repeated"),
         (["trial", "nowhere/config.yaml"], "no config file nowhere/config.yaml"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
