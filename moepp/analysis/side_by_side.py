@@ -136,13 +136,17 @@ def _metric_lines(metrics: Sequence[MetricDifference]) -> list[str]:
         return ["no final metrics yet: a run has not finished"]
     rows: Rows = [["final", "A", "B", "B - A"]]
     for metric in metrics:
-        estimate = metric.difference
-        mark = ALONE if estimate.excludes_zero and estimate.std else ""
-        spread = f" ± {estimate.half_width:.3g}" if estimate.half_width is not None else ""
-        rows.append([metric.name, f"{metric.a:.6g}", f"{metric.b:.6g}", f"{estimate.mean:+.4g}{spread}{mark}"])
+        rows.append([metric.name, f"{metric.a:.6g}", f"{metric.b:.6g}", _signed(metric.difference)])
     if all(metric.difference.n == 1 for metric in metrics):
         return aligned(rows)
     return [*aligned(rows), f"± 95 % interval of the paired difference; {ALONE} excludes 0, each metric taken alone"]
+
+
+def _signed(difference: Estimate) -> str:
+    if not difference.std:  # one pair, or a count that no seed changes
+        return f"{difference.mean:+.4g}" if difference.mean else "0"
+    mark = ALONE if difference.excludes_zero else ""
+    return f"{difference.mean:+.4g} ± {difference.half_width:.3g}{mark}"
 
 
 def _changes(pairs: Pairs, read: Callable[[RunRecord], dict[str, Any]]) -> list[Change]:
