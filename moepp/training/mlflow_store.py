@@ -47,6 +47,8 @@ def connect(tracking: "TrackingConfig", runs: Path | str) -> tuple["MlflowClient
 
     for chatty in ("mlflow", "alembic"):  # some forty lines about migrations when a store is created
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    # A page of traceback at each failed attempt; the one who called says in a line what failed.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     with store_lock(runs):
         client = MlflowClient(tracking_uri=uri)
         found = client.get_experiment_by_name(tracking.experiment)

@@ -161,7 +161,7 @@ def follow(mirror: Syncs) -> Iterator[None]:
         except Exception as error:  # whatever a tracker raises, it must not end the training beside it
             if not warned.is_set():
                 warned.set()
-                _warn(mirror.uri, _first_line(error))
+                _warn(mirror.uri, _reason(error))
 
     def passes() -> None:
         while not stop.wait(SECONDS_BETWEEN_PASSES):
@@ -187,7 +187,7 @@ def sync_all(runs: Path | str, tracking: TrackingConfig) -> int:
         for directory in sorted(path for path in Path(runs).glob("*") if path.is_dir()):
             FolderMirror(directory, tracking, runs).sync()
     except Exception as error:
-        raise RunError(f"cannot mirror to {store_uri(tracking, runs)}: {_first_line(error)}") from error
+        raise RunError(f"cannot mirror to {store_uri(tracking, runs)}: {_reason(error)}") from error
     return len(list(Path(runs).glob("*/*/config.yaml")))
 
 
@@ -221,7 +221,10 @@ def _at(config: Any, key: str) -> Any:
     return config
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
+    """The first line of what began it: MLflow wraps a locked database in a page, a refused connection in a paragraph."""
+    while cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
+        error = cause
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
