@@ -222,7 +222,7 @@ def _at(config: Any, key: str) -> Any:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what began it: MLflow wraps a locked database in a page, a refused connection in a paragraph."""
+    """The first line of what began it: MLflow wraps "database is locked" in pages, "refused" in a paragraph."""
     while cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
         error = cause
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
