@@ -98,6 +98,13 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
     generate.add_argument("--seed", type=int, default=0, help="of the sampling")
 
+    compare = add("compare", _compare, "two runs, or two arms of a sweep, side by side")
+    compare.add_argument("a", metavar="A", help="a run directory, or SWEEP_DIRECTORY:ARM")
+    compare.add_argument("b", metavar="B", help="what to compare it with, in the same form")
+
+    rerun = add("rerun", _rerun, "repeat a finished run from its record and compare the losses")
+    rerun.add_argument("run", type=Path, help="directory of a finished run")
+
     ui = add("ui", _ui, "open the MLflow UI on the runs, on this machine only")
     ui.add_argument("--port", type=int, default=5000)
     add_overrides(ui)
@@ -237,6 +244,24 @@ def _generate(options: argparse.Namespace) -> None:
     from moepp.training.generate import continue_text
 
     print(continue_text(options.run, options.prompt, options.tokens, options.temperature, options.seed))
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from moepp.analysis.side_by_side import read_side, side_by_side
+
+    print(side_by_side(read_side(options.a), read_side(options.b)))
+
+
+def _rerun(options: argparse.Namespace) -> None:
+    from moepp.analysis.repetition import compare_repetition, describe
+    from moepp.records import RunRecord
+    from moepp.training.rerun import rerun
+
+    again = rerun(options.run)
+    repetition = compare_repetition(RunRecord(options.run), again)
+    print("\n".join([f"{options.run} repeated in {again.path}", *describe(repetition)]))
+    if repetition.unexplained:
+        raise RunError(f"the losses of {options.run} differ although nothing else does")
 
 
 def _bench(options: argparse.Namespace) -> None:

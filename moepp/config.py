@@ -65,7 +65,7 @@ def save(config: Any, path: Path) -> None:
 
 def flatten(config: Any) -> dict[str, Any]:
     """`{"model.top_k": 2, ...}`: every leaf of the config by its dotted key."""
-    return dict(_leaves(OmegaConf.to_container(OmegaConf.structured(config), resolve=True)))
+    return dict(leaves(OmegaConf.to_container(OmegaConf.structured(config), resolve=True)))
 
 
 def identity(config: Any, ignore: Iterable[str]) -> str:
@@ -122,7 +122,7 @@ def _join(schema: type[Schema], layers: Iterable[DictConfig], groups: Iterable[s
 
 
 def _refuse_unknown_keys(layer: DictConfig, known: Mapping[str, Any], groups: Iterable[str]) -> None:
-    for key, _ in _leaves(OmegaConf.to_container(layer)):
+    for key, _ in leaves(OmegaConf.to_container(layer)):
         inside = [leaf for leaf in known if leaf.startswith(f"{key}.")]
         if inside:
             raise UsageError(f"{key} is a group of keys; set one of {', '.join(inside)}")
@@ -130,10 +130,11 @@ def _refuse_unknown_keys(layer: DictConfig, known: Mapping[str, Any], groups: It
             raise UsageError(f"unknown key {key}{_nearest(key, [*known, *groups])}")
 
 
-def _leaves(node: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+def leaves(node: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """(dotted key, value) of everything in nested mappings that is no mapping, or an empty one."""
     if isinstance(node, Mapping) and (node or not prefix):
         for key, value in node.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+            yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix, node
 

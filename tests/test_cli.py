@@ -44,7 +44,8 @@ assert not heavy, heavy
 def test_without_arguments_the_commands_are_listed(capsys):
     code, out, _ = cli(capsys)
     assert code == 0
-    for command in ("reproduce", "sweep", "report", "train", "prepare", "generate", "bench", "ui", "sync"):
+    commands = "reproduce sweep report train prepare generate bench compare rerun ui sync"
+    for command in commands.split():
         assert f"\n    {command} " in out or f"\n    {command}\n" in out
 
 
@@ -68,6 +69,8 @@ def test_run_py_is_the_same_entry_point():
         (["sweep", "run", "table5"], "unknown sweep 'table5'; choose from"),
         (["sweep", "status", "routers", "runs=nowhere"], "nowhere/routers-laptop holds no sweep; `python run.py"),
         (["report", "table5", "--runs", "nowhere"], "nowhere/zero_computation_experts-laptop holds no finished run"),
+        (["compare", "nowhere", "nowhere"], "nowhere is neither a run directory nor <sweep directory>:<arm>"),
+        (["rerun", "nowhere"], "nowhere is no finished run; only a finished run can be repeated"),
         (["trial", "nowhere/config.yaml"], "no config file nowhere/config.yaml"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -15,11 +15,13 @@ from torch import Tensor
 from moepp.errors import Interrupted, RunError
 from moepp.models.budget import forward_flops
 from moepp.training.module import LanguageModel
+from moepp.training.system_metrics import SystemMeter
 from moepp.training.throughput import StepTimer, peak_flops, peak_memory_gib
 
 
 class MetricsReporter(Callback):
-    """Logs losses, routing and speed every `log_every` steps, and each validation, under the number of finished steps.
+    """Logs losses, routing, speed and system load every `log_every` steps, and each validation, under the number of
+    finished steps.
 
     Lightning's own `self.log` counts steps from 0 and writes after checkpoints are saved; a resumed run would lose or
     shift lines.
@@ -31,6 +33,7 @@ class MetricsReporter(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         self.timer, self.timed_from = StepTimer(pl_module.device), trainer.global_step
+        self.system = SystemMeter(pl_module.device)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: LanguageModel, optimizer: Any) -> None:
         if self._due(trainer.global_step + 1):
@@ -49,6 +52,7 @@ class MetricsReporter(Callback):
         routing = {name: float(value) for name, value in pl_module.train_routing.compute().items()}
         metrics.update({f"router/{name}": value for name, value in routing.items()})
         metrics.update(self._speed(step, pl_module.device, routing["ffn_per_token"], trainer.world_size))
+        metrics.update(self.system.read())
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step)
 

@@ -15,6 +15,7 @@ from moepp.records import read_json, write_json
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
     from moepp.training.tracking import TrackingConfig
 
@@ -46,6 +47,8 @@ def connect(tracking: "TrackingConfig", runs: Path | str) -> tuple["MlflowClient
 
     for chatty in ("mlflow", "alembic"):  # some forty lines about migrations when a store is created
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    # A page of traceback at each failed attempt; the one who called says in a line what failed.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     with store_lock(runs):
         client = MlflowClient(tracking_uri=uri)
         found = client.get_experiment_by_name(tracking.experiment)
@@ -67,7 +70,11 @@ def store_lock(runs: Path | str) -> Iterator[None]:
 
 
 class MirroredRun:
-    """An MLflow run and what is known to be in it, so that a pass sends only what is new."""
+    """An MLflow run and what the store says is in it, so that a pass sends only what is new.
+
+    mlflow.json beside the record keeps which run it is. What was sent is asked of the store each time, for a note of
+    one's own is wrong as soon as a process dies, an answer is lost, or another worker mirrors the same record.
+    """
 
     def __init__(
         self, directory: Path, tracking: "TrackingConfig", runs: Path | str, name: str, start_ms: float | None = None
@@ -80,14 +87,24 @@ class MirroredRun:
             if run is None:  # never mirrored, or into a store that has been deleted since
                 start = None if start_ms is None else int(start_ms)
                 run = self.client.create_run(experiment_id, start_time=start, run_name=name)
-                self.state = {"run_id": run.info.run_id, "steps": {}}
+                self.state = {"run_id": run.info.run_id}
+            if "experiment_id" not in self.state:  # the addresses of MLflow's pages need it
+                self.state["experiment_id"] = run.info.experiment_id
                 self.save()
         self.run_id: str = run.info.run_id
+        self._note(run)
+
+    def refresh(self) -> None:
+        """Asks the store what it has. What is put afterwards must be put under the same `store_lock`."""
+        self._note(self.client.get_run(self.run_id))
+
+    def _note(self, run: "Run") -> None:
         self._tags, self._params = dict(run.data.tags), dict(run.data.params)
+        self._steps = {metric.key: metric.step for metric in run.data.to_proto().metrics}
         self._status = run.info.status
         self._has_data = bool(run.inputs and run.inputs.dataset_inputs)
 
-    def _find(self, run_id: str | None) -> Any:
+    def _find(self, run_id: str | None) -> "Run | None":
         from mlflow.exceptions import MlflowException
 
         try:
@@ -127,13 +144,13 @@ class MirroredRun:
         self._has_data = True
 
     def put_metrics(self, lines: list[dict[str, float]]) -> None:
-        """Sends each metric's steps after the last one mirrored: a resumed run writes earlier steps a second time.
+        """Sends each metric's steps after the last one in the store: a resumed run writes earlier steps a second time.
 
-        A crash between sending and saving sends the same values again, and the store drops those it has.
+        Batches go out in the order of steps and are stored whole or not at all, so no step before the last is missing.
         """
         from mlflow.entities import Metric
 
-        steps = dict(self.state["steps"])
+        steps = dict(self._steps)
         metrics = []
         for line in lines:
             step, time = int(line["step"]), int(line["time"])
@@ -143,9 +160,7 @@ class MirroredRun:
                     steps[key] = step
         for start in range(0, len(metrics), METRICS_PER_CALL):
             self.client.log_batch(self.run_id, metrics=metrics[start : start + METRICS_PER_CALL])
-        if metrics:
-            self.state["steps"] = steps
-            self.save()
+        self._steps = steps
 
     def put_files(self, paths: list[Path]) -> None:
         for path in paths:

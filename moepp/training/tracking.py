@@ -8,21 +8,25 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from moepp.errors import RunError, UsageError
 from moepp.records import MetricsTail, RunRecord, read_json
-from moepp.training.mlflow_store import MirroredRun, store_uri
+from moepp.training.mlflow_store import MirroredRun, store_lock, store_uri
 
 # The axes people filter runs by. The rest of the config is an artifact: a page of 80 params hides the five that differ.
 AXES = {
     "arm": "tags.arm", "size": "tags.size", "seed": "seed", "top_k": "model.top_k", "tau": "model.balance.tau",
     "n_ffn": "model.experts.ffn", "n_zero": "model.experts.zero", "n_copy": "model.experts.copy",
     "n_constant": "model.experts.constant", "gating_residual": "model.gating_residual", "lr": "optim.lr",
+    "router": "model.router", "selection": "model.selection",
 }  # fmt: skip
 BUDGETS = ("tokens", "total_params", "active_params", "flops_per_token")
+LICENCE = "Apache-2.0"  # of the code and of models trained with it; `data_terms` says what the corpus asks for
 SECONDS_BETWEEN_PASSES = 2.0
+SECONDS_TO_END = 30.0  # how long a finished run waits for its last pass
 
 
 @dataclass
@@ -35,7 +39,7 @@ class TrackingConfig:
 
 
 class Mirror:
-    """One run record in MLflow; its mlflow.json keeps the run id and the last mirrored step of every metric."""
+    """One run record in MLflow. Several processes may mirror the same record."""
 
     def __init__(self, record: RunRecord, tracking: TrackingConfig, runs: Path | str, parent_run_id: str | None = None):
         self.record, self.tracking, self.runs, self.parent_run_id = record, tracking, runs, parent_run_id
@@ -58,21 +62,22 @@ class Mirror:
         if self._run is None:
             start = self._pending[0]["time"] if self._pending else None
             self._run = MirroredRun(self.record.path, self.tracking, self.runs, self._name(), start)
-        run = self._run
-        if not run.state.get("complete"):
-            config, provenance = self.record.read("config.yaml"), self.record.read("provenance.json")
-            run.put(tags=self._tags(config, provenance), params=_axes(config, self.record.read("budget.json")))
-            run.put_data(str(_at(config, "data.corpus")), provenance.get("data", {}))
-            run.put_metrics(self._pending)
-            self._finish_pass(run, status, ended)
+        if not self._run.state.get("complete"):
+            with store_lock(self.runs):
+                self._put(self._run, status, ended)
         self._pending = []
-        self.complete = bool(run.state.get("complete"))
+        self.complete = bool(self._run.state.get("complete"))
 
     def follow(self) -> AbstractContextManager[None]:
         """Syncs every two seconds beside the training, and a last time at the end."""
         return follow(self)
 
-    def _finish_pass(self, run: MirroredRun, status: str, ended: bool) -> None:
+    def _put(self, run: MirroredRun, status: str, ended: bool) -> None:
+        provenance = self.record.read("provenance.json")
+        run.refresh()
+        run.put(tags=self._tags(provenance), params=_axes(self._config, self.record.read("budget.json")))
+        run.put_data(str(_at(self._config, "data.corpus")), provenance.get("data", {}))
+        run.put_metrics(self._pending)
         end = int(self._pending[-1]["time"]) if self._pending else None
         if status == "done":
             run.put_files([self.record.path / n for n in ("config.yaml", "provenance.json", "budget.json", "tables")])
@@ -85,14 +90,20 @@ class Mirror:
             run.put_status("KILLED" if ended else "RUNNING", end)
 
     def _name(self) -> str:
-        config = self.record.read("config.yaml")
+        config = self._config
         arm = config.get("tags", {}).get("arm") or config.get("name", self.record.path.parent.name)
         return f"{arm} s{config.get('seed', 0)}"
 
-    def _tags(self, config: Mapping[str, Any], provenance: Mapping[str, Any]) -> dict[str, str]:
+    @cached_property
+    def _config(self) -> dict[str, Any]:
+        """Read once: parsing YAML takes milliseconds, and a pass may run in the process that trains."""
+        return self.record.read("config.yaml")
+
+    def _tags(self, provenance: Mapping[str, Any]) -> dict[str, str]:
         git = provenance.get("git", {})
         tags = {
-            **config.get("tags", {}),
+            **self._config.get("tags", {}),
+            "licence": LICENCE, "data_terms": provenance.get("data", {}).get("corpus"),
             "git_sha": git.get("sha"), "git_dirty": git.get("dirty"), "host": provenance.get("host"),
             "failure": self.record.read("failed.json").get("reason", ""),
             "mlflow.parentRunId": self.parent_run_id,
@@ -121,6 +132,7 @@ class FolderMirror:
                 self._mirrors[path] = Mirror(RunRecord(path), self.tracking, self.runs, parent_run_id)
             self._mirrors[path].sync(ended)
         if self._parent:
+            self._parent.refresh()  # another worker may have closed the sweep
             statuses = {RunRecord(self.directory / trial["path"]).status for trial in sweep["trials"]}
             unfinished = "KILLED" if ended else "RUNNING"
             settled = "FAILED" if "failed" in statuses else "FINISHED"
@@ -149,7 +161,7 @@ def follow(mirror: Syncs) -> Iterator[None]:
         except Exception as error:  # whatever a tracker raises, it must not end the training beside it
             if not warned.is_set():
                 warned.set()
-                _warn(mirror.uri, _first_line(error))
+                _warn(mirror.uri, _reason(error))
 
     def passes() -> None:
         while not stop.wait(SECONDS_BETWEEN_PASSES):
@@ -162,9 +174,9 @@ def follow(mirror: Syncs) -> Iterator[None]:
         yield
     finally:
         stop.set()
-        thread.join(timeout=30)
+        thread.join(SECONDS_TO_END)
         if thread.is_alive() and not warned.is_set():
-            _warn(mirror.uri, "no answer within 30 s")
+            _warn(mirror.uri, f"no answer within {SECONDS_TO_END:.0f} s")
 
 
 def sync_all(runs: Path | str, tracking: TrackingConfig) -> int:
@@ -175,7 +187,7 @@ def sync_all(runs: Path | str, tracking: TrackingConfig) -> int:
         for directory in sorted(path for path in Path(runs).glob("*") if path.is_dir()):
             FolderMirror(directory, tracking, runs).sync()
     except Exception as error:
-        raise RunError(f"cannot mirror to {store_uri(tracking, runs)}: {_first_line(error)}") from error
+        raise RunError(f"cannot mirror to {store_uri(tracking, runs)}: {_reason(error)}") from error
     return len(list(Path(runs).glob("*/*/config.yaml")))
 
 
@@ -198,7 +210,8 @@ def _open_parent(directory: Path, sweep: Mapping[str, Any], tracking: TrackingCo
 
 
 def _axes(config: Mapping[str, Any], budget: Mapping[str, Any]) -> dict[str, str]:
-    values = {name: _at(config, key) for name, key in AXES.items()} | {name: budget.get(name) for name in BUDGETS}
+    values = {name: _at(config, key) for name, key in AXES.items()}
+    values |= {name: round(budget[name]) for name in BUDGETS if name in budget}
     return {name: str(value) for name, value in values.items() if value is not None}
 
 
@@ -208,7 +221,10 @@ def _at(config: Any, key: str) -> Any:
     return config
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
+    """The first line of what began it: MLflow wraps "database is locked" in pages, "refused" in a paragraph."""
+    while cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
+        error = cause
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

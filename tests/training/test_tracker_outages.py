@@ -1,0 +1,241 @@
+"""What goes wrong with a tracker while a run trains: the run is not held up, and each step arrives exactly once."""
+
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import pytest
+from mlflow import MlflowClient
+
+from moepp.records import RunRecord, read_json, write_json, write_text
+from moepp.training import tracking
+from moepp.training.tracking import FolderMirror, Mirror, TrackingConfig, sync_all
+
+CONFIG = "name: toy\nseed: 0\nmodel: {top_k: 2}\ndata: {corpus: sotu}\noptim: {lr: 0.001}\n"
+SERVE = """
+import sys
+from moepp.training.mlflow_store import serve
+from moepp.training.tracking import TrackingConfig
+serve(TrackingConfig(), sys.argv[1], int(sys.argv[2]))
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    monkeypatch.setattr(tracking, "SECONDS_BETWEEN_PASSES", 0.05)
+
+
+@pytest.fixture
+def record(runs, request):
+    path = runs / request.node.name / "0123abcd"
+    write_text(path / "config.yaml", CONFIG)
+    write_json(path / "provenance.json", {"data": {"digest": "0123456789abcdef"}})
+    return RunRecord(path)
+
+
+@pytest.fixture
+def mirrored(record, runs):
+    """The record with three steps that are in the store."""
+    log(record, 1, 3)
+    Mirror(record, TrackingConfig(), runs).sync()
+    return record
+
+
+def log(record, first, last):
+    """Writes steps as training does; that must not take longer because a tracker is in trouble."""
+    for step in range(first, last + 1):
+        began = time.perf_counter()
+        record.log(step, {"train/loss": 1 / step, "router/zero_share": 0.25})
+        assert time.perf_counter() - began < 1
+
+
+def steps_in_store(record, runs, metric="train/loss"):
+    client = MlflowClient(tracking_uri=f"sqlite:///{runs}/mlflow.db")
+    history = client.get_metric_history(read_json(record.path / "mlflow.json")["run_id"], metric)
+    return sorted(point.step for point in history)
+
+
+def until(condition, seconds=60.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def warned_once(capsys, reason=""):
+    warning = capsys.readouterr().err
+    return warning.count("\n") == 1 and "`python run.py sync` will catch up" in warning and reason in warning
+
+
+def free_port():
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return unused.getsockname()[1]
+
+
+@contextmanager
+def server(runs, port):
+    """The process of an MLflow server as `run.py ui` starts it; killed at the end, so it dies without a word."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVE, str(runs), str(port)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    try:
+        until(lambda: answers(port))
+        yield process
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def answers(port):
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+def test_a_server_that_comes_late_hangs_and_dies_ends_with_every_step_once(record, runs, capsys, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    port = free_port()
+
+    def last():
+        return steps_in_store(record, runs)[-1:] if (record.path / "mlflow.json").exists() else []
+
+    with Mirror(record, TrackingConfig(uri=f"http://127.0.0.1:{port}"), runs).follow():
+        log(record, 1, 3)
+        with server(runs, port) as process:
+            until(lambda: last() == [3])
+            record.rewind(2)  # the trial resumes
+            log(record, 3, 5)
+            until(lambda: last() == [5])
+            os.killpg(process.pid, signal.SIGSTOP)  # what it has been asked meanwhile, it does afterwards
+            log(record, 6, 8)
+            time.sleep(1.5)
+            log(record, 9, 9)
+            os.killpg(process.pid, signal.SIGCONT)
+            until(lambda: last() == [9])
+        log(record, 10, 12)
+    assert steps_in_store(record, runs) == list(range(1, 10))
+    record.finish()
+    assert warned_once(capsys, str(port))
+    sync_all(runs, TrackingConfig())
+    for metric in ("train/loss", "router/zero_share"):
+        assert steps_in_store(record, runs, metric) == list(range(1, 13))
+
+
+def test_an_answer_that_is_lost_after_the_store_took_the_steps(record, runs, capsys, monkeypatch):
+    real, calls = MlflowClient.log_batch, []
+
+    def lose_answers(self, *arguments, **values):
+        real(self, *arguments, **values)
+        calls.append(values)
+        if len(calls) % 2:
+            raise ConnectionError("the answer was lost")
+
+    monkeypatch.setattr(MlflowClient, "log_batch", lose_answers)
+    with Mirror(record, TrackingConfig(), runs).follow():
+        for step in range(1, 9):
+            if step == 6:
+                record.rewind(3)
+                log(record, 4, 5)  # a resumed run writes these again, at another time
+            log(record, step, step)
+            seen = len(calls)
+            until(lambda seen=seen: len(calls) > seen)
+    sync_all(runs, TrackingConfig())
+    assert steps_in_store(record, runs) == list(range(1, 9))
+    assert warned_once(capsys, "the answer was lost")
+
+
+def test_a_server_that_accepts_and_never_answers_does_not_hold_up_the_run(mirrored, runs, capsys, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        began = time.monotonic()
+        with Mirror(mirrored, TrackingConfig(uri=uri), runs).follow():
+            log(mirrored, 4, 6)
+        assert time.monotonic() - began < 10
+    assert warned_once(capsys, uri)
+    Mirror(mirrored, TrackingConfig(), runs).sync()
+    assert steps_in_store(mirrored, runs) == list(range(1, 7))
+
+
+def test_a_read_only_store_is_caught_up_when_it_can_be_written(mirrored, runs, capsys, caplog):
+    read_only = TrackingConfig(uri=f"sqlite:///file:{runs}/mlflow.db?mode=ro&uri=true")
+    mirror = Mirror(mirrored, read_only, runs)
+    with mirror.follow():
+        log(mirrored, 4, 6)
+        time.sleep(0.5)  # several passes
+    mirrored.finish()
+    assert steps_in_store(mirrored, runs) == [1, 2, 3]
+    assert warned_once(capsys, "(attempt to write a readonly database)")
+    assert not caplog.records
+    sync_all(runs, TrackingConfig())
+    assert steps_in_store(mirrored, runs) == list(range(1, 7))
+
+
+@contextmanager
+def locked(runs):
+    """Another program holds the database, as a backup or an editor does."""
+    holder = sqlite3.connect(runs / "mlflow.db", isolation_level=None)
+    holder.execute("BEGIN EXCLUSIVE")
+    try:
+        yield
+    finally:
+        holder.execute("ROLLBACK")
+        holder.close()
+
+
+def test_a_locked_store_is_waited_for_beside_the_training(mirrored, runs, capsys):
+    mirror = Mirror(mirrored, TrackingConfig(), runs)
+    with mirror.follow():
+        with locked(runs):
+            log(mirrored, 4, 6)
+            time.sleep(0.5)
+        log(mirrored, 7, 8)
+        mirrored.finish()
+        until(lambda: mirror.complete)
+    assert steps_in_store(mirrored, runs) == list(range(1, 9))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_store_that_stays_locked_does_not_keep_a_finished_run(mirrored, runs, capsys, monkeypatch):
+    monkeypatch.setattr(tracking, "SECONDS_TO_END", 0.5)
+    with locked(runs):
+        began = time.monotonic()
+        with Mirror(mirrored, TrackingConfig(), runs).follow():
+            log(mirrored, 4, 6)
+        assert time.monotonic() - began < 3
+        assert warned_once(capsys, "no answer within")
+    sync_all(runs, TrackingConfig())
+    assert steps_in_store(mirrored, runs) == list(range(1, 7))
+
+
+def test_a_run_that_another_worker_closed_too_early_is_opened_again(mirrored, runs):
+    """Of two workers of one sweep the first to find nothing left to do ends while the other still trains."""
+    busy, idle = (FolderMirror(mirrored.path.parent, TrackingConfig(), runs) for _ in range(2))
+    busy.sync()
+    idle.sync(ended=True)
+    client = MlflowClient(tracking_uri=f"sqlite:///{runs}/mlflow.db")
+    run_id = read_json(mirrored.path / "mlflow.json")["run_id"]
+    assert client.get_run(run_id).info.status == "KILLED"
+    log(mirrored, 4, 4)
+    busy.sync()
+    assert client.get_run(run_id).info.status == "RUNNING"
