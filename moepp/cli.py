@@ -181,7 +181,7 @@ def _reproduce(options: argparse.Namespace) -> None:
     experiments = discover()
     if options.list or options.experiment is None:
         for experiment in experiments.values():
-            print(f"{experiment.name:<8} {experiment.reference:<9} {experiment.title}  (sweep {experiment.sweep})")
+            print(f"{experiment.name:<16} {experiment.reference:<9} {experiment.title}  (sweep {experiment.sweep})")
         return
     experiment = _experiment(options.experiment)
     from moepp.sweeps.runner import run_sweep

@@ -34,8 +34,9 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One table of the paper, or a question of our own with no paper's numbers: then `paper`, `tasks`, `noisy_task` and
-    `reference` stay empty. `arms` are arms of the sweep in display order; the sweep says which is the baseline.
+    """One table or figure of the paper, or a question of our own. Where there are no numbers of the paper, `paper`,
+    `tasks` and `noisy_task` stay empty. `arms` are arms of the sweep in display order; the sweep says which is the
+    baseline.
     """
 
     name: str

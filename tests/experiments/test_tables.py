@@ -8,6 +8,8 @@ from moepp.analysis.experiment import Experiment
 from moepp.sweeps.spec import load_sweep
 
 PRINTED = {  # averages as the paper prints them
+    "table3": {"vanilla": 44.3, "tau_0.10": 43.4, "tau_0.25": 44.9, "tau_0.50": 44.9, "tau_0.75": 45.6,
+               "tau_1.00": 44.5},
     "table5": {"vanilla": 46.6, "zero": 47.0, "copy": 47.2, "constant": 47.4, "zero+copy": 47.2, "zero+constant": 47.3,
                "copy+constant": 47.5, "zero+copy+constant": 47.7},
     "table6": {"vanilla": 46.6, "no_residual": 47.5, "zero+copy+constant": 47.7},
@@ -38,6 +40,11 @@ def test_every_experiment_is_complete(experiment):
 @pytest.mark.parametrize("name", sorted(PRINTED))
 def test_task_scores_give_the_papers_printed_averages(name):
     assert {arm: row.average for arm, row in discover()[name].paper.items()} == PRINTED[name]
+
+
+def test_table3_speedups_are_the_papers_throughput_gains():
+    gains = {arm: round(100 * (row.speedup - 1), 1) for arm, row in discover()["table3"].paper.items() if row.speedup}
+    assert gains == {"tau_0.10": 164.5, "tau_0.25": 92.7, "tau_0.50": 38.2, "tau_0.75": 25.2, "tau_1.00": 19.1}
 
 
 def test_table5_effects_split_the_eight_arms_in_halves():
