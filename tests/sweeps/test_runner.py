@@ -116,6 +116,15 @@ def test_a_trial_that_crashes_once_is_retried_and_finishes(runs, capfd):
     assert not (record.path / "failed.json").exists()
 
 
+def test_a_failure_is_final_once_its_attempts_are_used_up(runs):
+    job = Job(sweep().trials("smoke", [f"runs={runs}"])[0], retries=1, heart=Heart())
+    job.record.fail("no memory")  # as the trial's process leaves it, before its worker has counted the crash
+    for _ in range(2):
+        assert not job.settled
+        job.record.crash("no memory")
+    assert job.settled and job.failure == "no memory"
+
+
 def test_exit_code_zero_without_the_done_marker_is_a_failure(runs):
     with pytest.raises(RunError, match=r"2 of 2 trials failed.*exit code 0; all is well"):
         run_sweep(
