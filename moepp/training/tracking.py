@@ -25,7 +25,7 @@ AXES = {
 }  # fmt: skip
 BUDGETS = ("tokens", "total_params", "active_params", "flops_per_token")
 LICENCE = "Apache-2.0"  # of the code and of models trained with it; `data_terms` says what the corpus asks for
-SECONDS_BETWEEN_PASSES = 2.0
+SECONDS_BETWEEN_PASSES = 5.0  # a pass takes some 20 ms of a core, which may be the one that trains
 SECONDS_TO_END = 30.0  # how long a finished run waits for its last pass
 
 
@@ -69,7 +69,7 @@ class Mirror:
         self.complete = bool(self._run.state.get("complete"))
 
     def follow(self) -> AbstractContextManager[None]:
-        """Syncs every two seconds beside the training, and a last time at the end."""
+        """Syncs every few seconds beside the training, and a last time at the end."""
         return follow(self)
 
     def _put(self, run: MirroredRun, status: str, ended: bool) -> None:
@@ -139,7 +139,7 @@ class FolderMirror:
             self._parent.put_status(settled if statuses <= {"done", "failed"} else unfinished)
 
     def follow(self) -> AbstractContextManager[None]:
-        """Syncs every two seconds beside the sweep, and a last time at the end."""
+        """Syncs every few seconds beside the sweep, and a last time at the end."""
         return follow(self)
 
 

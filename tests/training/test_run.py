@@ -38,6 +38,9 @@ def test_a_run_learns_and_leaves_a_whole_record(overrides):
     shares = [final[f"{kind}_share"] for kind in ("ffn", "constant", "copy", "zero")]
     assert sum(shares) == pytest.approx(1)
     assert [line["step"] for line in lines if "train/loss" in line] == list(range(2, 41, 2))
+    assert all(
+        line["system/cpu_percent"] > 0 and line["system/memory_gib"] > 0 for line in lines if "train/loss" in line
+    )
     budget = record.read("budget.json")
     assert budget["tokens"] == 40 * 8 * 32 and budget["total_params"] > budget["active_params"]
     assert record.read("provenance.json")["data"]["digest"] == "feedfacefeedface"

@@ -93,6 +93,7 @@ def test_a_run_shows_its_axes_tags_data_and_times(record, runs):
         "data_terms": "speeches, public domain",
     }
     assert expected.items() <= run.data.tags.items()
+    assert read_json(record.path / "mlflow.json")["experiment_id"] == run.info.experiment_id
     assert run.info.run_name == "zero+copy s3" and run.info.status == "RUNNING"
     assert run.info.start_time == record.metrics()[0]["time"]
     (data,) = run.inputs.dataset_inputs
