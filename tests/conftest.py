@@ -1,4 +1,5 @@
 import json
+import os
 from dataclasses import asdict
 
 import numpy as np
@@ -7,6 +8,8 @@ import torch
 
 from moepp.training.tokens import FORMAT, Counts, Header
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by whichever test or library
 torch.set_num_threads(1)  # the models are tiny, and other processes may want the cores
 
 

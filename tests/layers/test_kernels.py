@@ -18,8 +18,6 @@ from moepp.layers.kernels.grouped import BackendError, plan_slots
 from moepp.layers.moe import MoEConfig, MoELayer
 
 GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by whichever test
 
 EXPERTS, TOKENS, DIM, HIDDEN, CONSTANTS = 4, 26, 24, 40, 2
 TOTAL = EXPERTS + 3  # ids from EXPERTS on are zero-computation experts; TOTAL marks a dropped slot
