@@ -4,7 +4,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
 
 from moepp.cli import main
 from moepp.config import CONF
@@ -100,7 +99,7 @@ def test_a_run_directory_that_cannot_be_written(capsys, overrides, tmp_path):
     assert err.startswith("error: cannot write the run record") and err.count("\n") == 1
 
 
-@pytest.mark.skipif(find_spec("triton") is not None and torch.cuda.is_available(), reason="triton runs here")
+@pytest.mark.skipif(find_spec("triton") is not None, reason="needs a machine on which triton cannot run")
 def test_a_kernel_that_cannot_run_here_says_what_can(capsys, overrides):
     code, _, err = cli(capsys, "train", *overrides, "model.backend=triton")
     assert code == 2
