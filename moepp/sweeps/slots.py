@@ -10,16 +10,16 @@ Slot = dict[str, str]  # environment variables of a trial
 
 
 def divide(workers: int, trainer: "TrainerConfig") -> list[Slot]:
-    """One slot per worker; `workers` 0 makes as many as there are GPUs, or cores where the trials use none.
+    """One slot per worker; `workers` 0 makes as many as trials fit on the GPUs, or on the cores where they use none.
 
-    A slot holds its own GPUs (`trainer.devices` of them; shared in turn when there are too few) and its share of the
-    cores, which torch would otherwise give whole to every trial.
+    A trial takes `trainer.devices` GPUs (shared in turn when there are too few), or as many cores. OMP_NUM_THREADS is the
+    share of each of its processes, for torch would otherwise give all cores to every one.
     """
     gpus = _gpus() if trainer.accelerator != "cpu" else []
     devices = max(1, trainer.devices)
     cores = os.cpu_count() or 1
-    workers = workers or (max(1, len(gpus) // devices) if gpus else cores)
-    threads = str(max(1, cores // workers))
+    workers = workers or max(1, (len(gpus) or cores) // devices)
+    threads = str(max(1, cores // (workers * devices)))
     slots = []
     for worker in range(workers):
         slot: Slot = {}

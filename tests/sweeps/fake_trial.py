@@ -10,7 +10,7 @@ from pathlib import Path
 
 from moepp.records import RunRecord
 from moepp.sweeps.leases import end_without_lease
-from moepp.sweeps.process import die_with_parent
+from moepp.process import die_with_parent
 
 die_with_parent()
 end_without_lease()

@@ -21,6 +21,11 @@ def test_without_gpus_there_is_one_worker_per_core():
     assert [slot["OMP_NUM_THREADS"] for slot in slots.divide(0, TrainerConfig())] == ["1"] * 8
 
 
+def test_a_trial_of_several_processes_takes_several_cores():
+    assert [slot["OMP_NUM_THREADS"] for slot in slots.divide(0, TrainerConfig(devices=4))] == ["1"] * 2
+    assert [slot["OMP_NUM_THREADS"] for slot in slots.divide(1, TrainerConfig(devices=2))] == ["4"]
+
+
 def test_threads_that_were_asked_for_stay(monkeypatch):
     assert slots.divide(2, TrainerConfig(threads=4)) == [{}, {}]
     monkeypatch.setenv("OMP_NUM_THREADS", "5")

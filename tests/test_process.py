@@ -3,7 +3,7 @@ import signal
 import subprocess
 import sys
 
-from moepp.sweeps.process import cause_of_end, die_with_parent, start
+from moepp.process import cause_of_end, die_with_parent, start
 
 
 def test_a_process_without_a_runner_lives_on(monkeypatch):
@@ -12,7 +12,7 @@ def test_a_process_without_a_runner_lives_on(monkeypatch):
 
 
 def test_a_process_whose_runner_is_already_gone_ends_at_once():
-    script = "from moepp.sweeps.process import die_with_parent; die_with_parent(); print('alive')"
+    script = "from moepp.process import die_with_parent; die_with_parent(); print('alive')"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "MOEPP_PARENT_PID": "1999999999"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True)
     assert (done.returncode, done.stdout) == (-signal.SIGKILL, b"")
@@ -25,6 +25,14 @@ def test_a_trial_starts_in_its_own_session_with_its_slot(tmp_path):
     )
     assert start([sys.executable, "-c", script], log, {"OMP_NUM_THREADS": "3"}).wait() == 0
     assert log.read_text().split() == ["True", "3", str(os.getpid())]
+
+
+def test_a_child_is_no_rank_of_what_started_its_parent(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    script = "import os; print({'TORCHELASTIC_RUN_ID', 'SLURM_STEP_NUM_TASKS'} & set(os.environ))"
+    assert start([sys.executable, "-c", script], tmp_path / "log.txt", {}).wait() == 0
+    assert (tmp_path / "log.txt").read_text() == "set()\n"
 
 
 def test_cause_of_end_names_the_signal_and_the_last_line(tmp_path):

@@ -1,4 +1,4 @@
-"""A trial's process: started by the runner, and never outliving it."""
+"""Child processes, a sweep's trials and the ranks of a run: started with what is theirs, never outliving their parent."""
 
 import ctypes
 import os
@@ -12,34 +12,37 @@ from moepp.config import CONF
 
 PARENT_PID = "MOEPP_PARENT_PID"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# How torchrun and srun tell a process that it is a rank. A child is no rank of what started its parent.
+RANK_VARIABLES = ("TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS")
 
 
-def start(command: Sequence[str], log: Path, slot: Mapping[str, str]) -> subprocess.Popen:
-    """Starts a trial that prints into `log`.
+def start(command: Sequence[str], log: Path, environment: Mapping[str, str], show: bool = False) -> subprocess.Popen:
+    """Starts a process that prints into `log`; with `show` its standard output goes to this process's instead.
 
-    It gets a session of its own: Ctrl-C reaches the runner alone, which then asks the trial to stop. Call this in the
-    main thread, for Linux takes the end of the starting thread for the parent's death.
+    It gets a session of its own: Ctrl-C reaches this process alone, which then asks the other to stop. Call this in
+    the main thread, for Linux takes the end of the starting thread for the parent's death.
     """
+    inherited = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
     # The checkout is importable even when the command was given from another folder.
     path = os.pathsep.join(filter(None, [str(CONF.parent), os.environ.get("PYTHONPATH")]))
-    child = {**os.environ, **slot, "PYTHONPATH": path, PARENT_PID: str(os.getpid())}
+    child = {**inherited, **environment, "PYTHONPATH": path, PARENT_PID: str(os.getpid())}
     with open(log, "ab") as output:
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
+            stdout=None if show else output,
+            stderr=output,
             env=child,
             start_new_session=True,
         )
 
 
 def die_with_parent() -> None:
-    """Ties this process to the runner that started it: when that dies, by SIGKILL too, the kernel kills this one.
+    """Ties this process to the one that started it: when that dies, by SIGKILL too, the kernel kills this one.
 
-    Does nothing in a process that no runner started, or away from Linux.
+    Does nothing in a process that `start` did not start, or away from Linux.
     """
-    # Taken out of the environment, for a trial's own children have the trial as their parent.
+    # Taken out of the environment, for this process's own children have it as their parent.
     parent = os.environ.pop(PARENT_PID, None)
     if parent is None or sys.platform != "linux":
         return
@@ -49,7 +52,7 @@ def die_with_parent() -> None:
 
 
 def cause_of_end(returncode: int, log: Path) -> str:
-    """One line on a trial that ended without saying why: its signal or exit code, and the last line it printed."""
+    """One line on a process that ended without saying why: its signal or exit code, and the last line it printed."""
     how = f"killed by {signal.Signals(-returncode).name}" if returncode < 0 else f"exit code {returncode}"
     return f"{how}; {(last_lines(log, 1) or ['nothing printed'])[0]}"
 
