@@ -1,0 +1,148 @@
+"""Intervals and tests by resampling, for hundreds or thousands of examples. For a handful of seeds use statistics.py: a
+bootstrap over five values covers far less than it says.
+
+Everything is deterministic by `seed`. One seed resamples equal numbers of rows alike, so that statistics of the same
+rows, computed in several calls, belong together.
+
+Shape suffixes: N examples, M columns, D draws, G groups.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import rankdata
+
+DRAWS = 2000
+BLOCK = 2**22  # random numbers held at a time
+
+Seed = int | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with its interval, which need not be symmetric."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+
+def bootstrap_sums(values_NM: np.ndarray, draws: int = DRAWS, seed: Seed = 0) -> np.ndarray:
+    """Sums of every column over N rows drawn with replacement, [D, M]. Any statistic of means or of ratios of sums
+    follows from them. Raises ValueError when there is no row.
+    """
+    rows = len(values_NM)
+    if rows == 0:
+        raise ValueError("cannot resample no examples")
+    generator = np.random.default_rng(seed)
+    sums_DM = np.empty((draws, values_NM.shape[1]))
+    block = max(1, BLOCK // rows)
+    for start in range(0, draws, block):
+        size = min(block, draws - start)
+        drawn = generator.integers(rows, size=(size, rows)) + rows * np.arange(size)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=size * rows).reshape(size, rows)
+        sums_DM[start : start + size] = counts @ values_NM
+    return sums_DM
+
+
+def shuffled_sums(values_NM: np.ndarray, sizes: Sequence[int], draws: int = DRAWS, seed: Seed = 0) -> np.ndarray:
+    """Sums of every column over groups of `sizes` rows when chance decides which row is in which group, [D, G, M]: what
+    they would be if the groups did not differ.
+    """
+    if sum(sizes) != len(values_NM):
+        raise ValueError(f"groups of {list(sizes)} rows do not make up {len(values_NM)} rows")
+    generator = np.random.default_rng(seed)
+    labels_N = np.repeat(np.arange(len(sizes)), sizes)
+    sums_DGM = np.empty((draws, len(sizes), values_NM.shape[1]))
+    block = max(1, BLOCK // len(labels_N))
+    for start in range(0, draws, block):
+        size = min(block, draws - start)
+        shuffled = generator.permuted(np.tile(labels_N, (size, 1)), axis=1)
+        for group in range(len(sizes)):
+            sums_DGM[start : start + size, group] = (shuffled == group).astype(float) @ values_NM
+    return sums_DGM
+
+
+def percentile_interval(value: float, draws_D: np.ndarray, level: float = 0.95) -> Interval:
+    """The interval that holds the middle `level` of the draws; draws that are not finite are left out."""
+    finite = draws_D[np.isfinite(draws_D)]
+    if not len(finite):
+        return Interval(float(value), float("nan"), float("nan"))
+    low, high = np.quantile(finite, ((1 - level) / 2, (1 + level) / 2))
+    return Interval(float(value), float(low), float(high))
+
+
+def bootstrap_mean(values_N: np.ndarray, level: float = 0.95, draws: int = DRAWS, seed: Seed = 0) -> Interval:
+    """The mean of independent examples."""
+    values_N = np.asarray(values_N, dtype=float)
+    sums_D = bootstrap_sums(values_N[:, None], draws, seed)[:, 0]
+    return percentile_interval(values_N.mean(), sums_D / len(values_N), level)
+
+
+def bootstrap_ratio(
+    numerator_N: np.ndarray, denominator_N: np.ndarray, level: float = 0.95, draws: int = DRAWS, seed: Seed = 0
+) -> Interval:
+    """A ratio of sums over examples, such as FFN experts per token: long examples weigh more, as in a mean over tokens,
+    but examples are drawn, since the tokens of one are not independent.
+    """
+    columns_N2 = np.stack([numerator_N, denominator_N], axis=1).astype(float)
+    value, draws_D = (
+        sums[..., 0] / sums[..., 1] for sums in (columns_N2.sum(0), bootstrap_sums(columns_N2, draws, seed))
+    )
+    return percentile_interval(value, draws_D, level)
+
+
+def paired_bootstrap(
+    a_N: np.ndarray, b_N: np.ndarray, level: float = 0.95, draws: int = DRAWS, seed: Seed = 0
+) -> Interval:
+    """The mean of `a - b` over examples that both models answered: what an example does to both cancels."""
+    a_N, b_N = np.asarray(a_N, dtype=float), np.asarray(b_N, dtype=float)
+    if a_N.shape != b_N.shape:
+        raise ValueError(f"{len(a_N)} and {len(b_N)} scores make no pairs")
+    return bootstrap_mean(a_N - b_N, level, draws, seed)
+
+
+def sign_flip_test(differences_N: np.ndarray, draws: int = DRAWS, seed: Seed = 0) -> float:
+    """Two-sided p that paired differences have mean 0: under that hypothesis each sign is a coin's."""
+    differences_N = np.asarray(differences_N, dtype=float)
+    generator = np.random.default_rng(seed)
+    block = max(1, BLOCK // len(differences_N))
+    sums = [
+        (2 * generator.integers(2, size=(min(block, draws - start), len(differences_N))) - 1) @ differences_N
+        for start in range(0, draws, block)
+    ]
+    return chance(differences_N.sum(), np.concatenate(sums))
+
+
+def permutation_test(a_N: np.ndarray, b_N: np.ndarray, draws: int = DRAWS, seed: Seed = 0) -> float:
+    """Two-sided p that two independent samples have the same mean (strictly: the same distribution)."""
+    sums_DG = shuffled_sums(np.concatenate([a_N, b_N])[:, None].astype(float), (len(a_N), len(b_N)), draws, seed)[
+        ..., 0
+    ]
+    return chance(np.mean(a_N) - np.mean(b_N), sums_DG[:, 0] / len(a_N) - sums_DG[:, 1] / len(b_N))
+
+
+def chance(observed: float, null_D: np.ndarray, two_sided: bool = True) -> float:
+    """p of a statistic against draws of it under the null hypothesis; never 0, for the observed one is a draw too.
+
+    One-sided it counts the draws at least as large. Ties within rounding count as such.
+    """
+    size, null_D = (abs(observed), abs(null_D)) if two_sided else (observed, null_D)
+    return float((1 + np.count_nonzero(null_D >= size - 1e-12 * max(1.0, abs(size)))) / (1 + len(null_D)))
+
+
+def correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Pearson's r along the last axis; NaN where one side does not vary."""
+    x, y = x - x.mean(-1, keepdims=True), y - y.mean(-1, keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (x * y).sum(-1) / np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
+
+
+def rank_correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Spearman's rho along the last axis."""
+    return correlation(rankdata(x, axis=-1), rankdata(y, axis=-1))
