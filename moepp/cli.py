@@ -153,8 +153,8 @@ def _mirrored(config: "RunConfig", directory: Path) -> AbstractContextManager[No
 
 
 def _trial(options: argparse.Namespace) -> None:
-    from moepp.sweeps.leases import end_without_lease
     from moepp.process import die_with_parent
+    from moepp.sweeps.leases import end_without_lease
 
     die_with_parent()
     end_without_lease()

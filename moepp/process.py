@@ -1,4 +1,4 @@
-"""Child processes, a sweep's trials and the ranks of a run: started with what is theirs, never outliving their parent."""
+"""Child processes, trials of a sweep and ranks of a run: started with what is theirs, never outliving their parent."""
 
 import ctypes
 import os

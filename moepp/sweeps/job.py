@@ -5,9 +5,9 @@ import sys
 from collections.abc import Sequence
 
 from moepp.config import save
+from moepp.process import cause_of_end, last_lines, start
 from moepp.records import RunRecord
 from moepp.sweeps.leases import LEASE_FILE, NO_LEASE, STALE_SECONDS, Heart, Lease, LeaseWatch
-from moepp.process import cause_of_end, last_lines, start
 from moepp.sweeps.progress import TrialProgress
 from moepp.sweeps.slots import Slot
 from moepp.sweeps.spec import Trial

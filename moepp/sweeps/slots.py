@@ -12,8 +12,8 @@ Slot = dict[str, str]  # environment variables of a trial
 def divide(workers: int, trainer: "TrainerConfig") -> list[Slot]:
     """One slot per worker; `workers` 0 makes as many as trials fit on the GPUs, or on the cores where they use none.
 
-    A trial takes `trainer.devices` GPUs (shared in turn when there are too few), or as many cores. OMP_NUM_THREADS is the
-    share of each of its processes, for torch would otherwise give all cores to every one.
+    A trial takes `trainer.devices` GPUs (shared in turn when there are too few), or as many cores. OMP_NUM_THREADS is
+    the share of each of its processes, for torch would otherwise give all cores to every one.
     """
     gpus = _gpus() if trainer.accelerator != "cpu" else []
     devices = max(1, trainer.devices)

@@ -8,9 +8,9 @@ import sys
 import time
 from pathlib import Path
 
+from moepp.process import die_with_parent
 from moepp.records import RunRecord
 from moepp.sweeps.leases import end_without_lease
-from moepp.process import die_with_parent
 
 die_with_parent()
 end_without_lease()
