@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from moepp.errors import RunError, UsageError
 
 if TYPE_CHECKING:
-    from moepp.analysis.experiment import Experiment
     from moepp.training.settings import RunConfig
 
 OVERRIDES = "config values: group=fragment (size=tiny, data=text) or dotted.key=value (model.top_k=1); see conf/"
@@ -64,11 +63,12 @@ def _parser() -> argparse.ArgumentParser:
             "--scale", default="laptop", help="smoke, laptop, gpu or paper, as the sweep file defines them"
         )
 
-    reproduce = add("reproduce", _reproduce, "run the sweep of a paper table and print the table beside the paper's")
+    reproduce = add("reproduce", _reproduce, "make a table or figure of the paper and print ours beside it")
     reproduce.add_argument("experiment", nargs="?", help="a file of experiments/, such as table5")
     reproduce.add_argument("--list", action="store_true", help="list the experiments")
     reproduce.add_argument("--workers", type=int, default=0, help="trials at a time; 0: one per core, one per GPU")
     reproduce.add_argument("--seeds", type=int, nargs="+", help="instead of the sweep file's")
+    reproduce.add_argument("--tasks-dir", metavar="DIR", help="task data as JSONL, for the studies that ask for it")
     add_scale(reproduce)
     add_overrides(reproduce)
 
@@ -176,22 +176,13 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _reproduce(options: argparse.Namespace) -> None:
-    from experiments import discover
+    from moepp.reproduce import listing, reproduce
 
-    experiments = discover()
     if options.list or options.experiment is None:
-        for experiment in experiments.values():
-            print(f"{experiment.name:<16} {experiment.reference:<9} {experiment.title}  (sweep {experiment.sweep})")
+        print("\n".join(listing()))
         return
-    experiment = _experiment(options.experiment)
-    from moepp.sweeps.runner import run_sweep
-    from moepp.sweeps.spec import load_sweep
-    from moepp.sweeps.timing import time_arms
-
-    sweep = load_sweep(experiment.sweep)
-    directory = run_sweep(sweep, options.scale, options.workers, options.overrides, options.seeds)
-    time_arms(directory)
-    _write_report(experiment, directory)
+    flags = {"tasks_dir": options.tasks_dir} if options.tasks_dir else {}
+    reproduce(options.experiment, options.scale, options.workers, options.overrides, options.seeds, flags)
 
 
 def _sweep(options: argparse.Namespace) -> None:
@@ -205,39 +196,9 @@ def _sweep(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    experiment = _experiment(options.experiment)
-    _write_report(experiment, Path(options.runs) / f"{experiment.sweep}-{options.scale}")
+    from moepp.reproduce import report
 
-
-def _experiment(name: str) -> "Experiment":
-    from experiments import discover
-
-    experiments = discover()
-    if name not in experiments:
-        raise UsageError(f"no experiment '{name}'; choose from {', '.join(experiments)}")
-    return experiments[name]
-
-
-def _write_report(experiment: "Experiment", directory: Path) -> None:
-    from moepp.analysis.comparison import compare
-    from moepp.analysis.report import report_metrics, write_report
-    from moepp.analysis.results import load_sweep_results
-    from moepp.analysis.tables import terminal_table
-    from moepp.config import load
-    from moepp.records import read_json
-    from moepp.training.settings import RunConfig
-    from moepp.training.tracking import log_report
-
-    results = load_sweep_results(directory)
-    folder = Path("results") / experiment.name / results.scale
-    files = write_report(experiment, results, folder)
-    comparison = compare(experiment, results)
-    first = read_json(directory / "sweep.json")["trials"][0]["path"]
-    config = load(RunConfig, directory / first / "config.yaml")
-    if config.tracking.backend == "mlflow":
-        log_report(directory, config.tracking, config.runs, report_metrics(comparison), files)
-    print(terminal_table(comparison))
-    print(f"\nreport: {folder / 'report.md'}    compare the runs in the browser: make ui")
+    report(options.experiment, options.scale, options.runs)
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -1,39 +1,19 @@
-"""Figures of a comparison. Each returns the figure with the rows it shows, or None when the records lack its data.
-
-Markers and hatches carry the meaning, so that a grey print loses nothing.
-"""
+"""Figures of a comparison. Each returns the figure with the rows it shows, or None when the records lack its data."""
 
 import math
 import statistics
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moepp.analysis.comparison import Comparison
 from moepp.analysis.results import ROUTINGS
+from moepp.analysis.style import BLUE, COLOURS, GREY, INK, MARKERS, axes_of, save, styled
 from moepp.analysis.tables import Rows, speedups
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-STYLE = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "0.9",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "hatch.linewidth": 0.6,
-    "figure.constrained_layout.use": True,
-    "svg.hashsalt": "moepp",  # without it element ids differ at every save
-}
-INK, GREY, BLUE = "0.1", "0.55", "#2b6ca3"
-# One colour and marker per arm; the colours are those of Okabe and Ito, told apart with any colour vision.
-COLOURS = ("0.1", "#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#d55e00", "#8c8c8c", "#0072b2")
-MARKERS = "os^vDPX*"
 
 
 def differences(comparison: Comparison) -> "tuple[Figure, Rows] | None":
@@ -43,7 +23,7 @@ def differences(comparison: Comparison) -> "tuple[Figure, Rows] | None":
     shown |= {f"effect of {name}": d for name, d in comparison.contrasts.items()}
     if not shown:
         return None
-    figure, axes = _axes(width=6.4, height=1.2 + 0.32 * len(shown))
+    figure, axes = axes_of(width=6.4, height=1.2 + 0.32 * len(shown))
     rows = [["difference", "n", "mean", "low", "high", "p_holm", "seed:difference"]]
     for name, difference in shown.items():
         estimate = difference.estimate
@@ -75,7 +55,7 @@ def speedup(comparison: Comparison) -> "tuple[Figure, Rows] | None":
     found = [row for row in found if None not in row]
     if not found:
         return None
-    figure, axes = _axes(width=6.4, height=1.2 + 0.42 * len(arms))
+    figure, axes = axes_of(width=6.4, height=1.2 + 0.42 * len(arms))
     offset = {"learned": -0.18, "balanced": 0.18}
     for routing, look in (("learned", {"color": BLUE}), ("balanced", {"color": "0.85", "hatch": "////"})):
         bars = [(arms.index(arm) + offset[routing], measured) for arm, r, measured, _ in found if r == routing]
@@ -99,7 +79,7 @@ def curves(comparison: Comparison) -> "tuple[Figure, Rows] | None":
     base_runs = results.runs.get(baseline, {})
     if not any(run.curve for run in base_runs.values()):
         return None
-    figure, (loss_axes, gap_axes) = _axes(width=9.0, height=3.6, columns=2)
+    figure, (loss_axes, gap_axes) = axes_of(width=9.0, height=3.6, columns=2)
     rows = [["arm", "tokens", "val_loss", "minus_baseline"]]
     for arm, colour, marker in zip(comparison.experiment.arms, cycle(COLOURS), cycle(MARKERS), strict=False):
         seeds = sorted(set(results.runs.get(arm, {})) & set(base_runs))
@@ -141,23 +121,12 @@ class Drawn:
 
 
 def draw(comparison: Comparison, out: Path) -> list[Drawn]:
-    """Saves every figure the records have data for; the files hold no date and no version, so bytes repeat."""
-    import matplotlib
-
+    """Saves every figure the records have data for."""
     drawn = []
-    with matplotlib.rc_context(STYLE):
+    with styled():
         for name, (figure_of, caption) in FIGURES.items():
             if found := figure_of(comparison):
                 figure, rows = found
-                figure.savefig(out / f"{name}.svg", metadata={"Date": None, "Creator": None})
-                figure.savefig(out / f"{name}.png", dpi=150, metadata={"Software": None})
+                save(figure, out / name)
                 drawn.append(Drawn(name, caption, rows))
     return drawn
-
-
-def _axes(width: float, height: float, columns: int = 1) -> "tuple[Figure, Any]":
-    """A figure of `width` x `height` inches, without pyplot's global state, and its axes (an array of several)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height))
-    return figure, figure.subplots(1, columns)

@@ -5,6 +5,7 @@ import pytest
 
 from experiments import discover
 from moepp.analysis.experiment import Experiment
+from moepp.analysis.study import SCALES, Study
 from moepp.sweeps.spec import load_sweep
 
 PRINTED = {  # averages as the paper prints them
@@ -16,9 +17,18 @@ PRINTED = {  # averages as the paper prints them
 }  # fmt: skip
 
 
-@pytest.fixture(params=sorted(discover()))
+COMPARISONS = {name: found for name, found in discover().items() if isinstance(found, Experiment)}
+STUDIES = {name: found for name, found in discover().items() if isinstance(found, Study)}
+
+
+@pytest.fixture(params=sorted(COMPARISONS))
 def experiment(request) -> Experiment:
-    return discover()[request.param]
+    return COMPARISONS[request.param]
+
+
+@pytest.fixture(params=sorted(STUDIES))
+def study(request) -> Study:
+    return STUDIES[request.param]
 
 
 def test_a_file_name_is_its_experiments_name():
@@ -35,6 +45,14 @@ def test_every_experiment_is_complete(experiment):
         assert experiment.noisy_task in experiment.tasks and experiment.reference
     for contrast in experiment.contrasts.values():
         assert set(contrast.on) | set(contrast.off) <= set(experiment.arms) and not set(contrast.on) & set(contrast.off)
+
+
+def test_every_study_is_complete(study):
+    assert study.question.endswith("?") and study.expected and set(study.scales) <= set(SCALES)
+    for runs in study.runs:
+        sweep = load_sweep(runs.sweep)
+        assert set(runs.arms) <= set(sweep.arms) and set(study.scales) <= set(sweep.scales)
+    assert all(len(row) == len(table.columns) for table in study.paper for row in table.rows)
 
 
 @pytest.mark.parametrize("name", sorted(PRINTED))

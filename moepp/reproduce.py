@@ -1,0 +1,152 @@
+"""`python run.py reproduce` and `report`: trains what is missing, measures, writes results/<experiment>/<scale>/."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from experiments import discover
+from moepp.analysis.experiment import Experiment
+from moepp.analysis.study import Runs, Study, StudyContext
+from moepp.errors import UsageError
+from moepp.records import read_json
+
+RESULTS = Path("results")
+
+
+def find(name: str) -> Experiment | Study:
+    experiments = discover()
+    if name not in experiments:
+        nearest = difflib.get_close_matches(name, experiments, n=1, cutoff=0.5)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise UsageError(f"no experiment '{name}'; choose from {', '.join(experiments)}{hint}")
+    return experiments[name]
+
+
+def listing() -> list[str]:
+    """One line per experiment: those of the paper in its order, then our own."""
+    experiments = sorted(discover().values(), key=lambda e: (not e.reference, e.reference, e.name))
+    return [f"{e.name:<16} {e.reference:<12} {e.title}  ({_needs(e)})" for e in experiments]
+
+
+def _needs(experiment: Experiment | Study) -> str:
+    sweeps = [experiment.sweep] if isinstance(experiment, Experiment) else [runs.sweep for runs in experiment.runs]
+    options = [] if isinstance(experiment, Experiment) else [f"{key}=..." for key in experiment.options]
+    return ", ".join([*(f"sweep {sweep}" for sweep in sweeps), *options]) or "trains nothing"
+
+
+def reproduce(
+    name: str,
+    scale: str,
+    workers: int = 0,
+    arguments: Sequence[str] = (),
+    seeds: Sequence[int] | None = None,
+    flags: Mapping[str, str] | None = None,
+) -> None:
+    """Trains what the experiment's runs lack, writes its report and prints the table.
+
+    `arguments` are config values of the runs and, of a study, its own options; `flags` are options given as flags.
+    Raises UsageError for a scale, key or option that does not fit.
+    """
+    experiment = find(name)
+    if isinstance(experiment, Study):
+        _reproduce_study(experiment, scale, workers, arguments, seeds, flags or {})
+        return
+    if flags:
+        raise UsageError(f"{name} takes no --{min(flags).replace('_', '-')}")
+    from moepp.sweeps.timing import time_arms
+
+    directory = _train(Runs(experiment.sweep), scale, workers, arguments, seeds)
+    time_arms(directory)
+    _write_comparison(experiment, directory)
+
+
+def report(name: str, scale: str, runs: Path | str) -> None:
+    """Rebuilds the report of an arm comparison from its records, without training."""
+    experiment = find(name)
+    if isinstance(experiment, Study):
+        raise UsageError(f"{name} is measured, not read from records: `python run.py reproduce {name}` repeats it")
+    _write_comparison(experiment, Path(runs) / f"{experiment.sweep}-{scale}")
+
+
+def _train(runs: Runs, scale: str, workers: int, overrides: Sequence[str], seeds: Sequence[int] | None) -> Path:
+    from moepp.sweeps.runner import run_sweep
+    from moepp.sweeps.spec import load_sweep
+
+    sweep = load_sweep(runs.sweep)
+    if runs.arms:
+        sweep = replace(sweep, arms={arm: sweep.arms[arm] for arm in runs.arms})
+    return run_sweep(sweep, scale, workers, overrides, seeds or runs.seeds or None)
+
+
+def _reproduce_study(
+    study: Study,
+    scale: str,
+    workers: int,
+    arguments: Sequence[str],
+    seeds: Sequence[int] | None,
+    flags: Mapping[str, str],
+) -> None:
+    from moepp.analysis.study_report import terminal_study, write_study
+
+    scale = study.scales[0] if len(study.scales) == 1 else scale
+    if scale not in study.scales:
+        raise UsageError(f"{study.name} has no scale '{scale}'; choose from {', '.join(study.scales)}")
+    options, overrides = _split(study, arguments, flags)
+    directories = {runs.sweep: _train(runs, scale, workers, overrides, seeds) for runs in study.runs}
+    found = study.measure(StudyContext(scale, directories, options))
+    words = [f"python run.py reproduce {study.name} --scale {scale}", *arguments]
+    words += [f"--{key.replace('_', '-')} {value}" for key, value in flags.items()]
+    folder = RESULTS / study.name / scale
+    write_study(study, found, folder, _provenance(" ".join(words), scale, directories))
+    print(terminal_study(found))
+    print(f"\nreport: {folder / 'report.md'}")
+
+
+def _split(study: Study, arguments: Sequence[str], flags: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """The study's own options, and the config values that remain for its runs."""
+    given = dict(flags)
+    overrides = []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key in study.options:
+            given[key] = value
+        else:
+            overrides.append(argument)
+    unknown = [key for key in given if key not in study.options]
+    if unknown or (overrides and not study.runs):
+        known = ", ".join(f"{key}= ({about})" for key, about in study.options.items()) or "no options"
+        raise UsageError(f"{study.name} knows no {[*unknown, *overrides][0]}; it takes {known}")
+    return given, overrides
+
+
+def _provenance(command: str, scale: str, directories: Mapping[str, Path]) -> dict[str, Any]:
+    """Where a study's numbers come from; `command` is the one that repeats them."""
+    from moepp.training.provenance import collect
+
+    made = collect({})
+    trials = {sweep: (read_json(path / "sweep.json") or {}).get("trials", []) for sweep, path in directories.items()}
+    about = {key: made[key] for key in ("started", "git", "versions", "hardware")}
+    return {"command": command, "scale": scale, **about, "runs": trials}
+
+
+def _write_comparison(experiment: Experiment, directory: Path) -> None:
+    from moepp.analysis.comparison import compare
+    from moepp.analysis.report import report_metrics, write_report
+    from moepp.analysis.results import load_sweep_results
+    from moepp.analysis.tables import terminal_table
+    from moepp.config import load
+    from moepp.training.settings import RunConfig
+    from moepp.training.tracking import log_report
+
+    results = load_sweep_results(directory)
+    folder = RESULTS / experiment.name / results.scale
+    files = write_report(experiment, results, folder)
+    comparison = compare(experiment, results)
+    first = read_json(directory / "sweep.json")["trials"][0]["path"]
+    config = load(RunConfig, directory / first / "config.yaml")
+    if config.tracking.backend == "mlflow":
+        log_report(directory, config.tracking, config.runs, report_metrics(comparison), files)
+    print(terminal_table(comparison))
+    print(f"\nreport: {folder / 'report.md'}    compare the runs in the browser: make ui")

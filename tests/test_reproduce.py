@@ -1,0 +1,88 @@
+from dataclasses import replace
+
+import pytest
+from analysis.synthetic_sweep import write_sweep
+
+from moepp import reproduce
+from moepp.analysis.study import Runs, Study, StudyReport, Table
+from moepp.errors import UsageError
+
+
+@pytest.fixture
+def seen():
+    return []
+
+
+@pytest.fixture
+def study(monkeypatch, tmp_path, seen):
+    """A study that needs one arm of a sweep, in an empty working directory."""
+
+    def measure(context):
+        seen.append(context)
+        directories = context.run_directories("gating_residual", "vanilla").values() if context.directories else []
+        return StudyReport((Table("runs", "Runs.", ("run",), tuple((path.name,) for path in directories)),))
+
+    found = Study(
+        "demo", "A demo", "Is it so?", "it is.", measure, runs=(Runs("gating_residual", arms=("vanilla",)),),
+        options={"pos": "a file"}, scales=("smoke", "laptop"),
+    )  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce, "discover", lambda: {"demo": found, "alone": replace(found, runs=())})
+    return found
+
+
+def test_a_study_trains_the_arms_it_needs_and_takes_its_own_options(study, seen, monkeypatch, tmp_path, capsys):
+    asked = []
+
+    def run_sweep(sweep, *arguments):
+        asked.extend([set(sweep.arms), *arguments])
+        return write_sweep(tmp_path / "sweep", {"vanilla": {3: 3.0}})
+
+    monkeypatch.setattr("moepp.sweeps.runner.run_sweep", run_sweep)
+    reproduce.reproduce("demo", "smoke", 1, ["pos=words.jsonl", "runs=here"], seeds=[3])
+    assert asked == [{"vanilla"}, "smoke", 1, ["runs=here"], [3]]
+    [context] = seen
+    assert context.scale == "smoke" and context.options == {"pos": "words.jsonl"}
+    assert list(context.run_directories("gating_residual", "vanilla")) == [3]
+    report = (tmp_path / "results/demo/smoke/report.md").read_text()
+    assert "Made by `python run.py reproduce demo --scale smoke pos=words.jsonl runs=here`" in report
+    assert "report: results/demo/smoke/report.md" in capsys.readouterr().out
+
+
+def test_flags_are_options_too(study, seen, monkeypatch):
+    monkeypatch.setattr(reproduce, "discover", lambda: {"demo": replace(study, runs=(), options={"tasks_dir": "data"})})
+    reproduce.reproduce("demo", "smoke", flags={"tasks_dir": "here"})
+    assert seen[0].options == {"tasks_dir": "here"}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (("alone", "smoke", 0, ["poss=x"]), r"demo knows no poss=x; it takes pos= \(a file\)"),
+        (("demo", "smoke", 0, [], None, {"tasks_dir": "x"}), "demo knows no tasks_dir"),
+        (("demo", "paper"), "demo has no scale 'paper'; choose from smoke, laptop"),
+        (("dem", "smoke"), "no experiment 'dem'; choose from demo, alone; did you mean demo?"),
+    ],
+)
+def test_what_a_study_cannot_use_is_refused(study, seen, call, message):
+    with pytest.raises(UsageError, match=message):
+        reproduce.reproduce(*call)
+    assert not seen
+
+
+def test_a_study_is_not_rebuilt_from_records(study):
+    with pytest.raises(UsageError, match="demo is measured, not read from records"):
+        reproduce.report("demo", "smoke", "runs")
+
+
+def test_a_flag_that_no_comparison_takes_is_refused():
+    with pytest.raises(UsageError, match="table5 takes no --tasks-dir"):
+        reproduce.reproduce("table5", "smoke", flags={"tasks_dir": "x"})
+
+
+def test_table2_counts_the_configs(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    reproduce.reproduce("table2", "laptop")
+    text = (tmp_path / "results/table2/paper/report.md").read_text()
+    assert "| 7b | vanilla | 16 + 0/0/0 | 7.676 | 7 | 1.334 | 1.234 | 1.2 | 0 |" in text
+    assert "**fails**: 7b: total parameters round to the paper's 7: 7.676 billion." in text
