@@ -34,10 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         options.command(options)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
+    except (UsageError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
@@ -131,10 +128,14 @@ def _train(options: argparse.Namespace) -> None:
     from moepp.training.settings import RunConfig, run_directory
 
     config = compose(RunConfig, options.overrides)
+    from moepp.training.ranks import Rank
     from moepp.training.run import freeze, train
 
     config = freeze(config)
     directory = run_directory(config)
+    if not Rank.here().keeps_record(config):
+        train(config, directory)
+        return
     print(f"run record: {directory}")
     with _mirrored(config, directory):
         record = train(config, directory)

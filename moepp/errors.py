@@ -2,7 +2,9 @@
 
 
 class UsageError(Exception):
-    """The request cannot be carried out as written; the message says what to change. Exit code 2."""
+    """The request cannot be carried out as written; the message says what to change."""
+
+    exit_code = 2
 
 
 class RunError(Exception):
@@ -15,3 +17,9 @@ class Interrupted(RunError):
     """The process was asked to stop; the same command continues from what is saved."""
 
     exit_code = 130
+
+
+class PeerLost(RunError):
+    """Another process of the run died or does not answer: the reason is there, not in this process."""
+
+    exit_code = 3

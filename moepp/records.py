@@ -6,6 +6,7 @@
     mlflow.json       the MLflow run, once mirrored       log.txt          what a child process printed
     done              the run reached its last step and its final evaluation
     failed.json       why it stopped instead             crashes.json     every attempt that ended in neither
+    ranks/            what each process of a run over several devices printed
     lock              held by the process that trains here
     leases/           which worker of a sweep may start that process
 

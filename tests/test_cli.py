@@ -60,7 +60,7 @@ def test_run_py_is_the_same_entry_point():
         (["train", "model=vanilla", "model.top_k=9"], "top_k=9 must lie between 1 and the 8 experts"),
         (["train", "data=text", "data.path=nothing/*.txt"], "data.path=nothing/*.txt: no file matches"),
         (["train", "data=text"], "data.corpus=text needs data.path"),
-        (["train", "trainer.devices=2"], "trainer.devices and trainer.num_nodes must be 1"),
+        (["train", "trainer.devices=2"], "strategy=single trains on one device, not on trainer.devices=2"),
         (["train", "size=huge"], "size=huge: no such fragment; choose from 0.6b, 1b, 2b, 7b, smoke, tiny"),
         (["reproduce", "table55"], "no experiment 'table55'; choose from"),
         (["reproduce", "table5", "--scale", "big"], "unknown scale 'big'; choose from smoke, laptop, paper"),

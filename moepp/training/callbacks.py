@@ -15,6 +15,7 @@ from torch import Tensor
 from moepp.errors import Interrupted, RunError
 from moepp.models.budget import forward_flops
 from moepp.training.module import LanguageModel
+from moepp.training.ranks import largest
 from moepp.training.system_metrics import SystemMeter
 from moepp.training.throughput import StepTimer, peak_flops, peak_memory_gib
 
@@ -45,7 +46,11 @@ class MetricsReporter(Callback):
         if not self._due(step) or trainer.fit_loop._should_accumulate():
             return
         raise_if_not_finite(trainer, pl_module)
-        metrics = {name: float(value) for name, value in pl_module.train_losses.items()}
+        losses = torch.stack(list(pl_module.train_losses.values()))
+        losses = trainer.strategy.reduce(
+            losses, reduce_op="mean"
+        ).tolist()  # of all ranks, which have equally many tokens
+        metrics = dict(zip(pl_module.train_losses, losses, strict=True))
         metrics["train/grad_norm"] = float(self.grad_norm)
         metrics["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         metrics["train/tokens"] = step * self._tokens_per_step()
@@ -94,18 +99,29 @@ class MetricsReporter(Callback):
 class ResumeCheckpoint(Checkpoint):
     """Keeps the newest full training state in `folder`, every `every` steps and when the process is asked to stop.
 
-    SIGTERM ends the run after the step in progress, with Interrupted. Saved is always between two steps, and after the
-    validation where one is due: a resumed run neither repeats nor skips anything.
+    SIGTERM to any of the run's processes ends the run after the step in progress, with Interrupted. Saved is always
+    between two steps, and after the validation where one is due: a resumed run neither repeats nor skips anything.
     """
 
     def __init__(self, folder: Path, every: int, val_every: int):
         self.folder, self.every, self.val_every = folder, every, val_every
         self.stopping = False
+        self.previous: Any = None  # handler of SIGTERM
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
-        # Lightning's own handler would end training between two micro-batches; it restores the original at the end.
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._stop)
+            self.previous = signal.signal(signal.SIGTERM, self._stop)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
+        self._restore()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: LanguageModel, exception: BaseException) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        if self.previous is not None:
+            signal.signal(signal.SIGTERM, self.previous)
+            self.previous = None
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LanguageModel, *_: Any) -> None:
         if not trainer.fit_loop._should_accumulate() and trainer.global_step % self.val_every:
@@ -120,14 +136,15 @@ class ResumeCheckpoint(Checkpoint):
 
     def _save_where_due(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         step = trainer.global_step
-        if not self.stopping and step % self.every:
+        stopping = largest(self.stopping)  # the ranks agree here, once in every step, for all must save the same one
+        if not stopping and step % self.every:
             return
         raise_if_not_finite(trainer, pl_module)
         trainer.save_checkpoint(self.folder / f"step-{step:08d}.ckpt")
         if trainer.is_global_zero:
             for older in resume_points(self.folder)[:-1]:
                 older.unlink()
-        if self.stopping:
+        if stopping:
             raise Interrupted(f"stopped at step {step}; the same command continues")
 
 
@@ -137,8 +154,8 @@ def resume_points(folder: Path) -> list[Path]:
 
 
 def raise_if_not_finite(trainer: pl.Trainer, module: LanguageModel) -> None:
-    """Stops a run whose loss became NaN or infinite, before anything of it is saved."""
-    bad = int(module.first_bad_step)
+    """Stops a run whose loss became NaN or infinite on any rank, before anything of it is saved. All ranks call it."""
+    bad = largest(int(module.first_bad_step))
     if bad < 0:
         return
     lr = module.config.optim.lr

@@ -2,38 +2,45 @@
 
 import dataclasses
 import logging
+import socket
 import statistics
 import time
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from moepp import config as configs
-from moepp.errors import Interrupted, RunError, UsageError
+from moepp.errors import Interrupted, PeerLost, RunError, UsageError
 from moepp.layers.kernels.grouped import BackendError
 from moepp.models.budget import Budget, active_parameters, forward_flops
 from moepp.models.decoder import Decoder
 from moepp.records import RunRecord, write_json
 from moepp.training.callbacks import MetricsReporter, ResumeCheckpoint, resume_points
 from moepp.training.data import TokenDataModule
+from moepp.training.launch import launch
 from moepp.training.module import LanguageModel
 from moepp.training.provenance import collect
+from moepp.training.ranks import Rank, from_rank_zero, is_lost_connection, process_group
 from moepp.training.record_logger import RecordLogger
 from moepp.training.settings import RunConfig
 from moepp.training.throughput import expert_forward_times
 from moepp.training.tokens import TokenFiles, prepare
 
 FINAL_WEIGHTS = "final.ckpt"  # weights only: a finished run needs no optimizer state
+SECONDS_TO_ARRIVE = 60.0  # of a checkpoint that another node has written
 TIMED_TOKENS = 4096  # in one expert-forward measurement
 
 
 def freeze(config: RunConfig) -> RunConfig:
     """The config with the digest of its prepared tokens, so that a changed corpus is another run. Builds the tokens."""
-    _refuse_many_devices(config)
+    _refuse_missing_devices(config)
     tokens = prepare(config.data, progress=config.trainer.progress)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, digest=tokens.header.digest))
 
@@ -41,35 +48,62 @@ def freeze(config: RunConfig) -> RunConfig:
 def train(config: RunConfig, directory: Path) -> RunRecord:
     """Trains a frozen config in its run directory, or continues, or returns at once when it is done.
 
-    Raises RunError for what goes wrong after a correct start, and leaves the reason in failed.json; Interrupted after
-    SIGTERM.
+    Over several devices this process starts one for each (launch.py), or is one of those that torchrun or srun started;
+    of these, rank 0 alone writes the record. Raises RunError for what goes wrong after a correct start, and leaves the
+    reason in failed.json; Interrupted after SIGTERM.
     """
-    _refuse_many_devices(config)
-    record = RunRecord(directory)
+    rank, record = Rank.here(), RunRecord(directory)
+    config = rank.spread(config)
+    _refuse_missing_devices(config)
     try:
-        with record.lock():
+        with record.lock() if rank.keeps_record(config) else nullcontext():
             if record.status != "done":
-                _train_or_say_why(record, config)
+                _train_or_say_why(record, config, rank)
     except OSError as error:
         raise RunError(f"cannot write the run record {directory}: {error.strerror or error}") from error
     return record
 
 
-def _refuse_many_devices(config: RunConfig) -> None:
-    if config.trainer.devices * config.trainer.num_nodes != 1:
-        raise UsageError("trainer.devices and trainer.num_nodes must be 1: training over several is not built yet")
+def _refuse_missing_devices(config: RunConfig) -> None:
+    wanted, gpus = config.trainer.devices, torch.cuda.device_count()
+    if config.trainer.accelerator in ("gpu", "cuda") and not gpus:
+        raise UsageError(f"trainer.accelerator={config.trainer.accelerator}: no GPU is visible; use cpu or auto")
+    if _uses_gpus(config) and wanted > gpus:
+        raise UsageError(f"trainer.devices={wanted}, but {gpus} GPUs are visible on this machine")
 
 
-def _train_or_say_why(record: RunRecord, config: RunConfig) -> None:
+def _uses_gpus(config: RunConfig) -> bool:
+    return config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+
+
+def _train_or_say_why(record: RunRecord, config: RunConfig, rank: Rank) -> None:
     try:
-        _open_record(record, config)
-        _train(record, config)
+        if rank.keeps_record(config):
+            _open_record(record, config)
+        if config.strategy.name != "single" and not rank.started_by:
+            launch(record, config)
+        else:
+            _train_as(rank, record, config)
     except Interrupted:
         raise
     except BackendError as error:
         raise UsageError(str(error)) from None
     except RunError as error:
-        record.fail(str(error))
+        known = isinstance(error, PeerLost) and record.status == "failed"  # from the rank that was lost
+        if rank.started_by != "launch" and not known:
+            record.fail(str(error))
+        raise
+
+
+def _train_as(rank: Rank, record: RunRecord, config: RunConfig) -> None:
+    try:
+        with process_group(rank, config.strategy.timeout_s, _uses_gpus(config)):
+            _train(record, config, rank)
+    except (UsageError, RunError):
+        raise
+    except Exception as error:
+        if rank.started_by and is_lost_connection(error):
+            raise PeerLost(f"rank {rank.rank} lost another rank: {str(error).splitlines()[0]}") from error
         raise
 
 
@@ -98,26 +132,29 @@ def _open_record(record: RunRecord, config: RunConfig) -> None:
     record.path.joinpath("failed.json").unlink(missing_ok=True)
 
 
-def _train(record: RunRecord, config: RunConfig) -> None:
+def _train(record: RunRecord, config: RunConfig, rank: Rank) -> None:
     _quiet()
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
     tokens = prepare(config.data, progress=False)
-    write_json(record.path / "provenance.json", collect(dataclasses.asdict(tokens.header)))
+    if rank.rank == 0:
+        write_json(record.path / "provenance.json", collect(dataclasses.asdict(tokens.header)))
     module = LanguageModel(config, tokens.header.end_of_text)
     data = TokenDataModule(config.data, config.seed, config.trainer.accumulate)
-    trainer = _trainer(record, config)
-    resume = _resume_point(record)
+    trainer = _trainer(record, config, rank)
+    resume = from_rank_zero(_resume_point(record) if rank.rank == 0 else None)
     started = time.perf_counter()
-    trainer.fit(module, data, ckpt_path=resume)
+    trainer.fit(module, data, ckpt_path=resume and _arrived(resume))
     if module.validated_step != trainer.global_step:
         trainer.validate(module, data, verbose=False)
     _finish(record, config, trainer, module, tokens, time.perf_counter() - started)
 
 
-def _trainer(record: RunRecord, config: RunConfig) -> pl.Trainer:
+def _trainer(record: RunRecord, config: RunConfig, rank: Rank) -> pl.Trainer:
     settings = config.trainer
-    return pl.Trainer(
+    trainer = pl.Trainer(
+        strategy=_strategy(config),
+        plugins=[TorchElasticEnvironment() if rank.started_by else LightningEnvironment()],
         accelerator=settings.accelerator,
         devices=settings.devices,
         num_nodes=settings.num_nodes,
@@ -140,6 +177,17 @@ def _trainer(record: RunRecord, config: RunConfig) -> pl.Trainer:
         enable_progress_bar=settings.progress,
         enable_model_summary=False,
     )
+    # Lightning would broadcast in its handler of SIGTERM, wherever that interrupts a rank, and before every batch, with
+    # all errors hidden. ResumeCheckpoint has the ranks agree at the end of a step instead.
+    trainer._signal_connector.register_signal_handlers = lambda: None
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+    return trainer
+
+
+def _strategy(config: RunConfig) -> Strategy | str:
+    if config.strategy.name == "single":
+        return "auto"
+    return DDPStrategy(timeout=timedelta(seconds=config.strategy.timeout_s), broadcast_buffers=False)
 
 
 def _resume_point(record: RunRecord) -> Path | None:
@@ -150,6 +198,16 @@ def _resume_point(record: RunRecord) -> Path | None:
         return None
     record.rewind(_load_checkpoint(points[-1])["global_step"])
     return points[-1]
+
+
+def _arrived(point: Path) -> Path:
+    """Waits until another node's file system shows what rank 0 has seen."""
+    deadline = time.monotonic() + SECONDS_TO_ARRIVE
+    while not point.exists():
+        if time.monotonic() > deadline:
+            raise RunError(f"{point} is not on {socket.gethostname()}; all nodes must share the folder of runs")
+        time.sleep(0.2)
+    return point
 
 
 def _load_checkpoint(path: Path) -> dict:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from moepp.config import identity
 from moepp.models.decoder import DecoderConfig
+from moepp.strategies.settings import StrategyConfig
 from moepp.training.optim import OptimConfig
 from moepp.training.tokens import DataConfig
 from moepp.training.tracking import TrackingConfig
@@ -23,13 +24,13 @@ class TrainerConfig:
     checkpoint_every: int = 100
     expert_timing: bool = True  # measure perf/expert_forward_ms after the last step
     accelerator: str = "auto"
-    devices: int = 1
+    devices: int = 1  # on each node; without GPUs as many processes, which share the cores
     num_nodes: int = 1
-    threads: int = 0  # CPU threads of this process; 0 leaves torch's choice
+    threads: int = 0  # CPU threads of each process; 0 leaves torch's choice
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("steps", "accumulate", "val_every", "log_every", "checkpoint_every"):
+        for name in ("steps", "accumulate", "val_every", "log_every", "checkpoint_every", "devices", "num_nodes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"trainer.{name}={getattr(self, name)} must be at least 1")
 
@@ -45,15 +46,30 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     tags: dict[str, str] = field(default_factory=dict)  # arm, baseline, sweep, experiment, paper_table
+
+    def __post_init__(self) -> None:
+        trainer, devices = self.trainer, self.trainer.devices * self.trainer.num_nodes
+        if self.strategy.name == "single" and devices > 1:
+            raise ValueError(
+                f"strategy=single trains on one device, not on trainer.devices={trainer.devices} times "
+                f"trainer.num_nodes={trainer.num_nodes}; choose another, such as strategy=ddp"
+            )
+        parts = devices * trainer.accumulate
+        if self.data.batch_size % parts:
+            raise ValueError(
+                f"data.batch_size={self.data.batch_size} cannot be divided among {devices} devices with "
+                f"trainer.accumulate={trainer.accumulate} each; use a multiple of {parts}"
+            )
 
 
 # What cannot change a result: a run moved to other devices, folders or trackers is still the same run.
 NOT_IDENTITY = (
     "name", "runs", "tags", "model.backend", "tracking", "data.cache", "data.workers",
     "trainer.log_every", "trainer.checkpoint_every", "trainer.expert_timing", "trainer.accelerator", "trainer.devices",
-    "trainer.num_nodes", "trainer.threads", "trainer.progress",
+    "trainer.num_nodes", "trainer.threads", "trainer.progress", "strategy",
 )  # fmt: skip
 
 

@@ -1,0 +1,218 @@
+"""Starts the processes of a run over several devices, watches them, and ends them together.
+
+There is one starter per node, and a process (a rank) for each device. Lightning's own launcher makes rank 0 the parent
+of the others: nobody watches rank 0, a frozen rank outlives it, every rank prints its own traceback, and on NCCL a dead
+rank is noticed seconds or minutes later. torchrun watches well and may be used instead, but it knows neither the run
+record nor a stop at the end of a step. The ranks are told where they stand by torchrun's variables either way.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moepp.errors import Interrupted, PeerLost, RunError, UsageError
+from moepp.process import cause_of_end, last_lines, start
+from moepp.records import RunRecord
+from moepp.training.ranks import STARTER
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+
+    from moepp.training.settings import RunConfig
+
+RANK_COMMAND = (sys.executable, "-m", "moepp.cli", "trial")
+POLL_SECONDS = 0.1
+SECONDS_TO_FOLLOW = 3.0  # for the other ranks to end by themselves, and say why, once one has ended
+SECONDS_TO_STOP = 30.0  # for the ranks to finish their step and save it
+FAILED = "failed"  # the key under which a starter tells those of other nodes
+
+
+@dataclass
+class _Process:
+    """One rank, as its starter sees it."""
+
+    rank: int
+    process: subprocess.Popen
+    log: Path
+    ended_at: float | None = None  # in the order in which it was seen
+
+    @property
+    def code(self) -> int | None:
+        return self.process.poll()
+
+    @property
+    def message(self) -> str:
+        """What it said at its end, without the words that mark an error."""
+        return (last_lines(self.log, 1) or ["nothing printed"])[0].removeprefix("error: ")
+
+    def signal(self, number: int) -> None:
+        """Signals the rank and the processes that load its data."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+
+def launch(record: RunRecord, config: "RunConfig") -> None:
+    """Trains a run whose record is open, on this node's `trainer.devices` devices, and returns when it is done.
+
+    On several nodes every starter is given NODE_RANK, and MASTER_ADDR and MASTER_PORT of the first. SIGTERM and Ctrl-C
+    let the ranks save at the end of their step. Raises Interrupted then, UsageError for what a rank refuses, RunError
+    with the rank that died and how; no process is left in any case.
+    """
+    store, variables = _rendezvous(config)
+    node, devices = int(variables["GROUP_RANK"]), config.trainer.devices
+    with _stop_requests() as requests:
+        processes = []
+        try:
+            for local in range(devices):
+                place = {"RANK": str(node * devices + local), "LOCAL_RANK": str(local)}
+                processes.append(_start(record, variables | place, show=node == local == 0))
+            elsewhere = _watch(processes, requests, store if config.trainer.num_nodes > 1 else None)
+            if record.status == "done":
+                return
+            error = _reason(processes, requests, elsewhere, config, record)
+            with suppress(Exception):  # the first node's starter, which keeps the store, may be gone
+                if not elsewhere:
+                    store.set(FAILED, f"node {node}: {error}")
+            raise error
+        finally:
+            for each in processes:
+                each.signal(signal.SIGKILL)
+                each.process.wait()
+
+
+def _rendezvous(config: "RunConfig") -> tuple["TCPStore", dict[str, str]]:
+    """The store in which ranks and starters find each other, and torchrun's variables that all ranks here share.
+
+    The first node's starter keeps the store: its port is taken before a rank is told of it, and a rank that dies takes
+    nothing with it.
+    """
+    from torch.distributed import TCPStore
+
+    trainer = config.trainer
+    address, port, node = "127.0.0.1", 0, 0
+    if trainer.num_nodes > 1:
+        try:
+            address, port, node = (
+                os.environ["MASTER_ADDR"],
+                int(os.environ["MASTER_PORT"]),
+                int(os.environ["NODE_RANK"]),
+            )
+        except (KeyError, ValueError):
+            raise UsageError(
+                f"trainer.num_nodes={trainer.num_nodes}: give the command on each node MASTER_ADDR and MASTER_PORT (of "
+                "the first) and NODE_RANK (0, 1, ...), or start it with srun or torchrun"
+            ) from None
+        if not 0 <= node < trainer.num_nodes:
+            raise UsageError(f"NODE_RANK={node} must lie between 0 and {trainer.num_nodes - 1}")
+    timeout = timedelta(seconds=config.strategy.timeout_s)
+    try:
+        store = TCPStore(address, port, is_master=node == 0, timeout=timeout, wait_for_workers=False)
+    except RuntimeError as error:
+        raise RunError(f"no meeting point at {address}:{port}: {str(error).splitlines()[0]}") from error
+    variables = {
+        STARTER: "1",
+        "GROUP_RANK": str(node),
+        "WORLD_SIZE": str(trainer.devices * trainer.num_nodes),
+        "LOCAL_WORLD_SIZE": str(trainer.devices),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the ranks join the store instead of opening one
+    }
+    if not trainer.threads and "OMP_NUM_THREADS" not in os.environ:
+        variables["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // trainer.devices))
+    return store, variables
+
+
+def _start(record: RunRecord, variables: dict[str, str], show: bool) -> _Process:
+    log = record.path / "ranks" / f"{variables['RANK']}.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.unlink(missing_ok=True)
+    process = start([*RANK_COMMAND, str(record.path / "config.yaml")], log, variables, show)
+    return _Process(int(variables["RANK"]), process, log)
+
+
+def _watch(processes: Sequence[_Process], requests: list[int], store: "TCPStore | None") -> str:
+    """Returns once all ranks have ended, or when it is time to end those that have not. Returns another node's failure,
+    or nothing.
+    """
+    deadline, asked, looked = float("inf"), False, time.monotonic()
+    while True:
+        time.sleep(POLL_SECONDS)
+        now = time.monotonic()
+        for each in processes:
+            if each.ended_at is None and each.code is not None:
+                each.ended_at = now
+                deadline = min(deadline, now + SECONDS_TO_FOLLOW)
+        if requests and not asked:
+            asked, deadline = True, min(deadline, now + SECONDS_TO_STOP)
+            for each in processes:
+                each.process.send_signal(signal.SIGTERM)
+        if now > deadline or all(each.code is not None for each in processes):
+            return ""
+        if store is not None and now > looked + 1:
+            looked = now
+            try:
+                if store.check([FAILED]):
+                    return store.get(FAILED).decode()
+            except RuntimeError:
+                return "node 0: its starter is gone"
+
+
+def _reason(
+    processes: Sequence[_Process], requests: list[int], elsewhere: str, config: "RunConfig", record: RunRecord
+) -> Exception:
+    """Why the ranks ended without finishing the run: what the first of them to fail by itself died of."""
+    next_time = f"the same command {_next(record)}"
+    ended = sorted((each for each in processes if each.ended_at is not None), key=lambda each: each.ended_at)
+    if requests or any(each.code == Interrupted.exit_code for each in ended):
+        return Interrupted(f"stopped; {next_time}")
+    culprit = next((each for each in ended if each.code != PeerLost.exit_code), None)
+    if culprit is None and elsewhere:
+        return RunError(f"{elsewhere.removesuffix(f'; {next_time}')}; {next_time}")
+    if culprit is None:
+        silent = [each for each in processes if each.ended_at is None]
+        who = " and ".join(f"rank {each.rank} (process {each.process.pid})" for each in silent)
+        waited = f"did not answer within strategy.timeout_s={config.strategy.timeout_s:g}"
+        if not silent:
+            who, waited = f"rank {ended[0].rank}", f"lost the others: {ended[0].message}"
+        return RunError(f"{who} {waited}; all ranks were ended, and {next_time}")
+    if culprit.code == UsageError.exit_code:
+        return UsageError(culprit.message)
+    if culprit.code == 0:
+        how = "left before the run was done, with exit code 0"
+    elif culprit.message and culprit.code == RunError.exit_code and last_lines(culprit.log, 1)[0].startswith("error: "):
+        return RunError(culprit.message)
+    else:
+        how = f"ended: {cause_of_end(culprit.code, culprit.log)}"
+    place = os.path.relpath(culprit.log)
+    return RunError(
+        f"rank {culprit.rank} of {len(processes)} {how} (its output: {place}); all ranks were ended, and {next_time}"
+    )
+
+
+def _next(record: RunRecord) -> str:
+    saved = sorted(record.checkpoints.glob("step-*.ckpt"))
+    return f"continues from step {int(saved[-1].stem.removeprefix('step-'))}" if saved else "begins anew"
+
+
+@contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """SIGTERM and Ctrl-C fill the list instead of ending this process, which then has its ranks to stop."""
+    requests: list[int] = []
+    previous = {
+        number: signal.signal(number, lambda received, _: requests.append(received))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield requests
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

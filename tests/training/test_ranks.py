@@ -1,0 +1,115 @@
+import pytest
+import torch
+
+from moepp.cli import main
+from moepp.config import compose
+from moepp.errors import UsageError
+from moepp.process import RANK_VARIABLES
+from moepp.training import run as running
+from moepp.training.ranks import STARTER, Rank, from_rank_zero, largest
+from moepp.training.settings import RunConfig, run_directory
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "job", "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+SRUN = {
+    "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2", "SLURM_PROCID": "3", "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1", "SLURM_JOB_ID": "1234567", "SLURM_STEP_NODELIST": "gpu[07-09,11],other",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    for name in (*RANK_VARIABLES, *TORCHRUN, *SRUN, STARTER, "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "NODE_RANK"):
+        monkeypatch.setenv(name, "")  # remembered, so that what `here` sets is undone
+        monkeypatch.delenv(name)
+
+
+def environment(monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_process_that_nobody_started_is_alone():
+    rank = Rank.here()
+    assert rank == Rank(0, 0, 1, 1, "") and rank.keeps_record(RunConfig())
+    assert largest(7) == 7 and from_rank_zero("x") == "x"
+
+
+def test_torchrun_is_recognised(monkeypatch):
+    environment(monkeypatch, TORCHRUN)
+    assert Rank.here() == Rank(3, 1, 4, 2, "torchrun")
+
+
+def test_srun_is_recognised_and_told_to_torch_as_torchrun_would(monkeypatch):
+    environment(monkeypatch, SRUN)
+    assert Rank.here() == Rank(3, 1, 4, 2, "srun")
+    import os
+
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("gpu07", "19567")
+    assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["GROUP_RANK"]) == ("3", "4", "1")
+
+
+def test_one_task_of_srun_is_alone(monkeypatch):
+    environment(monkeypatch, {**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"})
+    assert Rank.here() == Rank()
+
+
+def test_unequal_nodes_are_refused(monkeypatch):
+    environment(monkeypatch, {**SRUN, "SLURM_STEP_NUM_TASKS": "3"})
+    with pytest.raises(UsageError, match=r"3 tasks on 2 nodes; .*--ntasks-per-node"):
+        Rank.here()
+
+
+def test_devices_and_nodes_come_from_whoever_started_the_ranks(monkeypatch):
+    environment(monkeypatch, TORCHRUN)
+    rank, config = Rank.here(), compose(RunConfig, ["strategy=ddp"])
+    spread = rank.spread(config)
+    assert (spread.trainer.devices, spread.trainer.num_nodes) == (2, 2)
+    assert run_directory(spread) == run_directory(config)
+    assert rank.spread(spread) == spread
+    with pytest.raises(UsageError, match=r"torchrun started 2 processes on each of 2 nodes, but trainer\.devices=4"):
+        rank.spread(compose(RunConfig, ["strategy=ddp", "trainer.devices=4"]))
+    with pytest.raises(UsageError, match=r"strategy=single .* strategy=ddp \(torchrun started 4 processes\)"):
+        rank.spread(compose(RunConfig, []))
+
+
+def test_of_all_processes_one_keeps_the_record(monkeypatch):
+    config = compose(RunConfig, ["strategy=ddp", "trainer.num_nodes=2"])
+    assert Rank(0, 0, 4, 2, "torchrun").keeps_record(config)
+    assert not Rank(1, 1, 4, 2, "torchrun").keeps_record(config)
+    assert not Rank(0, 0, 4, 2, "launch").keeps_record(config)  # its starter does
+    monkeypatch.setenv("NODE_RANK", "1")
+    assert not Rank().keeps_record(config)  # the starter of the second node
+    assert Rank().keeps_record(compose(RunConfig, []))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trainer.devices=2"], "strategy=single trains on one device, not on trainer.devices=2"),
+        (["trainer.num_nodes=2"], "choose another, such as strategy=ddp"),
+        (["trainer.devices=0"], "trainer.devices=0 must be at least 1"),
+        (["strategy=ddp", "trainer.devices=3"], "data.batch_size=4 cannot be divided among 3 devices"),
+        (["strategy=ddp", "trainer.num_nodes=2", "trainer.accumulate=4"], "use a multiple of 8"),
+        (["strategy=dpp"], "strategy=dpp: no such fragment; choose from"),
+        (["strategy.timeout=3"], "unknown key strategy.timeout; did you mean strategy.timeout_s?"),
+    ],
+    ids=str,
+)
+def test_impossible_combinations_are_refused_in_one_line(overrides, message, capsys):
+    assert main(["train", *overrides]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_devices_that_do_not_exist_are_refused(overrides, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert main(["train", *overrides, "trainer.accelerator=gpu"]) == 2
+    assert "no GPU is visible; use cpu or auto" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(running, "_uses_gpus", lambda _: True)
+    assert main(["train", *overrides, "strategy=ddp", "trainer.devices=2"]) == 2
+    assert "trainer.devices=2, but 1 GPUs are visible" in capsys.readouterr().err
+
+
+def test_several_nodes_need_to_know_each_other(overrides, capsys):
+    assert main(["train", *overrides, "strategy=ddp", "trainer.num_nodes=2"]) == 2
+    assert "MASTER_ADDR and MASTER_PORT (of the first) and NODE_RANK" in capsys.readouterr().err
