@@ -103,7 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     rerun.add_argument("run", type=Path, help="directory of a finished run")
 
     ui = add("ui", _ui, "open the MLflow UI on the runs, on this machine only")
+    ui.add_argument("sweep", nargs="?", help="a file of sweeps/, such as tau: opens there; without it, at all runs")
     ui.add_argument("--port", type=int, default=5000)
+    add_scale(ui)
     add_overrides(ui)
 
     sync = add("sync", _sync, "bring MLflow up to the run records")
@@ -240,11 +242,16 @@ def _bench(options: argparse.Namespace) -> None:
 
 def _ui(options: argparse.Namespace) -> None:
     from moepp.config import compose
+    from moepp.sweeps.spec import load_sweep
     from moepp.training.mlflow_store import serve
     from moepp.training.settings import RunConfig
 
+    if options.sweep and "=" in options.sweep:  # an override: argparse fills positions from the left
+        options.overrides.insert(0, options.sweep)
+        options.sweep = None
     config = compose(RunConfig, options.overrides)
-    serve(config.tracking, config.runs, options.port)
+    sweep = load_sweep(options.sweep).folder(options.scale, options.overrides) if options.sweep else None
+    serve(config.tracking, config.runs, options.port, sweep)
 
 
 def _sync(options: argparse.Namespace) -> None:

@@ -133,7 +133,7 @@ def _provenance(command: str, scale: str, directories: Mapping[str, Path]) -> di
 
 def _write_comparison(experiment: Experiment, directory: Path) -> None:
     from moepp.analysis.comparison import compare
-    from moepp.analysis.report import report_metrics, write_report
+    from moepp.analysis.report import report_metrics, report_note, write_report
     from moepp.analysis.results import load_sweep_results
     from moepp.analysis.tables import terminal_table
     from moepp.config import load
@@ -147,6 +147,9 @@ def _write_comparison(experiment: Experiment, directory: Path) -> None:
     first = read_json(directory / "sweep.json")["trials"][0]["path"]
     config = load(RunConfig, directory / first / "config.yaml")
     if config.tracking.backend == "mlflow":
-        log_report(directory, config.tracking, config.runs, report_metrics(comparison), files)
+        note = report_note(comparison)
+        log_report(directory, config.tracking, directory.parent, report_metrics(comparison), files, note)
     print(terminal_table(comparison))
-    print(f"\nreport: {folder / 'report.md'}    compare the runs in the browser: make ui")
+    ui = f"python run.py ui {experiment.sweep} --scale {results.scale}"
+    ui += f" runs={directory.parent}" if str(directory.parent) != "runs" else ""
+    print(f"\nreport: {folder / 'report.md'}    compare the runs in the browser: {ui}")

@@ -77,6 +77,14 @@ def report_metrics(comparison: Comparison) -> dict[str, float]:
     return found
 
 
+def report_note(comparison: Comparison) -> str:
+    """The short report for a tracker's page, in markdown: question, verdict, quality; the rest is in report.md."""
+    experiment, results = comparison.experiment, comparison.results
+    table = tables.markdown(tables.quality_table(comparison))
+    made = f"Made by `{_command(experiment, results)}`; the whole report is the artifact `report.md`."
+    return "\n\n".join([f"**{experiment.question}**", table, _bullets(verdict(comparison)), HOW_TO_READ, made])
+
+
 def _report(comparison: Comparison, drawn: list[figures.Drawn]) -> str:
     experiment, results = comparison.experiment, comparison.results
     seeds = sorted({run.seed for run in _runs(experiment, results)})

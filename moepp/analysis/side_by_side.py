@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
+from moepp import pages
 from moepp.analysis.statistics import Estimate, paired_difference
 from moepp.analysis.tables import ALONE, MEASURED, NONE, Rows, aligned
 from moepp.config import leaves
@@ -18,7 +18,6 @@ from moepp.records import RunRecord, read_json
 
 LABELS = ("name", "runs", "tags", "tracking")  # of the config: where a run lies, not what it is
 CIRCUMSTANCES = ("git", "data.digest", "versions", "hardware", "host")  # of the provenance
-UI = "http://127.0.0.1:5000"  # where `make ui` serves
 
 Pairs = Sequence[tuple[RunRecord, RunRecord]]
 
@@ -112,10 +111,8 @@ def comparison_page(records: Iterable[RunRecord]) -> str | None:
     if not all(run and "experiment_id" in run for run in mirrored):
         return None
     tracker = records[0].read("config.yaml").get("tracking", {}).get("uri") or os.environ.get("MLFLOW_TRACKING_URI", "")
-    runs = [run["run_id"] for run in mirrored]
-    experiments = sorted({run["experiment_id"] for run in mirrored})
-    base = tracker.rstrip("/") if tracker.startswith("http") else UI
-    return f"{base}/#/compare-runs?runs={_json(runs)}&experiments={_json(experiments)}"
+    runs, experiments = ([run[key] for run in mirrored] for key in ("run_id", "experiment_id"))
+    return pages.comparison_page(pages.address(tracker), runs, experiments)
 
 
 def side_by_side(a: Side, b: Side) -> str:
@@ -178,8 +175,3 @@ def _inside(key: str, prefixes: Sequence[str]) -> bool:
 def _numbers(record: RunRecord) -> dict[str, float]:
     values = record.read("budget.json") | record.final()
     return {key: value for key, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
-
-
-def _json(values: Sequence[str]) -> str:
-    """As a part of an address that terminals recognise as one word."""
-    return quote(json.dumps(values, separators=(",", ":")))

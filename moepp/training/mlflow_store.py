@@ -4,14 +4,28 @@ import fcntl
 import logging
 import os
 import socket
+import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moepp import pages
 from moepp.errors import RunError, UsageError
 from moepp.records import read_json, write_json
+from moepp.training.mlflow_views import ARMS, TRIALS, view_key
+
+OPEN = """
+import sys, time, urllib.request, webbrowser
+for _ in range(120):
+    try:
+        urllib.request.urlopen(sys.argv[1].partition("#")[0], timeout=5)
+        sys.exit(not webbrowser.open(sys.argv[1]))
+    except OSError:
+        time.sleep(0.5)
+"""
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -20,6 +34,8 @@ if TYPE_CHECKING:
     from moepp.training.tracking import TrackingConfig
 
 METRICS_PER_CALL = 1000  # MLflow refuses more
+NOTE = "mlflow.note.content"  # the tag that its pages show as the description, in markdown
+NOTE_LENGTH = 8000  # characters; MLflow refuses more
 
 
 def store_uri(tracking: "TrackingConfig", runs: Path | str) -> str:
@@ -56,7 +72,8 @@ def connect(tracking: "TrackingConfig", runs: Path | str) -> tuple["MlflowClient
             return client, found.experiment_id
         # A server knows where its artifacts go; a database alone would put them into the working directory.
         artifacts = None if uri.startswith("http") else (Path(runs).resolve() / "mlartifacts").as_uri()
-        return client, client.create_experiment(tracking.experiment, artifact_location=artifacts)
+        kind = {"mlflow.experimentKind": "custom_model_development"}  # which pages MLflow opens it with
+        return client, client.create_experiment(tracking.experiment, artifact_location=artifacts, tags=kind)
 
 
 @contextmanager
@@ -92,13 +109,14 @@ class MirroredRun:
                 self.state["experiment_id"] = run.info.experiment_id
                 self.save()
         self.run_id: str = run.info.run_id
-        self._note(run)
+        self.start_ms: int = run.info.start_time
+        self._know(run)
 
     def refresh(self) -> None:
         """Asks the store what it has. What is put afterwards must be put under the same `store_lock`."""
-        self._note(self.client.get_run(self.run_id))
+        self._know(self.client.get_run(self.run_id))
 
-    def _note(self, run: "Run") -> None:
+    def _know(self, run: "Run") -> None:
         self._tags, self._params = dict(run.data.tags), dict(run.data.params)
         self._steps = {metric.key: metric.step for metric in run.data.to_proto().metrics}
         self._status = run.info.status
@@ -133,6 +151,18 @@ class MirroredRun:
             self._tags.update(tags)
             self._params.update(params)
 
+    def put_note(self, markdown: str, replace: bool = False) -> None:
+        """The run's description: where it has none, for people write there too, or in any case to `replace` it."""
+        if replace or not self._tags.get(NOTE):
+            self.put({NOTE: markdown[:NOTE_LENGTH]})
+
+    def put_views(self, views: Mapping[str, str]) -> None:
+        """Saved views of the run's experiment (moepp/training/mlflow_views.py), as tags."""
+        known = self.client.get_experiment(self.state["experiment_id"]).tags
+        for key, value in views.items():
+            if known.get(key) != value:
+                self.client.set_experiment_tag(self.state["experiment_id"], key, value)
+
     def put_data(self, name: str, header: Mapping[str, Any]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
@@ -147,20 +177,28 @@ class MirroredRun:
         """Sends each metric's steps after the last one in the store: a resumed run writes earlier steps a second time.
 
         Batches go out in the order of steps and are stored whole or not at all, so no step before the last is missing.
+        `final/*` goes to step 0, where MLflow draws bars; under the last step it would draw curves of one point.
         """
         from mlflow.entities import Metric
 
         steps = dict(self._steps)
         metrics = []
         for line in lines:
-            step, time = int(line["step"]), int(line["time"])
             for key, value in line.items():
+                step = 0 if key.startswith("final/") else int(line["step"])
                 if key not in ("step", "time") and isinstance(value, int | float) and step > steps.get(key, -1):
-                    metrics.append(Metric(key, float(value), time, step))
+                    metrics.append(Metric(key, float(value), int(line["time"]), step))
                     steps[key] = step
         for start in range(0, len(metrics), METRICS_PER_CALL):
             self.client.log_batch(self.run_id, metrics=metrics[start : start + METRICS_PER_CALL])
         self._steps = steps
+
+    def put_values(self, values: Mapping[str, float]) -> None:
+        """Metrics without a history: the newest values count."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self.client.log_batch(self.run_id, metrics=[Metric(key, value, now, 0) for key, value in values.items()])
 
     def put_files(self, paths: list[Path]) -> None:
         for path in paths:
@@ -179,24 +217,57 @@ class MirroredRun:
         self._status = status
 
 
-def serve(tracking: "TrackingConfig", runs: Path | str, port: int = 5000) -> None:
-    """Becomes the MLflow server over the store, for this machine only; Ctrl-C ends it. Does not return.
+def serve(tracking: "TrackingConfig", runs: Path | str, port: int = 5000, sweep: Path | None = None) -> None:
+    """Becomes the MLflow server over the store, for this machine only, and opens the page of `sweep` where there is a
+    display; Ctrl-C ends it. Does not return, unless the tracker is a server already.
 
-    Raises UsageError when the tracker is a server already, RunError when the port is taken.
+    Raises UsageError when `sweep` is not in MLflow, RunError when the port is taken.
     """
     uri = store_uri(tracking, runs)
+    if not uri.startswith("http"):
+        _require_free(port)
+    _, experiment_id = connect(tracking, runs)
+    addresses = _addresses(pages.address(uri, port), experiment_id, sweep)
+    for title, page in addresses.items():
+        print(f"{title:<8} {page}", flush=True)
+    first = next(iter(addresses.values()))
     if uri.startswith("http"):
-        raise UsageError(f"the tracker is a server already: open {uri}")
+        open_when_served(first)
+        return
+    print(f"MLflow starts on port {port} of this machine (Ctrl-C ends it)", flush=True)
+    open_when_served(first)
+    artifacts = (Path(runs).resolve() / "mlartifacts").as_uri()
+    os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")  # jobs belong to features that no run uses
+    store = ["--backend-store-uri", uri, "--default-artifact-root", artifacts]
+    place = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--uvicorn-opts", "--log-level warning"]
+    os.execv(sys.executable, [sys.executable, "-m", "mlflow", "server", *store, *place])
+
+
+def _require_free(port: int) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             raise RunError(f"cannot use port {port} ({error.strerror}); choose another with --port") from None
-    connect(tracking, runs)
-    artifacts = (Path(runs).resolve() / "mlartifacts").as_uri()
-    os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")  # jobs belong to features that no run uses
-    print(f"MLflow: http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
-    store = ["--backend-store-uri", uri, "--default-artifact-root", artifacts]
-    place = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--uvicorn-opts", "--log-level warning"]
-    os.execv(sys.executable, [sys.executable, "-m", "mlflow", "server", *store, *place])
+
+
+def _addresses(base: str, experiment_id: str, sweep: Path | None) -> dict[str, str]:
+    if sweep is None:
+        return {"runs": pages.experiment_page(base, experiment_id)}
+    parent = read_json(sweep / "mlflow.json")
+    if parent is None or "experiment_id" not in parent:
+        raise UsageError(f"{sweep} is not in MLflow yet; run the sweep, or `python run.py sync` for its records")
+    place, run = parent["experiment_id"], parent["run_id"]
+    return {
+        "arms": pages.view_page(base, place, view_key(run, ARMS), charts=True),
+        "trials": pages.view_page(base, place, view_key(run, TRIALS)),
+        "report": pages.run_page(base, place, run),
+    }
+
+
+def open_when_served(page: str) -> None:
+    """Opens a browser, in a process of its own, once the address answers; nothing where there is no display."""
+    if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        return
+    subprocess.Popen([sys.executable, "-c", OPEN, page], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -12,15 +12,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from moepp.config import leaves
 from moepp.errors import RunError, UsageError
 from moepp.records import MetricsTail, RunRecord, read_json
 from moepp.training.mlflow_store import MirroredRun, store_lock, store_uri
+from moepp.training.mlflow_views import saved_views
 
 # The axes people filter runs by. The rest of the config is an artifact: a page of 80 params hides the five that differ.
 AXES = {
     "arm": "tags.arm", "size": "tags.size", "seed": "seed", "top_k": "model.top_k", "tau": "model.balance.tau",
     "n_ffn": "model.experts.ffn", "n_zero": "model.experts.zero", "n_copy": "model.experts.copy",
     "n_constant": "model.experts.constant", "gating_residual": "model.gating_residual", "lr": "optim.lr",
+    "gate": "model.gate", "logits_norm": "model.logits_norm", "capacity_factor": "model.capacity_factor",
+    "balance_form": "model.balance.form", "balance_beta": "model.balance.beta",
     "router": "model.router", "selection": "model.selection",
 }  # fmt: skip
 BUDGETS = ("tokens", "total_params", "active_params", "flops_per_token")
@@ -75,8 +79,9 @@ class Mirror:
     def _put(self, run: MirroredRun, status: str, ended: bool) -> None:
         provenance = self.record.read("provenance.json")
         run.refresh()
-        run.put(tags=self._tags(provenance), params=_axes(self._config, self.record.read("budget.json")))
-        run.put_data(str(_at(self._config, "data.corpus")), provenance.get("data", {}))
+        run.put(tags=self._tags(provenance), params=axes(self.config, self.record.read("budget.json")))
+        run.put_note(self._note())
+        run.put_data(self.config.get("data", {}).get("corpus", "data"), provenance.get("data", {}))
         run.put_metrics(self._pending)
         end = int(self._pending[-1]["time"]) if self._pending else None
         if status == "done":
@@ -90,21 +95,33 @@ class Mirror:
             run.put_status("KILLED" if ended else "RUNNING", end)
 
     def _name(self) -> str:
-        config = self._config
+        config = self.config
         arm = config.get("tags", {}).get("arm") or config.get("name", self.record.path.parent.name)
         return f"{arm} s{config.get('seed', 0)}"
 
     @cached_property
-    def _config(self) -> dict[str, Any]:
+    def config(self) -> dict[str, Any]:
         """Read once: parsing YAML takes milliseconds, and a pass may run in the process that trains."""
         return self.record.read("config.yaml")
+
+    def _note(self) -> str:
+        path, tags = self.record.path, self.config.get("tags", {})
+        lines = [f"Seed {self.config.get('seed', 0)}, record `{path}`."]
+        lines += [f"- repeat: `run.py rerun {path}`", f"- continue a text: `run.py generate {path}`"]
+        if {"arm", "baseline"} <= tags.keys() and tags["arm"] != tags["baseline"]:
+            lines[0] = f"Arm `{tags['arm']}` of sweep `{tags.get('sweep')}`, {lines[0].replace('Seed', 'seed')}"
+            sides = f"{path.parent}:{tags['baseline']} {path.parent}:{tags['arm']}"
+            lines.append(f"- what the arm changes, and its results against the baseline's: `run.py compare {sides}`")
+        return "\n".join([lines[0], "", *lines[1:]])
 
     def _tags(self, provenance: Mapping[str, Any]) -> dict[str, str]:
         git = provenance.get("git", {})
         tags = {
-            **self._config.get("tags", {}),
+            **self.config.get("tags", {}),
             "licence": LICENCE, "data_terms": provenance.get("data", {}).get("corpus"),
             "git_sha": git.get("sha"), "git_dirty": git.get("dirty"), "host": provenance.get("host"),
+            "mlflow.source.name": provenance.get("command"), "mlflow.source.type": "LOCAL",
+            "mlflow.source.git.commit": git.get("sha"),
             "failure": self.record.read("failed.json").get("reason", ""),
             "mlflow.parentRunId": self.parent_run_id,
         }  # fmt: skip
@@ -119,6 +136,7 @@ class FolderMirror:
         self.uri = store_uri(tracking, runs)
         self._mirrors: dict[Path, Mirror] = {}
         self._parent: MirroredRun | None = None
+        self._views: dict[str, str] = {}
 
     def sync(self, ended: bool = False) -> None:
         """One pass over the folder, as `Mirror.sync`."""
@@ -132,6 +150,7 @@ class FolderMirror:
                 self._mirrors[path] = Mirror(RunRecord(path), self.tracking, self.runs, parent_run_id)
             self._mirrors[path].sync(ended)
         if self._parent:
+            self._put_views(self._parent)
             self._parent.refresh()  # another worker may have closed the sweep
             statuses = {RunRecord(self.directory / trial["path"]).status for trial in sweep["trials"]}
             unfinished = "KILLED" if ended else "RUNNING"
@@ -141,6 +160,15 @@ class FolderMirror:
     def follow(self) -> AbstractContextManager[None]:
         """Syncs every few seconds beside the sweep, and a last time at the end."""
         return follow(self)
+
+    def _put_views(self, parent: MirroredRun) -> None:
+        known = [axes(mirror.config, {}) for mirror in self._mirrors.values()]
+        arms = list(dict.fromkeys(run["arm"] for run in known if "arm" in run))
+        varied = [n for n in AXES if n not in ("arm", "seed") and len({run.get(n) for run in known}) > 1]
+        views = saved_views(self.directory.name, parent.run_id, parent.start_ms, arms, varied)
+        if views != self._views:
+            parent.put_views(views)
+            self._views = views
 
 
 class Syncs(Protocol):
@@ -192,33 +220,41 @@ def sync_all(runs: Path | str, tracking: TrackingConfig) -> int:
 
 
 def log_report(
-    directory: Path, tracking: TrackingConfig, runs: Path | str, metrics: Mapping[str, float], files: list[Path]
+    directory: Path,
+    tracking: TrackingConfig,
+    runs: Path | str,
+    metrics: Mapping[str, float],
+    files: list[Path],
+    note: str,
 ) -> None:
-    """Puts what the analysis found onto the sweep's parent run: `metrics`, and `files` as artifacts."""
-    parent = _open_parent(directory, read_json(directory / "sweep.json"), tracking, runs)
-    for key, value in metrics.items():
-        parent.client.log_metric(parent.run_id, key, value)
-    parent.put_files(files)
+    """Puts what the analysis found onto the sweep's parent run: `metrics`, `files` as artifacts, and `note` (markdown)
+    as its description. A failing tracker costs one line: the report itself is written by then.
+    """
+    try:
+        parent = _open_parent(directory, read_json(directory / "sweep.json"), tracking, runs)
+        parent.put_values(metrics)
+        parent.put_note(note, replace=True)
+        parent.put_files(files)
+    except Exception as error:  # whatever a tracker raises
+        uri = store_uri(tracking, runs)
+        print(f"warning: the report is not in {uri} ({_reason(error)}); `run.py report` tries again", file=sys.stderr)
 
 
 def _open_parent(directory: Path, sweep: Mapping[str, Any], tracking: TrackingConfig, runs: Path | str) -> MirroredRun:
     run = MirroredRun(directory, tracking, runs, directory.name)
     tags = {"sweep": directory.name, "experiment": sweep["name"], "paper_table": sweep.get("paper", "")}
     tags |= {key: sweep[key] for key in ("baseline", "scale", "match")}
-    run.put(tags={**tags, "mlflow.note.content": sweep["question"]})
+    run.put(tags)
+    run.put_note(sweep["question"])
     return run
 
 
-def _axes(config: Mapping[str, Any], budget: Mapping[str, Any]) -> dict[str, str]:
-    values = {name: _at(config, key) for name, key in AXES.items()}
+def axes(config: Mapping[str, Any], budget: Mapping[str, Any]) -> dict[str, str]:
+    """Params of a run. `null` is a value like any other: MLflow's charts leave out runs that lack a param."""
+    known = dict(leaves(config))
+    values = {name: known[key] for name, key in AXES.items() if key in known}
     values |= {name: round(budget[name]) for name in BUDGETS if name in budget}
-    return {name: str(value) for name, value in values.items() if value is not None}
-
-
-def _at(config: Any, key: str) -> Any:
-    for part in key.split("."):
-        config = config.get(part) if isinstance(config, Mapping) else None
-    return config
+    return {name: "null" if value is None else str(value) for name, value in values.items()}
 
 
 def _reason(error: BaseException) -> str:

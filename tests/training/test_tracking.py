@@ -1,3 +1,4 @@
+import json
 import os
 import socket
 import subprocess
@@ -11,21 +12,24 @@ from mlflow import MlflowClient
 from moepp.errors import RunError, UsageError
 from moepp.records import RunRecord, read_json, write_json
 from moepp.training import mlflow_store
+from moepp.training.mlflow_views import ARMS, TAG, TRIALS, saved_views, view_key
 from moepp.training.tracking import FolderMirror, Mirror, TrackingConfig, log_report, sync_all
 
 CONFIG = """
 name: toy
 seed: 3
 model:
-  {router: linear, selection: top_k, top_k: 2, gating_residual: true, balance: {tau: 0.75},
+  {router: linear, selection: top_k, top_k: 2, gating_residual: true, balance: {tau: 0.75, form: switch, beta: 0.01},
+   gate: released, logits_norm: null, capacity_factor: 1.1,
    experts: {ffn: 4, zero: 1, copy: 1, constant: 2}}
 data: {corpus: sotu}
 optim: {lr: 0.0005}
-tags: {arm: zero+copy, sweep: toy-smoke, size: tiny}
+tags: {arm: zero+copy, baseline: vanilla, sweep: toy-smoke, size: tiny}
 """
 BUDGET = {"total_params": 100, "active_params": 50, "flops_per_token": 861398.0, "tokens": 4096}
 PROVENANCE = {
     "host": "box",
+    "command": "run.py train",
     "git": {"sha": "abc", "dirty": True},
     "data": {"digest": "0123456789abcdef", "corpus": "speeches, public domain"},
 }
@@ -80,7 +84,8 @@ def test_a_run_shows_its_axes_tags_data_and_times(record, runs):
     assert run.data.params == {
         "arm": "zero+copy", "size": "tiny", "seed": "3", "n_ffn": "4", "n_zero": "1", "n_copy": "1", "n_constant": "2",
         "gating_residual": "True", "tau": "0.75", "top_k": "2", "lr": "0.0005",
-        "router": "linear", "selection": "top_k",
+        "router": "linear", "selection": "top_k", "gate": "released", "logits_norm": "null", "capacity_factor": "1.1",
+        "balance_form": "switch", "balance_beta": "0.01",
         "tokens": "4096", "total_params": "100", "active_params": "50", "flops_per_token": "861398",
     }  # fmt: skip
     expected = {
@@ -91,6 +96,8 @@ def test_a_run_shows_its_axes_tags_data_and_times(record, runs):
         "mlflow.parentRunId": "feed",
         "licence": "Apache-2.0",
         "data_terms": "speeches, public domain",
+        "mlflow.source.name": "run.py train",
+        "mlflow.source.git.commit": "abc",
     }
     assert expected.items() <= run.data.tags.items()
     assert read_json(record.path / "mlflow.json")["experiment_id"] == run.info.experiment_id
@@ -253,10 +260,71 @@ def test_a_sweep_is_one_parent_run_over_its_trials(runs):
 def test_a_report_lands_on_the_parent_run(runs, tmp_path):
     directory = make_sweep(runs, "sweep-with-report")
     (tmp_path / "report.md").write_text("# Which expert?\n")
-    log_report(directory, TrackingConfig(), runs, {"zero/val_loss_difference": -0.02}, [tmp_path / "report.md"])
+    for value in (-0.01, -0.02):
+        log_report(directory, TrackingConfig(), runs, {"zero/minus": value}, [tmp_path / "report.md"], "It earns it.")
+    FolderMirror(directory, TrackingConfig(), runs).sync()
     parent = run_of(RunRecord(directory), runs)
-    assert parent.data.metrics == {"zero/val_loss_difference": -0.02}
+    assert parent.data.metrics == {"zero/minus": -0.02}
+    assert parent.data.tags["mlflow.note.content"] == "It earns it."
     assert [found.path for found in store(runs).list_artifacts(parent.info.run_id)] == ["report.md"]
+
+
+def test_a_report_that_finds_no_tracker_costs_one_line(runs, capsys):
+    directory = make_sweep(runs, "sweep-without-tracker")
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        log_report(directory, TrackingConfig(uri=uri), runs, {"zero/minus": 1.0}, [], "It earns it.")
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1 and "tries again" in warning and uri in warning
+
+
+def test_a_note_says_how_to_go_on_and_gives_way_to_what_people_write(record, runs):
+    log(record, 1, 1)
+    Mirror(record, TrackingConfig(), runs).sync()
+    run = run_of(record, runs)
+    note = run.data.tags["mlflow.note.content"]
+    folder = record.path.parent
+    assert f"`run.py rerun {record.path}`" in note and f"`run.py compare {folder}:vanilla {folder}:zero+copy`" in note
+    store(runs).set_tag(run.info.run_id, "mlflow.note.content", "diverged, see the gate")
+    Mirror(record, TrackingConfig(), runs).sync()
+    assert run_of(record, runs).data.tags["mlflow.note.content"] == "diverged, see the gate"
+
+
+def test_final_metrics_are_bars_and_no_curves(record, runs):
+    log(record, 1, 2)
+    record.log(2, {"final/val_loss": 3.5})
+    for _ in range(2):
+        Mirror(record, TrackingConfig(), runs).sync()
+    assert steps_in_store(record, runs, "final/val_loss") == [0]
+    assert run_of(record, runs).data.metrics["final/val_loss"] == 3.5
+
+
+def test_a_sweep_brings_its_saved_views(runs):
+    directory = make_sweep(runs, "sweep-with-views")
+    config = directory / "bbbb" / "config.yaml"
+    config.write_text(config.read_text().replace("zero: 1", "zero: 3").replace("zero+copy", "zeros"))
+    FolderMirror(directory, TrackingConfig(), runs).sync()
+    parent = read_json(directory / "mlflow.json")
+    tags = store(runs).get_experiment(parent["experiment_id"]).tags
+    views = {}
+    for name in (ARMS, TRIALS):
+        view = json.loads(tags[TAG + view_key(parent["run_id"], name)])
+        assert view["name"] == f"sweep-with-views: {name}"
+        views[name] = json.loads(view["state"])
+    assert views[ARMS]["groupsExpanded"] == {"param.arm.zero+copy": False, "param.arm.zeros": False}
+    assert views[TRIALS]["selectedColumns"][:3] == ["params.`seed`", "params.`n_zero`", "metrics.`final/val_loss`"]
+    assert views[TRIALS]["compareRunCharts"][0]["selectedParams"] == ["n_zero"]
+    children = store(runs).search_runs([parent["experiment_id"]], views[ARMS]["searchFilter"])
+    assert {run.info.run_id for run in children} == {
+        read_json(directory / trial / "mlflow.json")["run_id"] for trial in ("aaaa", "bbbb")
+    }
+    assert all(len(tags[key]) < 20_000 for key in tags)
+
+
+def test_views_of_a_thousand_arms_fit_into_tags():
+    views = saved_views("sweep", "feed" * 8, 0, [f"learning_rate={i}" for i in range(1000)], ["lr", "tau", "n_zero"])
+    assert max(map(len, views.values())) < 20_000  # MLflow refuses more
 
 
 def test_records_are_mirrored_anew_into_a_store_that_lacks_them(runs, tmp_path):
@@ -296,8 +364,37 @@ def test_the_server_is_for_this_machine_only(runs, monkeypatch, capsys):
     assert command[command.index("--host") + 1] == "127.0.0.1"
     assert command[command.index("--backend-store-uri") + 1] == f"sqlite:///{runs}/mlflow.db"
     assert f"http://127.0.0.1:{port}" in capsys.readouterr().out
-    with pytest.raises(UsageError, match="open http://tracker"):
-        mlflow_store.serve(TrackingConfig(uri="http://tracker"), runs, port)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_ui_opens_at_a_sweep(runs, monkeypatch, capsys):
+    directory = make_sweep(runs, "sweep-to-open")
+    monkeypatch.setattr(os, "execv", lambda path, arguments: None)
+    with pytest.raises(UsageError, match=r"run\.py sync"):
+        mlflow_store.serve(TrackingConfig(), runs, 0, directory)
+    FolderMirror(directory, TrackingConfig(), runs).sync()
+    opened = []
+    monkeypatch.setattr(mlflow_store, "open_when_served", opened.append)
+    mlflow_store.serve(TrackingConfig(), runs, 0, directory)
+    lines = capsys.readouterr().out.splitlines()
+    run_id = read_json(directory / "mlflow.json")["run_id"]
+    assert [line.split()[0] for line in lines[:3]] == ["arms", "trials", "report"]
+    assert f"?viewStateShareKey={run_id}-arms&compareRunsMode=CHART" in lines[0]
+    assert f"/runs/{run_id}?" in lines[2]
+    assert opened == [lines[0].split()[1]]
+
+
+def test_no_browser_is_opened_without_a_display(monkeypatch):
+    started = []
+    monkeypatch.setattr(subprocess, "Popen", lambda *arguments, **_: started.append(arguments))
+    monkeypatch.setattr(sys, "platform", "linux")
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    mlflow_store.open_when_served("http://127.0.0.1:5000/#/runs")
+    assert not started
+    monkeypatch.setenv("DISPLAY", ":0")
+    mlflow_store.open_when_served("http://127.0.0.1:5000/#/runs")
+    assert started[0][0][-1] == "http://127.0.0.1:5000/#/runs"
 
 
 def test_sync_without_a_tracker_says_so(runs):

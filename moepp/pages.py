@@ -1,0 +1,40 @@
+"""Addresses of MLflow's pages. Each opens the pages for model training, not those for language model applications."""
+
+import json
+from collections.abc import Sequence
+from urllib.parse import quote, urlencode
+
+LOCAL = "http://127.0.0.1:5000"  # where `make ui` serves
+KIND = {"workflowType": "machine_learning"}
+
+
+def address(uri: str, port: int = 5000) -> str:
+    """Where the pages of the tracker at `uri` are served: by itself, or for a database by `run.py ui`."""
+    return uri.rstrip("/") if uri.startswith("http") else LOCAL.replace("5000", str(port))
+
+
+def experiment_page(base: str, experiment_id: str) -> str:
+    """Every run, the sweeps folded."""
+    return f"{base}/#/experiments/{experiment_id}/runs?{urlencode(KIND)}"
+
+
+def view_page(base: str, experiment_id: str, view: str, charts: bool = False) -> str:
+    """The runs as the saved view of that key shows them, in a table or in `charts`.
+
+    Any search parameter beside the key would make MLflow pass over the saved view.
+    """
+    mode = {"compareRunsMode": "CHART"} if charts else {}
+    return f"{base}/#/experiments/{experiment_id}/runs?{urlencode({'viewStateShareKey': view, **mode, **KIND})}"
+
+
+def run_page(base: str, experiment_id: str, run_id: str) -> str:
+    """One run: description, params, metrics, artifacts."""
+    return f"{base}/#/experiments/{experiment_id}/runs/{run_id}?{urlencode(KIND)}"
+
+
+def comparison_page(base: str, run_ids: Sequence[str], experiment_ids: Sequence[str]) -> str:
+    """Runs side by side."""
+    lists = {"runs": list(run_ids), "experiments": sorted(set(experiment_ids))}
+    # Quoted throughout, so that terminals recognise the address as one word.
+    query = "&".join(f"{key}={quote(json.dumps(ids, separators=(',', ':')))}" for key, ids in lists.items())
+    return f"{base}/#/compare-runs?{query}&{urlencode(KIND)}"
