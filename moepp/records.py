@@ -9,6 +9,7 @@
     ranks/            what each process of a run over several devices printed
     lock              held by the process that trains here
     leases/           which worker of a sweep may start that process
+    attempt.json      the checkpoint that its latest attempt began from
 
 A run is finished when `done` exists: an exit code or a tracker's status proves nothing.
 """
@@ -131,7 +132,7 @@ class RunRecord:
 
     def forgive(self) -> None:
         """Forgets failure and crashes, so that the run counts as unfinished and nothing else is lost."""
-        for name in ("failed.json", "crashes.json"):
+        for name in ("failed.json", "crashes.json", "attempt.json"):
             (self.path / name).unlink(missing_ok=True)
 
     @contextmanager

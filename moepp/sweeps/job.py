@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from moepp.config import save
 from moepp.process import cause_of_end, last_lines, start
-from moepp.records import RunRecord
+from moepp.records import RunRecord, write_json
 from moepp.sweeps.leases import LEASE_FILE, NO_LEASE, STALE_SECONDS, Heart, Lease, LeaseWatch
 from moepp.sweeps.progress import TrialProgress
 from moepp.sweeps.slots import Slot
@@ -50,6 +50,11 @@ class Job:
         if self.settled:  # by its last holder, after this worker had looked
             lease.release()
             return False
+        if lease.from_dead and self._died_without_progress():
+            self._count_crash("its worker died with it before it reached another checkpoint")
+            if self.settled:
+                lease.release()
+                return False
         self.heart.add(lease)
         self.lease = lease
         return True
@@ -59,8 +64,9 @@ class Job:
         (path / "failed.json").unlink(missing_ok=True)
         self.trial.config.trainer.progress = False  # the sweep's bar is the one people watch
         save(self.trial.config, path / "config.yaml")
-        environment = {**slot, LEASE_FILE: str(self.lease.path)}
+        resume_point, environment = self._resume_point(), {**slot, LEASE_FILE: str(self.lease.path)}
         self.process = start([*command, str(path / "config.yaml")], path / "log.txt", environment)
+        write_json(path / "attempt.json", {"from": resume_point})
 
     def ended(self) -> bool:
         """Whether the process has ended. One whose lease is lost is killed: the trial is another worker's now."""
@@ -76,7 +82,9 @@ class Job:
         Only the `done` marker is success: a trial that was ended from outside may well exit with code 0.
         """
         if not (self.done or self.lease.lost or self.process.returncode == NO_LEASE):
-            self._count_crash()
+            log = self.record.path / "log.txt"
+            reason = self.record.read("failed.json").get("reason") or cause_of_end(self.process.returncode, log)
+            self._count_crash(reason)
         self.release()
 
     def release(self) -> None:
@@ -84,12 +92,23 @@ class Job:
             self.heart.release(self.lease)
         self.lease = None
 
-    def _count_crash(self) -> None:
-        log = self.record.path / "log.txt"
-        reason = self.record.read("failed.json").get("reason") or cause_of_end(self.process.returncode, log)
+    def _died_without_progress(self) -> bool:
+        """Whether the last attempt, whose worker is gone, may have been the end of it: by taking all memory, say.
+
+        A worker that is killed now and then must not cost a trial that saves checkpoints in between; one that ends
+        every worker must not be tried for ever.
+        """
+        attempt = self.record.read("attempt.json")
+        return bool(attempt) and attempt["from"] == self._resume_point()
+
+    def _resume_point(self) -> str:
+        """Name of the newest checkpoint; empty before the first."""
+        return max((path.name for path in self.record.checkpoints.glob("step-*.ckpt")), default="")
+
+    def _count_crash(self, reason: str) -> None:
         self.record.crash(reason)
         if len(self.record.crashes) > self.retries:
-            self.record.fail(reason, last_lines(log))
+            self.record.fail(reason, last_lines(self.record.path / "log.txt"))
         else:
             (self.record.path / "failed.json").unlink(missing_ok=True)
             print(f"warning: {self.label} is tried again: {reason}", file=sys.stderr)

@@ -57,6 +57,7 @@ class Lease:
 
     def __init__(self, path: Path, descriptor: int, head: int):
         self.path = path
+        self.from_dead = False  # the holder before had not given it back
         self._descriptor: int | None = descriptor
         self._head, self._beats = head, 0
         self._guard = threading.Lock()
@@ -102,7 +103,10 @@ class LeaseWatch:
         number, content = newest(self.folder)
         if number and not self._is_over(number, content):
             return None
-        return _create(self.folder, number + 1, self._stale)
+        lease = _create(self.folder, number + 1, self._stale)
+        if lease:
+            lease.from_dead = number > 0 and not is_free(content)
+        return lease
 
     def _is_over(self, number: int, content: bytes) -> bool:
         holder, path = Holder.of(content), self.folder / str(number)

@@ -70,6 +70,18 @@ def test_plan_shows_trials_and_budgets_and_trains_nothing(capsys, toy):
     assert sorted(path.name for path in toy.parent.iterdir()) == ["toy.yaml"]
 
 
+def test_seeds_may_stand_before_overrides(capsys, toy):
+    _, out, _ = sweep(capsys, "plan", toy, "--seeds", "3", "4", "5", "trainer.steps=6")
+    assert "6 trials of 6 steps: 2 arms, seeds 3, 4, 5\n" in out
+
+
+@pytest.mark.parametrize("words", [["one"], ["-1"], ["model.top_k=1"]])
+def test_seeds_that_are_none_are_refused(capsys, toy, words):
+    with pytest.raises(SystemExit) as error:
+        sweep(capsys, "plan", toy, "--seeds", *words)
+    assert error.value.code == 2 and "--seeds" in capsys.readouterr().err
+
+
 def test_plan_estimates_from_finished_trials(capsys, toy):
     began_there = began(toy.parent / "runs" / "toy-smoke", 2)
     finish(began_there[0], seconds=200)

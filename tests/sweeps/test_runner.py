@@ -125,6 +125,33 @@ def test_a_failure_is_final_once_its_attempts_are_used_up(runs):
     assert job.settled and job.failure == "no memory"
 
 
+def dead_worker(job):
+    """A worker claims and starts the trial and is gone, and the trial with it."""
+    assert job.claim()
+    job.start([sys.executable, "-c", ""], {})
+    job.process.wait()
+    os.close(job.lease._descriptor)  # as the kernel does
+
+
+def test_a_trial_that_takes_its_workers_along_ends_as_failed(runs):
+    job = Job(sweep().trials("smoke", [f"runs={runs}"])[0], retries=1, heart=Heart())
+    dead_worker(job)
+    dead_worker(job)
+    assert not job.claim() and job.settled
+    assert job.failure == "its worker died with it before it reached another checkpoint"
+    job.record.forgive()
+    assert job.claim()
+
+
+def test_workers_that_die_between_checkpoints_cost_nothing(runs):
+    job = Job(sweep().trials("smoke", [f"runs={runs}"])[0], retries=0, heart=Heart())
+    job.record.checkpoints.mkdir(parents=True)
+    for step in range(1, 4):
+        dead_worker(job)
+        (job.record.checkpoints / f"step-{step:08d}.ckpt").touch()
+    assert job.claim() and not job.record.crashes
+
+
 def test_exit_code_zero_without_the_done_marker_is_a_failure(runs):
     with pytest.raises(RunError, match=r"2 of 2 trials failed.*exit code 0; all is well"):
         run_sweep(
@@ -201,8 +228,8 @@ def test_the_trial_of_a_stopped_runner_ends_itself_and_goes_on_elsewhere(runs):
         assert each_step_once(directory)
     finally:
         stopped.send_signal(signal.SIGCONT)
-    assert stopped.wait(timeout=10) == 0  # it finds the trial done, and counts no crash
-    assert not list(directory.glob("*/crashes.json"))
+    assert stopped.wait(timeout=10) == 0  # it finds the trial done, and counts no crash; who took over counted one
+    assert [len(RunRecord(path.parent).crashes) for path in directory.glob("*/crashes.json")] == [1]
 
 
 def test_a_worker_that_lost_its_lease_stops_the_trial(runs, capfd):
