@@ -178,10 +178,11 @@ def _trial(options: argparse.Namespace) -> None:
     die_with_parent()
     end_without_lease()
     from moepp.config import load
+    from moepp.sweeps.pruning import Judge
     from moepp.training.run import train
     from moepp.training.settings import RunConfig
 
-    train(load(RunConfig, options.config), options.config.parent)
+    train(load(RunConfig, options.config), options.config.parent, Judge.of(options.config.parent))
 
 
 def _prepare(options: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@
     mlflow.json       the MLflow run, once mirrored       log.txt          what a child process printed
     done              the run reached its last step and its final evaluation
     failed.json       why it stopped instead             crashes.json     every attempt that ended in neither
+    pruned.json       why its sweep stopped it early: it was no longer among the best
     ranks/            what each process of a run over several devices printed
     lock              held by the process that trains here
     leases/           which worker of a sweep may start that process
@@ -62,9 +63,11 @@ class RunRecord:
 
     @property
     def status(self) -> str:
-        """`done`, `failed`, `started` (has metrics or checkpoints, may be running) or `waiting`."""
+        """`done`, `pruned`, `failed`, `started` (has metrics or checkpoints, may be running) or `waiting`."""
         if (self.path / "done").exists():
             return "done"
+        if (self.path / "pruned.json").exists():
+            return "pruned"
         if (self.path / "failed.json").exists():
             return "failed"
         return "started" if (self.path / "metrics.jsonl").exists() else "waiting"
@@ -117,6 +120,9 @@ class RunRecord:
     def finish(self) -> None:
         (self.path / "failed.json").unlink(missing_ok=True)
         write_text(self.path / "done", "")
+
+    def prune(self, step: int, reason: str) -> None:
+        write_json(self.path / "pruned.json", {"step": step, "reason": reason, "time": int(time.time() * 1000)})
 
     def fail(self, reason: str, log: Sequence[str] = ()) -> None:
         """`log` holds the last lines that a child process printed."""

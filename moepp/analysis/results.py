@@ -109,6 +109,8 @@ def _unfinished(record: RunRecord) -> str | None:
     if record.status == "failed":
         reason = record.read("failed.json").get("reason", "no reason recorded")
         return f"failed ({' '.join(reason.split())[:200]})"  # a reason may be the tail of a log: keep it to one line
+    if record.status == "pruned":
+        return f"pruned ({record.read('pruned.json')['reason']})"
     if record.status != "done":
         return "not finished" if record.status == "started" else "not started"
     return None if math.isfinite(record.final().get("val_loss", math.nan)) else "final/val_loss is not finite"

@@ -19,12 +19,15 @@ def plan(name: str, scale: str, workers: int, overrides: Sequence[str], seeds: S
 
     sweep = load_sweep(name)
     trials = sweep.trials(scale, overrides, seeds)
-    arms = budgets(trials)
+    search = sweep.search(scale)
+    arms, n = budgets(trials), search.n if search else 1
+    total = n * len(trials)
     chosen = ", ".join(str(seed) for seed in dict.fromkeys(trial.seed for trial in trials))
     print(f"{sweep.name} at scale {scale}: {sweep.question}")
-    print(f"{len(trials)} trials of {trials[0].config.trainer.steps} steps: {len(arms)} arms, seeds {chosen}\n")
+    each = f"{n} proposals for each of " if search else ""
+    print(f"{total} trials of {trials[0].config.trainer.steps} steps: {each}{len(arms)} arms, seeds {chosen}\n")
     print("\n".join(table(arms)))
-    require_match(sweep.match, arms)
+    require_match(sweep.match, budgets([*trials, *(sweep.extremes(scale, overrides) if search else ())]))
     print("\nnothing is declared equal" if sweep.match == "none" else f"\nequal as declared: {sweep.match}")
     status = _status(sweep.folder(scale, overrides))
     done, seconds = (status.count("done"), status.trial_seconds) if status else (0, None)
@@ -65,7 +68,8 @@ def retry(name: str, scale: str, overrides: Sequence[str]) -> None:
 
 def describe(title: str, status: SweepStatus) -> list[str]:
     """The counts, then every trial that is not done."""
-    counts = ", ".join(f"{status.count(state)} {state}" for state in STATES)
+    counted = [(status.count(state), state) for state in STATES]
+    counts = ", ".join(f"{count} {state}" for count, state in counted if count or state != "pruned")
     left = status.seconds_left
     lines = [f"{title}: {counts}" + ("" if left is None else f"; about {_duration(left)} left")]
     for trial in status.trials:

@@ -39,7 +39,7 @@ class Job:
 
     @property
     def settled(self) -> bool:
-        return self.done or bool(self.failure)
+        return self.record.status in ("done", "pruned") or bool(self.failure)
 
     def claim(self) -> bool:
         """Whether this worker may run the trial now."""
@@ -81,7 +81,7 @@ class Job:
 
         Only the `done` marker is success: a trial that was ended from outside may well exit with code 0.
         """
-        if not (self.done or self.lease.lost or self.process.returncode == NO_LEASE):
+        if not (self.settled or self.lease.lost or self.process.returncode == NO_LEASE):
             log = self.record.path / "log.txt"
             reason = self.record.read("failed.json").get("reason") or cause_of_end(self.process.returncode, log)
             self._count_crash(reason)

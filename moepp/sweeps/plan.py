@@ -1,6 +1,6 @@
 """sweep.json: the trials that a sweep promises. Every runner and worker reads the same, whoever started first."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,29 +20,41 @@ def read_plan(directory: Path) -> dict[str, Any] | None:
         raise UsageError(f"{directory}/sweep.json is damaged; remove it, and the next run writes it again") from None
 
 
-def promise(directory: Path, sweep: Sweep, scale: str, trials: Sequence[Trial]) -> None:
+def promise(
+    directory: Path, sweep: Sweep, scale: str, trials: Sequence[Trial], search: Mapping[str, Any] | None = None
+) -> None:
     """Writes sweep.json, or adds what is new to it: seeds and arms may be added at any time, and none are taken away.
 
-    Raises UsageError when an arm of the sweep was begun with other settings: its trials would not be comparable.
+    `search` says what a search goes through, and how many trials that makes. Raises UsageError when an arm of the sweep
+    was begun with other settings, or the search with another space: its trials would not be comparable.
     """
-    known, plan = _merged(directory, sweep, scale, trials)
+    known, plan = _merged(directory, sweep, scale, trials, search or {})
     if plan == known:
         return
     with exclusive(directory / "plan"):
-        write_json(directory / "sweep.json", _merged(directory, sweep, scale, trials)[1])
+        write_json(directory / "sweep.json", _merged(directory, sweep, scale, trials, search or {})[1])
 
 
-def _merged(directory: Path, sweep: Sweep, scale: str, trials: Sequence[Trial]) -> tuple[Any, Any]:
+def _merged(
+    directory: Path, sweep: Sweep, scale: str, trials: Sequence[Trial], search: Mapping[str, Any]
+) -> tuple[Any, Any]:
     known = read_plan(directory) or {"trials": []}
+    if known["trials"] and known.get("search") != search.get("search"):
+        raise UsageError(
+            f"{directory} holds a search through another space or at other seeds, or no search; start afresh under"
+            " another name or with runs=FOLDER, or remove that folder"
+        )
     promised = {(trial["arm"], trial["seed"]): trial for trial in known["trials"]}
     for trial in trials:
         path, key = trial.directory.name, (trial.arm, trial.seed)
         if key in promised and promised[key]["path"] != path:
             raise UsageError(_conflict(directory, trial, promised[key]["path"]))
-        steps = trial.config.trainer.steps
-        promised[key] = {"arm": trial.arm, "seed": trial.seed, "path": path, "steps": steps}
+        entry = {"arm": trial.arm, "seed": trial.seed, "path": path, "steps": trial.config.trainer.steps}
+        group = {"group": trial.group} if trial.group else {}
+        promised[key] = {**entry, **group, "point": trial.point} if trial.point else {**entry, **group}
     about = {key: getattr(sweep, key) for key in ("name", "question", "paper", "baseline", "match", "objective")}
-    return known, {**about, "scale": scale, "trials": list(promised.values())}
+    about |= {"pruner": pruner} if (pruner := sweep.pruner_at(scale)) else {}
+    return known, {**about, **search, "scale": scale, "trials": list(promised.values())}
 
 
 def _conflict(directory: Path, trial: Trial, path: str) -> str:

@@ -13,7 +13,7 @@ class TrialProgress:
 
     def __init__(self, record: RunRecord, steps: int):
         self.record, self.steps = record, steps
-        self.step = steps if record.status == "done" else 0
+        self.step = steps if record.status in ("done", "pruned") else 0
         self.newest: dict[str, str] = {}
         self._tail = MetricsTail(record)
         self.read()
@@ -30,16 +30,26 @@ class TrialProgress:
 class SweepProgress:
     """The bar. Steps that were finished before count as done and not towards the rate, so the time left is honest."""
 
-    def __init__(self, trials: Sequence[TrialProgress], enabled: bool):
-        self._trials = trials
+    def __init__(self, enabled: bool):
+        self._trials: list[TrialProgress] = []
+        self._finished_before = 0
         self._bar = tqdm(
-            total=sum(trial.steps for trial in trials),
-            initial=sum(trial.step for trial in trials),
+            total=0,
             unit="step",
             smoothing=0,
             disable=not enabled,
             mininterval=0.5 if sys.stderr.isatty() else 60,  # in a log file a line a minute
         )
+
+    def add(self, trials: Sequence[TrialProgress]) -> None:
+        first = not self._trials
+        self._trials += trials
+        self._bar.total += sum(trial.steps for trial in trials)
+        finished = sum(trial.step for trial in trials)
+        self._bar.n += finished
+        self._bar.initial = self._finished_before = self._finished_before + finished
+        if first:
+            self._bar.refresh()
 
     def describe(self, text: str) -> None:
         self._bar.set_description(text, refresh=False)

@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 from moepp.errors import Interrupted, RunError, UsageError
@@ -17,6 +18,7 @@ from moepp.sweeps.job import Job
 from moepp.sweeps.leases import STALE_SECONDS, Heart, Lease, LeaseWatch
 from moepp.sweeps.plan import promise
 from moepp.sweeps.progress import SweepProgress
+from moepp.sweeps.search import Search, refuse_storage
 from moepp.sweeps.slots import Slot, divide
 from moepp.sweeps.spec import Sweep, Trial
 from moepp.training.mlflow_store import store_uri
@@ -52,15 +54,28 @@ def run_sweep(
     if workers < 0:
         raise UsageError(f"workers={workers} must not be negative")
     trials = sweep.trials(scale, extra, seeds)
-    require_match(sweep.match, budgets(trials))
-    _freeze_data(trials)
+    searched = sweep.search(scale) is not None
+    require_match(sweep.match, budgets([*trials, *(sweep.extremes(scale, extra) if searched else ())]))
+    freeze = DataFreezer()
+    for trial in trials:
+        freeze(trial)
     config = trials[0].config
     directory = Path(config.runs) / config.name
+    slots = divide(workers, config.trainer)
+    search = None
+    if searched:
+        refuse_storage(sweep.storage, len(slots) if at_once is None else 0)
+        search = Search(sweep, scale, extra, seeds, freeze)
     heart = Heart(stale)
     try:
-        promise(directory, sweep, scale, trials)
-        jobs = [Job(trial, sweep.retries, heart, stale) for trial in trials]
-        runner = _Runner(jobs, divide(workers, config.trainer)[:at_once], command, progress)
+        if search:
+            search.begin()
+            trials = search.known()
+        else:
+            promise(directory, sweep, scale, trials)
+        job = partial(Job, retries=sweep.retries, heart=heart, stale=stale)
+        runner = _Runner(slots[:at_once], command, job, progress, search)
+        runner.learn(trials)
         mirrored = config.tracking.backend == "mlflow"
         mirror = _SharedMirror(directory, config.tracking, config.runs, heart, stale) if mirrored else None
         with heart.beating(), follow(mirror) if mirror else nullcontext():
@@ -68,25 +83,29 @@ def run_sweep(
     except OSError as error:
         place = error.filename or directory
         raise RunError(f"cannot write {place} ({error.strerror}); the same command continues") from error
-    failures = [f"{job.label}: {job.failure}" for job in jobs if job.failure]
+    failures = [f"{job.label}: {job.failure}" for job in runner.jobs if job.failure]
     if failures:
         raise RunError(
-            f"{len(failures)} of {len(jobs)} trials failed; `python run.py sweep retry {sweep.name} --scale {scale}`"
+            f"{len(failures)} of {runner.planned} trials failed;"
+            f" `python run.py sweep retry {sweep.name} --scale {scale}`"
             f" lets the same command try them again ({'; '.join(failures)})"
         )
     return directory
 
 
-def _freeze_data(trials: Sequence[Trial]) -> None:
-    """Writes the digest of the data into each config, preparing every distinct data set once."""
-    from moepp.training.tokens import prepare
+class DataFreezer:
+    """Writes the digest of its data into a trial's config, preparing every distinct data set once."""
 
-    digests: dict[str, str] = {}
-    for trial in trials:
+    def __init__(self) -> None:
+        self._digests: dict[str, str] = {}
+
+    def __call__(self, trial: Trial) -> None:
+        from moepp.training.tokens import prepare
+
         wanted = repr(trial.config.data)
-        if wanted not in digests:
-            digests[wanted] = prepare(trial.config.data).header.digest
-        trial.config.data.digest = digests[wanted]
+        if wanted not in self._digests:
+            self._digests[wanted] = prepare(trial.config.data).header.digest
+        trial.config.data.digest = self._digests[wanted]
 
 
 class _SharedMirror:
@@ -116,20 +135,41 @@ class _SharedMirror:
 
 
 class _Runner:
-    """The loop over jobs: claims, starts, watches and, when interrupted, stops them."""
+    """The loop over jobs: claims, starts, watches and, when interrupted, stops them. A search adds jobs while it runs:
+    those that other workers asked for and, where a slot finds nothing to do, one that this worker asks for.
+    """
 
-    def __init__(self, jobs: Sequence[Job], slots: list[Slot], command: Sequence[str], progress: bool):
-        self.jobs, self.slots, self.command = jobs, slots, command  # the slots are the free ones
-        self.waiting = [job for job in jobs if not job.settled]
+    def __init__(
+        self,
+        slots: list[Slot],
+        command: Sequence[str],
+        job: Callable[[Trial], Job],
+        progress: bool,
+        search: Search | None,
+    ):
+        self.slots, self.command, self._job, self.search = slots, command, job, search  # the slots are the free ones
+        self.jobs: list[Job] = []
+        self.waiting: list[Job] = []
         self.running: list[Job] = []
         self.interrupted = False
         self._next_look = 0.0
-        self._bar = SweepProgress([job.progress for job in jobs], progress)
+        self._bar = SweepProgress(progress)
+        self._exhausted = search is None
+
+    @property
+    def planned(self) -> int:
+        return self.search.planned if self.search else len(self.jobs)
+
+    def learn(self, trials: Sequence[Trial]) -> None:
+        new = [self._job(trial) for trial in trials]
+        self.jobs += new
+        self.waiting += [job for job in new if not job.settled]
+        self._bar.add([job.progress for job in new])
 
     def run(self) -> None:
         with self._interruptible():
             try:
-                while (self.waiting or self.running) and not self.interrupted:
+                while (self.waiting or self.running or not self._exhausted) and not self.interrupted:
                     self._claim()
                     time.sleep(POLL_SECONDS)
                     self._bar.show([job.progress for job in self.running])
@@ -140,15 +180,27 @@ class _Runner:
                 self._bar.close()
         if self.interrupted:
             done = sum(job.done for job in self.jobs)
-            raise Interrupted(
-                f"interrupted: {done} of {len(self.jobs)} trials are finished; the same command continues"
-            )
+            raise Interrupted(f"interrupted: {done} of {self.planned} trials are finished; the same command continues")
 
     def _claim(self) -> None:
         """Fills the free slots, as far as there are trials that nobody holds."""
         if not self.slots or time.monotonic() < self._next_look:
             return
+        if self.search:
+            self.learn(self.search.known())
+        self._start_free()
+        while self.slots and not self._exhausted and not self.interrupted:
+            proposed = self.search.propose()
+            self._exhausted = not proposed
+            self.learn(proposed)
+            self._start_free()
+        if self.slots:
+            self._next_look = time.monotonic() + LOOK_SECONDS
+
+    def _start_free(self) -> None:
         for job in list(self.waiting):
+            if not self.slots:
+                return
             if job.settled:
                 job.progress.read()
                 self.waiting.remove(job)
@@ -156,10 +208,7 @@ class _Runner:
                 self.waiting.remove(job)
                 self.running.append(job)
                 job.start(self.command, self.slots.pop(0))
-                self._bar.describe(f"trial {self.jobs.index(job) + 1}/{len(self.jobs)} {job.label}")
-            if not self.slots:
-                return
-        self._next_look = time.monotonic() + LOOK_SECONDS
+                self._bar.describe(f"trial {self.jobs.index(job) + 1}/{self.planned} {job.label}")
 
     def _settle(self) -> None:
         """Closes the books on ended trials and frees their slots."""

@@ -3,13 +3,14 @@
 import copy
 import difflib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moepp.config import CONF, compose, load
 from moepp.errors import UsageError
-from moepp.sweeps import space
+from moepp.sweeps import pruning
+from moepp.sweeps.space import Point, SearchSpace, expand, overrides, search_space
 
 if TYPE_CHECKING:
     from moepp.training.settings import RunConfig
@@ -22,7 +23,9 @@ class Scale:
     """What a scale changes in every arm. `set` holds overrides as on the command line."""
 
     set: list[str] = field(default_factory=list)
-    seeds: list[int] | None = None  # in place of the sweep's
+    seeds: list[int] | None = None  # in place of the sweep's, as are the following
+    proposals: int | None = None  # n of a search
+    pruner: dict[str, Any] | None = None
 
 
 @dataclass
@@ -39,10 +42,12 @@ class Sweep:
     scales: dict[str, Scale] = field(default_factory=dict)
     baseline: str = ""
     arms: dict[str, Any] = field(default_factory=dict)
-    space: dict[str, Any] = field(default_factory=dict)  # more arms: moepp/sweeps/space.py
+    space: dict[str, Any] = field(default_factory=dict)  # more arms, or a search in each: moepp/sweeps/space.py
+    pruner: dict[str, Any] = field(default_factory=dict)  # of what the space adds: moepp/sweeps/pruning.py
+    storage: str = ""  # database of a search, as a URL; empty: a journal beside the records
     seeds: list[int] = field(default_factory=lambda: [0])
     match: Literal["tokens", "total_params", "active_params", "flops_per_token", "none"] = "tokens"  # held equal
-    objective: str = "final/val_loss"
+    objective: str = "final/val_loss"  # minimised by a search
     retries: int = 1  # times that a crashed trial is started again
 
     def folder(self, scale: str, extra: Iterable[str] = ()) -> Path:
@@ -58,28 +63,73 @@ class Sweep:
             raise UsageError(_unknown("scale", name, self.scales))
         return self.scales[name]
 
+    def search(self, scale: str) -> SearchSpace | None:
+        """None where all arms are known from the start."""
+        found, n = search_space(self.space), self.scale(scale).proposals
+        return replace(found, n=n) if found and n else found
+
+    def pruner_at(self, scale: str) -> dict[str, Any]:
+        own = self.scale(scale).pruner
+        return self.pruner if own is None else own
+
+    def chosen_seeds(self, scale: str, seeds: Sequence[int] | None = None) -> list[int]:
+        """Those the caller names, else the scale's, else the sweep's. Raises UsageError where they repeat."""
+        chosen = list(seeds or self.scale(scale).seeds or self.seeds)
+        if len(set(chosen)) < len(chosen):
+            raise UsageError(f"seeds {chosen} of sweep {self.name} repeat; each seed is one run per arm")
+        return chosen
+
     def trials(self, scale: str, extra: Iterable[str] = (), seeds: Sequence[int] | None = None) -> list["Trial"]:
         """Every arm with every seed, all arms of the first seed first, so that a table exists early.
 
-        Later ones of base, scale, arm and `extra` win. `seeds` replaces those of the file. Raises UsageError for an
-        unknown scale, an override the config refuses, repeated seeds, or arms that amount to the same run.
+        Later ones of base, scale, arm and `extra` win. `seeds` replaces those of the file. Of a search these are its
+        arms as they stand, before anything is proposed. Raises UsageError for an unknown scale, an override the config
+        refuses, repeated seeds, or arms that amount to the same run.
         """
+        seeds, pruned = self.chosen_seeds(scale, seeds), expand(self.space) if self.pruner_at(scale) else {}
+        # To compose takes tens of milliseconds, which a copy for each seed does not.
+        configs = {arm: self._compose(arm, _layers(changes), scale, extra) for arm, changes in self.arms.items()}
+        groups = {arm: "space" if arm in pruned and arm != self.baseline else "" for arm in configs}
+        trials = [Trial(a, s, _seeded(config, s), groups[a]) for s in seeds for a, config in configs.items()]
+        _refuse_equal_arms(trials)
+        _refuse_rungs_between_validations(pruning.parse(self.pruner_at(scale)), trials)
+        return trials
+
+    def proposal(
+        self,
+        arm: str,
+        name: str,
+        point: Point,
+        scale: str,
+        extra: Sequence[str] = (),
+        seeds: Sequence[int] | None = None,
+    ) -> list["Trial"]:
+        """The trials of one proposal of a search: `arm` at a point of the space, under a name of its own."""
+        given = {override.partition("=")[0] for override in extra}
+        if both := sorted(given & point.keys()):
+            raise UsageError(f"{both[0]} is searched in arm {arm}; leave it out of the command")
+        config = self._compose(name, [*_layers(self.arms[arm]), *overrides(point)], scale, extra)
+        config.tags["search"] = arm
+        return [Trial(name, s, _seeded(config, s), arm, point) for s in self.chosen_seeds(scale, seeds)]
+
+    def extremes(self, scale: str, extra: Sequence[str] = ()) -> list["Trial"]:
+        """Every arm of a search at the ends of each axis: what fits there fits in between."""
+        seeds = self.chosen_seeds(scale)[:1]
+        return [
+            trial
+            for arm in self.arms
+            for key, axis in self.search(scale).of(arm).items()
+            for value in axis.extremes
+            for trial in self.proposal(arm, f"{arm}, {key}={value}", {key: value}, scale, extra, seeds)
+        ]
+
+    def _compose(self, arm: str, layers: Sequence[Any], scale: str, extra: Iterable[str]) -> "RunConfig":
         from moepp.training.settings import RunConfig
 
-        chosen = self.scale(scale)
-        seeds = list(seeds or chosen.seeds or self.seeds)
-        if len(set(seeds)) < len(seeds):
-            raise UsageError(f"seeds {seeds} of sweep {self.name} repeat; each seed is one run per arm")
-        configs = {}
-        for arm, changes in self.arms.items():
-            arm_layers = [changes] if isinstance(changes, dict) else list(changes)
-            configs[arm] = compose(RunConfig, [*self.base, *chosen.set, *arm_layers, *extra])
-            configs[arm].name = f"{self.name}-{scale}"
-            configs[arm].tags |= self._tags(scale, arm)
-        # To compose takes tens of milliseconds, which a copy for each seed does not.
-        trials = [Trial(arm, seed, _seeded(config, seed)) for seed in seeds for arm, config in configs.items()]
-        _refuse_equal_arms(trials)
-        return trials
+        config = compose(RunConfig, [*self.base, *self.scale(scale).set, *layers, *extra])
+        config.name = f"{self.name}-{scale}"
+        config.tags |= self._tags(scale, arm)
+        return config
 
     def _tags(self, scale: str, arm: str) -> dict[str, str]:
         names = {"sweep": f"{self.name}-{scale}", "experiment": self.name, "scale": scale}
@@ -93,6 +143,8 @@ class Trial:
     arm: str
     seed: int
     config: "RunConfig"
+    group: str = ""  # those of a group may be pruned against each other
+    point: Point = field(default_factory=dict)  # what a search has proposed
 
     @property
     def directory(self) -> Path:
@@ -110,8 +162,12 @@ def load_sweep(name_or_path: str) -> Sweep:
         if not path.is_file():
             raise UsageError(_unknown("sweep", name_or_path, sorted(found.stem for found in SWEEPS.glob("*.yaml"))))
     sweep = load(Sweep, path)
+    if sweep.pruner and not sweep.space:
+        raise UsageError(f"{path}: pruner needs a space; named arms are there to be compared, and run to their end")
+    for pruner in (sweep.pruner, *(scale.pruner or {} for scale in sweep.scales.values())):
+        pruning.parse(pruner)
     if sweep.space:
-        points = space.expand(sweep.space)
+        points = expand(sweep.space)
         if both := sweep.arms.keys() & points.keys():
             raise UsageError(f"{path}: arm {min(both)} is also a point of the space")
         sweep.arms |= points
@@ -122,10 +178,27 @@ def load_sweep(name_or_path: str) -> Sweep:
         raise UsageError(f"{path}: retries={sweep.retries} must not be negative")
     if sweep.baseline not in sweep.arms:
         raise UsageError(f"{path}: {_unknown('baseline', sweep.baseline, sweep.arms)}")
+    search = search_space(sweep.space)
+    for key, axis in search.axes.items() if search else ():
+        if unknown := set(axis.arms) - set(sweep.arms):
+            raise UsageError(f"{path}: space.tpe: {key}: {_unknown('arm', min(unknown), sweep.arms)}")
     for arm, changes in sweep.arms.items():
         if not isinstance(changes, dict | list):
             raise UsageError(f"{path}: arm {arm} must be a list of overrides or a mapping shaped like the config")
     return sweep
+
+
+def _refuse_rungs_between_validations(halving: pruning.SuccessiveHalving | None, trials: list[Trial]) -> None:
+    for trial in trials if halving else ():
+        if halving.first % (every := trial.config.trainer.val_every):
+            raise UsageError(
+                f"pruner: first={halving.first} must be a multiple of trainer.val_every={every}, for a rung compares"
+                " validation losses"
+            )
+
+
+def _layers(changes: Any) -> list[Any]:
+    return [changes] if isinstance(changes, dict) else list(changes)
 
 
 def _seeded(config: "RunConfig", seed: int) -> "RunConfig":

@@ -11,7 +11,7 @@ from typing import Any
 from moepp.records import RunRecord
 from moepp.sweeps.leases import Holder, died_here, is_free, newest
 
-STATES = ("done", "running", "failed", "waiting")
+STATES = ("done", "pruned", "running", "failed", "waiting")
 TIMED_TRIALS = 20  # finished ones whose time stands for the rest
 RATE_LINES = 10  # newest logged lines whose speed stands for the rest of a trial
 
@@ -64,6 +64,9 @@ def _trial(path: Path, trial: dict[str, Any]) -> TrialStatus:
     status = record.status
     if status == "done":
         return TrialStatus(label, "done", path, steps, steps)
+    if status == "pruned":
+        pruned = record.read("pruned.json")
+        return TrialStatus(label, "pruned", path, pruned["step"], steps, None, pruned["reason"])
     lines = record.metrics()
     step = min(steps, int(lines[-1]["step"])) if lines else 0
     if holder := _holder(path / "leases"):

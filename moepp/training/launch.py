@@ -60,7 +60,7 @@ class _Process:
 
 
 def launch(record: RunRecord, config: "RunConfig") -> None:
-    """Trains a run whose record is open, on this node's `trainer.devices` devices, and returns when it is done.
+    """Trains a run whose record is open on this node's `trainer.devices` devices, until it is done or pruned.
 
     On several nodes every starter is given NODE_RANK, and MASTER_ADDR and MASTER_PORT of the first. SIGTERM and Ctrl-C
     let the ranks save at the end of their step. Raises Interrupted then, UsageError for what a rank refuses, RunError
@@ -75,7 +75,7 @@ def launch(record: RunRecord, config: "RunConfig") -> None:
                 place = {"RANK": str(node * devices + local), "LOCAL_RANK": str(local)}
                 processes.append(_start(record, variables | place, show=node == local == 0))
             elsewhere = _watch(processes, requests, store if config.trainer.num_nodes > 1 else None)
-            if record.status == "done":
+            if record.status in ("done", "pruned"):
                 return
             error = _reason(processes, requests, elsewhere, config, record)
             with suppress(Exception):  # the first node's starter, which keeps the store, may be gone

@@ -27,6 +27,7 @@ from moepp.training.data import TokenDataModule
 from moepp.training.launch import launch
 from moepp.training.module import LanguageModel
 from moepp.training.provenance import collect
+from moepp.training.pruning import Judge, Pruning
 from moepp.training.ranks import Rank, from_rank_zero, is_lost_connection, process_group
 from moepp.training.record_logger import RecordLogger
 from moepp.training.settings import RunConfig
@@ -45,8 +46,10 @@ def freeze(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, digest=tokens.header.digest))
 
 
-def train(config: RunConfig, directory: Path) -> RunRecord:
-    """Trains a frozen config in its run directory, or continues, or returns at once when it is done.
+def train(config: RunConfig, directory: Path, judge: Judge | None = None) -> RunRecord:
+    """Trains a frozen config in its run directory, or continues, or returns at once when it is done or pruned.
+
+    `judge` may stop it early, with the status `pruned`.
 
     Over several devices this process starts one for each (launch.py), or is one of those that torchrun or srun started;
     of these, rank 0 alone writes the record. Raises RunError for what goes wrong after a correct start, and leaves the
@@ -57,8 +60,8 @@ def train(config: RunConfig, directory: Path) -> RunRecord:
     _refuse_missing_devices(config)
     try:
         with record.lock() if rank.keeps_record(config) else nullcontext():
-            if record.status != "done":
-                _train_or_say_why(record, config, rank)
+            if record.status not in ("done", "pruned"):
+                _train_or_say_why(record, config, rank, judge)
     except OSError as error:
         raise RunError(f"cannot write the run record {directory}: {error.strerror or error}") from error
     return record
@@ -76,14 +79,14 @@ def _uses_gpus(config: RunConfig) -> bool:
     return config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
 
 
-def _train_or_say_why(record: RunRecord, config: RunConfig, rank: Rank) -> None:
+def _train_or_say_why(record: RunRecord, config: RunConfig, rank: Rank, judge: Judge | None) -> None:
     try:
         if rank.keeps_record(config):
             _open_record(record, config)
         if config.strategy.name != "single" and not rank.started_by:
             launch(record, config)
         else:
-            _train_as(rank, record, config)
+            _train_as(rank, record, config, judge)
     except Interrupted:
         raise
     except BackendError as error:
@@ -95,10 +98,10 @@ def _train_or_say_why(record: RunRecord, config: RunConfig, rank: Rank) -> None:
         raise
 
 
-def _train_as(rank: Rank, record: RunRecord, config: RunConfig) -> None:
+def _train_as(rank: Rank, record: RunRecord, config: RunConfig, judge: Judge | None) -> None:
     try:
         with process_group(rank, config.strategy.timeout_s, _uses_gpus(config)):
-            _train(record, config, rank)
+            _train(record, config, rank, judge)
     except (UsageError, RunError):
         raise
     except Exception as error:
@@ -132,7 +135,7 @@ def _open_record(record: RunRecord, config: RunConfig) -> None:
     record.path.joinpath("failed.json").unlink(missing_ok=True)
 
 
-def _train(record: RunRecord, config: RunConfig, rank: Rank) -> None:
+def _train(record: RunRecord, config: RunConfig, rank: Rank, judge: Judge | None) -> None:
     _quiet()
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
@@ -141,16 +144,18 @@ def _train(record: RunRecord, config: RunConfig, rank: Rank) -> None:
         write_json(record.path / "provenance.json", collect(dataclasses.asdict(tokens.header)))
     module = LanguageModel(config, tokens.header.end_of_text)
     data = TokenDataModule(config.data, config.seed, config.trainer.accumulate)
-    trainer = _trainer(record, config, rank)
+    trainer = _trainer(record, config, rank, judge)
     resume = from_rank_zero(_resume_point(record) if rank.rank == 0 else None)
     started = time.perf_counter()
     trainer.fit(module, data, ckpt_path=resume and _arrived(resume))
+    if trainer.should_stop:  # pruned
+        return
     if module.validated_step != trainer.global_step:
         trainer.validate(module, data, verbose=False)
     _finish(record, config, trainer, module, tokens, time.perf_counter() - started)
 
 
-def _trainer(record: RunRecord, config: RunConfig, rank: Rank) -> pl.Trainer:
+def _trainer(record: RunRecord, config: RunConfig, rank: Rank, judge: Judge | None) -> pl.Trainer:
     settings = config.trainer
     trainer = pl.Trainer(
         strategy=_strategy(config),
@@ -170,6 +175,7 @@ def _trainer(record: RunRecord, config: RunConfig, rank: Rank) -> pl.Trainer:
         log_every_n_steps=settings.log_every,
         callbacks=[
             MetricsReporter(),
+            *([Pruning(judge)] if judge else []),
             ResumeCheckpoint(record.checkpoints, settings.checkpoint_every, settings.val_every),
         ],
         default_root_dir=record.path,

@@ -91,6 +91,10 @@ class Mirror:
             run.save()
         elif status == "failed":
             run.put_status("FAILED", end)
+        elif status == "pruned":
+            run.put_status("KILLED", end)
+            run.state["complete"] = True
+            run.save()
         else:
             run.put_status("KILLED" if ended else "RUNNING", end)
 
@@ -123,6 +127,7 @@ class Mirror:
             "mlflow.source.name": provenance.get("command"), "mlflow.source.type": "LOCAL",
             "mlflow.source.git.commit": git.get("sha"),
             "failure": self.record.read("failed.json").get("reason", ""),
+            "pruned": self.record.read("pruned.json").get("reason"),
             "mlflow.parentRunId": self.parent_run_id,
         }  # fmt: skip
         return {key: str(value) for key, value in tags.items() if value is not None}
@@ -155,7 +160,8 @@ class FolderMirror:
             statuses = {RunRecord(self.directory / trial["path"]).status for trial in sweep["trials"]}
             unfinished = "KILLED" if ended else "RUNNING"
             settled = "FAILED" if "failed" in statuses else "FINISHED"
-            self._parent.put_status(settled if statuses <= {"done", "failed"} else unfinished)
+            open_ = statuses - {"done", "failed", "pruned"} or len(sweep["trials"]) < sweep.get("planned", 0)
+            self._parent.put_status(unfinished if open_ else settled)
 
     def follow(self) -> AbstractContextManager[None]:
         """Syncs every few seconds beside the sweep, and a last time at the end."""

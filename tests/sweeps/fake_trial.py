@@ -19,7 +19,7 @@ config = record.read("config.yaml")
 with record.lock():
     with open(record.path / "attempts", "a") as attempts:
         attempts.write(f"{os.getpid()} {os.environ.get('OMP_NUM_THREADS')}\n")
-    arm = config["tags"]["arm"]
+    arm = config["tags"].get("search", config["tags"]["arm"])
     if arm == "broken" and not (Path(config["runs"]).parent / "fixed").exists():
         sys.exit("the router is cold\nexpert 3 is on fire")
     if arm == "flaky" and len((record.path / "attempts").read_text().splitlines()) == 1:

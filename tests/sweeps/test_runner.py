@@ -197,7 +197,7 @@ def test_a_trial_that_ignores_the_request_to_stop_is_killed(runs, monkeypatch):
     assert deaf.claim()
     deaf.start([sys.executable, "-c", script], {})
     wait_until(lambda: "deaf" in (deaf.record.path / "log.txt").read_text())
-    loop = runner._Runner([deaf], [], (), progress=False)
+    loop = runner._Runner([], (), Job, progress=False, search=None)
     loop.running = [deaf]
     loop._stop()
     assert deaf.process.returncode == -signal.SIGKILL

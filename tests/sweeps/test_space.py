@@ -45,7 +45,9 @@ def test_random_points_lie_in_their_ranges_and_repeat_with_the_seed():
 @pytest.mark.parametrize(
     ("space", "message"),
     [
-        ({"tpe": {"n": 3}}, "space must hold either grid or random, not tpe"),
+        ({"cma": {"n": 3}}, "space must hold one of grid, random and tpe, not cma"),
+        ({"tpe": {"n": 3}}, "space.tpe must hold n, keys"),
+        ({"tpe": {"n": 3, "keys": {"a": {"int": [1, 2], "arms": "vanilla"}}}}, "with arms: "),
         ({"grid": {"a": [1]}, "random": {}}, "not grid, random"),
         ({"grid": {}}, "space.grid must hold keys and values"),
         ({"grid": {"optim.lr": 3}}, "space.grid: optim.lr must be a list"),

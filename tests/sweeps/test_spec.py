@@ -107,7 +107,9 @@ def test_a_point_of_the_space_may_not_hide_an_arm(write):
         ({"seeds": ["many"]}, "seeds"),
         ({"scales": {"smoke": {"sets": []}}}, "scales.smoke.sets"),
         ({"retries": -1}, "retries=-1 must not be negative"),
-        ({"space": {"tpe": {}}}, "space must hold either grid or random"),
+        ({"space": {"cma": {}}}, "space must hold one of grid, random and tpe"),
+        ({"pruner": {"successive_halving": {"first": 2, "factor": 2}}}, "pruner needs a space"),
+        ({"space": {"grid": {"seed": [1]}}, "pruner": {"median": 1}}, "pruner must be {successive_halving"),
         ({"arms": {"vanilla": 3}}, "arm vanilla must be a list of overrides or a mapping"),
     ],
 )

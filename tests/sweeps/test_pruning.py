@@ -1,0 +1,111 @@
+import pytest
+
+from moepp.config import compose
+from moepp.errors import UsageError
+from moepp.records import RunRecord, write_json
+from moepp.sweeps.job import Job
+from moepp.sweeps.leases import Heart
+from moepp.sweeps.pruning import Judge, SuccessiveHalving, parse
+from moepp.sweeps.spec import Trial
+from moepp.sweeps.status import read_status
+from moepp.training.run import freeze, train
+from moepp.training.settings import RunConfig, run_directory
+
+PRUNER = {"successive_halving": {"first": 5, "factor": 2}}
+
+
+def test_rungs_grow_by_the_factor_and_stop_before_the_end():
+    halving = SuccessiveHalving(first=10, factor=3)
+    assert [step for step in range(271) if halving.is_rung(step, 270)] == [10, 30, 90]
+
+
+def test_the_best_of_a_rung_go_on():
+    halving = SuccessiveHalving(first=10, factor=3)
+    assert halving.keeps(9.0, [9.0])  # alone
+    assert not halving.keeps(9.0, [9.0, 8.0]) and halving.keeps(8.0, [9.0, 8.0])
+    losses = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    assert [halving.keeps(loss, losses) for loss in losses] == [True, True, False, False, False, False]
+
+
+@pytest.mark.parametrize(
+    "pruner",
+    [
+        {"median": {}},
+        {"successive_halving": {"first": 5}},
+        {"successive_halving": {"first": 5, "factor": 1}},
+        {"successive_halving": {"first": 2.5, "factor": 2}},
+        {"successive_halving": {"first": 5, "factor": 2}, "patience": 1},
+    ],
+)
+def test_what_is_no_pruner_is_refused(pruner):
+    with pytest.raises(UsageError, match="pruner"):
+        parse(pruner)
+
+
+@pytest.fixture
+def plan(overrides):
+    """A frozen trial of 12 steps with rungs at 5 and 10, and a way to place rivals beside it."""
+    config = freeze(compose(RunConfig, overrides))
+    directory = run_directory(config)
+    trials = [{"arm": "a", "seed": 0, "path": directory.name, "steps": 12, "group": "space"}]
+
+    def rival(name, losses, seed=0, group="space"):
+        record = RunRecord(directory.parent / name)
+        record.path.mkdir(parents=True)
+        for step, loss in losses.items():
+            record.log(step, {"val/loss": loss})
+        trials.append({"arm": name, "seed": seed, "path": name, "steps": 12, "group": group})
+        write_json(directory.parent / "sweep.json", {"pruner": PRUNER, "trials": trials})
+
+    rival("absent", {})
+    return config, directory, rival
+
+
+def test_rivals_are_those_of_the_same_group_and_seed(plan):
+    _, directory, rival = plan
+    rival("other_seed", {5: 1.0}, seed=1)
+    rival("other_group", {5: 1.0}, group="")
+    rival("not_there_yet", {4: 1.0})
+    judge = Judge.of(directory)
+    assert judge.verdict(5, 3.0) == ""
+    rival("better", {5: 2.0})
+    assert judge.verdict(5, 3.0) == "validation loss 3 at step 5 is number 2 of 2"
+    assert judge.verdict(5, 1.0) == judge.verdict(6, 3.0) == judge.verdict(12, 3.0) == ""
+
+
+def test_named_arms_and_single_runs_have_no_judge(plan):
+    _, directory, rival = plan
+    rival("named", {5: 9.0}, group="")
+    assert Judge.of(directory.parent / "named") is None
+    assert Judge.of(directory.parent.parent / "elsewhere" / directory.name) is None
+
+
+def test_a_run_that_falls_behind_stops_at_its_rung(plan):
+    config, directory, rival = plan
+    rival("better_later", {5: 99.0, 10: 0.0})
+    record = train(config, directory, Judge.of(directory))
+    assert record.status == "pruned" and not record.final()
+    assert record.read("pruned.json")["step"] == 10 and record.metrics()[-1]["step"] == 10
+    before = record.metrics()
+    assert train(config, directory, Judge.of(directory)).metrics() == before  # it stays so
+
+    (directory / "pruned.json").unlink()  # as when it is killed before the outcome is on the disk
+    again = train(config, directory, Judge.of(directory))
+    assert again.status == "pruned"
+    for name in ("val/loss", "train/loss"):
+        lines = [[(line["step"], line[name]) for line in found if name in line] for found in (before, again.metrics())]
+        assert lines[0] == lines[1]
+
+    job = Job(Trial("a", 0, config), retries=0, heart=Heart())
+    assert job.settled and not job.failure and not job.done and job.progress.step == 12
+    [status] = read_status(
+        directory.parent, {"trials": [{"arm": "a", "seed": 0, "path": directory.name, "steps": 12}]}
+    ).trials
+    assert (status.state, status.step) == ("pruned", 10) and "number 2 of 2" in status.note
+
+
+def test_a_run_among_the_best_is_the_run_without_a_pruner(plan, tmp_path):
+    config, directory, rival = plan
+    rival("worse", {5: 99.0, 10: 99.0})
+    pruned = train(config, directory, Judge.of(directory)).final()
+    assert pruned["val_loss"] == train(config, tmp_path / "alone").final()["val_loss"]

@@ -1,0 +1,191 @@
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from run_fake_sweep import FAKE_TRIAL, no_preparation, sweep
+
+from moepp.errors import RunError, UsageError
+from moepp.records import RunRecord, read_json
+from moepp.sweeps import search as searching
+from moepp.sweeps.runner import run_sweep
+
+optuna = pytest.importorskip("optuna", reason="optuna is not installed (pip install 'moepp[sweep]')")
+
+SPACE = {"tpe": {"n": 4, "keys": {"optim.lr": {"float": [1e-4, 1e-2], "log": True}, "model.top_k": {"int": [1, 2]}}}}
+ARMS = {"vanilla": ["model=vanilla"], "moepp": ["model=moepp"]}
+
+
+@pytest.fixture(autouse=True)
+def tokens_are_not_prepared(monkeypatch):
+    monkeypatch.setattr("moepp.training.tokens.prepare", no_preparation)
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return tmp_path / "runs"
+
+
+def toy(n=3, **changes):
+    found = sweep(**ARMS)
+    found.space = {"tpe": SPACE["tpe"] | {"n": n}}
+    for key, value in changes.items():
+        setattr(found, key, value)
+    return found
+
+
+def run(runs, toy, workers=2, **options):
+    return run_sweep(toy, "smoke", workers, [f"runs={runs}"], progress=False, command=FAKE_TRIAL, **options)
+
+
+def proposals(directory, arm="vanilla"):
+    return [trial for trial in read_json(directory / "sweep.json")["trials"] if trial["group"] == arm]
+
+
+def study(directory, arm="vanilla"):
+    backend = optuna.storages.journal.JournalFileBackend(str(directory / searching.JOURNAL))
+    return optuna.load_study(study_name=f"{directory.name}/{arm}", storage=optuna.storages.JournalStorage(backend))
+
+
+def wait_until(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def test_every_arm_gets_its_proposals_and_the_study_their_outcomes(runs):
+    directory = run(runs, toy())
+    assert len(list(directory.glob("*/done"))) == 6
+    for arm in ARMS:
+        trials = proposals(directory, arm)
+        assert [trial["arm"] for trial in trials] == [f"{arm}_{k:03d}" for k in range(3)]
+        rates = [trial["point"]["optim.lr"] for trial in trials]
+        assert len(set(rates)) == 3 and all(1e-4 <= rate <= 1e-2 for rate in rates)
+        for trial, asked in zip(trials, study(directory, arm).trials, strict=True):
+            config = RunRecord(directory / trial["path"]).read("config.yaml")
+            assert config["optim"]["lr"] == trial["point"]["optim.lr"]
+            assert trial["point"]["optim.lr"] == pytest.approx(asked.params["optim.lr"], rel=1e-3)
+            assert config["tags"]["arm"] == trial["arm"] and config["tags"]["search"] == arm
+    before = (directory / "sweep.json").read_text()
+    run(runs, toy())
+    assert (directory / "sweep.json").read_text() == before  # nothing is asked for anew
+    assert all(len(path.read_text().splitlines()) == 1 for path in directory.glob("*/attempts"))
+    run(runs, toy(n=4), workers=1)
+    assert len(proposals(directory)) == 4
+    assert [trial.value for trial in study(directory).trials[:3]] == [0.5] * 3
+
+
+def test_a_proposal_runs_at_every_seed_and_the_study_sees_the_mean(runs):
+    directory = run(runs, toy(n=1, arms={"vanilla": ["model=vanilla"]}), seeds=[3, 4])
+    paths = [directory / trial["path"] for trial in proposals(directory)]
+    assert [trial["seed"] for trial in proposals(directory)] == [3, 4] and len(set(paths)) == 2
+    RunRecord(paths[0]).log(4, {"final/val_loss": 1.5})
+    run(runs, toy(n=2, arms={"vanilla": ["model=vanilla"]}), seeds=[3, 4])
+    assert study(directory).trials[0].value == 1.0
+
+
+def test_a_proposal_whose_worker_died_before_it_was_written_down_is_used(runs, monkeypatch):
+    class Died(BaseException):
+        pass
+
+    def die(directory, sweep, scale, trials, about):
+        if trials:
+            raise Died
+        promise(directory, sweep, scale, trials, about)
+
+    with monkeypatch.context() as broken:
+        promise = searching.promise
+        broken.setattr(searching, "promise", die)
+        with pytest.raises(Died):
+            run(runs, toy(n=2))
+    directory = runs / "toy-smoke"
+    asked = study(directory).trials[0].params
+    run(runs, toy(n=2))
+    assert proposals(directory)[0]["point"]["optim.lr"] == pytest.approx(asked["optim.lr"], rel=1e-3)
+    assert len(study(directory).trials) == 2
+
+
+def test_a_lost_journal_is_made_again_from_the_records(runs):
+    directory = run(runs, toy(n=2))
+    (directory / searching.JOURNAL).unlink()
+    run(runs, toy(n=3))
+    first = study(directory).trials
+    assert len(first) == len(proposals(directory)) == 3
+    assert [trial.state.name for trial in first[:2]] == ["COMPLETE"] * 2
+
+
+def test_a_damaged_journal_is_one_line(runs):
+    directory = run(runs, toy(n=1))
+    (directory / searching.JOURNAL).write_text("{not json\n{}\n")
+    with pytest.raises(RunError, match=r"cannot use its storage .*search\.journal .*may be removed") as error:
+        run(runs, toy(n=2))
+    assert "\n" not in str(error.value)
+
+
+def test_workers_killed_at_any_time_lose_and_repeat_nothing(runs):
+    script = Path(__file__).with_name("run_fake_search.py")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "SECONDS_PER_STEP": "0.02"}
+
+    def start() -> subprocess.Popen:
+        return subprocess.Popen([sys.executable, str(script), str(runs)], env=environment)
+
+    workers = [start(), start()]
+    try:
+        for trained, victim in enumerate((0, 1)):
+            wait_until(lambda n=trained: len(list(runs.glob("*/*/attempts"))) > n)
+            workers[victim].kill()
+            workers[victim].wait()
+            workers[victim] = start()
+        assert [worker.wait(timeout=60) for worker in workers] == [0, 0]
+    finally:
+        for worker in workers:
+            worker.kill()
+    directory = runs / "toy-smoke"
+    trials = proposals(directory) + proposals(directory, "moepp")
+    assert len(trials) == 6 and len({trial["path"] for trial in trials}) == 6
+    assert {RunRecord(directory / trial["path"]).status for trial in trials} == {"done"}
+    assert all(len(path.read_text().splitlines()) == 1 for path in directory.glob("*/ends"))
+    assert [len(study(directory, arm).trials) for arm in ARMS] == [3, 3]
+
+
+def test_another_space_or_other_seeds_are_refused(runs):
+    run(runs, toy(n=1))
+    other = toy(n=1, space={"tpe": {"n": 1, "keys": {"optim.lr": {"float": [1e-5, 1e-2], "log": True}}}})
+    for changed, seeds in ((other, None), (toy(n=1), [7])):
+        with pytest.raises(UsageError, match="another space or at other seeds"):
+            run(runs, changed, seeds=seeds)
+
+
+def test_sqlite_is_for_one_worker(runs):
+    url = f"sqlite:///{runs.parent}/search.db"
+    with pytest.raises(UsageError, match="is for one worker"):
+        run(runs, toy(n=1, storage=url))
+    run(runs, toy(n=1, storage=url), workers=1)
+    assert optuna.load_study(study_name="toy-smoke/vanilla", storage=url).trials
+
+
+def test_a_space_that_breaks_the_match_or_the_schema_is_refused_before_anything_runs(runs):
+    with pytest.raises(UsageError, match=r"differ by .* in flops_per_token(?s:.*)vanilla, model.top_k=1"):
+        run(runs, toy(match="flops_per_token"))
+    unknown = {"tpe": {"n": 1, "keys": {"optim.rate": {"float": [0.1, 1]}}}}
+    with pytest.raises(UsageError, match=r"unknown key optim\.rate"):
+        run(runs, toy(space=unknown))
+    with pytest.raises(UsageError, match=r"optim\.lr is searched in arm vanilla"):
+        run_sweep(toy(), "smoke", 1, [f"runs={runs}", "optim.lr=1"], command=FAKE_TRIAL)
+    assert not runs.exists()
+
+
+def test_without_optuna_one_line_says_what_to_install(runs, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(UsageError, match=r"pip install 'moepp\[sweep\]'"):
+        run(runs, toy())
+
+
+def test_a_failed_proposal_is_told_as_failed(runs):
+    broken = toy(n=2, arms={"broken": ["model=vanilla"]}, baseline="broken", retries=0)
+    with pytest.raises(RunError, match="2 of 2 trials failed"):
+        run(runs, broken, workers=1)
+    assert [trial.state.name for trial in study(runs / "toy-smoke", "broken").trials] == ["FAIL", "RUNNING"]
