@@ -1,16 +1,48 @@
 """What a sweep holds equal, computed from the configs of its arms before anything is trained."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from moepp.errors import UsageError
+from moepp.sweeps.probe import give_equal_seconds, step_seconds
+from moepp.sweeps.slots import Slot, divide, threads
 
 if TYPE_CHECKING:
     from moepp.models.budget import Budget
-    from moepp.sweeps.spec import Trial
+    from moepp.sweeps.spec import Sweep, Trial
 
 WITHIN = 0.01  # relative difference that still counts as equal
+
+
+@dataclass(frozen=True)
+class MatchedTrials:
+    """Trials, the machine's slots to run them in, and what arms cost. `seconds` of training by arm are estimates, and
+    there where they are held equal.
+    """
+
+    trials: list["Trial"]
+    slots: list[Slot]
+    arms: dict[str, "Budget"]
+    seconds: dict[str, float]
+
+
+def match_trials(
+    sweep: "Sweep", scale: str, extra: Sequence[str], seeds: Sequence[int] | None, workers: int
+) -> MatchedTrials:
+    """The trials of a sweep; under `match: wallclock` their steps are set by a probe of each arm in the first slot.
+    Whether they match is for `require_match` to say.
+    """
+    trials, searched, seconds = sweep.trials(scale, extra, seeds), sweep.search(scale) is not None, {}
+    slots = divide(workers, trials[0].config.trainer)
+    if sweep.match == "wallclock":
+        if searched:
+            raise UsageError("match: wallclock needs arms that are known from the start; a search has none")
+        per_step = step_seconds(sweep.folder(scale, extra), trials, threads(slots[0]), most=len(trials))
+        give_equal_seconds(trials, sweep.baseline, per_step)
+        seconds = {trial.arm: trial.config.trainer.steps * per_step[trial.arm] for trial in trials}
+    ends = sweep.extremes(scale, extra) if searched else []
+    return MatchedTrials(trials, slots, budgets([*trials, *ends]), seconds)
 
 
 def budgets(trials: Sequence["Trial"]) -> dict[str, "Budget"]:
@@ -30,25 +62,29 @@ def spread(values: Sequence[float]) -> float:
     return max(values) / min(values) - 1 if min(values) else float(max(values) > 0)
 
 
-def require_match(match: str, arms: Mapping[str, "Budget"]) -> None:
+def require_match(match: str, arms: Mapping[str, "Budget"], seconds: Mapping[str, float] | None = None) -> None:
     """Raises UsageError, with the table of budgets, when the arms differ in what `match` declares equal."""
     if match == "none":
         return
-    difference = spread([getattr(budget, match) for budget in arms.values()])
+    values = seconds.values() if match == "wallclock" else [getattr(budget, match) for budget in arms.values()]
+    difference = spread(list(values))
     if difference > WITHIN:
         raise UsageError(
             f"the arms differ by {difference:.1%} in {match}, which the sweep declares equal within {WITHIN:.0%};"
-            " change the arms, or state match: none\n" + "\n".join(table(arms))
+            f" change the arms{', train more steps' if seconds else ''}, or state match: none\n"
+            + "\n".join(table(arms, seconds))
         )
 
 
-def table(arms: Mapping[str, "Budget"]) -> list[str]:
+def table(arms: Mapping[str, "Budget"], seconds: Mapping[str, float] | None = None) -> list[str]:
     """One line per arm, and how far the arms differ."""
-    rows = {arm: asdict(budget) for arm, budget in arms.items()}
+    rows = {arm: asdict(budget) | ({"seconds": seconds[arm]} if seconds else {}) for arm, budget in arms.items()}
     names = list(next(iter(rows.values())))
     width = max(len("difference"), *map(len, rows))
     lines = ["  ".join([" " * width, *(f"{name:>15}" for name in names)])]
     for arm, row in rows.items():
-        lines.append("  ".join([f"{arm:<{width}}", *(f"{row[name]:>15,.0f}" for name in names)]))
+        lines.append(
+            "  ".join([f"{arm:<{width}}", *(f"{row[name]:>15,.{1 if name == 'seconds' else 0}f}" for name in names)])
+        )
     spreads = [f"{spread([row[name] for row in rows.values()]):>15.1%}" for name in names]
     return [*lines, "  ".join([f"{'difference':<{width}}", *spreads])]

@@ -1,5 +1,6 @@
 """What `python run.py sweep` prints and does: plan, run, status, work, retry."""
 
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -13,29 +14,37 @@ LISTED = 20  # waiting trials by name
 
 
 def plan(name: str, scale: str, workers: int, overrides: Sequence[str], seeds: Sequence[int] | None) -> None:
-    """Prints what `run` would train and what is held equal; trains nothing and tokenises nothing."""
-    from moepp.sweeps.budgets import budgets, require_match, table
-    from moepp.sweeps.slots import divide
+    """Prints what `run` would train, what is held equal and how long it takes; trains nothing and tokenises nothing."""
+    from moepp.sweeps.budgets import match_trials, require_match, table
+    from moepp.sweeps.probe import step_seconds
+    from moepp.sweeps.slots import threads
 
     sweep = load_sweep(name)
-    trials = sweep.trials(scale, overrides, seeds)
-    search = sweep.search(scale)
-    arms, n = budgets(trials), search.n if search else 1
-    total = n * len(trials)
+    matched = match_trials(sweep, scale, overrides, seeds, workers)
+    search, trials, slots = sweep.search(scale), matched.trials, matched.slots
+    arms = dict.fromkeys(trial.arm for trial in trials)
+    n = search.n if search else 1
+    steps = sorted({trial.config.trainer.steps for trial in trials})
     chosen = ", ".join(str(seed) for seed in dict.fromkeys(trial.seed for trial in trials))
     print(f"{sweep.name} at scale {scale}: {sweep.question}")
+    counts = f"{steps[0]} to {steps[-1]}" if len(steps) > 1 else steps[0]
     each = f"{n} proposals for each of " if search else ""
-    print(f"{total} trials of {trials[0].config.trainer.steps} steps: {each}{len(arms)} arms, seeds {chosen}\n")
-    print("\n".join(table(arms)))
-    require_match(sweep.match, budgets([*trials, *(sweep.extremes(scale, overrides) if search else ())]))
+    print(f"{n * len(trials)} trials of {counts} steps: {each}{len(arms)} arms, seeds {chosen}\n")
+    print("\n".join(table({arm: matched.arms[arm] for arm in arms}, matched.seconds)))
+    require_match(sweep.match, matched.arms, matched.seconds)
     print("\nnothing is declared equal" if sweep.match == "none" else f"\nequal as declared: {sweep.match}")
-    status = _status(sweep.folder(scale, overrides))
+    directory = sweep.folder(scale, overrides)
+    status = _status(directory)
     done, seconds = (status.count("done"), status.trial_seconds) if status else (0, None)
-    at_once = len(divide(workers, trials[0].config.trainer))
-    estimate = "unknown until a trial has finished"
-    if seconds is not None:
-        estimate = f"about {_duration(seconds * max(0, len(trials) - done) / at_once)}"
-    print(f"time: {estimate} ({done} trials are done, {at_once} run at a time)")
+    source = "from finished trials"
+    if seconds is None:
+        per_step = step_seconds(directory, trials, threads(slots[0]))
+        seconds = statistics.fmean(trial.config.trainer.steps * per_step[trial.arm] for trial in trials)
+        source = "from a probe of each arm's steps, without validation"
+    ended = done + (status.count("pruned") if status else 0)
+    estimate = _duration(seconds * max(0, n * len(trials) - ended) / len(slots))
+    most = ", less what is pruned" if sweep.pruner_at(scale) else ""
+    print(f"time: about {estimate}{most} ({source}; {done} trials are done, {len(slots)} run at a time)")
 
 
 def run(name: str, scale: str, workers: int, overrides: Sequence[str], seeds: Sequence[int] | None) -> None:

@@ -13,13 +13,13 @@ from functools import partial
 from pathlib import Path
 
 from moepp.errors import Interrupted, RunError, UsageError
-from moepp.sweeps.budgets import budgets, require_match
+from moepp.sweeps.budgets import match_trials, require_match
 from moepp.sweeps.job import Job
 from moepp.sweeps.leases import STALE_SECONDS, Heart, Lease, LeaseWatch
 from moepp.sweeps.plan import promise
 from moepp.sweeps.progress import SweepProgress
 from moepp.sweeps.search import Search, refuse_storage
-from moepp.sweeps.slots import Slot, divide
+from moepp.sweeps.slots import Slot
 from moepp.sweeps.spec import Sweep, Trial
 from moepp.training.mlflow_store import store_uri
 from moepp.training.tracking import FolderMirror, TrackingConfig, follow
@@ -53,17 +53,15 @@ def run_sweep(
     """
     if workers < 0:
         raise UsageError(f"workers={workers} must not be negative")
-    trials = sweep.trials(scale, extra, seeds)
-    searched = sweep.search(scale) is not None
-    require_match(sweep.match, budgets([*trials, *(sweep.extremes(scale, extra) if searched else ())]))
-    freeze = DataFreezer()
+    matched = match_trials(sweep, scale, extra, seeds, workers)
+    require_match(sweep.match, matched.arms, matched.seconds)
+    trials, slots, freeze = matched.trials, matched.slots, DataFreezer()
     for trial in trials:
         freeze(trial)
     config = trials[0].config
     directory = Path(config.runs) / config.name
-    slots = divide(workers, config.trainer)
     search = None
-    if searched:
+    if sweep.search(scale):
         refuse_storage(sweep.storage, len(slots) if at_once is None else 0)
         search = Search(sweep, scale, extra, seeds, freeze)
     heart = Heart(stale)

@@ -33,6 +33,11 @@ def divide(workers: int, trainer: "TrainerConfig") -> list[Slot]:
     return slots
 
 
+def threads(slot: Slot) -> int:
+    """CPU threads that a trial in `slot` gets."""
+    return int(slot.get("OMP_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+
+
 def _gpus() -> list[str]:
     """The GPUs this process may use, as CUDA_VISIBLE_DEVICES names them."""
     import torch

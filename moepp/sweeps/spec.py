@@ -46,7 +46,9 @@ class Sweep:
     pruner: dict[str, Any] = field(default_factory=dict)  # of what the space adds: moepp/sweeps/pruning.py
     storage: str = ""  # database of a search, as a URL; empty: a journal beside the records
     seeds: list[int] = field(default_factory=lambda: [0])
-    match: Literal["tokens", "total_params", "active_params", "flops_per_token", "none"] = "tokens"  # held equal
+    match: Literal["tokens", "total_params", "active_params", "flops_per_token", "wallclock", "none"] = (
+        "tokens"  # held equal
+    )
     objective: str = "final/val_loss"  # minimised by a search
     retries: int = 1  # times that a crashed trial is started again
 

@@ -1,3 +1,4 @@
+import re
 import resource
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import pytest
 
 from moepp.cli import main
 from moepp.config import CONF
-from moepp.records import RunRecord, write_json
+from moepp.records import RunRecord, read_json, write_json
 from moepp.sweeps.leases import LeaseWatch
 
 SWEEP = """
@@ -66,8 +67,13 @@ def test_plan_shows_trials_and_budgets_and_trains_nothing(capsys, toy):
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line[:1].isalpha()}
     assert rows["vanilla"][4] == rows["moepp"][4] == "2,048"
     assert "equal as declared: tokens" in out
-    assert "time: unknown until a trial has finished (0 trials are done, 2 run at a time)" in out
-    assert sorted(path.name for path in toy.parent.iterdir()) == ["toy.yaml"]
+    estimate = r"time: about \d+ s \(from a probe of each arm's steps, .*; 0 trials are done, 2 run at a time\)"
+    assert re.search(estimate, out)
+    [measured] = [path for path in toy.parent.rglob("*") if path.suffix == ".json"]
+    probed = measured.read_text()
+    assert measured == toy.parent / "runs" / "toy-smoke" / "probe.json" and len(read_json(measured)["seconds"]) == 2
+    sweep(capsys, "plan", toy, "--workers", "2")
+    assert measured.read_text() == probed  # once
 
 
 def test_seeds_may_stand_before_overrides(capsys, toy):
@@ -86,7 +92,7 @@ def test_plan_estimates_from_finished_trials(capsys, toy):
     began_there = began(toy.parent / "runs" / "toy-smoke", 2)
     finish(began_there[0], seconds=200)
     _, out, _ = sweep(capsys, "plan", toy, "--workers", "2")
-    assert "time: about 5 min (1 trials are done, 2 run at a time)" in out
+    assert "time: about 5 min (from finished trials; 1 trials are done, 2 run at a time)" in out
 
 
 def test_plan_refuses_arms_that_break_the_match(capsys, toy):
