@@ -9,6 +9,7 @@ import torch
 from moepp.config import CONF, compose
 from moepp.models.budget import expected_ffn_per_token, parameters
 from moepp.models.decoder import Decoder
+from moepp.sweeps.budgets import match_trials, require_match
 from moepp.sweeps.spec import SWEEPS, load_sweep
 from moepp.training.run import freeze, train
 from moepp.training.settings import RunConfig, run_directory
@@ -49,6 +50,14 @@ def test_sweep_composes_at_scale(name, scale):
     trials = sweep.trials(scale, seeds=[0])  # refuses arms that amount to the same run
     assert sweep.name == name and {trial.arm for trial in trials} == set(sweep.arms)
     assert all(trial.config.tags["size"] == SIZES.get(scale, trial.config.tags["size"]) for trial in trials)
+
+
+@pytest.mark.parametrize(("name", "scale"), [pair for pair in SCALES if load_sweep(pair[0]).search(pair[1])])
+def test_a_search_fits_at_both_ends_of_every_axis(name, scale):
+    sweep = load_sweep(name)
+    found = match_trials(sweep, scale, [], None, workers=1)  # composes them
+    require_match(sweep.match, found.arms, found.seconds)
+    assert len(found.arms) > len(sweep.arms)
 
 
 @pytest.mark.parametrize("name", NAMES)

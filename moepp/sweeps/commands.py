@@ -79,6 +79,7 @@ def describe(title: str, status: SweepStatus) -> list[str]:
     """The counts, then every trial that is not done."""
     counted = [(status.count(state), state) for state in STATES]
     counts = ", ".join(f"{count} {state}" for count, state in counted if count or state != "pruned")
+    counts += f", {status.unproposed} to be proposed" if status.unproposed else ""
     left = status.seconds_left
     lines = [f"{title}: {counts}" + ("" if left is None else f"; about {_duration(left)} left")]
     for trial in status.trials:

@@ -11,7 +11,7 @@ made again from them.
 import json
 import statistics
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moepp.errors import RunError, UsageError
@@ -98,35 +98,28 @@ class Search:
         return trials
 
     def _ask(self, arm: str, number: int) -> Point:
-        optuna, axes = _optuna(), self.space.of(arm)
-        distributions = {key: _distribution(axis) for key, axis in axes.items()}
+        axes = self.space.of(arm)
         try:
             study = self._study(arm, number)
-            self._restore(study, arm, distributions)
+            self._restore(study, arm)
             self._tell(study, arm)
-            if len(study.trials) == number:
-                trial = study.ask(distributions)
-            else:  # asked for by a worker that died; what it drew is kept, the rest is drawn now
-                trial = optuna.Trial(study, study.trials[number]._trial_id)
-                for key, distribution in distributions.items():
-                    trial._suggest(key, distribution)
+            asked = study.trials[number:]  # by a worker that died; what it drew is kept, the rest is drawn now
+            trial = _optuna().Trial(study, asked[0]._trial_id) if asked else study.ask()
+            return {key: axis.shown(_suggest(trial, key, axis)) for key, axis in axes.items()}
         except Exception as error:  # whatever a journal on a broken disk or a database raises
             raise RunError(
-                f"the search cannot use its storage {self._url or self.directory / JOURNAL}"
+                f"the search cannot use its storage {self.sweep.storage or self.directory / JOURNAL}"
                 f" ({(str(error).splitlines() or [type(error).__name__])[0]}); it may be removed while no worker runs:"
                 " the run records make it again"
             ) from error
-        return {key: axis.shown(trial.params[key]) for key, axis in axes.items()}
-
-    @property
-    def _url(self) -> str:
-        return self.sweep.storage
 
     def _study(self, arm: str, number: int) -> "optuna.Study":
         from optuna.storages.journal import JournalFileBackend
 
         optuna = _optuna()
-        storage = self._url or optuna.storages.JournalStorage(JournalFileBackend(str(self.directory / JOURNAL)))
+        storage = self.sweep.storage or optuna.storages.JournalStorage(
+            JournalFileBackend(str(self.directory / JOURNAL))
+        )
         # A seed of its own for each proposal: workers that start anew must not draw the same numbers again.
         sampler = optuna.samplers.TPESampler(
             n_startup_trials=STARTUP, constant_liar=True, seed=self.space.seed * 1_000_003 + number
@@ -134,12 +127,13 @@ class Search:
         name = f"{self.directory.name}/{arm}"
         return optuna.create_study(storage=storage, sampler=sampler, study_name=name, load_if_exists=True)
 
-    def _restore(self, study: "optuna.Study", arm: str, distributions: Mapping[str, Any]) -> None:
+    def _restore(self, study: "optuna.Study", arm: str) -> None:
         """Adds proposals that sweep.json has and the study has not."""
-        create = _optuna().trial.create_trial
+        optuna, distributions = _optuna(), {key: _distribution(axis) for key, axis in self.space.of(arm).items()}
+        state = optuna.trial.TrialState.RUNNING
         for trials in list(self._proposals()[arm].values())[len(study.trials) :]:
-            state = _optuna().trial.TrialState.RUNNING
-            study.add_trial(create(state=state, params=trials[0]["point"], distributions=dict(distributions)))
+            point = trials[0]["point"]
+            study.add_trial(optuna.trial.create_trial(state=state, params=point, distributions=distributions))
 
     def _tell(self, study: "optuna.Study", arm: str) -> None:
         """Every proposal whose trials have ended since: its mean objective, that it was pruned, or that it failed."""
@@ -175,6 +169,13 @@ def _common_losses(records: Sequence[RunRecord]) -> dict[int, float]:
     curves = [{int(line["step"]): line["val/loss"] for line in r.metrics() if "val/loss" in line} for r in records]
     steps = sorted(set.intersection(*map(set, curves)))
     return {step: statistics.fmean(curve[step] for curve in curves) for step in steps}
+
+
+def _suggest(trial: "optuna.Trial", key: str, axis: Axis) -> Any:
+    if axis.kind == "choice":
+        return trial.suggest_categorical(key, axis.values)
+    suggest = trial.suggest_int if axis.kind == "int" else trial.suggest_float
+    return suggest(key, *axis.values, log=axis.log)
 
 
 def _distribution(axis: Axis) -> Any:

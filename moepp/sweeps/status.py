@@ -31,6 +31,7 @@ class TrialStatus:
 @dataclass(frozen=True)
 class SweepStatus:
     trials: Sequence[TrialStatus]
+    unproposed: int = 0  # trials that a search has yet to ask for
 
     def count(self, state: str) -> int:
         return sum(trial.state == state for trial in self.trials)
@@ -47,7 +48,7 @@ class SweepStatus:
     def seconds_left(self) -> float | None:
         """Until the last trial ends with as many at a time as run now; None when nobody can know."""
         running = [trial for trial in self.trials if trial.state == "running"]
-        per_trial, waiting = self.trial_seconds, self.count("waiting")
+        per_trial, waiting = self.trial_seconds, self.count("waiting") + self.unproposed
         left = [per_trial if trial.seconds_left is None else trial.seconds_left for trial in running]
         if not running or None in left or (waiting and per_trial is None):
             return None
@@ -56,7 +57,8 @@ class SweepStatus:
 
 def read_status(directory: Path, plan: dict[str, Any]) -> SweepStatus:
     """`plan` is what sweep.json of `directory` holds."""
-    return SweepStatus([_trial(directory / trial["path"], trial) for trial in plan["trials"]])
+    trials = [_trial(directory / trial["path"], trial) for trial in plan["trials"]]
+    return SweepStatus(trials, max(0, plan.get("planned", 0) - len(trials)))
 
 
 def _trial(path: Path, trial: dict[str, Any]) -> TrialStatus:

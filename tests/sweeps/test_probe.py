@@ -32,9 +32,9 @@ def timed(match="wallclock", steps=100, **arms):
     return toy, ["trainer.accelerator=cpu", f"trainer.steps={steps}"]
 
 
-@pytest.mark.parametrize("selection", ["top_k", "top_p"])
-def test_a_probe_times_real_steps_once(tmp_path, selection):
-    toy, extra = timed(vanilla=["model=vanilla"], other=["model=moepp", f"model.selection={selection}"])
+@pytest.mark.parametrize("model", ["moepp", "top_p"])
+def test_a_probe_times_real_steps_once(tmp_path, model):
+    toy, extra = timed(vanilla=["model=vanilla"], other=[f"model={model}"])
     trials = toy.trials("smoke", extra)
     seconds = step_seconds(tmp_path, trials, threads=1)
     assert seconds.keys() == {"vanilla", "other"} and all(0 < value < 5 for value in seconds.values())

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -8,7 +9,8 @@ import pytest
 from run_fake_sweep import FAKE_TRIAL, no_preparation, sweep
 
 from moepp.errors import RunError, UsageError
-from moepp.records import RunRecord, read_json
+from moepp.records import RunRecord, read_json, write_json
+from moepp.sweeps import commands
 from moepp.sweeps import search as searching
 from moepp.sweeps.runner import run_sweep
 
@@ -56,7 +58,7 @@ def wait_until(condition, seconds=30):
         time.sleep(0.05)
 
 
-def test_every_arm_gets_its_proposals_and_the_study_their_outcomes(runs):
+def test_every_arm_gets_its_proposals_and_the_study_their_outcomes(runs, monkeypatch, capsys):
     directory = run(runs, toy())
     assert len(list(directory.glob("*/done"))) == 6
     for arm in ARMS:
@@ -73,6 +75,10 @@ def test_every_arm_gets_its_proposals_and_the_study_their_outcomes(runs):
     run(runs, toy())
     assert (directory / "sweep.json").read_text() == before  # nothing is asked for anew
     assert all(len(path.read_text().splitlines()) == 1 for path in directory.glob("*/attempts"))
+    write_json(directory / "sweep.json", json.loads(before) | {"planned": 8})
+    monkeypatch.setattr(commands, "load_sweep", lambda name: toy())
+    commands.status("toy", "smoke", [f"runs={runs}"])
+    assert capsys.readouterr().out == "toy-smoke: 6 done, 0 running, 0 failed, 0 waiting, 2 to be proposed\n"
     run(runs, toy(n=4), workers=1)
     assert len(proposals(directory)) == 4
     assert [trial.value for trial in study(directory).trials[:3]] == [0.5] * 3
@@ -106,6 +112,14 @@ def test_a_proposal_whose_worker_died_before_it_was_written_down_is_used(runs, m
     run(runs, toy(n=2))
     assert proposals(directory)[0]["point"]["optim.lr"] == pytest.approx(asked["optim.lr"], rel=1e-3)
     assert len(study(directory).trials) == 2
+
+
+def test_a_point_that_is_proposed_again_is_trained_once(runs):
+    one_key = {"tpe": {"n": 3, "keys": {"model.top_k": {"int": [1, 2]}}}}
+    directory = run(runs, toy(arms={"vanilla": ["model=vanilla"]}, space=one_key))
+    paths = {trial["path"] for trial in proposals(directory)}
+    assert len(proposals(directory)) == 3 and {path.parent.name for path in directory.glob("*/done")} == paths
+    assert len(paths) < 3 and all(len(path.read_text().splitlines()) == 1 for path in directory.glob("*/ends"))
 
 
 def test_a_lost_journal_is_made_again_from_the_records(runs):
