@@ -13,7 +13,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest
 
 ui: .venv/installed
-	$(BIN)/python run.py ui
+	$(BIN)/python run.py ui $(SWEEP) --scale $(SCALE)
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 12) else "Python 3.11 or 3.12 is needed; call: make PYTHON=python3.12 ...")'

@@ -105,14 +105,17 @@ def metric_differences(pairs: Pairs) -> list[MetricDifference]:
 
 
 def comparison_page(records: Iterable[RunRecord]) -> str | None:
-    """Address of the MLflow page that compares these runs; None unless all of them are mirrored."""
+    """Address of the MLflow page that compares these runs, or shows the only one; None unless all are mirrored."""
     records = list(records)
     mirrored = [read_json(record.path / "mlflow.json") for record in records]
     if not all(run and "experiment_id" in run for run in mirrored):
         return None
     tracker = records[0].read("config.yaml").get("tracking", {}).get("uri") or os.environ.get("MLFLOW_TRACKING_URI", "")
-    runs, experiments = ([run[key] for run in mirrored] for key in ("run_id", "experiment_id"))
-    return pages.comparison_page(pages.address(tracker), runs, experiments)
+    experiments = {run["run_id"]: run["experiment_id"] for run in mirrored}
+    base, runs = pages.address(tracker), list(experiments)
+    if len(runs) == 1:
+        return pages.run_page(base, experiments[runs[0]], runs[0])
+    return pages.comparison_page(base, runs, list(experiments.values()))
 
 
 def side_by_side(a: Side, b: Side) -> str:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from moepp.training.tracking import TrackingConfig
 
 METRICS_PER_CALL = 1000  # MLflow refuses more
+RUNS_PER_CALL = 1000
 NOTE = "mlflow.note.content"  # the tag that its pages show as the description, in markdown
 NOTE_LENGTH = 8000  # characters; MLflow refuses more
 
@@ -132,6 +133,19 @@ class MirroredRun:
                 raise
             return None
         return run if run and run.info.lifecycle_stage == "active" else None
+
+    def children(self) -> dict[str, dict[str, str]]:
+        """Params of the runs below this one, by run id."""
+        found, token = {}, None
+        while True:
+            query = f"tags.`mlflow.parentRunId` = '{self.run_id}'"
+            page = self.client.search_runs(
+                [self.state["experiment_id"]], query, max_results=RUNS_PER_CALL, page_token=token
+            )
+            found |= {run.info.run_id: dict(run.data.params) for run in page}
+            token = page.token
+            if not token:
+                return found
 
     def save(self) -> None:
         write_json(self._path, self.state)

@@ -140,7 +140,9 @@ class FolderMirror:
         self.directory, self.tracking, self.runs = directory, tracking, runs
         self.uri = store_uri(tracking, runs)
         self._mirrors: dict[Path, Mirror] = {}
+        self._params: dict[Path, Mapping[str, str]] = {}
         self._parent: MirroredRun | None = None
+        self._stored: dict[str, dict[str, str]] = {}  # params of the children that the store had at the first pass
         self._views: dict[str, str] = {}
 
     def sync(self, ended: bool = False) -> None:
@@ -148,11 +150,12 @@ class FolderMirror:
         sweep = read_json(self.directory / "sweep.json")
         if sweep and self._parent is None:
             self._parent = _open_parent(self.directory, sweep, self.tracking, self.runs)
+            self._stored = self._parent.children()
         parent_run_id = self._parent.run_id if self._parent else None
         for config in sorted(self.directory.glob("*/config.yaml")):
             path = config.parent
             if path not in self._mirrors:
-                self._mirrors[path] = Mirror(RunRecord(path), self.tracking, self.runs, parent_run_id)
+                self._add(path, parent_run_id)
             self._mirrors[path].sync(ended)
         if self._parent:
             self._put_views(self._parent)
@@ -167,8 +170,17 @@ class FolderMirror:
         """Syncs every few seconds beside the sweep, and a last time at the end."""
         return follow(self)
 
+    def _add(self, path: Path, parent_run_id: str | None) -> None:
+        """What is complete in the store is asked for in one question, not run by run: a sweep may have a thousand."""
+        mirror = Mirror(RunRecord(path), self.tracking, self.runs, parent_run_id)
+        state = read_json(path / "mlflow.json") or {}
+        stored = self._stored.get(state.get("run_id", ""))
+        mirror.complete = bool(state.get("complete")) and stored is not None
+        self._mirrors[path] = mirror
+        self._params[path] = stored if mirror.complete else axes(mirror.config, {})
+
     def _put_views(self, parent: MirroredRun) -> None:
-        known = [axes(mirror.config, {}) for mirror in self._mirrors.values()]
+        known = self._params.values()
         arms = list(dict.fromkeys(run["arm"] for run in known if "arm" in run))
         varied = [n for n in AXES if n not in ("arm", "seed") and len({run.get(n) for run in known}) > 1]
         views = saved_views(self.directory.name, parent.run_id, parent.start_ms, arms, varied)

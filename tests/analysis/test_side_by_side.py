@@ -128,6 +128,7 @@ def test_the_page_that_compares_the_runs_in_mlflow(sweep, monkeypatch):
     assert page in side_by_side(*sides(sweep))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker:80/")
     assert comparison_page(records).startswith("http://tracker:80/#/compare-runs?")
+    assert comparison_page([records[0], records[0]]).startswith("http://tracker:80/#/experiments/7/runs/id0?")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 
 from moepp.errors import RunError, UsageError
 from moepp.records import RunRecord, read_json, write_json
-from moepp.training import mlflow_store
+from moepp.training import mlflow_store, tracking
 from moepp.training.mlflow_views import ARMS, TAG, TRIALS, saved_views, view_key
 from moepp.training.tracking import FolderMirror, Mirror, TrackingConfig, log_report, sync_all
 
@@ -298,6 +298,21 @@ def test_final_metrics_are_bars_and_no_curves(record, runs):
         Mirror(record, TrackingConfig(), runs).sync()
     assert steps_in_store(record, runs, "final/val_loss") == [0]
     assert run_of(record, runs).data.metrics["final/val_loss"] == 3.5
+
+
+def test_what_is_complete_is_not_asked_for_run_by_run(runs, monkeypatch):
+    directory = make_sweep(runs, "sweep-complete")
+    FolderMirror(directory, TrackingConfig(), runs).sync()
+    monkeypatch.setattr(mlflow_store, "RUNS_PER_CALL", 1)
+    asked = []
+    opened = tracking.MirroredRun
+    monkeypatch.setattr(tracking, "MirroredRun", lambda path, *rest: (asked.append(path), opened(path, *rest))[1])
+    FolderMirror(directory, TrackingConfig(), runs).sync()
+    assert asked == [directory]
+    store(runs).delete_run(read_json(directory / "aaaa" / "mlflow.json")["run_id"])
+    FolderMirror(directory, TrackingConfig(), runs).sync()
+    assert asked == [directory, directory, directory / "aaaa"]
+    assert steps_in_store(RunRecord(directory / "aaaa"), runs) == [1, 2]
 
 
 def test_a_sweep_brings_its_saved_views(runs):
