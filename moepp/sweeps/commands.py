@@ -40,7 +40,7 @@ def plan(name: str, scale: str, workers: int, overrides: Sequence[str], seeds: S
     if seconds is None:
         per_step = step_seconds(directory, trials, threads(slots[0]))
         seconds = statistics.fmean(trial.config.trainer.steps * per_step[trial.arm] for trial in trials)
-        source = "from a probe of each arm's steps, without validation"
+        source = "from a probe of each arm's steps, without start and validation"
     ended = done + (status.count("pruned") if status else 0)
     estimate = _duration(seconds * max(0, n * len(trials) - ended) / len(slots))
     most = ", less what is pruned" if sweep.pruner_at(scale) else ""
