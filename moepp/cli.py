@@ -76,6 +76,11 @@ def _parser() -> argparse.ArgumentParser:
             "--scale", default="laptop", help="smoke, laptop, gpu or paper, as the sweep file defines them"
         )
 
+    def add_tasks(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--tasks", default="paper", help="`paper`: the paper's eleven; or names, as sciq,piqa,boolq:0")
+        sub.add_argument("--tasks-dir", type=Path, help="local data, <task>.jsonl[.gz]; without it, the hub's")
+        sub.add_argument("--limit", type=int, help="only the first so many examples of each task")
+
     reproduce = add("reproduce", _reproduce, "make a table or figure of the paper and print ours beside it")
     reproduce.add_argument("experiment", nargs="?", help="a file of experiments/, such as table5")
     reproduce.add_argument("--list", action="store_true", help="list the experiments")
@@ -110,6 +115,11 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--tokens", type=int, default=64, help="how many tokens to add")
     generate.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
     generate.add_argument("--seed", type=int, default=0, help="of the sampling")
+
+    evaluate = add("evaluate", _evaluate, "score a trained run or a released checkpoint on the paper's tasks or others")
+    evaluate.add_argument("checkpoint", type=Path, help="run directory, *.ckpt file, or folder in the released layout")
+    add_tasks(evaluate)
+    evaluate.add_argument("--batch-tokens", type=int, default=4096, help="padded tokens per batch")
 
     compare = add("compare", _compare, "two runs, or two arms of a sweep, side by side")
     compare.add_argument("a", metavar="A", help="a run directory, or SWEEP_DIRECTORY:ARM")
@@ -225,6 +235,13 @@ def _generate(options: argparse.Namespace) -> None:
     from moepp.training.generate import continue_text
 
     print(continue_text(options.run, options.prompt, options.tokens, options.temperature, options.seed))
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from moepp.evaluation.commands import evaluate_checkpoint
+
+    tasks = (options.tasks, options.tasks_dir, options.limit)
+    print(evaluate_checkpoint(options.checkpoint, *tasks, options.batch_tokens))
 
 
 def _compare(options: argparse.Namespace) -> None:

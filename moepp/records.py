@@ -3,6 +3,7 @@
     config.yaml       the resolved config                 budget.json      parameters, FLOPs, tokens
     provenance.json   commit, versions, hardware, data    metrics.jsonl    one JSON object per logged step
     tables/           per-layer, per-expert tables        checkpoints/     what a second call resumes from
+    evaluation/       scores on downstream tasks, one file each
     mlflow.json       the MLflow run, once mirrored       log.txt          what a child process printed
     done              the run reached its last step and its final evaluation
     failed.json       why it stopped instead             crashes.json     every attempt that ended in neither
@@ -107,6 +108,13 @@ class RunRecord:
         for line in self.metrics():
             found.update({key.removeprefix("final/"): value for key, value in line.items() if key.startswith("final/")})
         return found
+
+    def replace_final(self, metrics: Mapping[str, float]) -> None:
+        """Adds `final/*` metrics to a finished run in one step; those of the same names are replaced, others stay."""
+        lines = [{key: value for key, value in line.items() if key not in metrics} for line in self.metrics()]
+        kept = [line for line in lines if line.keys() > {"step", "time"}]
+        kept.append({"step": lines[-1]["step"], "time": int(time.time() * 1000), **metrics})
+        write_text(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
 
     def read(self, name: str) -> dict[str, Any]:
         """`config.yaml`, `budget.json` or `provenance.json` as a plain dict; empty when absent."""

@@ -131,5 +131,5 @@ def _read(record: RunRecord, arm: str, seed: int) -> Run:
         provenance=record.read("provenance.json"),
         curve=tuple((line["step"] * tokens_per_step, line["val/loss"]) for line in lines if "val/loss" in line),
         first_ms=lines[0]["time"],
-        last_ms=lines[-1]["time"],
+        last_ms=next(line["time"] for line in reversed(lines) if "final/val_loss" in line),  # tasks may follow later
     )

@@ -119,7 +119,9 @@ class MirroredRun:
 
     def _know(self, run: "Run") -> None:
         self._tags, self._params = dict(run.data.tags), dict(run.data.params)
-        self._steps = {metric.key: metric.step for metric in run.data.to_proto().metrics}
+        stored = run.data.to_proto().metrics
+        self._steps = {metric.key: metric.step for metric in stored}
+        self._values = {metric.key: metric.value for metric in stored}
         self._status = run.info.status
         self._has_data = bool(run.inputs and run.inputs.dataset_inputs)
 
@@ -191,7 +193,8 @@ class MirroredRun:
         """Sends each metric's steps after the last one in the store: a resumed run writes earlier steps a second time.
 
         Batches go out in the order of steps and are stored whole or not at all, so no step before the last is missing.
-        `final/*` goes to step 0, where MLflow draws bars; under the last step it would draw curves of one point.
+        `final/*` goes to step 0, where MLflow draws bars; under the last step it would draw curves of one point. A final
+        value that was replaced in the record is sent again: MLflow shows the newest.
         """
         from mlflow.entities import Metric
 
@@ -199,8 +202,11 @@ class MirroredRun:
         metrics = []
         for line in lines:
             for key, value in line.items():
+                if key in ("step", "time") or not isinstance(value, int | float):
+                    continue
                 step = 0 if key.startswith("final/") else int(line["step"])
-                if key not in ("step", "time") and isinstance(value, int | float) and step > steps.get(key, -1):
+                replaced = key.startswith("final/") and step == steps.get(key) and value != self._values.get(key)
+                if step > steps.get(key, -1) or replaced:
                     metrics.append(Metric(key, float(value), int(line["time"]), step))
                     steps[key] = step
         for start in range(0, len(metrics), METRICS_PER_CALL):

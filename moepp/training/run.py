@@ -110,11 +110,12 @@ def _train_as(rank: Rank, record: RunRecord, config: RunConfig, judge: Judge | N
         raise
 
 
-def load_decoder(directory: Path) -> tuple[Decoder, RunConfig]:
-    """The trained model of a finished run, on the CPU, and its config."""
-    config = configs.load(RunConfig, directory / "config.yaml")
+def load_decoder(source: Path) -> tuple[Decoder, RunConfig]:
+    """The trained model of a finished run, or of one of a run's checkpoint files, on the CPU, and its config."""
+    file = source if source.suffix == ".ckpt" else RunRecord(source).checkpoints / FINAL_WEIGHTS
+    config = configs.load(RunConfig, file.parents[1] / "config.yaml")
     model = Decoder(config.model)
-    state = _load_checkpoint(RunRecord(directory).checkpoints / FINAL_WEIGHTS)["state_dict"]
+    state = _load_checkpoint(file)["state_dict"]
     model.load_state_dict(
         {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
     )

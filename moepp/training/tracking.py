@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 
 from moepp.config import leaves
 from moepp.errors import RunError, UsageError
-from moepp.records import MetricsTail, RunRecord, read_json
+from moepp.records import MetricsTail, RunRecord, read_json, write_json
 from moepp.training.mlflow_store import MirroredRun, store_lock, store_uri
 from moepp.training.mlflow_views import saved_views
 
@@ -235,6 +235,14 @@ def sync_all(runs: Path | str, tracking: TrackingConfig) -> int:
     except Exception as error:
         raise RunError(f"cannot mirror to {store_uri(tracking, runs)}: {_reason(error)}") from error
     return len(list(Path(runs).glob("*/*/config.yaml")))
+
+
+def mirror_again(record: RunRecord) -> None:
+    """Says that a mirrored run has got more metrics since: the next pass, or `run.py sync`, sends them."""
+    path = record.path / "mlflow.json"
+    state = read_json(path)
+    if state and state.pop("complete", False):
+        write_json(path, state)
 
 
 def log_report(

@@ -13,7 +13,7 @@ from moepp.errors import RunError, UsageError
 from moepp.records import RunRecord, read_json, write_json
 from moepp.training import mlflow_store, tracking
 from moepp.training.mlflow_views import ARMS, TAG, TRIALS, saved_views, view_key
-from moepp.training.tracking import FolderMirror, Mirror, TrackingConfig, log_report, sync_all
+from moepp.training.tracking import FolderMirror, Mirror, TrackingConfig, log_report, mirror_again, sync_all
 
 CONFIG = """
 name: toy
@@ -443,3 +443,18 @@ def test_processes_that_start_at_once_create_one_store_without_chatter(tmp_path)
     outputs = [process.communicate() for process in processes]
     assert outputs == [outputs[0]] * 2
     assert outputs[0][0].strip().isdigit() and outputs[0][1] == ""
+
+
+def test_final_metrics_that_come_later_or_are_replaced_reach_mlflow(record, runs):
+    log(record, 1, 3)
+    record.log(3, {"final/val_loss": 2.0})
+    record.finish()
+    Mirror(record, TrackingConfig(), runs).sync()
+    for accuracy in (0.25, 0.5, 0.5):
+        record.replace_final({"final/sciq_acc": accuracy})
+        mirror_again(record)
+        Mirror(record, TrackingConfig(), runs).sync()
+        assert run_of(record, runs).data.metrics["final/sciq_acc"] == accuracy
+    assert steps_in_store(record, runs, "final/sciq_acc") == [0, 0]  # an equal value is not sent again
+    assert steps_in_store(record, runs) == [1, 2, 3] and steps_in_store(record, runs, "final/val_loss") == [0]
+    assert run_of(record, runs).info.status == "FINISHED"

@@ -1,0 +1,118 @@
+"""Runs tasks of lm-evaluation-harness on a model and keeps every example's scores."""
+
+import importlib.metadata
+import logging
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moepp.errors import RunError
+from moepp.evaluation.results import About, Example, TaskResult
+from moepp.evaluation.tasks import LoadedTask, TaskRequest, load_task
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+
+    from moepp.evaluation.harness import MoEPlusPlus
+
+
+def evaluate(
+    model: "MoEPlusPlus", requests: Sequence[TaskRequest], folder: Path | None = None, limit: int | None = None
+) -> Iterator[TaskResult]:
+    """One result after the other, so that what is computed can be kept before the next task begins.
+
+    `folder` holds local data, None takes the hub's; `limit` takes the first so many examples of each (sub)task.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # notes on every default it falls back on
+    for request in requests:
+        with load_task(request, folder) as loaded:
+            yield _evaluate(model, loaded, limit)
+
+
+def _evaluate(model: "MoEPlusPlus", loaded: LoadedTask, limit: int | None) -> TaskResult:
+    from lm_eval.evaluator import evaluate as run_harness
+
+    model.cut = 0
+    # Without standard errors: those of means follow from the examples, the others take minutes of resampling.
+    found = run_harness(model, {"tasks": loaded.tasks}, limit=limit, bootstrap_iters=0)
+    requests = sum(len(task.instances) for task in loaded.tasks.values())
+    examples = [
+        example
+        for name, task in sorted(loaded.tasks.items())
+        for example in _examples(model, task, found["samples"][name], f"{name}/" if len(loaded.tasks) > 1 else "")
+    ]
+    if not examples:
+        raise RunError(f"task {loaded.request.name} has no example to score")
+    about = About(
+        task=loaded.request.name,
+        shots=loaded.shots,
+        limit=limit,
+        data=loaded.data,
+        examples_from=loaded.examples_from,
+        lm_eval=importlib.metadata.version("lm_eval"),
+        versions={name: str(task.VERSION) for name, task in sorted(loaded.tasks.items())},
+        context=model.checkpoint.context,
+        cut=min(1.0, model.cut / requests),
+        date=datetime.now(UTC).date().isoformat(),
+    )
+    return TaskResult(about, tuple(examples))
+
+
+def _examples(model: "MoEPlusPlus", task: "Task", samples: list[dict[str, Any]], prefix: str) -> Iterator[Example]:
+    """One per document, in the task's order; a document that several filters saw counts as the first saw it."""
+    from lm_eval.api.metrics import mean
+
+    kept = {name for name, aggregate in task.aggregation().items() if aggregate is mean}
+    first = samples[0]["filter"] if samples else None
+    samples = sorted((s for s in samples if s["filter"] == first), key=lambda sample: sample["doc_id"])
+    for sample, (nats, gold, text) in zip(samples, _gold(model, task, samples), strict=True):
+        yield Example(
+            id=f"{prefix}{sample['doc_id']}",
+            gold_nats=nats,
+            gold_bytes=len(text.encode()),
+            metrics={name: float(sample[name]) for name in sample["metrics"] if name in kept},
+            choices=tuple(nats for nats, _ in sample["filtered_resps"]) if gold is not None else (),
+            gold=gold,
+        )
+
+
+def _gold(model: "MoEPlusPlus", task: "Task", samples: list[dict[str, Any]]) -> Iterator[tuple[float, int | None, str]]:
+    """Of every sample the gold answer's log-likelihood, its index among the choices, and its text as scored."""
+    if task.OUTPUT_TYPE == "generate_until":
+        yield from _generated_gold(model, task, samples)
+        return
+    for sample in samples:
+        gold = None
+        if task.OUTPUT_TYPE == "multiple_choice":
+            # With several inputs (WinoGrande) the choice is in the context, and the text names the right one.
+            gold = task.doc_to_text(sample["doc"]) if task.multiple_input else _index(task, sample)
+        response, arguments = sample["filtered_resps"][gold or 0], sample["arguments"][gold or 0]
+        yield response[0], gold, arguments[1]
+
+
+def _index(task: "Task", sample: dict[str, Any]) -> int:
+    target = sample["target"][0] if isinstance(sample["target"], list) else sample["target"]
+    return target if isinstance(target, int) else task.doc_to_choice(sample["doc"]).index(target)
+
+
+def _generated_gold(
+    model: "MoEPlusPlus", task: "Task", samples: list[dict[str, Any]]
+) -> Iterator[tuple[float, int | None, str]]:
+    """Where an answer is generated, the first reference answer is scored after the same prompt."""
+    from lm_eval.api.instance import Instance
+
+    texts = [_first(sample["target"]) for sample in samples]
+    answers = [f"{task.config.target_delimiter}{text}" for text in texts]
+    cut = model.cut  # the prompts were counted when they were continued
+    scored = model.loglikelihood([
+        Instance("loglikelihood", sample["doc"], (sample["arguments"][0][0], answer), 0)
+        for sample, answer in zip(samples, answers, strict=True)
+    ])  # fmt: skip
+    model.cut = cut
+    for (nats, _), answer in zip(scored, answers, strict=True):
+        yield nats, None, answer
+
+
+def _first(target: Any) -> str:
+    return str(target[0] if isinstance(target, list) else target)

@@ -1,0 +1,196 @@
+"""Which tasks, with how many examples in the prompt, on which data: the harness's own task files, or the same with
+local data.
+"""
+
+import difflib
+import gzip
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from moepp.errors import RunError, UsageError
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
+
+# The paper's tasks (sections 3.3 and 4.1) with its numbers of examples in the prompt, in the order of its Table 4.
+PAPER_SHOTS = {
+    "sciq": 0, "piqa": 0, "winogrande": 0, "arc_easy": 0, "arc_challenge": 25, "hellaswag": 10, "logiqa": 0,
+    "boolq": 32, "lambada_openai": 0, "nq_open": 32, "mmlu": 5,
+}  # fmt: skip
+# Their folders in the harness: reading only these saves the 15 seconds that an index of all its tasks takes.
+FOLDERS = {
+    "arc_easy": "arc", "arc_challenge": "arc", "boolq": "super_glue/boolq", "lambada_openai": "lambada",
+    "mmlu": "mmlu/default",
+}  # fmt: skip
+EVALUATED, EXAMPLES = ("", "_test", "_validation"), ("_train", "_dev")  # endings of local files' names, best first
+SUBJECT = "subject"  # the column that divides a local file of MMLU into its 57 tasks
+
+
+@dataclass(frozen=True)
+class TaskRequest:
+    """`shots`: examples in the prompt; None: as the harness's task file says."""
+
+    name: str
+    shots: int | None
+
+
+@dataclass(frozen=True)
+class LoadedTask:
+    """The harness's tasks that make up one of ours (57 for MMLU), and where their data comes from."""
+
+    request: TaskRequest
+    tasks: "dict[str, Task]"
+    data: str
+    examples_from: str
+
+    @property
+    def shots(self) -> int:
+        return next(iter(self.tasks.values())).config.num_fewshot
+
+
+def parse_tasks(text: str) -> list[TaskRequest]:
+    """`paper`, or names separated by commas, each with its shots where they are given: `sciq,boolq:0`.
+
+    A task of the paper has the paper's shots unless others are given.
+    """
+    names = ",".join(PAPER_SHOTS) if text == "paper" else text
+    found: dict[str, TaskRequest] = {}
+    for word in names.split(","):
+        name, colon, shots = word.strip().partition(":")
+        if not name or (colon and not shots.isdecimal()):
+            raise UsageError(f"--tasks {text}: '{word}' is no task; write names with commas, as sciq,piqa or boolq:0")
+        found[name] = TaskRequest(name, int(shots) if colon else PAPER_SHOTS.get(name))
+    return list(found.values())
+
+
+@contextmanager
+def load_task(request: TaskRequest, folder: Path | None) -> Iterator[LoadedTask]:
+    """The task on hub data, or on the files of `folder` (docs/evaluation.md says which).
+
+    Raises UsageError for a task that the harness does not know or that has no file, RunError for data that cannot be
+    read.
+    """
+    from lm_eval.tasks import TaskManager
+
+    manager = _manager(request.name)
+    with TemporaryDirectory(prefix="moepp-tasks-") as scratch:
+        if folder is None:
+            specs, data, examples_from = [request.name], "hub", "the stock split"
+        else:
+            specs, data, examples_from = _local(request, manager, folder, Path(scratch))
+        try:
+            tasks = (manager if folder is None else TaskManager(include_defaults=False)).load(specs)["tasks"]
+        except Exception as error:  # whatever the data's readers and the hub's client raise
+            where = "from the hub; --tasks-dir takes local files" if folder is None else f"in {folder}"
+            raise RunError(f"cannot load the data of task {request.name} {where}: {_line(error)}") from error
+        for task in tasks.values():
+            task.set_config("num_fewshot", (task.config.num_fewshot or 0) if request.shots is None else request.shots)
+            task.set_fewshot_seed(1234)  # the harness's default: the same examples for every model
+        if folder is None:
+            data = f"hub:{next(iter(tasks.values())).config.dataset_path}"
+        loaded = LoadedTask(request, tasks, data, examples_from)
+        yield loaded if loaded.shots else LoadedTask(request, tasks, data, "")
+
+
+def stock_folder() -> Path:
+    """Where the harness keeps its task files."""
+    import lm_eval.tasks
+
+    return Path(lm_eval.tasks.__file__).parent
+
+
+def _manager(name: str) -> "TaskManager":
+    """Of the task's folder alone where that is known."""
+    from lm_eval.tasks import TaskManager
+
+    folder = stock_folder() / FOLDERS.get(name, name) if name in PAPER_SHOTS else stock_folder()
+    manager = TaskManager(include_defaults=False, include_path=str(folder))
+    if name not in manager.all_tasks:
+        nearest = difflib.get_close_matches(name, manager.all_tasks, n=1, cutoff=0.6)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise UsageError(f"lm-evaluation-harness has no task '{name}'{hint}")
+    return manager
+
+
+def _local(request: TaskRequest, manager: "TaskManager", folder: Path, scratch: Path) -> tuple[list[str], str, str]:
+    """Task files that include the stock ones and name local data, what that data is, and where examples come from."""
+    evaluated = _find(folder, request.name, EVALUATED)
+    if evaluated is None:
+        names = " or ".join(f"{request.name}{ending}.jsonl[.gz]" for ending in EVALUATED)
+        raise UsageError(f"{folder} has no data for task {request.name}: it needs {names}")
+    examples = _find(folder, request.name, EXAMPLES)
+    files = {"test": evaluated} | ({"examples": examples} if examples else {})
+    entry = manager.task_index[request.name]
+    if entry.yaml_path is not None and isinstance(entry.cfg.get("task"), str):
+        specs = [_write_task(scratch, request.name, entry.yaml_path, files)]
+    else:
+        specs = _write_subjects(request, manager, files, scratch)
+    data = " ".join(f"{file.name}:{_digest(file)}" for file in files.values())
+    return specs, data, examples.name if examples else f"{evaluated.name}, without the question itself"
+
+
+def _write_subjects(request: TaskRequest, manager: "TaskManager", files: dict[str, Path], scratch: Path) -> list[str]:
+    """One task file for each subject in the data: `mmlu` stands for `mmlu_<subject>`."""
+    parts: dict[str, dict[str, Path]] = defaultdict(dict)
+    for split, file in files.items():
+        for subject, lines in _by_subject(file).items():
+            parts[subject][split] = scratch / f"{request.name}_{subject}_{split}.jsonl"
+            parts[subject][split].write_text("".join(lines))
+    specs = []
+    for subject, by_split in sorted(parts.items()):
+        name = f"{request.name}_{subject}"
+        if name not in manager.task_index or "test" not in by_split:
+            raise UsageError(f"{files['test']}: there is no task {name} with questions to evaluate")
+        specs.append(_write_task(scratch, name, manager.task_index[name].yaml_path, by_split))
+    return specs
+
+
+def _by_subject(file: Path) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = defaultdict(list)
+    try:
+        with gzip.open(file, "rt") if file.suffix == ".gz" else open(file) as lines:
+            for line in lines:
+                found[json.loads(line)[SUBJECT]].append(line)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"{file} is no JSONL file with a column '{SUBJECT}': {_line(error)}") from None
+    return found
+
+
+def _write_task(scratch: Path, name: str, stock: Path, files: dict[str, Path]) -> str:
+    """A task file in JSON, which is YAML."""
+    path = scratch / f"{name}.yaml"
+    local = {
+        "include": str(stock),
+        "task": name,
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {split: str(file.resolve()) for split, file in files.items()}},
+        "training_split": None,
+        "validation_split": None,
+        "test_split": "test",
+        "fewshot_split": "examples" if "examples" in files else "test",
+    }
+    path.write_text(json.dumps(local))
+    return str(path)
+
+
+def _find(folder: Path, name: str, endings: Sequence[str]) -> Path | None:
+    files = (folder / f"{name}{ending}.jsonl{packed}" for ending in endings for packed in ("", ".gz"))
+    return next((file for file in files if file.is_file()), None)
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
