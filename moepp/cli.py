@@ -76,9 +76,9 @@ def _parser() -> argparse.ArgumentParser:
             "--scale", default="laptop", help="smoke, laptop, gpu or paper, as the sweep file defines them"
         )
 
-    def add_tasks(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--tasks", default="paper", help="`paper`: the paper's eleven; or names, as sciq,piqa,boolq:0")
-        sub.add_argument("--tasks-dir", type=Path, help="local data, <task>.jsonl[.gz]; without it, the hub's")
+    def add_tasks(sub: argparse.ArgumentParser, default: str | None) -> None:
+        sub.add_argument("--tasks", default=default, help="`paper`: the paper's eleven; or names, as sciq,piqa,boolq:0")
+        sub.add_argument("--tasks-dir", metavar="DIR", help="local task data, <task>.jsonl[.gz]; else the hub's")
         sub.add_argument("--limit", type=int, help="only the first so many examples of each task")
 
     reproduce = add("reproduce", _reproduce, "make a table or figure of the paper and print ours beside it")
@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.add_argument("--list", action="store_true", help="list the experiments")
     reproduce.add_argument("--workers", type=int, default=0, help="trials at a time; 0: one per core, one per GPU")
     reproduce.add_argument("--seeds", action=_Seeds, nargs="+", help="instead of the sweep file's")
-    reproduce.add_argument("--tasks-dir", metavar="DIR", help="task data as JSONL, for the studies that ask for it")
+    add_tasks(reproduce, default=None)
     add_scale(reproduce)
     add_overrides(reproduce)
 
@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = add("evaluate", _evaluate, "score a trained run or a released checkpoint on the paper's tasks or others")
     evaluate.add_argument("checkpoint", type=Path, help="run directory, *.ckpt file, or folder in the released layout")
-    add_tasks(evaluate)
+    add_tasks(evaluate, default="paper")
     evaluate.add_argument("--batch-tokens", type=int, default=4096, help="padded tokens per batch")
 
     compare = add("compare", _compare, "two runs, or two arms of a sweep, side by side")
@@ -211,7 +211,8 @@ def _reproduce(options: argparse.Namespace) -> None:
     if options.list or options.experiment is None:
         print("\n".join(listing()))
         return
-    flags = {"tasks_dir": options.tasks_dir} if options.tasks_dir else {}
+    given = {"tasks": options.tasks, "tasks_dir": options.tasks_dir, "limit": options.limit}
+    flags = {name: str(value) for name, value in given.items() if value is not None}
     reproduce(options.experiment, options.scale, options.workers, options.overrides, options.seeds, flags)
 
 
@@ -240,7 +241,7 @@ def _generate(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from moepp.evaluation.commands import evaluate_checkpoint
 
-    tasks = (options.tasks, options.tasks_dir, options.limit)
+    tasks = (options.tasks, Path(options.tasks_dir) if options.tasks_dir else None, options.limit)
     print(evaluate_checkpoint(options.checkpoint, *tasks, options.batch_tokens))
 
 

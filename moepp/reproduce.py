@@ -1,7 +1,7 @@
 """`python run.py reproduce` and `report`: trains what is missing, measures, writes results/<experiment>/<scale>/."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,20 +46,35 @@ def reproduce(
 ) -> None:
     """Trains what the experiment's runs lack, writes its report and prints the table.
 
-    `arguments` are config values of the runs and, of a study, its own options; `flags` are options given as flags.
+    `arguments` are config values of the runs and, of a study, its own options; `flags` are options given as flags, of
+    an arm comparison `tasks` with `tasks_dir` and `limit`: downstream tasks on which every trial is scored.
     Raises UsageError for a scale, key or option that does not fit.
     """
     experiment = find(name)
     if isinstance(experiment, Study):
         _reproduce_study(experiment, scale, workers, arguments, seeds, flags or {})
         return
-    if flags:
-        raise UsageError(f"{name} takes no --{min(flags).replace('_', '-')}")
+    score = _task_scorer(flags or {})
     from moepp.sweeps.timing import time_arms
 
     directory = _train(Runs(experiment.sweep), scale, workers, arguments, seeds)
     time_arms(directory)
+    score(directory)
     _write_comparison(experiment, directory)
+
+
+def _task_scorer(flags: Mapping[str, str]) -> Callable[[Path], None]:
+    """Scores the trials of a sweep on downstream tasks, where `tasks` asks for it; what is wrong is said at once."""
+    if "tasks" not in flags:
+        if flags:
+            raise UsageError(f"--{min(flags).replace('_', '-')} belongs to --tasks, which names what to score")
+        return lambda directory: None
+    from moepp.evaluation.commands import check_request, evaluate_sweep
+
+    folder, limit = flags.get("tasks_dir"), flags.get("limit")
+    asked = (flags["tasks"], Path(folder) if folder else None, int(limit) if limit else None)
+    check_request(*asked)
+    return lambda directory: evaluate_sweep(directory, *asked)
 
 
 def report(name: str, scale: str, runs: Path | str) -> None:

@@ -76,7 +76,7 @@ def test_a_study_is_not_rebuilt_from_records(study):
 
 
 def test_a_flag_that_no_comparison_takes_is_refused():
-    with pytest.raises(UsageError, match="table5 takes no --tasks-dir"):
+    with pytest.raises(UsageError, match="--tasks-dir belongs to --tasks"):
         reproduce.reproduce("table5", "smoke", flags={"tasks_dir": "x"})
 
 
@@ -86,3 +86,17 @@ def test_table2_counts_the_configs(monkeypatch, tmp_path, capsys):
     text = (tmp_path / "results/table2/paper/report.md").read_text()
     assert "| 7b | vanilla | 16 + 0/0/0 | 7.676 | 7 | 1.334 | 1.234 | 1.2 | 0 |" in text
     assert "**fails**: 7b: total parameters round to the paper's 7: 7.676 billion." in text
+
+
+def test_trials_are_scored_on_tasks_between_training_and_report(monkeypatch, tmp_path):
+    pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'moepp[eval]'")
+    done = []
+    monkeypatch.setattr("moepp.sweeps.runner.run_sweep", lambda *_: done.append("trained") or tmp_path)
+    monkeypatch.setattr("moepp.sweeps.timing.time_arms", lambda directory: done.append("timed"))
+    monkeypatch.setattr("moepp.evaluation.commands.evaluate_sweep", lambda *asked: done.append(asked))
+    monkeypatch.setattr(reproduce, "_write_comparison", lambda *_: done.append("reported"))
+    reproduce.reproduce("table5", "smoke", flags={"tasks": "sciq", "tasks_dir": str(tmp_path), "limit": "5"})
+    assert done == ["trained", "timed", (tmp_path, "sciq", tmp_path, 5), "reported"]
+    with pytest.raises(UsageError, match="is no folder"):
+        reproduce.reproduce("table5", "smoke", flags={"tasks": "sciq", "tasks_dir": "nowhere"})
+    assert len(done) == 4  # what cannot be scored is said before anything is trained

@@ -1,9 +1,13 @@
 """`python run.py evaluate`: one checkpoint, or every finished trial of a sweep, on downstream tasks."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TextIO
+
+from tqdm import tqdm
 
 from moepp.analysis.tables import aligned, number
 from moepp.errors import UsageError
@@ -12,11 +16,14 @@ from moepp.evaluation.results import (
     GOLD,
     TaskResult,
     final_metrics,
+    load_task_results,
     means,
     write_task_result,
 )
 from moepp.evaluation.tasks import TaskRequest, parse_tasks
-from moepp.records import RunRecord
+from moepp.records import RunRecord, read_json
+
+BATCH_TOKENS = 4096  # padded, of one batch
 
 
 def evaluate_checkpoint(source: Path, tasks: str, folder: Path | None, limit: int | None, batch_tokens: int) -> str:
@@ -25,21 +32,48 @@ def evaluate_checkpoint(source: Path, tasks: str, folder: Path | None, limit: in
     The scores of a finished run go into its record and to MLflow; those of any other checkpoint go into a folder
     `evaluation` beside it.
     """
-    requests = _requests(tasks, folder, limit)
-    from moepp.evaluation.evaluate import evaluate
-    from moepp.evaluation.harness import MoEPlusPlus
-
-    if batch_tokens < 1:
-        raise UsageError(f"--batch-tokens {batch_tokens} must be at least 1")
-    model = MoEPlusPlus(source, batch_tokens=batch_tokens, progress=sys.stderr.isatty())
     run = _run_of(source)
     results = []
-    for result in evaluate(model, requests, folder, limit):
+    for result in scored(source, tasks, folder, limit, batch_tokens):
         results.append(result)
         _keep(run, source, result)
     if run is not None:
         _mirror(run.path.parent)
     return "\n".join(describe(results))
+
+
+def scored(
+    source: Path, tasks: str, folder: Path | None, limit: int | None, batch_tokens: int = BATCH_TOKENS
+) -> Iterator[TaskResult]:
+    """The results of one task after the other, kept nowhere. Raises UsageError for what cannot be asked for."""
+    requests = check_request(tasks, folder, limit)
+    if batch_tokens < 1:
+        raise UsageError(f"--batch-tokens {batch_tokens} must be at least 1")
+    from moepp.evaluation.evaluate import evaluate
+    from moepp.evaluation.harness import MoEPlusPlus
+
+    model = MoEPlusPlus(source, batch_tokens=batch_tokens, progress=_terminal())
+    yield from evaluate(model, requests, folder, limit)
+
+
+def evaluate_sweep(directory: Path, tasks: str, folder: Path | None, limit: int | None) -> None:
+    """Scores every finished trial of a sweep once: results for the same examples and prompts are not computed again."""
+    requests = check_request(tasks, folder, limit)
+    from moepp.evaluation.evaluate import about, evaluate_task
+    from moepp.evaluation.harness import MoEPlusPlus
+    from moepp.evaluation.tasks import load_task
+
+    records = [RunRecord(directory / trial["path"]) for trial in read_json(directory / "sweep.json")["trials"]]
+    runs = [record for record in records if record.status == "done"]
+    with ExitStack() as stack:
+        loaded = [stack.enter_context(load_task(request, folder)) for request in requests]
+        for run in tqdm(runs, desc="scoring trials", file=_terminal(), disable=_terminal() is None):
+            stored = {result.about.identity for result in load_task_results(run.path).values()}
+            left = [task for task in loaded if about(task, limit).identity not in stored]
+            model = MoEPlusPlus(run.path) if left else None
+            for task in left:
+                _keep(run, run.path, evaluate_task(model, task, limit))
+    _mirror(directory)
 
 
 def describe(results: Sequence[TaskResult]) -> list[str]:
@@ -61,7 +95,7 @@ def describe(results: Sequence[TaskResult]) -> list[str]:
     ]
 
 
-def _requests(tasks: str, folder: Path | None, limit: int | None) -> list[TaskRequest]:
+def check_request(tasks: str, folder: Path | None, limit: int | None) -> list[TaskRequest]:
     """What is asked for. Raises UsageError for what can be seen to be impossible before a model is loaded."""
     if find_spec("lm_eval") is None:
         raise UsageError("evaluation needs lm-evaluation-harness: pip install 'moepp[eval]'")
@@ -70,6 +104,10 @@ def _requests(tasks: str, folder: Path | None, limit: int | None) -> list[TaskRe
     if limit is not None and limit < 1:
         raise UsageError(f"--limit {limit} must be at least 1")
     return parse_tasks(tasks)
+
+
+def _terminal() -> TextIO | None:
+    return sys.stderr if sys.stderr.isatty() else None
 
 
 def _run_of(source: Path) -> RunRecord | None:

@@ -1,9 +1,11 @@
 """Runs tasks of lm-evaluation-harness on a model and keeps every example's scores."""
 
 import importlib.metadata
-import logging
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stderr
+from dataclasses import replace
 from datetime import UTC, datetime
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 
     from moepp.evaluation.harness import MoEPlusPlus
 
+FEWSHOT_SEED = 1234  # the harness's default
+
 
 def evaluate(
     model: "MoEPlusPlus", requests: Sequence[TaskRequest], folder: Path | None = None, limit: int | None = None
@@ -24,18 +28,35 @@ def evaluate(
 
     `folder` holds local data, None takes the hub's; `limit` takes the first so many examples of each (sub)task.
     """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # notes on every default it falls back on
     for request in requests:
         with load_task(request, folder) as loaded:
-            yield _evaluate(model, loaded, limit)
+            yield evaluate_task(model, loaded, limit)
 
 
-def _evaluate(model: "MoEPlusPlus", loaded: LoadedTask, limit: int | None) -> TaskResult:
+def about(loaded: LoadedTask, limit: int | None) -> About:
+    """What an evaluation would hold, before any model is asked."""
+    return About(
+        task=loaded.request.name,
+        shots=loaded.shots,
+        limit=limit,
+        data=loaded.data,
+        examples_from=loaded.examples_from,
+        lm_eval=importlib.metadata.version("lm_eval"),
+        versions={name: str(task.VERSION) for name, task in sorted(loaded.tasks.items())},
+    )
+
+
+def evaluate_task(model: "MoEPlusPlus", loaded: LoadedTask, limit: int | None) -> TaskResult:
+    """The same examples and prompts for every model, however many were scored before."""
     from lm_eval.evaluator import evaluate as run_harness
 
+    for task in loaded.tasks.values():
+        task.set_fewshot_seed(FEWSHOT_SEED)
     model.cut = 0
-    # Without standard errors: those of means follow from the examples, the others take minutes of resampling.
-    found = run_harness(model, {"tasks": loaded.tasks}, limit=limit, bootstrap_iters=0)
+    # Its progress bars, one for each of MMLU's 57 tasks, go nowhere; the model shows its own. Without standard errors:
+    # those of means follow from the examples, the others take minutes of resampling.
+    with redirect_stderr(StringIO()):
+        found = run_harness(model, {"tasks": loaded.tasks}, limit=limit, bootstrap_iters=0)
     requests = sum(len(task.instances) for task in loaded.tasks.values())
     examples = [
         example
@@ -44,19 +65,9 @@ def _evaluate(model: "MoEPlusPlus", loaded: LoadedTask, limit: int | None) -> Ta
     ]
     if not examples:
         raise RunError(f"task {loaded.request.name} has no example to score")
-    about = About(
-        task=loaded.request.name,
-        shots=loaded.shots,
-        limit=limit,
-        data=loaded.data,
-        examples_from=loaded.examples_from,
-        lm_eval=importlib.metadata.version("lm_eval"),
-        versions={name: str(task.VERSION) for name, task in sorted(loaded.tasks.items())},
-        context=model.checkpoint.context,
-        cut=min(1.0, model.cut / requests),
-        date=datetime.now(UTC).date().isoformat(),
-    )
-    return TaskResult(about, tuple(examples))
+    today = datetime.now(UTC).date().isoformat()
+    made = replace(about(loaded, limit), context=model.checkpoint.context, cut=model.cut / requests, date=today)
+    return TaskResult(made, tuple(examples))
 
 
 def _examples(model: "MoEPlusPlus", task: "Task", samples: list[dict[str, Any]], prefix: str) -> Iterator[Example]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from lm_eval.api.instance import Instance
@@ -14,7 +15,6 @@ from moepp.evaluation.loading import Checkpoint, load_checkpoint
 from moepp.evaluation.scoring import Tokens, log_likelihoods
 from moepp.models.attention import KeyValueCache
 
-BATCH_TOKENS = 4096
 MAX_NEW_TOKENS = 256  # the harness's default
 
 
@@ -23,7 +23,7 @@ class MoEPlusPlus(TemplateLM):
 
     Contexts are cut from the left where a request exceeds the model's context, and `cut` counts these requests; what
     is scored is never cut. `batch_tokens` limits the padded tokens of a batch. The harness's own `batch_size`, which
-    it passes in rows, is not used.
+    it passes in rows, is not used. `progress` is where bars are drawn.
     """
 
     def __init__(
@@ -31,8 +31,8 @@ class MoEPlusPlus(TemplateLM):
         checkpoint: str | Path | Checkpoint,
         device: str | None = None,
         dtype: str | None = None,
-        batch_tokens: int = BATCH_TOKENS,
-        progress: bool = False,
+        batch_tokens: int = 4096,
+        progress: TextIO | None = None,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
     ):
@@ -59,7 +59,7 @@ class MoEPlusPlus(TemplateLM):
         return list(self._encode(string))
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not self.progress)
+        return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **options: object
@@ -87,7 +87,7 @@ class MoEPlusPlus(TemplateLM):
             self.cut += len(tokens) > room
             prompts[number] = tokens[-room:]
             groups.setdefault((len(prompts[number]), new, stops), []).append(number)
-        with tqdm(total=len(requests), desc="generating", disable=not self.progress) as bar:
+        with tqdm(total=len(requests), desc="generating", file=self.progress, disable=self.progress is None) as bar:
             for (length, new, stops), numbers in sorted(groups.items(), reverse=True):
                 rows = max(1, self.batch_tokens // (length + new))
                 for start in range(0, len(numbers), rows):
@@ -100,7 +100,7 @@ class MoEPlusPlus(TemplateLM):
     def _score(self, requests: list[tuple[list[int], int]]) -> list[tuple[float, bool]]:
         context = self.checkpoint.context
         self.cut += sum(len(tokens) > context + 1 for tokens, _ in requests)
-        with tqdm(desc="scoring", unit=" windows", disable=not self.progress) as bar:
+        with tqdm(desc="scoring", unit=" windows", file=self.progress, disable=self.progress is None) as bar:
             found = log_likelihoods(
                 self.checkpoint.logits, requests, context, self.batch_tokens, self.checkpoint.device, bar.update
             )

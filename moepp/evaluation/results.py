@@ -16,6 +16,7 @@ from moepp.records import write_text
 
 FOLDER = "evaluation"
 GOLD = "gold_bits_per_byte"
+ACCURACIES = ("acc", "exact_match")  # what the paper may have printed; a task has one of them
 NOISY_TASK = "boolq"  # near chance for small models, and in the paper some rows lie far below it
 
 
@@ -30,9 +31,9 @@ class About:
     examples_from: str  # where few-shot examples come from; "" without any
     lm_eval: str  # version of the harness
     versions: Mapping[str, str]  # of the harness's task definitions, by subtask
-    context: int  # tokens
-    cut: float  # share of the requests whose context was cut from the left
-    date: str
+    context: int = 0  # tokens
+    cut: float = 0.0  # share of the requests whose context was cut from the left
+    date: str = ""
 
     @property
     def identity(self) -> tuple[object, ...]:
@@ -72,7 +73,7 @@ class TaskResult:
     def accuracy_metric(self) -> str:
         """The metric the paper reports: acc, or exact_match where an answer is generated."""
         names = self.examples[0].metrics
-        return next((name for name in ("acc", "exact_match") if name in names), min(names, default=""))
+        return next((name for name in ACCURACIES if name in names), min(names, default=""))
 
     def scores(self) -> dict[str, Score]:
         """Every metric of the harness that is a mean over examples, and `gold_bits_per_byte`."""

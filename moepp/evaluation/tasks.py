@@ -6,6 +6,7 @@ import difflib
 import gzip
 import hashlib
 import json
+import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -78,8 +79,12 @@ def load_task(request: TaskRequest, folder: Path | None) -> Iterator[LoadedTask]
     Raises UsageError for a task that the harness does not know or that has no file, RunError for data that cannot be
     read.
     """
+    import datasets
     from lm_eval.tasks import TaskManager
 
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # notes on every default it falls back on
+    if folder is not None:
+        datasets.disable_progress_bars()
     manager = _manager(request.name)
     with TemporaryDirectory(prefix="moepp-tasks-") as scratch:
         if folder is None:
@@ -93,7 +98,6 @@ def load_task(request: TaskRequest, folder: Path | None) -> Iterator[LoadedTask]
             raise RunError(f"cannot load the data of task {request.name} {where}: {_line(error)}") from error
         for task in tasks.values():
             task.set_config("num_fewshot", (task.config.num_fewshot or 0) if request.shots is None else request.shots)
-            task.set_fewshot_seed(1234)  # the harness's default: the same examples for every model
         if folder is None:
             data = f"hub:{next(iter(tasks.values())).config.dataset_path}"
         loaded = LoadedTask(request, tasks, data, examples_from)

@@ -193,8 +193,8 @@ class MirroredRun:
         """Sends each metric's steps after the last one in the store: a resumed run writes earlier steps a second time.
 
         Batches go out in the order of steps and are stored whole or not at all, so no step before the last is missing.
-        `final/*` goes to step 0, where MLflow draws bars; under the last step it would draw curves of one point. A final
-        value that was replaced in the record is sent again: MLflow shows the newest.
+        `final/*` goes to step 0, where MLflow draws bars; under the last step it would draw curves of one point. A
+        final value that was replaced in the record is sent again: MLflow shows the newest.
         """
         from mlflow.entities import Metric
 

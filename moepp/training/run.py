@@ -23,6 +23,7 @@ from moepp.models.budget import Budget, active_parameters, forward_flops
 from moepp.models.decoder import Decoder
 from moepp.records import RunRecord, write_json
 from moepp.training.callbacks import MetricsReporter, ResumeCheckpoint, resume_points
+from moepp.training.cloze import ClozeScorer
 from moepp.training.data import TokenDataModule
 from moepp.training.launch import launch
 from moepp.training.module import LanguageModel
@@ -175,6 +176,7 @@ def _trainer(record: RunRecord, config: RunConfig, rank: Rank, judge: Judge | No
         logger=RecordLogger(record),
         log_every_n_steps=settings.log_every,
         callbacks=[
+            *([ClozeScorer()] if config.cloze.points else []),
             MetricsReporter(),
             *([Pruning(judge)] if judge else []),
             ResumeCheckpoint(record.checkpoints, settings.checkpoint_every, settings.val_every),

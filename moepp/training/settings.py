@@ -7,6 +7,7 @@ from typing import Literal
 from moepp.config import identity
 from moepp.models.decoder import DecoderConfig
 from moepp.strategies.settings import StrategyConfig
+from moepp.training.cloze import ClozeConfig
 from moepp.training.optim import OptimConfig
 from moepp.training.tokens import DataConfig
 from moepp.training.tracking import TrackingConfig
@@ -46,6 +47,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    cloze: ClozeConfig = field(default_factory=ClozeConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     tags: dict[str, str] = field(default_factory=dict)  # arm, baseline, sweep, experiment, paper_table
@@ -67,7 +69,7 @@ class RunConfig:
 
 # What cannot change a result: a run moved to other devices, folders or trackers is still the same run.
 NOT_IDENTITY = (
-    "name", "runs", "tags", "model.backend", "tracking", "data.cache", "data.workers",
+    "name", "runs", "tags", "model.backend", "tracking", "cloze", "data.cache", "data.workers",
     "trainer.log_every", "trainer.checkpoint_every", "trainer.expert_timing", "trainer.accelerator", "trainer.devices",
     "trainer.num_nodes", "trainer.threads", "trainer.progress", "strategy",
 )  # fmt: skip

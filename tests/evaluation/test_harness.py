@@ -11,14 +11,14 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from moepp.errors import RunError, UsageError
-from moepp.evaluation.commands import evaluate_checkpoint
-from moepp.evaluation.evaluate import evaluate
+from moepp.evaluation.commands import evaluate_checkpoint, evaluate_sweep
+from moepp.evaluation.evaluate import evaluate, evaluate_task
 from moepp.evaluation.harness import MoEPlusPlus
 from moepp.evaluation.loading import load_checkpoint
 from moepp.evaluation.results import load_task_results
-from moepp.evaluation.tasks import PAPER_SHOTS, TaskRequest, parse_tasks, stock_folder
+from moepp.evaluation.tasks import PAPER_SHOTS, TaskRequest, load_task, parse_tasks, stock_folder
 from moepp.models.official import save_official
-from moepp.records import RunRecord
+from moepp.records import RunRecord, write_json
 
 
 @pytest.fixture(autouse=True)
@@ -158,6 +158,34 @@ def test_a_run_keeps_its_scores_once(text_run, task_folder):
     stored = load_task_results(text_run)
     assert stored["sciq"].scores()["gold_bits_per_byte"].value == after["sciq_gold_bits_per_byte"]
     assert record.status == "done"
+
+
+@pytest.fixture
+def sweep_of_one(text_run, tmp_path):
+    run = copytree(text_run, tmp_path / "runs" / "sweep-smoke" / "0123")
+    trials = [{"arm": "vanilla", "seed": 0, "path": "0123"}, {"arm": "vanilla", "seed": 1, "path": "4567"}]
+    write_json(run.parent / "sweep.json", {"trials": trials})
+    return run.parent
+
+
+def test_a_sweep_is_scored_once(sweep_of_one, task_folder, monkeypatch):
+    evaluate_sweep(sweep_of_one, "sciq,boolq:1", task_folder, None)
+    record = RunRecord(sweep_of_one / "0123")
+    found = record.final()
+    assert found["sciq_examples"] == 2 and "boolq_acc" in found
+    with monkeypatch.context() as patched:
+        patched.setattr("moepp.evaluation.harness.load_checkpoint", None)  # would be called to score again
+        evaluate_sweep(sweep_of_one, "sciq,boolq:1", task_folder, None)
+        with pytest.raises(TypeError):
+            evaluate_sweep(sweep_of_one, "sciq,boolq:0", task_folder, None)
+    assert record.final() == found
+
+
+def test_the_order_of_models_does_not_change_their_prompts(model, task_folder):
+    """Examples of the prompt are drawn anew for every document; the draws begin anew for every model."""
+    with load_task(TaskRequest("boolq", 1), task_folder) as loaded:
+        first, second = (evaluate_task(model, loaded, None) for _ in range(2))
+    assert first == second
 
 
 def test_a_released_checkpoint_scores_as_its_run_does(model, text_run, tmp_path):
