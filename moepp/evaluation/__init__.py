@@ -1,4 +1,6 @@
-"""Downstream tasks through lm-evaluation-harness. Importing this package makes the harness know the model `moepp`:
+"""What trained models do with text: their routing, and their scores on downstream tasks.
+
+Importing this package makes lm-evaluation-harness know the model `moepp`:
 
     import moepp.evaluation
     lm_eval.simple_evaluate(model="moepp", model_args="checkpoint=runs/train/<hash>", tasks=["sciq"])
