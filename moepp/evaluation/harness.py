@@ -11,7 +11,7 @@ from lm_eval.api.model import TemplateLM
 from tqdm import tqdm
 
 from moepp.errors import UsageError
-from moepp.evaluation.loading import Checkpoint, load_checkpoint
+from moepp.evaluation.checkpoints import Checkpoint, load_checkpoint
 from moepp.evaluation.scoring import Tokens, log_likelihoods
 from moepp.models.attention import KeyValueCache
 
@@ -40,11 +40,12 @@ class MoEPlusPlus(TemplateLM):
         if dtype is not None and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
             raise UsageError(f"dtype={dtype} is no floating-point type of torch; use float32 or bfloat16")
         if not isinstance(checkpoint, Checkpoint):
-            checkpoint = load_checkpoint(checkpoint, device, getattr(torch, dtype) if dtype else None)
+            checkpoint = load_checkpoint(Path(checkpoint), device, getattr(torch, dtype) if dtype else None)
         self.checkpoint, self.batch_tokens, self.progress = checkpoint, int(batch_tokens), progress
         self._device = checkpoint.device
+        self._tokenizer = checkpoint.require_tokenizer()
         # The choices of a question come one after the other and share their context.
-        self._encode = lru_cache(maxsize=8)(checkpoint.tokenizer.encode)
+        self._encode = lru_cache(maxsize=8)(lambda text: self._tokenizer.encode(text, add_special_tokens=False).ids)
         self.cut = 0
 
     @property
@@ -126,20 +127,20 @@ class MoEPlusPlus(TemplateLM):
         ids: list[list[int]] = [[] for _ in prompts]
         texts: list[str | None] = [None] * len(prompts)
         for _ in range(new):
-            with self.checkpoint.precision():
+            with self.checkpoint.autocast():
                 step_BS = model(step_BS, caches).logits[:, -1].argmax(-1, keepdim=True)
             for row, token in enumerate(step_BS[:, 0].tolist()):
                 if texts[row] is None:
                     texts[row] = self._ended(ids[row], token, stops)
             if None not in texts:
                 break
-        return [self.checkpoint.tokenizer.decode(ids[row]) if text is None else text for row, text in enumerate(texts)]
+        return [self._tokenizer.decode(ids[row]) if text is None else text for row, text in enumerate(texts)]
 
     def _ended(self, ids: list[int], token: int, stops: tuple[str, ...]) -> str | None:
         """Adds a token to a row; its text once that has ended."""
         if token == self.eot_token_id:
-            return self.checkpoint.tokenizer.decode(ids)
+            return self._tokenizer.decode(ids)
         ids.append(token)
-        text = self.checkpoint.tokenizer.decode(ids)
+        text = self._tokenizer.decode(ids)
         places = [place for stop in stops if stop and (place := text.find(stop)) >= 0]
         return text[: min(places)] if places else None

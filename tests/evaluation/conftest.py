@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moepp.config import compose
-from moepp.evaluation.loading import Checkpoint
+from moepp.evaluation.checkpoints import Checkpoint
 from moepp.training.run import freeze, train
 from moepp.training.settings import RunConfig, run_directory
 
@@ -77,8 +77,8 @@ def text_run(tmp_path_factory) -> Path:
 class Bytes:
     """A token is a byte."""
 
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
+    def encode(self, text: str, add_special_tokens: bool) -> SimpleNamespace:
+        return SimpleNamespace(ids=list(text.encode()))
 
     def decode(self, ids: list[int]) -> str:
         return bytes(ids).decode()
@@ -87,9 +87,10 @@ class Bytes:
 class Unigram(torch.nn.Module):
     """Every token has its own probability, whatever stands before it: `a` 1/2, `b` 1/4, all others share 1/4."""
 
-    blocks = ()
-    probabilities = torch.full((256,), 0.25 / 254)
-    probabilities[ord("a")], probabilities[ord("b")] = 0.5, 0.25
+    def __init__(self):
+        super().__init__()
+        self.probabilities = torch.nn.Parameter(torch.full((256,), 0.25 / 254), requires_grad=False)
+        self.probabilities[ord("a")], self.probabilities[ord("b")] = 0.5, 0.25
 
     def forward(self, ids_BS, caches=None):
         return SimpleNamespace(logits=self.probabilities.log().expand(*ids_BS.shape, 256))
@@ -100,4 +101,4 @@ class Unigram(torch.nn.Module):
 
 @pytest.fixture
 def unigram() -> Checkpoint:
-    return Checkpoint(Path("unigram"), Unigram(), Bytes(), 0, 0, 64, nullcontext, torch.device("cpu"))
+    return Checkpoint(Unigram(), 0, 0, 64, Bytes(), nullcontext)

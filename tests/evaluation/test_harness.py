@@ -11,10 +11,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from moepp.errors import RunError, UsageError
+from moepp.evaluation.checkpoints import load_checkpoint
 from moepp.evaluation.commands import evaluate_checkpoint, evaluate_sweep
 from moepp.evaluation.evaluate import evaluate, evaluate_task
 from moepp.evaluation.harness import MoEPlusPlus
-from moepp.evaluation.loading import load_checkpoint
 from moepp.evaluation.results import load_task_results
 from moepp.evaluation.tasks import PAPER_SHOTS, TaskRequest, load_task, parse_tasks, stock_folder
 from moepp.models.official import save_official
@@ -191,7 +191,7 @@ def test_the_order_of_models_does_not_change_their_prompts(model, task_folder):
 def test_a_released_checkpoint_scores_as_its_run_does(model, text_run, tmp_path):
     folder, request = tmp_path / "released", instances("loglikelihood", ("the people", " work hard"))
     save_official(model.checkpoint.model, folder)
-    with pytest.raises(UsageError, match=r"no tokenizer\.json and no tokenizer\.model"):
+    with pytest.raises(UsageError, match=r"has no tokenizer\.json; save one there"):
         load_checkpoint(folder, "cpu")
     (tokenizer,) = text_run.parents[2].glob("cache/*/tokenizer.json")
     copy(tokenizer, folder)

@@ -1,0 +1,97 @@
+"""A trained decoder with what is needed to feed it text: a run's, or a folder in the released layout."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from moepp.errors import UsageError
+from moepp.models.decoder import Decoder
+from moepp.models.official import load_official
+from moepp.models.weight_files import read_json
+from moepp.training.run import autocast_of, load_decoder
+from moepp.training.tokenizer import end_of_text, load_tokenizer
+from moepp.training.tokens import DataConfig, TokenFiles, prepare
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`context` is the longest input in tokens: what the model was trained on. `prefix` is the token before a text that
+    has nothing before it. `data` and `tokens` are a run's own.
+    """
+
+    model: Decoder
+    end_of_text: int
+    prefix: int
+    context: int
+    tokenizer: Tokenizer | None  # in a text, the name of a special token is text
+    autocast: Callable[[], AbstractContextManager]
+    data: DataConfig | None = None
+    tokens: TokenFiles | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def require_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise UsageError("this checkpoint has no tokenizer.json, so it cannot read text")
+        return self.tokenizer
+
+    @torch.inference_mode()
+    def logits(self, ids_BS: Tensor) -> Tensor:
+        """Logits [B, S, V] of ids on the model's device."""
+        with self.autocast():
+            return self.model(ids_BS).logits
+
+
+def load_checkpoint(path: Path, device: str | None = None, dtype: torch.dtype | None = None) -> Checkpoint:
+    """A finished run's directory, one of a run's checkpoint files, or a folder in the released layout.
+
+    `device`: a GPU where there is one. `dtype` of the weights: a run's as saved, computing in the precision of its
+    training; a released checkpoint's bfloat16 on a GPU, float32 on a CPU. Raises UsageError or RunError in one line for
+    what cannot be loaded.
+    """
+    path, device = path.expanduser(), torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if path.suffix == ".ckpt" or (path / "config.yaml").is_file():
+        return _run(path, device, dtype)
+    if (path / "config.json").is_file():
+        return _official(path, device, dtype)
+    raise UsageError(
+        f"{path} is no run directory (config.yaml), no checkpoint file (*.ckpt) and no folder of a released checkpoint"
+        " (config.json)"
+    )
+
+
+def _run(path: Path, device: torch.device, dtype: torch.dtype | None) -> Checkpoint:
+    model, config = load_decoder(path)
+    tokens = prepare(config.data, progress=False)
+    file = tokens.path / "tokenizer.json"
+    tokenizer = _tokenizer(file) if file.is_file() else None
+    autocast = autocast_of(config, device) if dtype is None else nullcontext
+    end, context = tokens.header.end_of_text, config.data.seq_len
+    return Checkpoint(model.to(device, dtype), end, end, context, tokenizer, autocast, config.data, tokens)
+
+
+def _official(path: Path, device: torch.device, dtype: torch.dtype | None) -> Checkpoint:
+    if not (path / "tokenizer.json").is_file():
+        raise UsageError(
+            f"{path} has no tokenizer.json; save one there with transformers:"
+            " AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
+    tokenizer = _tokenizer(path / "tokenizer.json")  # before the weights, which may take minutes
+    keys, end = read_json(path / "config.json"), end_of_text(tokenizer)
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    model = load_official(path, dtype, device, attention="fused").eval()
+    prefix, context = keys.get("bos_token_id", end), keys.get("max_position_embeddings", 2048)
+    return Checkpoint(model, end, prefix, context, tokenizer, nullcontext)
+
+
+def _tokenizer(file: Path) -> Tokenizer:
+    tokenizer = load_tokenizer(file)
+    tokenizer.encode_special_tokens = True
+    return tokenizer
