@@ -32,6 +32,9 @@ RANK_COMMAND = (sys.executable, "-m", "moepp.cli", "trial")
 POLL_SECONDS = 0.1
 SECONDS_TO_FOLLOW = 3.0  # for the other ranks to end by themselves, and say why, once one has ended
 SECONDS_TO_STOP = 30.0  # for the ranks to finish their step and save it
+SECONDS_TO_ARRIVE = 60.0  # for a file that another node has written
+ERROR = "error: "  # how a command's last line begins when it says why it ended
+FINISHED = ("done", "pruned")
 FAILED = "failed"  # the key under which a starter tells those of other nodes
 
 
@@ -47,11 +50,6 @@ class _Process:
     @property
     def code(self) -> int | None:
         return self.process.poll()
-
-    @property
-    def message(self) -> str:
-        """What it said at its end, without the words that mark an error."""
-        return (last_lines(self.log, 1) or ["nothing printed"])[0].removeprefix("error: ")
 
     def signal(self, number: int) -> None:
         """Signals the rank and the processes that load its data."""
@@ -166,6 +164,23 @@ def _watch(processes: Sequence[_Process], requests: list[int], store: "TCPStore 
                 return "node 0: its starter is gone"
 
 
+def _done(record: RunRecord, processes: Sequence[_Process], nodes: int) -> bool:
+    """Whether the run's marker is there. Where all ranks ended well, another node may have written it, and file systems
+    that nodes share show such a file late.
+    """
+    patience = SECONDS_TO_ARRIVE if nodes > 1 and all(each.code == 0 for each in processes) else 0.0
+    deadline = time.monotonic() + patience
+    while record.status not in FINISHED and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    return record.status in FINISHED
+
+
+def _tell(store: "TCPStore", failure: str) -> None:
+    with suppress(RuntimeError):  # the first node's starter, which keeps the store, may be gone
+        store.set(FAILED, failure)
+        time.sleep(SECONDS_TO_FOLLOW)  # this may be the one that keeps it, and the others look every second
+
+
 def _reason(
     processes: Sequence[_Process], requests: list[int], elsewhere: str, config: "RunConfig", record: RunRecord
 ) -> Exception:
@@ -176,25 +191,30 @@ def _reason(
         return Interrupted(f"stopped; {next_time}")
     culprit = next((each for each in ended if each.code != PeerLost.exit_code), None)
     if culprit is None and elsewhere:
-        return RunError(f"{elsewhere.removesuffix(f'; {next_time}')}; {next_time}")
+        return RunError(elsewhere)
     if culprit is None:
-        silent = [each for each in processes if each.ended_at is None]
-        who = " and ".join(f"rank {each.rank} (process {each.process.pid})" for each in silent)
-        waited = f"did not answer within strategy.timeout_s={config.strategy.timeout_s:g}"
-        if not silent:
-            who, waited = f"rank {ended[0].rank}", f"lost the others: {ended[0].message}"
-        return RunError(f"{who} {waited}; all ranks were ended, and {next_time}")
-    if culprit.code == UsageError.exit_code:
-        return UsageError(culprit.message)
+        return RunError(f"{_silence(processes, config)}; all ranks were ended, and {next_time}")
+    last = "".join(last_lines(culprit.log, 1))
+    for kind in (UsageError, RunError):
+        if culprit.code == kind.exit_code and last.startswith(ERROR):
+            return kind(last.removeprefix(ERROR))
+    how = f"ended: {cause_of_end(culprit.code, culprit.log)}"
     if culprit.code == 0:
         how = "left before the run was done, with exit code 0"
-    elif culprit.message and culprit.code == RunError.exit_code and last_lines(culprit.log, 1)[0].startswith("error: "):
-        return RunError(culprit.message)
-    else:
-        how = f"ended: {cause_of_end(culprit.code, culprit.log)}"
+    world = config.trainer.devices * config.trainer.num_nodes
     place = os.path.relpath(culprit.log)
     return RunError(
-        f"rank {culprit.rank} of {len(processes)} {how} (its output: {place}); all ranks were ended, and {next_time}"
+        f"rank {culprit.rank} of {world} {how} (its output: {place}); all ranks were ended, and {next_time}"
+    )
+
+
+def _silence(processes: Sequence[_Process], config: "RunConfig") -> str:
+    """Which ranks the others, all of which report a lost connection, must have waited for."""
+    silent = [f"rank {each.rank} (process {each.process.pid})" for each in processes if each.ended_at is None]
+    if silent:
+        return f"{' and '.join(silent)} did not answer within strategy.timeout_s={config.strategy.timeout_s:g}"
+    return "the ranks of this node lost those of others: " + "".join(last_lines(processes[0].log, 1)).removeprefix(
+        ERROR
     )
 
 

@@ -25,7 +25,7 @@ from moepp.records import RunRecord, write_json
 from moepp.training.callbacks import MetricsReporter, ResumeCheckpoint, resume_points
 from moepp.training.cloze import ClozeScorer
 from moepp.training.data import TokenDataModule
-from moepp.training.launch import launch
+from moepp.training.launch import SECONDS_TO_ARRIVE, launch
 from moepp.training.module import LanguageModel
 from moepp.training.provenance import collect
 from moepp.training.pruning import Judge, Pruning
@@ -36,7 +36,6 @@ from moepp.training.throughput import expert_forward_times
 from moepp.training.tokens import TokenFiles, prepare
 
 FINAL_WEIGHTS = "final.ckpt"  # weights only: a finished run needs no optimizer state
-SECONDS_TO_ARRIVE = 60.0  # of a checkpoint that another node has written
 TIMED_TOKENS = 4096  # in one expert-forward measurement
 
 
@@ -50,11 +49,9 @@ def freeze(config: RunConfig) -> RunConfig:
 def train(config: RunConfig, directory: Path, judge: Judge | None = None) -> RunRecord:
     """Trains a frozen config in its run directory, or continues, or returns at once when it is done or pruned.
 
-    `judge` may stop it early, with the status `pruned`.
-
-    Over several devices this process starts one for each (launch.py), or is one of those that torchrun or srun started;
-    of these, rank 0 alone writes the record. Raises RunError for what goes wrong after a correct start, and leaves the
-    reason in failed.json; Interrupted after SIGTERM.
+    `judge` may stop it early, with the status `pruned`. Over several devices this process starts one for each
+    (launch.py), or is one of those that torchrun or srun started; of these, rank 0 alone writes the record. Raises
+    RunError for what goes wrong after a correct start, and leaves the reason in failed.json; Interrupted after SIGTERM.
     """
     rank, record = Rank.here(), RunRecord(directory)
     config = rank.spread(config)
