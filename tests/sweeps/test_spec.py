@@ -103,7 +103,7 @@ def test_a_point_of_the_space_may_not_hide_an_arm(write):
         ({"arms": None}, "arms is missing"),
         ({"baseline": "vanila"}, "unknown baseline 'vanila'; choose from vanilla, zero; did you mean vanilla"),
         ({"seed": [0]}, "unknown key seed; did you mean seeds"),
-        ({"match": "wallclock"}, "match: .*wallclock"),
+        ({"match": "speed"}, "match: .*speed"),
         ({"seeds": ["many"]}, "seeds"),
         ({"scales": {"smoke": {"sets": []}}}, "scales.smoke.sets"),
         ({"retries": -1}, "retries=-1 must not be negative"),
