@@ -1,6 +1,6 @@
 """Load-balance loss (Eq. 7) with the forms of other methods, router losses, and expert capacity (Eq. 8).
 
-Shape suffixes: T tokens, K top-k, N all experts (FFN, constant, copy, zero).
+Shape suffixes: T tokens, K slots of a token, N all experts (FFN, constant, copy, zero), W devices that share a batch.
 """
 
 import math
@@ -61,11 +61,11 @@ def load_targets(counts: ExpertCounts, tau: float) -> Tensor:
 
 
 def selection_counts(expert_TK: Tensor, experts: int) -> Tensor:
-    """How many tokens chose each expert, [N] int64; ids of N or more are not counted.
+    """How many tokens chose each expert first, second, ..., [K, N] int64; ids of N or more are not counted.
 
     Not bincount: on a GPU that waits for the host, which must know the result's size.
     """
-    return (expert_TK.reshape(-1, 1) == torch.arange(experts, device=expert_TK.device)).sum(0)
+    return (expert_TK.t()[..., None] == torch.arange(experts, device=expert_TK.device)).sum(1)
 
 
 def load_balance_loss(
@@ -126,13 +126,22 @@ def capacities(counts: ExpertCounts, tau: float, slots: int, factor: float, devi
     return capacity_N
 
 
-def within_capacity(expert_TK: Tensor, capacity_N: Tensor) -> Tensor:
-    """True for the slots an expert accepts, [T, K]: first choices of all tokens come before second choices, then batch
-    order decides.
+def accepted_counts(count_WKN: Tensor, capacity_N: Tensor) -> Tensor:
+    """How many of these slots the experts accept, [W, K, N]: first choices of all tokens come before second choices,
+    then batch order decides, in which device follows device.
     """
-    sorted_S, order_S = expert_TK.t().reshape(-1).sort(stable=True)  # k-major
-    start_N = torch.searchsorted(sorted_S, torch.arange(len(capacity_N), device=sorted_S.device))
-    position_S = torch.arange(len(order_S), device=order_S.device) - start_N[sorted_S]
+    count_RN = count_WKN.transpose(0, 1).flatten(0, 1)  # R: choices, and the devices within each
+    earlier_RN = count_RN.cumsum(0) - count_RN
+    accepted_RN = (capacity_N - earlier_RN).clamp(min=0).minimum(count_RN)
+    return accepted_RN.unflatten(0, (count_WKN.shape[1], len(count_WKN))).transpose(0, 1)
+
+
+def accepted_slots(expert_TK: Tensor, accepted_KN: Tensor) -> Tensor:
+    """True for the slots an expert accepts, [T, K]: the first `accepted_KN` of those with one choice and expert."""
+    choices, experts = accepted_KN.shape
+    choice_K = torch.arange(choices, device=expert_TK.device)
+    sorted_S, order_S = (choice_K * experts + expert_TK).t().reshape(-1).sort(stable=True)
+    start_S = torch.searchsorted(sorted_S, sorted_S)
     kept_S = torch.empty_like(order_S, dtype=torch.bool)
-    kept_S[order_S] = position_S < capacity_N[sorted_S]
-    return kept_S.view(expert_TK.shape[1], expert_TK.shape[0]).t()
+    kept_S[order_S] = torch.arange(len(order_S), device=order_S.device) - start_S < accepted_KN.reshape(-1)[sorted_S]
+    return kept_S.view(choices, -1).t()

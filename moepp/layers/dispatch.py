@@ -4,10 +4,13 @@ A dispatcher maps `(w_in [E,2F,D], w_out [E,D,F], x [T,D], expert ids [T,K], gat
 each token's experts, [T,D] in the gates' dtype. Rows are multiplied in the weights' dtype. Slots whose id is E or more
 (zero-computation experts, dropped rows) never reach an FFN expert; `others`, an `experts.Affine` or None, is what the
 zero-computation experts add. Every backend is such a function, and raises `grouped.BackendError` where it cannot run.
-Shape suffixes as in experts.py.
+
+A dispatcher also knows the rest of the batch: its `share` turns one device's slot counts into those of all devices.
+Shape suffixes as in experts.py; W devices that share a batch, N all experts.
 """
 
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,11 +36,34 @@ def choose_backend(w_out: Tensor) -> str:
     return "sorted"
 
 
+@dataclass
+class SlotCounts:
+    """How many slots of a batch chose each expert, [W, K, N] by device, choice and expert.
+
+    `device` is this device's row. While `pending`, which has a `wait()`, the rows of the others are on their way.
+    """
+
+    count_WKN: Tensor
+    device: int = 0
+    pending: Any = None
+
+    def wait(self) -> Tensor:
+        """`count_WKN`, complete."""
+        if self.pending is not None:
+            self.pending.wait()
+            self.pending = None
+        return self.count_WKN
+
+
 class LocalDispatcher:
-    """All experts on this device."""
+    """All experts and all tokens on this device."""
 
     def __init__(self, backend: Backend = "auto"):
         self.backend = backend
+
+    def share(self, count_KN: Tensor) -> SlotCounts:
+        """The counts of all devices, [W, K, N], from this device's own."""
+        return SlotCounts(count_KN[None])
 
     def __call__(
         self,
@@ -47,7 +73,9 @@ class LocalDispatcher:
         expert_TK: Tensor,
         gate_TK: Tensor,
         others: "Affine | None",
+        counts: SlotCounts | None = None,
     ) -> Tensor:
+        """`counts` of the slots in `expert_TK`, where known, spare a dispatcher that exchanges rows its own."""
         dtype = compute_dtype(x_TD)
         w_in, w_out = w_in.to(dtype), w_out.to(dtype)
         backend = choose_backend(w_out) if self.backend == "auto" else self.backend

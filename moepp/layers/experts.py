@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moepp.layers.dispatch import Backend, LocalDispatcher
+from moepp.layers.dispatch import Backend, LocalDispatcher, SlotCounts
 
 
 @dataclass
@@ -77,12 +77,19 @@ class FFNExperts(nn.Module):
         self.w_out = nn.Parameter(torch.empty(experts, dim, hidden))
         self.dispatcher = LocalDispatcher(backend)
 
-    def forward(self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, others: Affine | None) -> Tensor:
+    def forward(
+        self,
+        x_TD: Tensor,
+        expert_TK: Tensor,
+        gate_TK: Tensor,
+        others: Affine | None,
+        counts: SlotCounts | None = None,
+    ) -> Tensor:
         """Sum over k of gate * expert(x), plus `others`, [T, D] in gate_TK's dtype.
 
         Slots whose expert id is E or more belong to no FFN expert and are never multiplied.
         """
-        return self.dispatcher(self.w_in, self.w_out, x_TD, expert_TK, gate_TK, others)
+        return self.dispatcher(self.w_in, self.w_out, x_TD, expert_TK, gate_TK, others, counts)
 
 
 class ZeroComputationExperts(nn.Module):

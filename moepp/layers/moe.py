@@ -2,7 +2,7 @@
 
 Vanilla MoE is this layer with no zero-computation experts and no gating residual.
 Shape suffixes: B batch, S sequence, T = B*S tokens, K slots of a token (top-k), D model width, N all experts (FFN,
-constant, copy, zero).
+constant, copy, zero), W devices that share a batch.
 """
 
 from dataclasses import dataclass, field
@@ -13,15 +13,16 @@ from torch import Tensor, nn
 
 from moepp.layers.balance import (
     BalanceConfig,
+    accepted_counts,
+    accepted_slots,
     capacities,
     load_balance_loss,
     router_losses,
     selection_counts,
-    within_capacity,
 )
 from moepp.layers.control import SelectionBias, SparsityControl, build_control
 from moepp.layers.dense import DenseFFN
-from moepp.layers.dispatch import Backend
+from moepp.layers.dispatch import Backend, SlotCounts
 from moepp.layers.experts import Affine, ExpertCounts, FFNExperts, ZeroComputationExperts
 from moepp.layers.rival_routers import RecurrentRouter, SharedNullRouter
 from moepp.layers.router import (
@@ -127,10 +128,12 @@ def _conflicts(config: MoEConfig) -> list[tuple[bool, str]]:
 
 @dataclass
 class MoEStats:
-    """What one layer reports. Only `balance_loss`, `router_loss`, `logits_TN` and `carried` carry gradients."""
+    """What one layer reports of this device's tokens. Only `balance_loss`, `router_loss`, `logits_TN` and `carried`
+    carry gradients.
+    """
 
     logits_TN: Tensor  # raw, gating residual included
-    balance_loss: Tensor  # Eq. 7, before beta
+    balance_loss: Tensor  # Eq. 7, before beta; with the f of all devices, so that its mean over them is the batch's
     chosen_N: Tensor  # tokens that chose each expert, before any were dropped
     dropped: Tensor  # slots over capacity
     entropy: Tensor  # of the router's distribution, mean over tokens, in nats
@@ -168,10 +171,13 @@ class MoELayer(nn.Module):
         x_TD = x_BSD.flatten(0, -2)
         logits_TN, carried = self.router(x_TD, previous)
         routing = self.route(logits_TN)
-        stats = self.statistics(logits_TN, routing, carried)
+        counts = self.count(routing)
+        kept, accepted = routing, counts
         if self.training and self.config.capacity_factor is not None:
-            routing, stats.dropped = self.drop_over_capacity(routing)
-        return self.expert_forward(x_TD, routing).view_as(x_BSD), stats
+            kept, accepted = self.drop_over_capacity(routing, counts)
+        y_TD = self.expert_forward(x_TD, kept, accepted)
+        # After the experts: where counts come from other devices, nothing before this needs to wait for them.
+        return y_TD.view_as(x_BSD), self.statistics(logits_TN, carried, routing, counts, accepted)
 
     def route(self, logits_TN: Tensor) -> Routing:
         config = self.config
@@ -186,23 +192,31 @@ class MoELayer(nn.Module):
             routing = select_top_k(logits_TN.softmax(-1), config.top_k, bias_N)
         return form_gates(routing, config.gate, config.experts.zero)
 
-    def drop_over_capacity(self, routing: Routing) -> tuple[Routing, Tensor]:
-        """Slots over capacity (Eq. 8) get gate 0 and id N, which no expert has; the token keeps its residual path."""
-        config = self.config
-        slots = routing.expert_TK.numel()
-        limits = capacities(config.experts, config.balance.tau, slots, config.capacity_factor, routing.expert_TK.device)
-        kept_TK = within_capacity(routing.expert_TK, limits)
-        expert_TK = routing.expert_TK.masked_fill(~kept_TK, config.experts.total)
-        return Routing(expert_TK, routing.gate_TK * kept_TK, routing.probs_TN), slots - kept_TK.sum()
+    def count(self, routing: Routing) -> SlotCounts:
+        """How many slots of the whole batch chose each expert."""
+        return self.ffn.dispatcher.share(selection_counts(routing.expert_TK, self.config.experts.total))
 
-    def expert_forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
+    def drop_over_capacity(self, routing: Routing, counts: SlotCounts) -> tuple[Routing, SlotCounts]:
+        """Slots over capacity (Eq. 8) get gate 0 and id N, which no expert has; the token keeps its residual path. Also
+        the counts of those that are kept.
+        """
+        config, expert_TK, count_WKN = self.config, routing.expert_TK, counts.wait()
+        slots = expert_TK.numel() * len(count_WKN)
+        limits = capacities(config.experts, config.balance.tau, slots, config.capacity_factor, expert_TK.device)
+        accepted_WKN = accepted_counts(count_WKN, limits)
+        kept_TK = accepted_slots(expert_TK, accepted_WKN[counts.device])
+        expert_TK = expert_TK.masked_fill(~kept_TK, config.experts.total)
+        kept = Routing(expert_TK, routing.gate_TK * kept_TK, routing.probs_TN)
+        return kept, SlotCounts(accepted_WKN, counts.device)
+
+    def expert_forward(self, x_TD: Tensor, routing: Routing, counts: SlotCounts | None = None) -> Tensor:
         """The gated sum of the chosen experts, and the shared ones, [T, D] in x_TD's dtype: all of the layer but the
-        router.
+        router. `counts` are the routing's, where they are known.
         """
         if self.config.multiply_by_top_k:
             x_TD = x_TD * self.config.top_k
         others = self.zero_computation_terms(x_TD, routing)
-        y_TD = self.ffn(x_TD, routing.expert_TK, routing.gate_TK, others).to(x_TD.dtype)
+        y_TD = self.ffn(x_TD, routing.expert_TK, routing.gate_TK, others, counts).to(x_TD.dtype)
         return y_TD if self.shared is None else y_TD + self.shared(x_TD)
 
     def zero_computation_terms(self, x_TD: Tensor, routing: Routing) -> Affine | None:
@@ -215,10 +229,14 @@ class MoELayer(nn.Module):
         with torch.autocast(x_TD.device.type, enabled=False):
             return self.zero_computation(x_TD, gate_TN[:, ffn:total])
 
-    def statistics(self, logits_TN: Tensor, routing: Routing, carried: Tensor) -> MoEStats:
+    def statistics(
+        self, logits_TN: Tensor, carried: Tensor, routing: Routing, counts: SlotCounts, accepted: SlotCounts
+    ) -> MoEStats:
+        """`routing` and `counts` are those before any slots were dropped."""
         config, balance, probs_TN = self.config, self.config.balance, routing.probs_TN
-        chosen_N = selection_counts(routing.expert_TK, config.experts.total)
-        loss = load_balance_loss(probs_TN, chosen_N, len(probs_TN), config.experts, balance)
+        count_WKN = counts.wait()
+        tokens = len(probs_TN) * len(count_WKN)
+        loss = load_balance_loss(probs_TN, count_WKN.sum((0, 1)), tokens, config.experts, balance)
         if isinstance(self.control, SparsityControl):
             loss = loss * self.control.multiplier
         zero = torch.zeros((), device=loss.device, dtype=loss.dtype)
@@ -226,4 +244,5 @@ class MoELayer(nn.Module):
         if config.selection == "relu":  # scores, not probabilities
             probs_TN = F.normalize(probs_TN, p=1, dim=-1)
         entropy = torch.special.entr(probs_TN.detach()).sum(-1).mean()
-        return MoEStats(logits_TN, loss, chosen_N, chosen_N.new_zeros(()), entropy, router_loss, carried)
+        chosen_N, accepted_N = (c.count_WKN[c.device].sum(0) for c in (counts, accepted))
+        return MoEStats(logits_TN, loss, chosen_N, (chosen_N - accepted_N).sum(), entropy, router_loss, carried)

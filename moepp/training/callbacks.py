@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moepp.errors import Interrupted, RunError
 from moepp.models.budget import forward_flops
+from moepp.strategies.base import MoEStrategy
 from moepp.training.module import LanguageModel
 from moepp.training.ranks import largest
 from moepp.training.system_metrics import SystemMeter
@@ -38,8 +39,11 @@ class MetricsReporter(Callback):
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: LanguageModel, optimizer: Any) -> None:
         if self._due(trainer.global_step + 1):
-            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            self.grad_norm = torch.nn.utils.get_total_norm(gradients)
+            parameters = [p for p in pl_module.parameters() if p.grad is not None]
+            if isinstance(trainer.strategy, MoEStrategy):
+                self.grad_norm = trainer.strategy.gradient_norm(parameters)
+            else:
+                self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LanguageModel, *_: Any) -> None:
         step = trainer.global_step
@@ -57,6 +61,8 @@ class MetricsReporter(Callback):
         routing = {name: float(value) for name, value in pl_module.train_routing.compute().items()}
         metrics.update({f"router/{name}": value for name, value in routing.items()})
         metrics.update(self._speed(step, pl_module.device, routing["ffn_per_token"], trainer.world_size))
+        if isinstance(trainer.strategy, MoEStrategy):
+            metrics.update(trainer.strategy.metrics())
         metrics.update(self.system.read())
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step)

@@ -8,13 +8,11 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
 from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
-from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from moepp import config as configs
 from moepp.errors import Interrupted, PeerLost, RunError, UsageError
@@ -22,6 +20,7 @@ from moepp.layers.kernels.grouped import BackendError
 from moepp.models.budget import Budget, active_parameters, forward_flops
 from moepp.models.decoder import Decoder
 from moepp.records import RunRecord, write_json
+from moepp.strategies import make_strategy
 from moepp.training.callbacks import MetricsReporter, ResumeCheckpoint, resume_points
 from moepp.training.cloze import ClozeScorer
 from moepp.training.data import TokenDataModule
@@ -157,7 +156,7 @@ def _train(record: RunRecord, config: RunConfig, rank: Rank, judge: Judge | None
 def _trainer(record: RunRecord, config: RunConfig, rank: Rank, judge: Judge | None) -> pl.Trainer:
     settings = config.trainer
     trainer = pl.Trainer(
-        strategy=_strategy(config),
+        strategy=make_strategy(config.strategy),
         plugins=[TorchElasticEnvironment() if rank.started_by else LightningEnvironment()],
         accelerator=settings.accelerator,
         devices=settings.devices,
@@ -188,12 +187,6 @@ def _trainer(record: RunRecord, config: RunConfig, rank: Rank, judge: Judge | No
     trainer._signal_connector.register_signal_handlers = lambda: None
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
     return trainer
-
-
-def _strategy(config: RunConfig) -> Strategy | str:
-    if config.strategy.name == "single":
-        return "auto"
-    return DDPStrategy(timeout=timedelta(seconds=config.strategy.timeout_s), broadcast_buffers=False)
 
 
 def _resume_point(record: RunRecord) -> Path | None:
@@ -243,7 +236,7 @@ def _finish(
     final["train_seconds"] = seconds
     final["active_params"] = active_parameters(config.model, routing["ffn_per_token"])
     final["flops_per_token"] = sum(forward_flops(config.model, config.data.seq_len, routing["ffn_per_token"]).values())
-    if config.trainer.expert_timing:
+    if config.trainer.expert_timing and config.strategy.name in ("single", "ddp"):  # others shard what is timed
         final |= _expert_times(module, config, tokens)
     trainer.save_checkpoint(record.checkpoints / FINAL_WEIGHTS, weights_only=True)
     if trainer.is_global_zero:

@@ -3,12 +3,13 @@ import torch
 
 from moepp.layers.balance import (
     BalanceConfig,
+    accepted_counts,
+    accepted_slots,
     capacities,
     combine_layers,
     ffn_share,
     load_balance_loss,
     selection_counts,
-    within_capacity,
 )
 from moepp.layers.experts import ExpertCounts
 
@@ -42,7 +43,7 @@ def test_the_loss_is_least_where_a_zero_computation_expert_has_one_over_tau_of_a
 def test_counts_carry_no_gradient():
     logits = torch.randn(9, COUNTS.total, dtype=torch.float64, requires_grad=True)
     probs = logits.softmax(-1)
-    chosen = selection_counts(probs.topk(2).indices, COUNTS.total)
+    chosen = selection_counts(probs.topk(2).indices, COUNTS.total).sum(0)
     assert not chosen.requires_grad
     load_balance_loss(probs, chosen, 9, COUNTS, BalanceConfig()).backward()
     eta = torch.tensor([1.0] * 8 + [0.75] * 4, dtype=torch.float64)
@@ -78,6 +79,14 @@ def test_capacity_counts_all_assignments():
     assert sum(limits) >= 2000  # Eq. 8 as printed, with T for K*T, would hold 1100
 
 
+def within_capacity(expert_TK, capacity_N, devices=1):
+    """The accepted slots of a batch whose tokens lie on one device after the other."""
+    shares = expert_TK.chunk(devices)
+    count_WKN = torch.stack([selection_counts(share, len(capacity_N)) for share in shares])
+    accepted_WKN = accepted_counts(count_WKN, capacity_N)
+    return torch.cat([accepted_slots(share, accepted) for share, accepted in zip(shares, accepted_WKN, strict=True)])
+
+
 def test_over_capacity_first_choices_come_before_second_choices():
     expert_TK = torch.tensor([[0, 1], [1, 0], [0, 1], [0, 1]])
     kept = within_capacity(expert_TK, torch.tensor([2, 2]))
@@ -89,11 +98,21 @@ def test_over_capacity_first_choices_come_before_second_choices():
 def test_capacity_keeps_everything_it_can_hold():
     generator = torch.Generator().manual_seed(0)
     expert_TK = torch.stack([torch.randperm(12, generator=generator)[:2] for _ in range(500)])
-    counts = selection_counts(expert_TK, 12)
+    counts = selection_counts(expert_TK, 12).sum(0)
     limits = torch.full((12,), 70)
     kept = within_capacity(expert_TK, limits)
-    assert torch.equal(selection_counts(expert_TK[kept], 12), counts.clamp(max=70))
+    assert torch.equal(expert_TK[kept].bincount(minlength=12), counts.clamp(max=70))
     assert counts.max() > 70
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_devices_that_share_a_batch_accept_what_one_would(devices):
+    generator = torch.Generator().manual_seed(1)
+    expert_TK = torch.stack([torch.randperm(6, generator=generator)[:2] for _ in range(64)])
+    limits = torch.tensor([30, 12, 5, 0, 21, 64])
+    alone = within_capacity(expert_TK, limits)
+    assert torch.equal(within_capacity(expert_TK, limits, devices), alone)
+    assert not torch.equal(torch.cat([within_capacity(s, limits // 2) for s in expert_TK.chunk(2)]), alone)
 
 
 @pytest.mark.parametrize("changes", [{"tau": 0.0}, {"tau": 1.5}, {"beta": -0.1}], ids=str)

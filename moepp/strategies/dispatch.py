@@ -1,0 +1,148 @@
+"""Dispatchers of experts that share a batch over devices, or are themselves spread over them.
+
+Shape suffixes: T tokens, K slots of a token, S = T*K slots, R rows, D model width, E FFN experts, N all experts, W
+devices, G devices of an expert group, L experts on a device (E = G*L).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moepp.layers.balance import selection_counts
+from moepp.layers.dispatch import Backend, LocalDispatcher, SlotCounts, compute_dtype
+from moepp.layers.experts import Affine
+from moepp.strategies.groups import ExpertGroups
+from moepp.strategies.traffic import Traffic
+
+
+class SharedBatchDispatcher(LocalDispatcher):
+    """All experts on this device, the batch's tokens on all devices."""
+
+    def share(self, count_KN: Tensor) -> SlotCounts:
+        """Counts that are under way: on GPUs, what follows on the device's stream runs meanwhile."""
+        count_WKN = count_KN.new_empty(dist.get_world_size(), *count_KN.shape)
+        pending = dist.all_gather_into_tensor(count_WKN, count_KN[None], async_op=True)
+        return SlotCounts(count_WKN, dist.get_rank(), pending)
+
+
+@dataclass
+class Exchange:
+    """How many rows each device of the expert group gets from this one (`send`) and gives it (`receive`).
+
+    `remote` of them, over all devices, leave theirs.
+    """
+
+    send: list[int]
+    receive: list[int]
+    remote: int
+
+    def reversed(self) -> "Exchange":
+        return Exchange(self.receive, self.send, self.remote)
+
+
+class AllToAllDispatcher(SharedBatchDispatcher):
+    """L of the E experts on this device. Rows of FFN experts go to the device of their expert and come back, in the
+    dtype they are multiplied in; zero-computation experts and dropped slots send nothing.
+    """
+
+    def __init__(self, backend: Backend, groups: ExpertGroups, traffic: Traffic):
+        super().__init__(backend)
+        self.groups, self.traffic = groups, traffic
+
+    def __call__(
+        self,
+        w_in: Tensor,
+        w_out: Tensor,
+        x_TD: Tensor,
+        expert_TK: Tensor,
+        gate_TK: Tensor,
+        others: Affine | None,
+        counts: SlotCounts | None = None,
+    ) -> Tensor:
+        dtype, local, top_k = compute_dtype(x_TD), len(w_in), expert_TK.shape[1]
+        experts = local * self.groups.size
+        counts = counts or self.share(selection_counts(expert_TK, experts))
+        rows = CountsOnTheWay(counts)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            # Needs no counts: GPUs do it while these travel to all devices and to the host.
+            y_TD = others(x_TD) if others is not None else gate_TK.new_zeros(x_TD.shape)
+            slot_S = expert_TK.reshape(-1).clamp(max=experts).argsort(stable=True)  # by expert, so by device
+            exchange = self._plan(rows.on_host(), experts)
+            slot_R = slot_S[: sum(exchange.send)]
+            token_R = slot_R // top_k
+            x_RD = ExchangeRows.apply(x_TD.to(dtype)[token_R], exchange, self.groups, self.traffic)
+            expert_R = self._received_experts(rows.count_WN, local, len(x_RD))
+            y_RD = super().__call__(w_in, w_out, x_RD, expert_R[:, None], x_RD.new_ones(len(x_RD), 1), None)
+            y_RD = ExchangeRows.apply(y_RD, exchange.reversed(), self.groups, self.traffic)
+            gate_R = gate_TK.reshape(-1)[slot_R]
+            return y_TD.index_add_(0, token_R, y_RD * gate_R[:, None])
+
+    def _plan(self, count_WN: Tensor, experts: int) -> Exchange:
+        groups, rows_WE = self.groups, count_WN[:, :experts]
+        remote = self.traffic.routed(rows_WE, groups.size, int(count_WN.sum()))
+        rows_GG = rows_WE[groups.first :][: groups.size].unflatten(1, (groups.size, -1)).sum(2)  # from, to
+        return Exchange(rows_GG[groups.rank].tolist(), rows_GG[:, groups.rank].tolist(), remote)
+
+    def _received_experts(self, count_WN: Tensor, local: int, received: int) -> Tensor:
+        """The expert of each received row, [R] in 0..L-1: rows come by device, and by expert from each."""
+        groups = self.groups
+        rows_GL = count_WN[groups.first :][: groups.size, groups.rank * local :][:, :local]
+        expert_GL = torch.arange(local, device=rows_GL.device).expand_as(rows_GL)
+        return expert_GL.flatten().repeat_interleave(rows_GL.flatten(), output_size=received)
+
+
+class CountsOnTheWay:
+    """Slots by device and expert, [W, N], and their copy on the host: the only one a layer waits for.
+
+    On GPUs the copy has a stream of its own, so that the compute stream waits for nothing.
+    """
+
+    def __init__(self, counts: SlotCounts):
+        device, self.copied = counts.count_WKN.device, None
+        if device.type != "cuda":
+            self.count_WN = self.host_WN = counts.wait().sum(1)
+            return
+        stream = _copy_stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            self.count_WN = counts.wait().sum(1)
+            self.host_WN = self.count_WN.to("cpu", non_blocking=True)  # into pinned memory
+            self.copied = stream.record_event()
+
+    def on_host(self) -> Tensor:
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.host_WN
+
+
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)
+    return _streams[device]
+
+
+class ExchangeRows(torch.autograd.Function):
+    """The all-to-all of rows within the expert group; the gradient takes the same way back."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, exchange: Exchange, groups: ExpertGroups, traffic: Traffic) -> Tensor:
+        ctx.exchange, ctx.groups, ctx.traffic = exchange, groups, traffic
+        return _all_to_all(rows_RD, exchange, groups, traffic, counted=ctx.needs_input_grad[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
+        back = _all_to_all(grad_RD, ctx.exchange.reversed(), ctx.groups, ctx.traffic, counted=True)
+        return back, None, None, None
+
+
+def _all_to_all(rows_RD: Tensor, exchange: Exchange, groups: ExpertGroups, traffic: Traffic, counted: bool) -> Tensor:
+    received = rows_RD.new_empty(sum(exchange.receive), rows_RD.shape[1])
+    with traffic.exchange(rows_RD, exchange.remote, counted):
+        dist.all_to_all_single(received, rows_RD.contiguous(), exchange.receive, exchange.send, group=groups.expert)
+    return received

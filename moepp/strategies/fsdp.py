@@ -1,0 +1,73 @@
+"""Strategies in which every device holds a part of the dense part too: FSDP2, with the experts sharded likewise or
+divided among devices first.
+"""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from moepp.strategies.base import MoEStrategy
+from moepp.strategies.sharding import Sharding, broadcast_first, expert_banks, local
+
+
+class MoEFSDPStrategy(MoEStrategy, ModelParallelStrategy):
+    """Fully sharded data parallel: every parameter is sharded over all devices and gathered where a block needs it.
+
+    The blocks are the elements of the model's ModuleLists. Gathered and reduced in float32.
+    """
+
+    def __init__(self, timeout_s: float = 600.0, expert_parallel_size: int | None = None, **options: Any):
+        super().__init__(expert_parallel_size, timeout_s, save_distributed_checkpoint=False, **options)
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        super().setup_environment()
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """As the base's, which demands that the module shard itself in `configure_model`."""
+        module = self.lightning_module
+        self.accelerator.setup(trainer)
+        self.model = self.precision_plugin.convert_module(module)
+        if not any(isinstance(m, FSDPModule) for m in module.modules()):
+            self._shard(module)
+        self.sharding = Sharding(module, self.groups)
+        self.model_to_device()
+        self.barrier()
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+
+    def _shard(self, module: nn.Module) -> None:
+        broadcast_first([*module.parameters(), *module.buffers()], self.root_device)
+        self.shard_experts(module)
+        if self.groups is not None:  # before the blocks, which would shard the experts over all devices
+            mesh = DeviceMesh.from_group(self.groups.expert_data, self.root_device.type)
+            for bank in expert_banks(module):
+                fully_shard(bank, mesh=mesh)
+        world = DeviceMesh.from_group(dist.group.WORLD, self.root_device.type)
+        blocks = [block for m in module.modules() if isinstance(m, nn.ModuleList) for block in m]
+        for part in [*reversed(blocks), *module.children()]:  # inner lists come later in modules()
+            if any(True for _ in part.parameters()):
+                fully_shard(part, mesh=world)
+
+    @property
+    def shard_group(self) -> dist.ProcessGroup | None:
+        return None  # all devices
+
+    def reduce_expert_gradients(self) -> None:
+        """FSDP has averaged them over the copies of the experts, but not over the devices of an expert group."""
+        for parameter in self.sharding.experts:
+            local(parameter.grad).div_(self.groups.size)
+
+
+class ExpertParallelFSDPStrategy(MoEFSDPStrategy):
+    """Expert parallel, with FSDP for all else and over the copies of the experts."""
+
+    def __init__(self, expert_parallel_size: int = 0, timeout_s: float = 600.0, **options: Any):
+        super().__init__(timeout_s, expert_parallel_size, **options)

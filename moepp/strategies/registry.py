@@ -1,0 +1,35 @@
+"""Strategies by name: for configs, and for `Trainer(strategy=...)` once this module is imported."""
+
+from lightning.pytorch.strategies import Strategy, StrategyRegistry
+
+from moepp.strategies.ddp import ExpertParallelStrategy, MoEDDPStrategy
+from moepp.strategies.deepspeed import MoEDeepSpeedStrategy
+from moepp.strategies.fsdp import ExpertParallelFSDPStrategy, MoEFSDPStrategy
+from moepp.strategies.settings import StrategyConfig
+
+# Lightning has a "ddp", an "fsdp" and a "deepspeed" of its own, which know nothing of experts.
+for name, strategy, description in (
+    ("moe_ddp", MoEDDPStrategy, "DDP with the load balance of the whole batch"),
+    ("moe_fsdp", MoEFSDPStrategy, "FSDP2 with the load balance of the whole batch"),
+    ("moe_deepspeed", MoEDeepSpeedStrategy, "ZeRO with the load balance of the whole batch"),
+    ("expert_parallel", ExpertParallelStrategy, "FFN experts divided among all devices, DDP for all else"),
+    ("expert_parallel_fsdp", ExpertParallelFSDPStrategy, "FFN experts divided among all devices, FSDP2 for all else"),
+):
+    StrategyRegistry.register(name, strategy, description)
+
+
+def make_strategy(settings: StrategyConfig) -> Strategy | str:
+    """What `Trainer(strategy=...)` takes for these settings. Raises UsageError for what this machine cannot run."""
+    match settings.name:
+        case "single":
+            return "auto"
+        case "ddp":
+            return MoEDDPStrategy(settings.timeout_s)
+        case "fsdp":
+            return MoEFSDPStrategy(settings.timeout_s)
+        case "expert_parallel":
+            return ExpertParallelStrategy(settings.expert_parallel_size, settings.timeout_s)
+        case "expert_parallel_fsdp":
+            return ExpertParallelFSDPStrategy(settings.expert_parallel_size, settings.timeout_s)
+        case "deepspeed":
+            return MoEDeepSpeedStrategy(settings.timeout_s)

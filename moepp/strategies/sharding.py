@@ -1,0 +1,90 @@
+"""Which part of every tensor this device holds, and back to the whole: all strategies write the same checkpoint."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from moepp.errors import UsageError
+from moepp.layers.experts import FFNExperts
+from moepp.strategies.groups import ExpertGroups
+
+
+def expert_banks(module: nn.Module) -> list[FFNExperts]:
+    return [m for m in module.modules() if isinstance(m, FFNExperts)]
+
+
+def broadcast_first(tensors: Iterable[Tensor], device: torch.device) -> None:
+    """Gives all devices the first one's values, one tensor at a time on `device`."""
+    for tensor in tensors:
+        moved = tensor.detach().to(device)
+        dist.broadcast(moved, 0)
+        with torch.no_grad():
+            tensor.copy_(moved)
+
+
+def slice_experts(module: nn.Module, groups: ExpertGroups) -> None:
+    """Keeps this device's experts: every parameter of an FFNExperts is stacked on dimension 0.
+
+    Raises UsageError where the experts cannot be divided evenly.
+    """
+    for bank in expert_banks(module):
+        experts = len(bank.w_in)
+        if experts % groups.size:
+            raise UsageError(
+                f"experts.ffn={experts} cannot be divided among {groups.size} devices; choose a multiple, or a "
+                "strategy.expert_parallel_size that divides it"
+            )
+        for parameter in bank.parameters():
+            parameter.data = parameter.data.chunk(groups.size)[groups.rank].clone()  # a view would keep the whole
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this device holds of it; shares memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class Sharding:
+    """How the parameters of a module lie over devices: `experts` are sliced over the groups' expert group, where there
+    is one, and DTensors as FSDP sharded them.
+    """
+
+    def __init__(self, module: nn.Module, groups: ExpertGroups | None):
+        self.groups = groups
+        self.experts = [p for bank in expert_banks(module) for p in bank.parameters()] if groups else []
+        self.sliced = {id(p) for p in self.experts}
+
+    def is_sharded(self, parameter: nn.Parameter) -> bool:
+        return id(parameter) in self.sliced or isinstance(parameter, DTensor)
+
+    def whole(self, parameter: nn.Parameter, value: Tensor) -> Tensor | None:
+        """`value`, which lies over devices like `parameter`: whole on the first device, None on the others.
+
+        All devices must call. Sharded values arrive on the CPU.
+        """
+        first = dist.get_rank() == 0
+        if isinstance(value, DTensor):
+            value = value.full_tensor()
+        if id(parameter) in self.sliced and self.groups.first == 0:
+            parts = [torch.empty_like(value) for _ in range(self.groups.size)] if first else None
+            dist.gather(value.contiguous(), parts, 0, group=self.groups.expert)
+            value = torch.cat([part.cpu() for part in parts]) if first else value
+        if not first:
+            return None
+        return value.cpu() if self.is_sharded(parameter) else value
+
+    def part(self, parameter: nn.Parameter, whole: Tensor) -> Tensor:
+        """A copy of what this device holds of a whole tensor that belongs to `parameter`."""
+        if id(parameter) in self.sliced:
+            whole = whole.chunk(self.groups.size)[self.groups.rank]
+        if not isinstance(parameter, DTensor):
+            return whole.to(parameter.device, copy=True)
+        mesh = parameter.device_mesh
+        pieces = whole.chunk(mesh.size())  # as FSDP shards: the last devices may hold less, or nothing
+        piece = pieces[mesh.get_local_rank()] if mesh.get_local_rank() < len(pieces) else whole[:0]
+        piece = piece.to(parameter.device, copy=True)
+        return DTensor.from_local(
+            piece, mesh, parameter.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+        )

@@ -1,0 +1,77 @@
+"""What expert parallelism sends, and how long that takes. Reads host-side numbers only: no layer waits for it."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class Traffic:
+    """Sums over the passes of training since they were last read.
+
+    Shape suffixes: W devices, E FFN experts, G devices of an expert group.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.steps = self.layers = self.slots = self.rows_sent = self.bytes = 0
+        self.imbalance = self.seconds = 0.0
+        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def routed(self, rows_WE: Tensor, group_size: int, slots: int) -> int:
+        """One layer's rows, by the device of their token and by expert, of `slots` slots that any expert serves.
+
+        Returns how many of the rows leave their device.
+        """
+        rows_CGG = rows_WE.unflatten(1, (group_size, -1)).sum(2).unflatten(0, (-1, group_size))  # copy, from, to
+        load_W = rows_CGG.sum(1).flatten().double()
+        sent = int(rows_WE.sum() - rows_CGG.diagonal(dim1=1, dim2=2).sum())
+        if torch.is_grad_enabled():
+            self.layers += 1
+            self.slots += slots
+            self.rows_sent += sent
+            self.imbalance += float(load_W.max() / load_W.mean().clamp(min=1e-12))
+        return sent
+
+    @contextmanager
+    def exchange(self, rows: Tensor, remote_rows: int, counted: bool) -> Iterator[None]:
+        """Around one all-to-all of `rows` [R, D], of which `remote_rows` on all devices together leave theirs."""
+        if not counted:
+            yield
+            return
+        self.bytes += remote_rows * rows.shape[1] * rows.element_size()
+        if rows.is_cuda:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            yield
+            end.record()
+            self.events.append((start, end))
+        else:
+            begin = time.perf_counter()
+            yield
+            self.seconds += time.perf_counter() - begin
+
+    def read(self) -> dict[str, float]:
+        """Per optimizer step since the last call, over all devices; the time is this one's. {} where no rows travel.
+
+        `ep/bytes_per_step` counts rows that leave their device, forward and backward; `ep/rows_sent_share` is of all
+        slots that were routed and not dropped; `ep/device_load_max_over_mean` compares the FFN rows that devices
+        compute, mean over layers; `ep/all_to_all_ms` contains the wait for the slowest device.
+        """
+        if not (self.steps and self.layers):
+            return {}
+        if self.events:
+            self.events[-1][1].synchronize()
+        milliseconds = self.seconds * 1000 + sum(start.elapsed_time(end) for start, end in self.events)
+        metrics = {
+            "ep/bytes_per_step": self.bytes / self.steps,
+            "ep/rows_sent_share": self.rows_sent / self.slots,
+            "ep/device_load_max_over_mean": self.imbalance / self.layers,
+            "ep/all_to_all_ms": milliseconds / self.steps,
+        }
+        self.reset()
+        return metrics

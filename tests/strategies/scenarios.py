@@ -1,0 +1,232 @@
+"""Training runs that any number of devices must repeat; also the program that each process of a launch executes."""
+
+import json
+import os
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+
+from moepp.config import compose
+from moepp.layers.moe import MoELayer
+from moepp.strategies.ddp import ExpertParallelStrategy
+from moepp.strategies.registry import make_strategy
+from moepp.strategies.settings import StrategyConfig
+from moepp.training.data import TokenDataModule
+from moepp.training.module import LanguageModel
+from moepp.training.settings import RunConfig
+
+CLIP = 0.3  # below every gradient norm of these runs
+MODELS = {
+    "moepp": [],
+    "dropless": ["model.capacity_factor=null"],
+    "tight": ["model.capacity_factor=0.6"],
+    "vanilla": ["model=vanilla", "model.capacity_factor=null"],
+    "vanilla_tight": ["model=vanilla", "model.capacity_factor=0.6"],
+    "loss_free": ["model=loss_free"],
+    "remoe": ["model=remoe"],
+}
+
+
+@dataclass
+class Scenario:
+    """One run of 20 optimizer steps. `resume` is the run, as `<devices>/<name>`, whose middle it continues."""
+
+    model: str = "moepp"
+    strategy: str = "single"
+    expert_parallel_size: int = 0
+    accumulate: int = 1
+    precision: str = "32-true"
+    banned: dict[int, list[int]] = field(default_factory=dict)  # by layer: experts that no token chooses
+    resume: str = ""
+    wrong_scale: bool = False
+
+    @property
+    def name(self) -> str:
+        parts = [self.model, self.strategy, self.expert_parallel_size or "", self.precision]
+        parts += [f"accumulate{self.accumulate}" if self.accumulate > 1 else ""]
+        parts += [f"without{layer}:{len(experts)}" for layer, experts in self.banned.items()]
+        parts += [f"after-{self.resume.replace('/', '-')}" if self.resume else "", "wrong" if self.wrong_scale else ""]
+        return "_".join(str(part) for part in parts if part)
+
+    @property
+    def reference(self) -> "Scenario":
+        """The same on one device, from the first step on."""
+        return replace(self, strategy="single", expert_parallel_size=0, resume="", wrong_scale=False)
+
+
+STRATEGIES = ("ddp", "fsdp", "expert_parallel", "expert_parallel_fsdp")
+SHARDED_EXPERTS = STRATEGIES[2:]
+NO_TOKENS = {0: [2, 3], 1: [0, 1, 2, 3]}  # for the second of two devices in one layer, for any FFN expert in the other
+
+
+def middle(devices: str, strategy: str) -> str:
+    return f"{devices}/{Scenario(strategy=strategy).name}"
+
+
+TWO_DEVICES = [
+    *(Scenario(strategy=strategy) for strategy in STRATEGIES),
+    *(Scenario("tight", strategy) for strategy in ("ddp", "expert_parallel", "expert_parallel_fsdp")),
+    *(Scenario(model, "expert_parallel") for model in ("dropless", "vanilla", "loss_free", "remoe")),
+    *(Scenario("vanilla_tight", strategy) for strategy in ("fsdp", "expert_parallel")),
+    *(Scenario(strategy=strategy, accumulate=2) for strategy in STRATEGIES),
+    *(Scenario(strategy=strategy, banned=NO_TOKENS) for strategy in SHARDED_EXPERTS),
+    *(Scenario(strategy=strategy, precision="bf16-mixed") for strategy in ("ddp", "expert_parallel")),
+    Scenario(strategy="expert_parallel", wrong_scale=True),
+    *(Scenario(strategy=strategy, resume=middle("one", "single")) for strategy in STRATEGIES),
+    *(Scenario(strategy=later, resume=middle("two", first)) for first in STRATEGIES for later in STRATEGIES),
+]
+FOUR_DEVICES = [
+    *(Scenario(strategy=strategy) for strategy in ("fsdp", "expert_parallel")),
+    *(Scenario(strategy=strategy, expert_parallel_size=2) for strategy in SHARDED_EXPERTS),
+    Scenario("vanilla_tight", "expert_parallel", 2),
+    Scenario(strategy="expert_parallel", expert_parallel_size=2, accumulate=2),
+    *(Scenario(strategy=s, expert_parallel_size=2, resume=middle("two", s)) for s in SHARDED_EXPERTS),
+]
+ONE_DEVICE = [Scenario(strategy="single", resume=middle("two", strategy)) for strategy in STRATEGIES]
+
+
+class SGDLanguageModel(LanguageModel):
+    """With an optimizer that, unlike Adam, does not forgive a wrong gradient scale."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.3, momentum=0.9)
+
+
+class WrongScale(ExpertParallelStrategy):
+    def reduce_expert_gradients(self):
+        super().reduce_expert_gradients()
+        for parameter in self.sharding.experts:
+            parameter.grad.mul_(self.groups.size)
+
+
+class Watch(Callback):
+    """Writes down the global losses, gradient norms and validations, and saves in the middle."""
+
+    def __init__(self, middle: Path):
+        self.middle, self.losses, self.norms, self.validations, self.communication = middle, [], [], [], []
+
+    def on_train_batch_end(self, trainer, module, *_):
+        values = torch.stack(list(module.train_losses.values()))
+        self.losses.append(trainer.strategy.reduce(values, reduce_op="mean").tolist())
+        if trainer.fit_loop._should_accumulate():
+            return
+        if hasattr(trainer.strategy, "metrics"):
+            self.communication.append(trainer.strategy.metrics())
+        if trainer.global_step == 10:
+            trainer.save_checkpoint(self.middle)
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        strategy = trainer.strategy
+        parameters = list(module.parameters())
+        norm = getattr(strategy, "gradient_norm", lambda ps: torch.nn.utils.get_total_norm([p.grad for p in ps]))
+        self.norms.append(float(norm(parameters)))
+
+    def on_validation_epoch_end(self, trainer, module):
+        routing = {name: float(value) for name, value in module.val_routing.compute().items()}
+        self.validations.append(module.validation_metrics() | routing)
+
+
+class Rows:
+    """Counts the FFN rows of training whose expert lies on another device, and the bytes that cross."""
+
+    def __init__(self, module: LanguageModel, strategy):
+        self.local = self.remote = self.wire = 0
+        self.strategy = strategy
+        for layer in module.model.moe_layers():
+            layer.expert_forward = self.counting(layer)
+
+    def counting(self, layer: MoELayer):
+        forward, experts = layer.expert_forward, layer.config.experts.ffn
+
+        def count(x_TD, routing, counts=None):
+            if layer.training:
+                ids = routing.expert_TK[routing.expert_TK < experts]
+                groups = self.strategy.groups
+                away = ids // (experts // groups.size) != groups.rank
+                self.remote += int(away.sum())
+                self.local += int((~away).sum())
+            return forward(x_TD, routing, counts)
+
+        return count
+
+    def __enter__(self):
+        self.real = dist.all_to_all_single
+
+        def spy(output, rows, receive, send, group):
+            if self.watching():
+                here = self.strategy.groups.rank
+                self.wire += (sum(send) - send[here]) * rows.shape[1] * rows.element_size()
+            return self.real(output, rows, receive, send, group=group)
+
+        dist.all_to_all_single = spy
+        return self
+
+    def watching(self) -> bool:
+        return self.strategy.lightning_module.trainer.training
+
+    def __exit__(self, *_):
+        dist.all_to_all_single = self.real
+
+
+def ban(module: LanguageModel, banned: dict[int, list[int]]) -> None:
+    for index, experts in banned.items():
+        layer = module.model.moe_layers()[int(index)]
+
+        def route(logits_TN, layer=layer, experts=experts):
+            mask = torch.zeros(logits_TN.shape[1]).index_fill(0, torch.tensor(experts), -1e4)
+            return MoELayer.route(layer, logits_TN + mask)
+
+        layer.route = route
+
+
+def run_scenario(scenario: Scenario, tokens: str, folder: Path, accelerator: str = "cpu", *more: str) -> dict:
+    """Trains, saves `<name>.middle.ckpt` and `<name>.ckpt` in `folder`, and returns what it saw."""
+    overrides = ["size=smoke", "tracking=jsonl", "data=tokens", f"data.path={tokens}", "model.vocab_size=64"]
+    config = compose(RunConfig, [*overrides, *MODELS[scenario.model], *more])
+    settings = StrategyConfig(
+        "expert_parallel" if scenario.wrong_scale else scenario.strategy, scenario.expert_parallel_size, 60
+    )
+    strategy = WrongScale(scenario.expert_parallel_size, 60) if scenario.wrong_scale else make_strategy(settings)
+    module = SGDLanguageModel(config, 0)
+    ban(module, scenario.banned)
+    watch = Watch(folder / f"{scenario.name}.middle.ckpt")
+    trainer = pl.Trainer(
+        accelerator=accelerator, devices=int(os.environ.get("WORLD_SIZE", 1)), strategy=strategy,
+        precision=scenario.precision, max_steps=20, max_epochs=-1, gradient_clip_val=CLIP,
+        accumulate_grad_batches=scenario.accumulate, val_check_interval=10 * scenario.accumulate,
+        check_val_every_n_epoch=None, num_sanity_val_steps=0, logger=False, callbacks=[watch],
+        enable_checkpointing=False, use_distributed_sampler=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=folder,
+    )  # fmt: skip
+    data = TokenDataModule(config.data, config.seed, scenario.accumulate)
+    resume_from = folder.parent / f"{scenario.resume}.middle.ckpt" if scenario.resume else None
+    result = {}
+    if scenario.strategy.startswith("expert_parallel"):
+        with Rows(module, strategy) as rows:
+            trainer.fit(module, data, ckpt_path=resume_from)
+        totals = torch.tensor([rows.local, rows.remote, rows.wire])
+        dist.all_reduce(totals)
+        result = dict(zip(("local", "remote", "wire"), totals.tolist(), strict=True))
+    else:
+        trainer.fit(module, data, ckpt_path=resume_from)
+    trainer.save_checkpoint(folder / f"{scenario.name}.ckpt", weights_only=True)
+    watched = {name: getattr(watch, name) for name in ("losses", "norms", "validations", "communication")}
+    return result | watched
+
+
+def main(tokens: str, folder: Path, scenarios: list[Scenario]) -> None:
+    """Runs the scenarios on all processes of this launch; each result is a file in `folder`."""
+    torch.set_num_threads(1)
+    for scenario in scenarios:
+        result = run_scenario(scenario, tokens, folder)
+        if dist.get_rank() == 0:
+            (folder / f"{scenario.name}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), {"two": TWO_DEVICES, "four": FOUR_DEVICES}[Path(sys.argv[2]).name])

@@ -1,0 +1,140 @@
+"""Every strategy against one device, on CPU processes. The runs are those of scenarios.py: one launch of two processes,
+one of four, and their references in this process.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from scenarios import FOUR_DEVICES, ONE_DEVICE, SHARDED_EXPERTS, TWO_DEVICES, Scenario, run_scenario
+
+RUNS = [(devices, s) for devices, runs in (("two", TWO_DEVICES), ("four", FOUR_DEVICES)) for s in runs]
+RUNS += [("one", scenario) for scenario in ONE_DEVICE]
+EQUAL = [pytest.param(d, s, id=f"{d}-{s.name}") for d, s in RUNS if not s.wrong_scale]
+EXCHANGES = [pytest.param(d, s, id=f"{d}-{s.name}") for d, s in RUNS if s.strategy.startswith("expert_parallel")]
+
+
+class Results:
+    """What the scenarios left in their folder."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def __call__(self, devices: str, scenario: Scenario) -> dict:
+        return json.loads((self.root / devices / f"{scenario.name}.json").read_text())
+
+    def weights(self, devices: str, scenario: Scenario) -> dict[str, torch.Tensor]:
+        return torch.load(self.root / devices / f"{scenario.name}.ckpt", weights_only=True)["state_dict"]
+
+    def worst(self, devices: str, scenario: Scenario) -> tuple[float, float]:
+        """Largest difference to one device in any loss, and in any weight."""
+        losses, wanted = (torch.tensor(r["losses"]) for r in self.pair(devices, scenario))
+        found, reference = self.weights(devices, scenario), self.weights("one", scenario.reference)
+        assert list(found) == list(reference)
+        weights = max(float((found[name] - reference[name]).abs().max()) for name in found)
+        return float((losses - wanted[-len(losses) :]).abs().max()), weights
+
+    def pair(self, devices: str, scenario: Scenario) -> tuple[dict, dict]:
+        return self(devices, scenario), self("one", scenario.reference)
+
+
+@pytest.fixture(scope="module")
+def results(token_folder, tmp_path_factory):
+    root = tmp_path_factory.mktemp("strategies")
+    for folder in ("one", "two", "four"):
+        (root / folder).mkdir()
+
+    def here(scenario: Scenario) -> None:
+        if not (root / "one" / f"{scenario.name}.json").exists():
+            result = run_scenario(scenario, str(token_folder), root / "one")
+            (root / "one" / f"{scenario.name}.json").write_text(json.dumps(result))
+
+    def launch(devices: str, processes: int) -> subprocess.Popen:
+        return subprocess.Popen(
+            [
+                sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
+                f"--nproc-per-node={processes}",
+                str(Path(__file__).with_name("scenarios.py")), str(token_folder), str(root / devices),
+            ],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    here(Scenario())  # others continue from its middle
+    for devices, processes in (("two", 2), ("four", 4)):
+        running = launch(devices, processes)
+        for of, scenario in RUNS:
+            if of == devices:
+                here(scenario.reference)
+        output, _ = running.communicate(timeout=300)
+        assert running.returncode == 0, output[-4000:]
+    for scenario in ONE_DEVICE:
+        here(scenario)
+    return Results(root)
+
+
+@pytest.mark.parametrize(("devices", "scenario"), EQUAL)
+def test_losses_and_weights_are_those_of_one_device(results, devices, scenario):
+    losses, weights = results.worst(devices, scenario)
+    if scenario.precision == "bf16-mixed":
+        assert losses < 2e-3
+    else:
+        assert losses < 2e-6 and weights < 5e-6
+
+
+def test_gradients_are_clipped_in_every_step(results):
+    assert min(results("one", Scenario())["norms"]) > 0.3
+
+
+@pytest.mark.parametrize(("devices", "scenario"), EQUAL)
+def test_gradient_norms_and_validation_are_those_of_one_device(results, devices, scenario):
+    found, wanted = results.pair(devices, scenario)
+    tolerance = 5e-3 if scenario.precision == "bf16-mixed" else 1e-5
+    assert found["norms"] == pytest.approx(wanted["norms"][-len(found["norms"]) :], abs=tolerance)
+    if scenario.precision == "32-true":
+        for metrics, reference in zip(
+            found["validations"], wanted["validations"][-len(found["validations"]) :], strict=True
+        ):
+            assert metrics == pytest.approx(reference, abs=5e-6)
+
+
+def test_a_wrong_gradient_scale_is_seen(results):
+    losses, weights = results.worst("two", next(s for s in TWO_DEVICES if s.wrong_scale))
+    assert losses > 1e-4 and weights > 1e-3
+
+
+@pytest.mark.parametrize("strategy", SHARDED_EXPERTS)
+def test_experts_without_tokens_get_none(results, strategy):
+    scenario = next(s for s in TWO_DEVICES if s.strategy == strategy and s.banned)
+    assert results("two", scenario)["validations"][-1]["ffn_per_token"] < 0.75  # of one layer in two
+
+
+@pytest.mark.parametrize(("devices", "scenario"), EXCHANGES)
+def test_only_rows_of_ffn_experts_on_other_devices_cross(results, devices, scenario):
+    found = results(devices, scenario)
+    width, bytes_per_number = 32, 2 if scenario.precision == "bf16-mixed" else 4
+    passes = 4  # to the expert and back, forward and backward
+    assert found["wire"] == found["remote"] * width * bytes_per_number * passes > 0
+    steps = [metrics["ep/bytes_per_step"] for metrics in found["communication"] if metrics]
+    assert sum(steps) == found["wire"]
+
+
+def test_moepp_sends_the_ffn_share_of_what_vanilla_moe_sends(results):
+    moepp, vanilla = (results("two", Scenario(model, "expert_parallel")) for model in ("dropless", "vanilla"))
+    slots = vanilla["local"] + vanilla["remote"]
+    assert slots == 20 * 2 * 8 * 32 * 2  # steps, layers, sequences, their length, top-k
+    share = (moepp["local"] + moepp["remote"]) / slots
+    assert share < 0.8
+    assert moepp["wire"] / vanilla["wire"] == pytest.approx(share, rel=0.1)  # as far as half of all rows leave
+
+
+def test_communication_is_reported_per_step(results):
+    metrics = results("two", Scenario("dropless", "expert_parallel"))["communication"][-1]
+    assert 0 < metrics["ep/rows_sent_share"] < 0.5
+    assert 1 <= metrics["ep/device_load_max_over_mean"] <= 2
+    assert metrics["ep/all_to_all_ms"] > 0
+    assert results("two", Scenario(strategy="ddp"))["communication"][-1] == {}
