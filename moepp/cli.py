@@ -104,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     add_scale(report)
 
     train = add("train", _train, "train one model, or continue it")
+    train.add_argument("--dry-run", action="store_true", help="print size, tokens, FLOPs, GPU hours, memory; then stop")
     add_overrides(train)
 
     prepare = add("prepare", _prepare, "tokenise a corpus and print the folder of token files")
@@ -156,6 +157,11 @@ def _train(options: argparse.Namespace) -> None:
     from moepp.training.settings import RunConfig, run_directory
 
     config = compose(RunConfig, options.overrides)
+    if options.dry_run:
+        from moepp.training.estimate import estimate
+
+        print("\n".join(estimate(config)))
+        return
     from moepp.training.ranks import Rank
     from moepp.training.run import freeze, train
 

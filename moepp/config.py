@@ -2,7 +2,7 @@
 
 A folder in conf/ is a group and each YAML file in it a fragment: `size=tiny` merges conf/size/tiny.yaml at the root.
 Groups merge in the order base.yaml lists them under `fragments`, so a later group refines an earlier one whatever the
-order on the command line.
+order on the command line. A fragment may choose fragments of other groups, for when the command line does not.
 """
 
 import difflib
@@ -32,8 +32,7 @@ def compose(schema: type[Schema], arguments: Iterable[str | Mapping[str, Any]], 
     the dataclasses refuse.
     """
     base = _load(conf / "base.yaml")
-    fragments = dict(base.pop("fragments", {}))
-    overrides = []
+    defaults, chosen, overrides = dict(base.pop("fragments", {})), {}, []
     for argument in arguments:
         if isinstance(argument, Mapping):
             overrides.append(OmegaConf.create(dict(argument)))
@@ -42,10 +41,11 @@ def compose(schema: type[Schema], arguments: Iterable[str | Mapping[str, Any]], 
         if not equals or not key:
             raise UsageError(f"'{argument}' is not an override; write key=value, for example model.top_k=2")
         if (conf / key).is_dir():
-            fragments[key] = value
+            chosen[key] = value
         else:
             overrides.append(_dotted(argument))
-    layers = [OmegaConf.create(base), *(_fragment(conf, group, name) for group, name in fragments.items()), *overrides]
+    fragments = _fragments(conf, defaults, chosen)
+    layers = [OmegaConf.create(base), *fragments, *overrides]
     groups = [folder.name for folder in conf.iterdir() if folder.is_dir()]
     return _join(schema, layers, groups)
 
@@ -90,6 +90,14 @@ def _load(path: Path) -> DictConfig:
     if not isinstance(loaded, DictConfig):
         raise UsageError(f"{path} must hold keys and values")
     return loaded
+
+
+def _fragments(conf: Path, defaults: Mapping[str, str], chosen: Mapping[str, str]) -> list[DictConfig]:
+    """The fragments in merge order. A chosen one may itself list `fragments` for groups that were not chosen."""
+    loaded = {group: _fragment(conf, group, name) for group, name in chosen.items()}
+    implied = {group: name for layer in loaded.values() for group, name in layer.pop("fragments", {}).items()}
+    names = {**defaults, **implied, **chosen}
+    return [loaded[group] if group in loaded else _fragment(conf, group, name) for group, name in names.items()]
 
 
 def _fragment(conf: Path, group: str, name: str) -> DictConfig:

@@ -61,9 +61,9 @@ def test_run_py_is_the_same_entry_point():
         (["train", "data=text", "data.path=nothing/*.txt"], "data.path=nothing/*.txt: no file matches"),
         (["train", "data=text"], "data.corpus=text needs data.path"),
         (["train", "trainer.devices=2"], "strategy=single trains on one device, not on trainer.devices=2"),
-        (["train", "size=huge"], "size=huge: no such fragment; choose from 0.6b, 1b, 2b, 7b, smoke, tiny"),
+        (["train", "size=huge"], "size=huge: no such fragment; choose from 0.6b, 1b, 2b, 7b, small, smoke"),
         (["reproduce", "table55"], "no experiment 'table55'; choose from"),
-        (["reproduce", "table5", "--scale", "big"], "unknown scale 'big'; choose from smoke, laptop, paper"),
+        (["reproduce", "table5", "--scale", "big"], "unknown scale 'big'; choose from smoke, laptop, gpu, paper"),
         (["reproduce", "table5", "--scale", "smoke", "model.topk=1"], "unknown key model.topk; did you mean"),
         (["sweep", "run", "table5"], "unknown sweep 'table5'; choose from"),
         (["sweep", "status", "routers", "runs=nowhere"], "nowhere/routers-laptop holds no sweep; `python run.py"),
@@ -117,6 +117,16 @@ def test_train_prints_where_the_record_is_and_what_came_out(capsys, overrides):
     record = Path(out.splitlines()[0].removeprefix("run record: "))
     assert (record / "done").exists()
     assert "val_bits_per_byte" in out
+
+
+def test_a_dry_run_counts_and_touches_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = cli(capsys, "train", "recipe=s1", "size=1b", "--dry-run")
+    assert code == 0 and list(tmp_path.iterdir()) == []
+    lines = dict(line.split("  ", 1) for line in out.splitlines())
+    assert lines["parameters"].strip().startswith("1,035,207,728 ")
+    assert lines["tokens"].strip().startswith("100,000,595,968 (23,842 steps")
+    assert "at an assumed 30% of the dense bf16 peak" in lines["GPU hours"] and "dolma" in lines["corpus"]
 
 
 def test_generate_continues_a_prompt(capsys, tmp_path):

@@ -36,6 +36,15 @@ def conf(tmp_path):
     return tmp_path
 
 
+def test_a_fragment_chooses_others_unless_the_command_line_does(conf):
+    (conf / "recipe").mkdir()
+    (conf / "recipe/r.yaml").write_text("fragments: {size: big}\ntags: {recipe: r}")
+    assert compose(Whole, ["recipe=r"], conf) == Whole(Part(9), tags={"recipe": "r"})
+    assert compose(Whole, ["recipe=r", "size=small"], conf).part.width == 3
+    (conf / "recipe/r.yaml").write_text("part: {width: 4}")
+    assert compose(Whole, ["recipe=r", "size=big"], conf).part.width == 4  # a group that base.yaml lacks comes last
+
+
 def test_later_layers_win_and_the_result_is_the_dataclass(conf):
     assert compose(Whole, [], conf) == Whole(Part(3))
     assert compose(Whole, ["size=big"], conf).part == Part(9)

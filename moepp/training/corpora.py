@@ -9,20 +9,21 @@ import importlib.util
 import json
 import lzma
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import numpy as np
 
 from moepp.errors import UsageError
-from moepp.training.tokens import DataConfig, HubConfig
+from moepp.training.tokens import DataConfig, HubConfig, SourceConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 BLOCK = 2**24  # characters read at a time
 LONGEST_DOCUMENT = 2**25  # characters; tokenising one document takes some 140 times its size in memory
+T = TypeVar("T")
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
@@ -32,16 +33,38 @@ def fingerprint(config: DataConfig) -> dict[str, Any]:
     Reads every local file once. Raises UsageError for files that are not there and for a hub that cannot be reached.
     """
     if config.corpus == "hub":
-        hub = config.hub
-        if not hub.id:
+        if not config.hub.id:
             raise UsageError("data.corpus=hub needs data.hub.id, for example HuggingFaceFW/fineweb-edu, or a folder")
-        folder = Path(hub.id)
-        source = [_sha256(path) for path in _visible_files(folder)] if folder.is_dir() else [hub.id, _commit(hub)]
-        return {"hub": source, "choice": [hub.config, hub.split, config.text_column, hub.max_documents]}
+        return _hub_fingerprint(config.hub, config.text_column)
+    if config.corpus == "mixture":
+        return {"sources": _of_each_source(config, _source_fingerprint), "bytes": config.max_bytes}
     files = [(_is_json(path), _sha256(path)) for path in _files(config)]
     if config.corpus == "sotu":
         return {"files": files}
     return {"files": files, "separator": config.separator, "column": config.text_column}
+
+
+def _hub_fingerprint(hub: HubConfig, column: str) -> dict[str, Any]:
+    folder = Path(hub.id)
+    source = [_sha256(path) for path in _visible_files(folder)] if folder.is_dir() else [hub.id, _commit(hub)]
+    return {"hub": source, "choice": [hub.config, hub.split, column, hub.max_documents]}
+
+
+def _source_fingerprint(source: SourceConfig) -> dict[str, Any]:
+    return {**_hub_fingerprint(source, source.text_column), "share": source.share}
+
+
+def _of_each_source(config: DataConfig, of: Callable[[SourceConfig], T]) -> dict[str, T]:
+    """Raises UsageError that begins with the source's name."""
+    if not config.sources:
+        raise UsageError("data.corpus=mixture needs data.sources; data=strategy1 has some")
+    found = {}
+    for name, source in config.sources.items():
+        try:
+            found[name] = of(source)
+        except UsageError as error:
+            raise UsageError(f"data.sources.{name}: {error}") from None
+    return found
 
 
 def origin(config: DataConfig) -> str:
@@ -56,6 +79,9 @@ def origin(config: DataConfig) -> str:
         return (
             f"Hugging Face dataset {config.hub.id} ({configuration}, {config.hub.split}); its card states the licence"
         )
+    if config.corpus == "mixture":
+        parts = (f"{name} ({source.id}) {source.share:g}" for name, source in config.sources.items())
+        return f"Mixture by shares of text: {', '.join(parts)}; each source states its licence"
     return f"{len(_files(config))} text files given by data.path"
 
 
@@ -118,8 +144,7 @@ def _rows(config: DataConfig, progress: bool) -> Iterator[dict[str, Any]]:
     from tqdm import tqdm
 
     blank = True
-    documents = _hub_texts(config) if config.corpus == "hub" else _file_texts(config)
-    for text in tqdm(documents, desc="reading", unit=" documents", disable=not progress):
+    for text in tqdm(_documents(config), desc="reading", unit=" documents", disable=not progress):
         if len(text) > LONGEST_DOCUMENT:
             raise UsageError(f"a document of {len(text):,} characters is too long to tokenise in one piece")
         if text.strip():
@@ -127,6 +152,32 @@ def _rows(config: DataConfig, progress: bool) -> Iterator[dict[str, Any]]:
             yield {"text": text, "hash": content_hash(text, config.split_seed)}
     if blank:
         raise UsageError(f"data.corpus={config.corpus} holds no text")
+
+
+def _documents(config: DataConfig) -> Iterator[str]:
+    cache = Path(config.cache, "huggingface")
+    if config.corpus == "hub":
+        return _hub_texts(config.hub, config.text_column, cache)
+    if config.corpus == "mixture":
+        streams = _of_each_source(config, lambda source: _hub_texts(source, source.text_column, cache))
+        return interleave(streams, {name: source.share for name, source in config.sources.items()}, config.max_bytes)
+    return _file_texts(config)
+
+
+def interleave(streams: Mapping[str, Iterator[str]], shares: Mapping[str, float], max_bytes: int) -> Iterator[str]:
+    """The documents of all streams, always from the one that is furthest behind its share of the UTF-8 bytes so far.
+
+    Ends with the first stream that ends, or after `max_bytes`. Shares hold for text and so, nearly, for tokens; drawing
+    documents by probability, as `datasets.interleave_datasets` does, would give books a thousand times a web page's.
+    """
+    read = dict.fromkeys(streams, 0)
+    while not max_bytes or sum(read.values()) < max_bytes:
+        behind = min(streams, key=lambda name: read[name] / shares[name])
+        text = next(streams[behind], None)
+        if text is None:
+            return
+        read[behind] += len(text.encode())
+        yield text
 
 
 def _files(config: DataConfig) -> list[Path]:
@@ -258,20 +309,17 @@ def _commit(hub: HubConfig) -> str:
         ) from error
 
 
-def _hub_texts(config: DataConfig) -> Iterator[str]:
-    for row in _hub_rows(config.hub, Path(config.cache, "huggingface")):
-        if config.text_column not in row:
+def _hub_texts(hub: HubConfig, column: str, cache: Path) -> Iterator[str]:
+    for row in _hub_rows(hub, cache):
+        if column not in row:
             raise UsageError(
-                f"data.hub.id={config.hub.id} has no column '{config.text_column}'; "
-                f"set data.text_column to one of {', '.join(row)}"
+                f"data.hub.id={hub.id} has no column '{column}'; set data.text_column to one of {', '.join(row)}"
             )
-        text = row[config.text_column]
+        text = row[column]
         if text is None:
             continue
         if not isinstance(text, str):
-            raise UsageError(
-                f"data.text_column={config.text_column} of {config.hub.id} holds {type(text).__name__}s, not text"
-            )
+            raise UsageError(f"data.text_column={column} of {hub.id} holds {type(text).__name__}s, not text")
         yield text
 
 

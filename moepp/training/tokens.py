@@ -42,14 +42,27 @@ class HubConfig:
 
 
 @dataclass
+class SourceConfig(HubConfig):
+    """One part of a mixture."""
+
+    share: float = 1.0  # of the text in UTF-8 bytes; shares need not sum to 1
+    text_column: str = "text"
+
+
+@dataclass
 class DataConfig:
     """Where the text comes from, how it becomes tokens, and how tokens become batches."""
 
-    corpus: Literal["sotu", "text", "hub", "tokens"] = "sotu"
-    path: str | list[str] = ""  # text: files or globs, JSONL and compressed ones too; tokens: a prepared folder
+    corpus: Literal["sotu", "text", "hub", "mixture", "tokens"] = "sotu"
+    path: str | list[str] = (
+        ""  # text: files or globs, JSONL and compressed ones too; tokens: a prepared folder; mixture:
+    )
+    # the folder that its preset finds its sources in
     separator: str = ""  # text: regex between documents of a file, as `\n\s*\n`; "" makes each file one document
     text_column: str = "text"  # hub and JSONL files: the field that holds the text
     hub: HubConfig = field(default_factory=HubConfig)
+    sources: dict[str, SourceConfig] = field(default_factory=dict)  # of a mixture, by name
+    max_bytes: int = 0  # of a mixture's text; 0 ends it with the first source that ends
     tokenizer: str = "bpe"  # byte-level BPE trained on the training split, or the path of a tokenizer.json
     vocab_size: int = 4096  # ids the model has room for; the size of a trained BPE
     val_share: float = 0.05  # of the documents, held out by a hash of their content
@@ -65,9 +78,12 @@ class DataConfig:
         for name in ("vocab_size", "seq_len", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name}={getattr(self, name)} must be at least 1")
-        for name in ("val_sequences", "workers"):
+        for name in ("val_sequences", "workers", "max_bytes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"data.{name}={getattr(self, name)} must not be negative")
+        for name, source in self.sources.items():
+            if source.share <= 0:
+                raise ValueError(f"data.sources.{name}.share={source.share} must be positive")
         if not 0 < self.val_share < 1:
             raise ValueError(f"data.val_share={self.val_share} must lie between 0 and 1")
 

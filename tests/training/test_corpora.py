@@ -8,7 +8,7 @@ from synthetic_corpus import texts, write_texts
 
 from moepp.errors import UsageError
 from moepp.training import corpora
-from moepp.training.tokens import DataConfig, HubConfig
+from moepp.training.tokens import DataConfig, HubConfig, SourceConfig
 
 
 def read(tmp_path, **settings):
@@ -185,3 +185,53 @@ def test_a_commit_needs_no_look_up(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     hub = HubConfig(id="someone/something", revision="0123456789" * 4)
     assert "0123456789" * 4 in corpora.fingerprint(DataConfig(corpus="hub", hub=hub))["hub"]
+
+
+def sources(tmp_path, **shares):
+    """A folder of JSONL for each source, standing in for hub datasets, with documents that name it: long ones and short
+    ones.
+    """
+    found = {}
+    for name, share in shares.items():
+        (tmp_path / name).mkdir()
+        documents = [f"{name} {i} " + "word " * (200 if name == "books" else 5) for i in range(60)]
+        lines = (json.dumps({"text": document}) + "\n" for document in documents)
+        (tmp_path / name / "train.jsonl").write_text("".join(lines))
+        found[name] = SourceConfig(id=str(tmp_path / name), streaming=True, share=share)
+    return found
+
+
+def test_a_mixture_holds_its_shares_of_text_not_of_documents(tmp_path):
+    mixture = sources(tmp_path, books=1.0, web=3.0)
+    documents = read(tmp_path, corpus="mixture", sources=mixture, max_bytes=2400)
+    size = {name: sum(len(text) for text in documents if text.startswith(name)) for name in mixture}
+    assert 2400 <= sum(size.values()) < 2400 + 1100  # the last document may be a book
+    assert size["web"] > 1300  # while one book was enough
+    assert sum(text.startswith("books") for text in documents) in (1, 2)
+
+
+def test_a_mixture_ends_with_the_first_source_that_ends(tmp_path):
+    documents = read(tmp_path, corpus="mixture", sources=sources(tmp_path, books=1.0, web=1.0))
+    assert [text for text in documents if text.startswith("web")][-1].startswith("web 59 ")
+    assert sum(text.startswith("books") for text in documents) < 5
+
+
+def test_shares_and_limits_are_part_of_a_mixtures_fingerprint(tmp_path):
+    one = DataConfig(corpus="mixture", sources=sources(tmp_path, books=1.0, web=1.0))
+    first = corpora.fingerprint(one)
+    one.sources["web"].share = 2.0
+    second = corpora.fingerprint(one)
+    one.max_bytes = 10
+    assert first != second != corpora.fingerprint(one)
+    assert "books" in corpora.origin(one) and "web" in corpora.origin(one)
+
+
+def test_a_source_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    config = DataConfig(corpus="mixture", sources={"pile": SourceConfig(id=f"{tmp_path}/pile")})
+    with pytest.raises(UsageError, match=r"data.sources.pile: .*pile"):
+        corpora.fingerprint(config)
+    with pytest.raises(UsageError, match=r"needs data\.sources"):
+        corpora.fingerprint(DataConfig(corpus="mixture"))
+    with pytest.raises(ValueError, match=r"data\.sources\.pile\.share=0\.0 must be positive"):
+        DataConfig(sources={"pile": SourceConfig(share=0.0)})
