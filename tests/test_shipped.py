@@ -20,7 +20,7 @@ FRAGMENTS = {
 NAMES = sorted(path.stem for path in SWEEPS.glob("*.yaml"))
 SCALES = [(name, scale) for name in NAMES for scale in load_sweep(name).scales]
 ARMS = [(name, arm) for name in NAMES for arm in load_sweep(name).arms]
-SIZES = {"smoke": "smoke", "laptop": "tiny"}  # by scale
+SIZES = {"smoke": "smoke", "laptop": "tiny", "gpu": "small"}  # by scale
 TWO_STEPS = ["trainer.steps=2", "trainer.val_every=2", "trainer.checkpoint_every=2", "trainer.log_every=1"]
 
 
@@ -42,6 +42,26 @@ def test_size_takes_model(size, model):
         decoder = Decoder(config.model)
     assert config.tags["size"] == size
     assert sum(weight.numel() for weight in decoder.parameters()) == sum(parameters(config.model).values())
+
+
+@pytest.mark.parametrize(("recipe", "tokens"), [("s1", 100e9), ("s2", 900e9), ("s3", 100e9)])
+def test_recipe_is_table_b(recipe, tokens):
+    config = compose(RunConfig, [f"recipe={recipe}", "size=7b"])
+    batch = config.data.batch_size * config.data.seq_len
+    assert config.trainer.steps * batch == pytest.approx(tokens, rel=1e-4) and batch == 2**22
+    assert config.data.corpus == "mixture" and sum(s.share for s in config.data.sources.values()) == pytest.approx(100)
+    assert config.optim.lr == (1e-4 if recipe == "s3" else 5e-4) and config.optim.final_lr_share == 0.1
+
+
+def test_a_recipe_leaves_the_corpus_to_whoever_names_one():
+    assert compose(RunConfig, ["recipe=s1", "data=sotu"]).data.corpus == "sotu"
+
+
+def test_equal_compute_arms_share_their_ffn_compute():
+    trials = load_sweep("equal_compute").trials("laptop", seeds=[0])
+    expected = {trial.arm: expected_ffn_per_token(trial.config.model) for trial in trials}
+    assert expected.pop("vanilla") == 2.0
+    assert len(expected) == 13 and expected == pytest.approx(dict.fromkeys(expected, 1.2))
 
 
 @pytest.mark.parametrize(("name", "scale"), SCALES)

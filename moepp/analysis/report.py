@@ -26,6 +26,13 @@ lower is better. Differences are paired: both sides share the seed. `{tables.ALO
 alone excludes 0. `{tables.CORRECTED}`: it still differs at 5 % after Holm's correction over all rows of its table;
 only this counts as beyond noise. `{tables.NONE}`: no value."""
 
+EFFECTIVE = """\
+How much longer the baseline trains until its validation loss is as low as the arm's final one: in tokens (geometric
+mean over paired seeds, with its 95 % interval), times the arm's training speed over the baseline's, is the effective
+speed-up in time. Above 1 the arm is ahead. `≥`: in some seed the baseline never got there, and its end is taken;
+`≤`: it was there by its first validation. The baseline's earlier losses come from a learning rate not yet decayed, so
+these numbers flatter the arm; training speeds are of trials that shared the machine."""
+
 MEASURED = "Activated parameters and FLOPs are those of the FFN experts that tokens reached, not of the nominal top-k."
 
 
@@ -106,6 +113,7 @@ def _report(comparison: Comparison, tasks: TaskColumns | None, drawn: list[figur
         "Effects": tables.markdown(tables.effects_table(comparison)),
         **({"Downstream tasks": _tasks(tasks, results)} if tasks else {}),
         "Compute and speed": f"{tables.markdown(tables.cost_table(comparison))}\n\n{_timing(results)}",
+        "Effective speed-up": f"{tables.markdown(tables.effective_table(comparison))}\n\n{EFFECTIVE}",
         "Figures": "\n\n".join(f"![{f.caption}]({f.name}.svg)\n\n{f.caption} [Data]({f.name}.csv)." for f in drawn),
         "Noise floor": _bullets(noise_floor(comparison)),
         "What is held equal, and what is not": f"{equal}\n\n{budgets}\n\n{MEASURED}",

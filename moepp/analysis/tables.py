@@ -1,6 +1,7 @@
 """Tables of a comparison: rows as text for the report and the terminal, full-precision columns for the CSV."""
 
 from moepp.analysis.comparison import Comparison, Difference
+from moepp.analysis.effective_speedup import effective_speedup
 from moepp.analysis.results import ROUTINGS, SweepResults
 from moepp.analysis.statistics import Estimate
 
@@ -130,6 +131,21 @@ def cost_table(comparison: Comparison) -> Rows:
     return rows
 
 
+def effective_table(comparison: Comparison) -> Rows:
+    """Tokens and time that the baseline needs to reach each arm's final loss, over the arm's own."""
+    results = comparison.results
+    rows = [["arm", "n", "baseline's tokens / arm's", "interval", "training speed", "effective speed-up"]]
+    for arm in comparison.experiment.arms:
+        found = effective_speedup(results, arm)
+        if found is None or arm == results.baseline:
+            continue
+        n = f"{found.log_tokens.n}" + (f" ({found.censored} censored)" if found.censored else "")
+        interval = "{:.2f} to {:.2f}".format(*found.interval) if found.interval else NONE
+        time = NONE if found.time is None else f"{found.bound}{found.time:.2f}"
+        rows.append([arm, n, f"{found.bound}{found.tokens:.2f}", interval, number(found.speed, ".2f"), time])
+    return rows
+
+
 def budget_table(comparison: Comparison) -> Rows:
     results = comparison.results
     budgets = {
@@ -167,6 +183,9 @@ def csv_table(comparison: Comparison) -> Rows:
             cells |= {f"{routing}_median_ms": time and time.median_ms, f"{routing}_min_ms": time and time.min_ms}
             cells[f"{routing}_speedup"], cells[f"{routing}_ideal_speedup"] = speedups(results, arm, routing)
             cells[f"{routing}_speedup_of_min"] = results.ratio(arm, routing, lambda time: time.min_ms)
+        effective = effective_speedup(results, arm)
+        cells |= {"effective_tokens": effective and effective.tokens, "effective_speedup": effective and effective.time}
+        cells |= {"effective_bound": effective and effective.bound.strip()}
         if experiment.paper:
             paper = experiment.paper[arm]
             cells |= {"paper_average": paper.average, "paper_ffn_share": paper.ffn_share}

@@ -19,6 +19,7 @@ from moepp.sweeps.leases import STALE_SECONDS, Heart, Lease, LeaseWatch
 from moepp.sweeps.plan import promise
 from moepp.sweeps.progress import SweepProgress
 from moepp.sweeps.search import Search, refuse_storage
+from moepp.sweeps.sharing import share_finished_runs
 from moepp.sweeps.slots import Slot
 from moepp.sweeps.spec import Sweep, Trial
 from moepp.training.mlflow_store import store_uri
@@ -70,6 +71,8 @@ def run_sweep(
             search.begin()
             trials = search.known()
         else:
+            if shared := share_finished_runs(trials):
+                print(f"{shared} of {len(trials)} trials are finished runs of other sweeps")
             promise(directory, sweep, scale, trials)
         job = partial(Job, retries=sweep.retries, heart=heart, stale=stale)
         runner = _Runner(slots[:at_once], command, job, progress, search)
