@@ -37,7 +37,7 @@ def fingerprint(config: DataConfig) -> dict[str, Any]:
             raise UsageError("data.corpus=hub needs data.hub.id, for example HuggingFaceFW/fineweb-edu, or a folder")
         return _hub_fingerprint(config.hub, config.text_column)
     if config.corpus == "mixture":
-        return {"sources": _of_each_source(config, _source_fingerprint), "bytes": config.max_bytes}
+        return {"sources": _of_each_source(config, _source_fingerprint)}
     files = [(_is_json(path), _sha256(path)) for path in _files(config)]
     if config.corpus == "sotu":
         return {"files": files}
@@ -160,18 +160,18 @@ def _documents(config: DataConfig) -> Iterator[str]:
         return _hub_texts(config.hub, config.text_column, cache)
     if config.corpus == "mixture":
         streams = _of_each_source(config, lambda source: _hub_texts(source, source.text_column, cache))
-        return interleave(streams, {name: source.share for name, source in config.sources.items()}, config.max_bytes)
+        return interleave(streams, {name: source.share for name, source in config.sources.items()})
     return _file_texts(config)
 
 
-def interleave(streams: Mapping[str, Iterator[str]], shares: Mapping[str, float], max_bytes: int) -> Iterator[str]:
+def interleave(streams: Mapping[str, Iterator[str]], shares: Mapping[str, float]) -> Iterator[str]:
     """The documents of all streams, always from the one that is furthest behind its share of the UTF-8 bytes so far.
 
-    Ends with the first stream that ends, or after `max_bytes`. Shares hold for text and so, nearly, for tokens; drawing
+    Ends with the first stream that ends. Shares hold for text and so, nearly, for tokens; drawing
     documents by probability, as `datasets.interleave_datasets` does, would give books a thousand times a web page's.
     """
     read = dict.fromkeys(streams, 0)
-    while not max_bytes or sum(read.values()) < max_bytes:
+    while True:
         behind = min(streams, key=lambda name: read[name] / shares[name])
         text = next(streams[behind], None)
         if text is None:

@@ -61,8 +61,9 @@ class DataConfig:
     separator: str = ""  # text: regex between documents of a file, as `\n\s*\n`; "" makes each file one document
     text_column: str = "text"  # hub and JSONL files: the field that holds the text
     hub: HubConfig = field(default_factory=HubConfig)
-    sources: dict[str, SourceConfig] = field(default_factory=dict)  # of a mixture, by name
-    max_bytes: int = 0  # of a mixture's text; 0 ends it with the first source that ends
+    sources: dict[str, SourceConfig] = field(
+        default_factory=dict
+    )  # of a mixture, by name; it ends with the first that ends
     tokenizer: str = "bpe"  # byte-level BPE trained on the training split, or the path of a tokenizer.json
     vocab_size: int = 4096  # ids the model has room for; the size of a trained BPE
     val_share: float = 0.05  # of the documents, held out by a hash of their content
@@ -78,7 +79,7 @@ class DataConfig:
         for name in ("vocab_size", "seq_len", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name}={getattr(self, name)} must be at least 1")
-        for name in ("val_sequences", "workers", "max_bytes"):
+        for name in ("val_sequences", "workers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"data.{name}={getattr(self, name)} must not be negative")
         for name, source in self.sources.items():

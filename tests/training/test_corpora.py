@@ -203,11 +203,11 @@ def sources(tmp_path, **shares):
 
 def test_a_mixture_holds_its_shares_of_text_not_of_documents(tmp_path):
     mixture = sources(tmp_path, books=1.0, web=3.0)
-    documents = read(tmp_path, corpus="mixture", sources=mixture, max_bytes=2400)
+    documents = read(tmp_path, corpus="mixture", sources=mixture)
     size = {name: sum(len(text) for text in documents if text.startswith(name)) for name in mixture}
-    assert 2400 <= sum(size.values()) < 2400 + 1100  # the last document may be a book
-    assert size["web"] > 1300  # while one book was enough
-    assert sum(text.startswith("books") for text in documents) in (1, 2)
+    assert abs(3 * size["books"] - size["web"]) < 3 * 1100  # never further apart than one book
+    counts = [sum(text.startswith(name) for text in documents) for name in mixture]
+    assert counts[0] == 1 and counts[1] == 60
 
 
 def test_a_mixture_ends_with_the_first_source_that_ends(tmp_path):
@@ -221,7 +221,7 @@ def test_shares_and_limits_are_part_of_a_mixtures_fingerprint(tmp_path):
     first = corpora.fingerprint(one)
     one.sources["web"].share = 2.0
     second = corpora.fingerprint(one)
-    one.max_bytes = 10
+    one.sources["web"].max_documents = 10
     assert first != second != corpora.fingerprint(one)
     assert "books" in corpora.origin(one) and "web" in corpora.origin(one)
 
