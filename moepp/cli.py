@@ -99,7 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     add_overrides(sweep)
 
     report = add("report", _report, "rebuild a report from the run records, without training")
-    report.add_argument("experiment", help="a file of experiments/, such as table5")
+    report.add_argument("experiment", nargs="?", help="a file of experiments/, such as table5")
+    report.add_argument("--all", action="store_true", help="write results/index.html, all reports on one page")
     report.add_argument("--runs", default="runs", help="folder of the run records")
     add_scale(report)
 
@@ -233,8 +234,13 @@ def _sweep(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from moepp.reproduce import report
+    from moepp.reproduce import page, report
 
+    if options.all:
+        print(f"open {page()} in a browser")
+        return
+    if options.experiment is None:
+        raise UsageError("name an experiment (`python run.py reproduce --list`), or give --all")
     report(options.experiment, options.scale, options.runs)
 
 

@@ -70,12 +70,15 @@ def flatten(config: Any) -> dict[str, Any]:
 
 
 def identity(config: Any, ignore: Iterable[str]) -> str:
-    """12 hex digits of everything that can change the result; `ignore` lists dotted keys or prefixes that cannot."""
+    """12 hex digits of everything that can change the result; `ignore` lists dotted keys or prefixes that cannot.
+
+    An empty mapping says nothing: a schema may gain one without giving every run another identity.
+    """
     ignored = tuple(ignore)
     kept = {
         key: value
         for key, value in flatten(config).items()
-        if not any(key == i or key.startswith(i + ".") for i in ignored)
+        if value != {} and not any(key == i or key.startswith(i + ".") for i in ignored)
     }
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:12]
 

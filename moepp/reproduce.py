@@ -24,10 +24,19 @@ def find(name: str) -> Experiment | Study:
     return experiments[name]
 
 
+def in_order() -> list[Experiment | Study]:
+    """The paper's tables, its figures, then our own questions."""
+
+    def place(experiment: Experiment | Study) -> tuple:
+        kind = ("Table", "Fig").index(experiment.reference[:5].rstrip(". 0123456789")) if experiment.reference else 2
+        return kind, experiment.reference, experiment.name
+
+    return sorted(discover().values(), key=place)
+
+
 def listing() -> list[str]:
-    """One line per experiment: those of the paper in its order, then our own."""
-    experiments = sorted(discover().values(), key=lambda e: (not e.reference, e.reference, e.name))
-    return [f"{e.name:<16} {e.reference:<12} {e.title}  ({_needs(e)})" for e in experiments]
+    """One line per experiment."""
+    return [f"{e.name:<16} {e.reference:<12} {e.title}  ({_needs(e)})" for e in in_order()]
 
 
 def _needs(experiment: Experiment | Study) -> str:
@@ -83,6 +92,13 @@ def report(name: str, scale: str, runs: Path | str) -> None:
     if isinstance(experiment, Study):
         raise UsageError(f"{name} is measured, not read from records: `python run.py reproduce {name}` repeats it")
     _write_comparison(experiment, Path(runs) / f"{experiment.sweep}-{scale}")
+
+
+def page() -> Path:
+    """Writes results/index.html from the reports that are there."""
+    from moepp.analysis.page import write_page
+
+    return write_page(in_order(), RESULTS)
 
 
 def _train(runs: Runs, scale: str, workers: int, overrides: Sequence[str], seeds: Sequence[int] | None) -> Path:

@@ -45,6 +45,11 @@ def test_a_fragment_chooses_others_unless_the_command_line_does(conf):
     assert compose(Whole, ["recipe=r", "size=big"], conf).part.width == 4  # a group that base.yaml lacks comes last
 
 
+def test_an_empty_mapping_is_no_part_of_an_identity():
+    assert identity(Whole(Part()), ["part"]) == identity(Whole(Part(), tags={}), ["part", "tags"])
+    assert identity(Whole(Part(), tags={"a": "b"}), ["part"]) != identity(Whole(Part()), ["part"])
+
+
 def test_later_layers_win_and_the_result_is_the_dataclass(conf):
     assert compose(Whole, [], conf) == Whole(Part(3))
     assert compose(Whole, ["size=big"], conf).part == Part(9)

@@ -52,16 +52,17 @@ def _markdown(study: Study, report: StudyReport, provenance: Mapping[str, Any]) 
     ]
     sections = {
         "Verdict": "\n".join(f"- **{claim.verdict}**: {_plain(claim)}" for claim in report.claims),
-        "Tables": _tables(report.tables),
+        "Tables": markdown_tables(report.tables),
         "Figures": "\n\n".join(_figure(plot) for plot in report.plots),
-        "The paper's numbers": _tables(study.paper),
+        "The paper's numbers": markdown_tables(study.paper),
         "Notes": "\n".join(f"- {note}" for note in (*study.notes, *report.notes)),
     }
     body = [f"# {study.title}", *about, *(f"## {title}\n\n{text}" for title, text in sections.items() if text)]
     return "\n\n".join(body) + "\n"
 
 
-def _tables(tables: tuple[Table, ...]) -> str:
+def markdown_tables(tables: tuple[Table, ...]) -> str:
+    """Each with its caption above."""
     return "\n\n".join(f"{table.caption}\n\n{markdown(_rows(table))}" for table in tables)
 
 

@@ -167,8 +167,8 @@ def _documents(config: DataConfig) -> Iterator[str]:
 def interleave(streams: Mapping[str, Iterator[str]], shares: Mapping[str, float]) -> Iterator[str]:
     """The documents of all streams, always from the one that is furthest behind its share of the UTF-8 bytes so far.
 
-    Ends with the first stream that ends. Shares hold for text and so, nearly, for tokens; drawing
-    documents by probability, as `datasets.interleave_datasets` does, would give books a thousand times a web page's.
+    Ends with the first stream that ends. Shares hold for text and so, nearly, for tokens; drawing documents by
+    probability, as `datasets.interleave_datasets` does, would give books a thousand times a web page's.
     """
     read = dict.fromkeys(streams, 0)
     while True:
