@@ -74,8 +74,9 @@ class Entry:
 
 def _entry(experiment: Experiment | Study, reports: list[Report]) -> Entry:
     label = html.escape(f"{experiment.reference}: {experiment.title}" if experiment.reference else experiment.title)
-    body = [f"<p><strong>{html.escape(experiment.question)}</strong></p>"]
+    body = []
     if not reports:
+        body.append(f"<p><strong>{html.escape(experiment.question)}</strong></p>")
         body.append(f"<p class=missing>Not run yet. {_command(experiment)}</p>")
         if paper := _paper(experiment):
             body.append(f"<details><summary>The paper's numbers</summary>{_html(paper)}</details>")
