@@ -167,7 +167,7 @@ def _html(text: str, folder: Path | None = None) -> str:
         caption = html.escape(tokens[index].content, quote=True)
         svg = folder / str(tokens[index].attrs["src"])
         data = base64.b64encode(svg.read_bytes()).decode() if svg.exists() else ""
-        return f'<img alt="{caption}" src="data:image/svg+xml;base64,{data}">'
+        return f'<span class="figure"><img alt="{caption}" src="data:image/svg+xml;base64,{data}"></span>'
 
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
     parser.add_render_rule("image", image)
