@@ -27,9 +27,9 @@ def find(name: str) -> Experiment | Study:
 def in_order() -> list[Experiment | Study]:
     """The paper's tables, its figures, then our own questions."""
 
-    def place(experiment: Experiment | Study) -> tuple:
-        kind = ("Table", "Fig").index(experiment.reference[:5].rstrip(". 0123456789")) if experiment.reference else 2
-        return kind, experiment.reference, experiment.name
+    def place(experiment: Experiment | Study) -> tuple[int, str, str]:
+        kinds = [kind for kind, word in enumerate(("Table", "Fig")) if experiment.reference.startswith(word)]
+        return (*(kinds or [2 if experiment.reference else 3]), experiment.reference, experiment.name)
 
     return sorted(discover().values(), key=place)
 
