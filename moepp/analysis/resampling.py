@@ -146,3 +146,10 @@ def correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Spearman's rho along the last axis."""
     return correlation(rankdata(x, axis=-1), rankdata(y, axis=-1))
+
+
+def bootstrap_chance(draws_D: np.ndarray, bound: float = 0.0) -> float:
+    """Two-sided p that a statistic equals `bound`, read off its bootstrap draws; for where nothing can be exchanged."""
+    finite = draws_D[np.isfinite(draws_D)]
+    beyond = min(np.count_nonzero(finite <= bound), np.count_nonzero(finite >= bound))
+    return float(min(1.0, 2 * (1 + beyond) / (1 + len(finite))))

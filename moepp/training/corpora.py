@@ -85,6 +85,15 @@ def origin(config: DataConfig) -> str:
     return f"{len(_files(config))} text files given by data.path"
 
 
+def file_names(config: DataConfig) -> dict[str, str]:
+    """The name, without suffixes, of the file that holds each document, where files and documents are the same; else
+    nothing.
+    """
+    whole_files = config.corpus == "sotu" or (config.corpus == "text" and not config.separator)
+    files = [path for path in _files(config) if not _is_json(path)] if whole_files else []
+    return {text: path.name.split(".")[0] for path in files for text in _pieces(_open(path), path, _separator(""))}
+
+
 def load_documents(config: DataConfig, folder: Path, progress: bool) -> "Dataset":
     """All documents that are not blank, as a memory-mapped table in `folder` with the columns `text` and `hash`.
 

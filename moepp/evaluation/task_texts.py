@@ -1,0 +1,138 @@
+"""The paper's eleven tasks as plain texts: the question as lm-evaluation-harness 0.4 puts it, and the gold answer.
+
+Zero-shot: the examples of a few-shot prompt would be the same few in every text and drown the question. Files hold the
+columns of the harness's stock tasks, one JSON object per line.
+"""
+
+import gzip
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moepp.errors import UsageError
+from moepp.evaluation.texts import Passage
+
+Columns = Mapping[str, Any]
+Question = tuple[str, str]  # the question, and the gold answer with the space or line end before it
+
+SUBJECT_AREAS = {  # of MMLU, as its authors group them
+    "STEM": """abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science
+        college_mathematics college_physics computer_security conceptual_physics electrical_engineering
+        elementary_mathematics high_school_biology high_school_chemistry high_school_computer_science
+        high_school_mathematics high_school_physics high_school_statistics machine_learning""",
+    "humanities": """formal_logic high_school_european_history high_school_us_history high_school_world_history
+        international_law jurisprudence logical_fallacies moral_disputes moral_scenarios philosophy prehistory
+        professional_law world_religions""",
+    "social sciences": """econometrics high_school_geography high_school_government_and_politics
+        high_school_macroeconomics high_school_microeconomics high_school_psychology human_sexuality
+        professional_psychology public_relations security_studies sociology us_foreign_policy""",
+    "other": """business_ethics clinical_knowledge college_medicine global_facts human_aging management marketing
+        medical_genetics miscellaneous nutrition professional_accounting professional_medicine virology""",
+}
+AREA = {subject: area for area, subjects in SUBJECT_AREAS.items() for subject in subjects.split()}
+
+
+def _sciq(row: Columns) -> Question:
+    return f"{row['support'].lstrip()}\nQuestion: {row['question']}\nAnswer:", f" {row['correct_answer']}"
+
+
+def _piqa(row: Columns) -> Question:
+    return f"Question: {row['goal']}\nAnswer:", f" {row[('sol1', 'sol2')[int(row['label'])]]}"
+
+
+def _winogrande(row: Columns) -> Question:
+    """The harness scores the common end of the sentence after the chosen option."""
+    before, after = row["sentence"].split("_", 1)
+    return f"{before}{row[('option1', 'option2')[int(row['answer']) - 1]]}", f" {after.strip()}"
+
+
+def _arc(row: Columns) -> Question:
+    choices = row["choices"]
+    return f"Question: {row['question']}\nAnswer:", f" {choices['text'][choices['label'].index(row['answerKey'])]}"
+
+
+def _hellaswag(row: Columns) -> Question:
+    question = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
+    return _without_wikihow_marks(question), f" {_without_wikihow_marks(row['endings'][int(row['label'])])}"
+
+
+def _without_wikihow_marks(text: str) -> str:
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+
+def _logiqa(row: Columns) -> Question:
+    options = "".join(f"{letter}. {option}\n" for letter, option in zip("ABCD", row["options"], strict=True))
+    question = f"Passage: {row['context']}\nQuestion: {row['question']}\nChoices:\n{options}Answer:"
+    return question, f" {row['options']['abcd'.index(row['label'].strip())]}"
+
+
+def _boolq(row: Columns) -> Question:
+    return f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", f" {('no', 'yes')[int(row['label'])]}"
+
+
+def _lambada(row: Columns) -> Question:
+    question, _, last = row["text"].rpartition(" ")
+    return question, f" {last}"
+
+
+def _nq_open(row: Columns) -> Question:
+    return f"Q: {row['question']}?\nA:", f" {row['answer'][0]}"
+
+
+def _mmlu(row: Columns) -> Question:
+    options = "".join(f"{letter}. {option}\n" for letter, option in zip("ABCD", row["choices"], strict=True))
+    return f"{row['question'].strip()}\n{options}Answer:", f" {'ABCD'[int(row['answer'])]}"
+
+
+TASKS: dict[str, tuple[str, Callable[[Columns], Question]]] = {  # file name -> name in the paper, form
+    "sciq": ("SciQ", _sciq),
+    "piqa": ("PIQA", _piqa),
+    "winogrande": ("WinoGrande", _winogrande),
+    "arc_easy": ("ARC-E", _arc),
+    "arc_challenge": ("ARC-C", _arc),
+    "hellaswag": ("HellaSwag", _hellaswag),
+    "logiqa": ("LogiQA", _logiqa),
+    "boolq": ("BoolQ", _boolq),
+    "lambada_openai": ("LAMBADA", _lambada),
+    "nq_open": ("NQ", _nq_open),
+    "mmlu": ("MMLU", _mmlu),
+}
+
+
+def read_tasks(folder: Path, limit: int) -> list[Passage]:
+    """Up to `limit` examples, evenly spread, of every task found as `<task>*.jsonl` or `.jsonl.gz` in `folder`.
+
+    Raises UsageError for a folder without any, and for a line that lacks a task's columns.
+    """
+    found = {name: sorted(folder.glob(f"{name}*.jsonl*")) for name in TASKS}
+    if not any(found.values()):
+        raise UsageError(f"{folder} holds no task: expected files such as {', '.join(list(TASKS)[:3])}.jsonl(.gz)")
+    passages = []
+    for name, paths in found.items():
+        task, form = TASKS[name]
+        for path in paths[:1]:
+            lines = read_lines(path)
+            for number in np.unique(np.linspace(0, len(lines) - 1, min(limit, len(lines))).astype(int)):
+                try:
+                    row = json.loads(lines[number])
+                    question, answer = form(row)
+                except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+                    raise UsageError(
+                        f"{path} line {number + 1} lacks columns of the task {name} ({type(error).__name__}: {error})"
+                    ) from None
+                topic = AREA.get(row["subject"], row["subject"]) if "subject" in row else ""
+                passages.append(Passage(question + answer, task, topic, len(question)))
+    return passages
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a plain or gzipped UTF-8 file that are not blank. Raises UsageError where it cannot be read."""
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            return [line for line in file if line.strip()]
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from None
