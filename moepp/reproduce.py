@@ -125,7 +125,8 @@ def _reproduce_study(
     if scale not in study.scales:
         raise UsageError(f"{study.name} has no scale '{scale}'; choose from {', '.join(study.scales)}")
     options, overrides = _split(study, arguments, flags)
-    directories = {runs.sweep: _train(runs, scale, workers, overrides, seeds) for runs in study.runs}
+    needed = () if options.get("weights") else study.runs  # a checkpoint takes the place of trained runs
+    directories = {runs.sweep: _train(runs, scale, workers, overrides, seeds) for runs in needed}
     found = study.measure(StudyContext(scale, directories, options))
     words = [f"python run.py reproduce {study.name} --scale {scale}", *arguments]
     words += [f"--{key.replace('_', '-')} {value}" for key, value in flags.items()]

@@ -49,6 +49,12 @@ def test_a_study_trains_the_arms_it_needs_and_takes_its_own_options(study, seen,
     assert "report: results/demo/smoke/report.md" in capsys.readouterr().out
 
 
+def test_a_checkpoint_takes_the_place_of_the_runs_a_study_needs(study, seen, monkeypatch):
+    monkeypatch.setattr(reproduce, "discover", lambda: {"demo": replace(study, options={"weights": "a folder"})})
+    reproduce.reproduce("demo", "smoke", arguments=["weights=here"])  # would train the sweep otherwise
+    assert seen[0].directories == {} and seen[0].options == {"weights": "here"}
+
+
 def test_flags_are_options_too(study, seen, monkeypatch):
     monkeypatch.setattr(reproduce, "discover", lambda: {"demo": replace(study, runs=(), options={"tasks_dir": "data"})})
     reproduce.reproduce("demo", "smoke", flags={"tasks_dir": "here"})

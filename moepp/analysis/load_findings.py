@@ -242,3 +242,18 @@ def topics_differ(load: ExpertLoad, seed: int = 0) -> Effect:
     observed = float(statistic(halved.observed()))
     p = chance(observed, statistic(halved.shuffled(draws)), two_sided=False)
     return Effect.of(observed, statistic(halved.bootstrapped(draws)), p=p)
+
+
+def zero_over_other_kinds(load: ExpertLoad, per_expert: bool, seed: int = 0) -> Effect:
+    """Share of all slots of the zero experts minus that of the copy or the constant experts, whichever is larger, mean
+    over layers and tasks: of a whole type, or of its experts on average.
+    """
+    counts = [load.kinds.count(kind) if per_expert else 1 for kind in KINDS]
+    halved = HalvedSums(load, load.by_kind_XLI.reshape(len(load.tokens_X), -1), seed)
+
+    def statistic(sums: np.ndarray) -> np.ndarray:
+        chosen = sums.sum(-3).reshape(*sums.shape[:-3], halved.groups, load.layers, len(KINDS))
+        share = (chosen / chosen.sum(-1, keepdims=True)).mean((-3, -2)) / np.maximum(counts, 1)
+        return share[..., ZERO] - share[..., 1:ZERO].max(-1)
+
+    return halved.effect(statistic)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from moepp.analysis.expert_load import ExpertLoad
 from moepp.analysis.routing_scores import RoutingScores
@@ -16,8 +17,8 @@ from moepp.evaluation.tagged import TaggedText, align
 from moepp.evaluation.texts import Text
 from moepp.training.tokenizer import encode, token_bytes
 
-EXAMPLES = {"smoke": 6, "laptop": 300, "gpu": 1000, "paper": 1_000_000}  # of each task
-WORDS = {"smoke": 300, "laptop": 100_000, "gpu": 400_000, "paper": 10_000_000}
+EXAMPLES = {"smoke": 6, "laptop": 300, "paper": 1_000_000}  # of each task
+WORDS = {"smoke": 300, "laptop": 100_000, "paper": 10_000_000}
 
 
 def expert_loads(context: StudyContext, sweep: str, arm: str) -> tuple[dict[str, ExpertLoad], str]:
@@ -86,18 +87,20 @@ def _labelled(checkpoint: Checkpoint, tagged: list[TaggedText]) -> tuple[list[Te
     tokenizer = checkpoint.require_tokenizer()
     pending, texts = iter(tagged), []
     labels: dict[str, list] = {"text_T": [], "string_T": [], "tag_T": [], "part_T": []}
+    strings: dict[int, str] = {}
     for text, encoding in encode(tokenizer, [source.text for source in tagged]):
         source = next(t for t in pending if t.text == text)
         words, parts = align(np.array(encoding.offsets), source)
         texts.append(Text(np.array(encoding.ids), token_bytes(text, encoding.offsets), group=""))
         labels["text_T"] += [len(texts) - 1] * len(parts)
-        labels["string_T"] += [_string(tokenizer, token) for token in encoding.ids]
+        strings |= {token: _string(tokenizer, token) for token in set(encoding.ids) - strings.keys()}
+        labels["string_T"] += [strings[token] for token in encoding.ids]
         labels["tag_T"] += [source.tags[word] if word >= 0 else "" for word in words]
         labels["part_T"] += parts
     return texts, {name: np.array(values) for name, values in labels.items()}
 
 
-def _string(tokenizer, token: int) -> str:
+def _string(tokenizer: Tokenizer, token: int) -> str:
     """A token as text, its blank shown; bytes that are no character alone as the tokenizer spells them."""
     text = tokenizer.decode([token], skip_special_tokens=False)
     return tokenizer.id_to_token(token) if "\ufffd" in text or not text.strip() else text.replace(" ", "␣")

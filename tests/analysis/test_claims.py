@@ -2,8 +2,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-pytest.importorskip("moepp.analysis.study")
-
 from moepp.analysis.claims import Effect, Hypothesis, decide, over_models
 from moepp.analysis.resampling import Interval
 

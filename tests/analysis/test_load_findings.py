@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from scipy import stats
+from synthetic_load import synthetic_load
 
 from moepp.analysis.expert_load import bits_per_byte, ffn_per_token, shares_KLN
 from moepp.analysis.load_findings import (
@@ -16,7 +17,6 @@ from moepp.analysis.load_findings import (
     layer_deviations,
     topics_differ,
 )
-from tests.analysis.synthetic_load import synthetic_load
 
 TASKS, LAYERS = 8, 6
 
