@@ -64,7 +64,7 @@ def decide(tests: Sequence[tuple[Hypothesis, Sequence[Effect]]]) -> tuple[Claim,
         p = effects[0].p
         if len(effects) > 1:
             p = mean_interval([effect.interval.value - hypothesis.bound for effect in effects]).p_value
-        found.append((hypothesis, len(effects), interval, p))
+        found.append((hypothesis, len(effects), interval, p if np.isfinite(p) else 1.0))
     corrected = holm([p for *_, p in found])
     return tuple(_claim(*test, p_holm=p) for test, p in zip(found, corrected, strict=True))
 

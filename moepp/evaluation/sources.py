@@ -8,7 +8,7 @@ from moepp.evaluation.checkpoints import Checkpoint
 from moepp.evaluation.tagged import TaggedText, read_tagged, split_words
 from moepp.evaluation.task_texts import read_tasks
 from moepp.evaluation.texts import Text, documents, tokenize, windows
-from moepp.training.corpora import file_names
+from moepp.training.corpora import message_names
 
 MOST_DOCUMENTS = 12  # about as many groups as the paper has tasks
 
@@ -55,15 +55,16 @@ def _held_out(checkpoint: Checkpoint) -> list[Text]:
     texts = documents(tokens.val, tokens.val_lengths, checkpoint.end_of_text)
     names = {}
     if checkpoint.data.corpus == "sotu":
-        tokenizer, files = checkpoint.require_tokenizer(), file_names(checkpoint.data)
+        tokenizer, files = checkpoint.require_tokenizer(), message_names(checkpoint.data)
         names = {i: files.get(tokenizer.decode(text.ids.tolist()), "") for i, text in enumerate(texts)}
-    named = [text.named(_decade(names.get(i, "")) or f"document {i + 1}") for i, text in enumerate(texts)]
+    named = [text.named(decade(names.get(i, "")) or f"document {i + 1}") for i, text in enumerate(texts)]
     if checkpoint.data.corpus == "sotu":
         return sorted(named, key=lambda text: text.group)
     longest = sorted(range(len(named)), key=lambda i: -len(named[i].ids))[:MOST_DOCUMENTS]
     return [named[i] for i in sorted(longest)]
 
 
-def _decade(name: str) -> str:
+def decade(name: str) -> str:
+    """ "1790s" of "1790-Washington-1"; "" of a name without a year."""
     year = re.match(r"(\d{3})\d\D", name)
     return f"{year[1]}0s" if year else ""

@@ -85,13 +85,9 @@ def origin(config: DataConfig) -> str:
     return f"{len(_files(config))} text files given by data.path"
 
 
-def file_names(config: DataConfig) -> dict[str, str]:
-    """The name, without suffixes, of the file that holds each document, where files and documents are the same; else
-    nothing.
-    """
-    whole_files = config.corpus == "sotu" or (config.corpus == "text" and not config.separator)
-    files = [path for path in _files(config) if not _is_json(path)] if whole_files else []
-    return {text: path.name.split(".")[0] for path in files for text in _pieces(_open(path), path, _separator(""))}
+def message_names(config: DataConfig) -> dict[str, str]:
+    """Year, president and number ("1790-Washington-1") of each message of the default corpus, by its text."""
+    return {path.read_text(encoding="utf-8-sig"): path.stem for path in _files(config)}
 
 
 def load_documents(config: DataConfig, folder: Path, progress: bool) -> "Dataset":

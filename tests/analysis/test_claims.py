@@ -45,6 +45,9 @@ def test_a_bound_other_than_zero_is_what_p_is_about():
 def test_an_effect_that_is_not_defined_decides_nothing():
     [claim] = decide([(RISES, [Effect(Interval(np.nan, np.nan, np.nan), 1.0)])])
     assert claim.verdict == "undecided" and claim.effect is None
+    undefined = [effect(0.5), Effect(Interval(np.nan, np.nan, np.nan), 1.0)]
+    claims = decide([(RISES, undefined), (RISES, [effect(0.5, p=0.02)])])
+    assert [claim.verdict for claim in claims] == ["undecided", "holds"]
 
 
 def test_bootstrap_draws_give_p_where_no_permutation_does():

