@@ -33,6 +33,7 @@ SUBJECT_AREAS = {  # of MMLU, as its authors group them
     "other": """business_ethics clinical_knowledge college_medicine global_facts human_aging management marketing
         medical_genetics miscellaneous nutrition professional_accounting professional_medicine virology""",
 }
+ENDINGS = ("", "_test", "_validation")  # of file names, best first; examples to learn from are never read
 AREA = {subject: area for area, subjects in SUBJECT_AREAS.items() for subject in subjects.split()}
 
 
@@ -104,11 +105,15 @@ TASKS: dict[str, tuple[str, Callable[[Columns], Question]]] = {  # file name -> 
 
 
 def read_tasks(folder: Path, limit: int) -> list[Passage]:
-    """Up to `limit` examples, evenly spread, of every task found as `<task>*.jsonl` or `.jsonl.gz` in `folder`.
+    """Up to `limit` examples, evenly spread, of every task found in `folder` as `<task>.jsonl`, `<task>_test.jsonl` or
+    `<task>_validation.jsonl`, plain or gzipped.
 
     Raises UsageError for a folder without any, and for a line that lacks a task's columns.
     """
-    found = {name: sorted(folder.glob(f"{name}*.jsonl*")) for name in TASKS}
+    files = {
+        name: [folder / f"{name}{end}.jsonl{packed}" for end in ENDINGS for packed in ("", ".gz")] for name in TASKS
+    }
+    found = {name: [path for path in paths if path.is_file()] for name, paths in files.items()}
     if not any(found.values()):
         raise UsageError(f"{folder} holds no task: expected files such as {', '.join(list(TASKS)[:3])}.jsonl(.gz)")
     passages = []

@@ -58,7 +58,8 @@ def test_a_question_is_put_as_the_harness_puts_it_with_the_gold_answer(name, tmp
 
 def test_examples_are_spread_over_a_file_and_limited(tmp_path):
     write_rows(tmp_path / "nq_open.jsonl.gz", [{"question": str(i), "answer": ["x"]} for i in range(100)])
-    write_rows(tmp_path / "boolq.jsonl", [ROWS["boolq"][0]])
+    write_rows(tmp_path / "boolq_validation.jsonl", [ROWS["boolq"][0]])
+    write_rows(tmp_path / "boolq_train.jsonl", [ROWS["boolq"][0]] * 9)
     passages = read_tasks(tmp_path, 5)
     assert [p.text.split("?")[0] for p in passages if p.group == "NQ"] == ["Q: 0", "Q: 24", "Q: 49", "Q: 74", "Q: 99"]
     assert sum(p.group == "BoolQ" for p in passages) == 1
