@@ -62,6 +62,7 @@ def string_plot(uses: Uses) -> Plot:
         if drawn:
             named = np.unique(np.linspace(0, len(drawn) - 1, NAMED).astype(int))
             axes.plot(named, value[named], "o", color=BLUE, ms=3)
+            axes.set_ylim(0, 1.2 * value.max())  # intervals of two or three models may reach beyond
             axes.set_xticks(named, [_drawable(drawn[i][0]) for i in named], rotation=90, fontsize=7)
         axes.set_ylabel("FFN experts per token")
         axes.legend()
@@ -89,6 +90,7 @@ def label_plot(table: Table, name: str, label: str) -> Plot:
         axes.errorbar(value, range(len(rows)), xerr=[value - low, high - value], fmt="none", color=GREY, capsize=3)
         axes.set_yticks(range(len(rows)), [row[0] for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlim(0, 1.5 * np.nanmax(value))
         axes.set_xlabel("FFN experts per token")
         return figure
 
