@@ -46,9 +46,13 @@ class Hypothesis:
 
 
 def over_models(intervals: Sequence[Interval]) -> Interval:
-    """One model's own interval over examples, or the t-interval of the mean over several models."""
+    """One model's own interval over examples, or the t-interval of the mean over several models; NaN throughout where
+    a model has no value.
+    """
     if len(intervals) == 1:
         return intervals[0]
+    if not all(np.isfinite(interval.value) for interval in intervals):
+        return Interval(float("nan"), float("nan"), float("nan"))
     estimate = mean_interval([interval.value for interval in intervals])
     return Interval(estimate.mean, estimate.low, estimate.high)
 
@@ -62,9 +66,11 @@ def decide(tests: Sequence[tuple[Hypothesis, Sequence[Effect]]]) -> tuple[Claim,
     for hypothesis, effects in tests:
         interval = over_models([effect.interval for effect in effects])
         p = effects[0].p
-        if len(effects) > 1:
+        if not np.isfinite(interval.value):
+            p = 1.0
+        elif len(effects) > 1:
             p = mean_interval([effect.interval.value - hypothesis.bound for effect in effects]).p_value
-        found.append((hypothesis, len(effects), interval, p if np.isfinite(p) else 1.0))
+        found.append((hypothesis, len(effects), interval, p))
     corrected = holm([p for *_, p in found])
     return tuple(_claim(*test, p_holm=p) for test, p in zip(found, corrected, strict=True))
 

@@ -110,9 +110,9 @@ def claims(scores: Scores, on: str, off: str) -> tuple[Claim, ...]:
 
 def _tested(on: Sequence[float], off: Sequence[float], equivalence: bool) -> tuple[Interval | None, Verdict, float]:
     """The difference of logarithms with its interval, the verdict before correction, and its p."""
-    estimate = paired_difference(on, off)
-    if estimate.half_width is None or not math.isfinite(estimate.mean):
+    if len(on) < 2 or not all(map(math.isfinite, [*on, *off])):  # a variance of 0 has no logarithm
         return None, "undecided", 1.0
+    estimate = paired_difference(on, off)
     interval = Interval(estimate.mean, estimate.low, estimate.high)
     if not equivalence:
         return interval, judge(interval.low, interval.high, below=0.0), estimate.p_value
@@ -129,7 +129,7 @@ def _claim(label: str, statistic: str, interval: Interval | None, verdict: Verdi
     name = {"variance": "smaller variance", "mean": "the same mean", "range98": "the same range (percentiles 1 to 99)"}
     statement = f"With the residual the {label} score has {name[statistic]}"
     if interval is None:
-        return Claim(statement, "undecided", note=f"{pairs} pair of runs has no interval")
+        return Claim(statement, "undecided", note=f"no interval from {pairs} pair(s) of runs")
     value, low, high = (math.expm1(x) for x in (interval.value, interval.low, interval.high))
     note = f"{pairs} pairs of runs" + ("" if statistic == "variance" else f"; the same means within {MARGIN:.0%}")
     return Claim(
