@@ -72,7 +72,7 @@ def _checkpoints(context: StudyContext, sweep: str, arm: str) -> Iterator[tuple[
 
 
 def _trace(checkpoint: Checkpoint, texts: list[Text]) -> Iterator[routing.Trace]:
-    return routing.trace(checkpoint.model, texts, checkpoint.end_of_text, checkpoint.context, checkpoint.autocast)
+    return routing.trace(checkpoint.model, texts, checkpoint.prefix, checkpoint.context, checkpoint.autocast)
 
 
 def _amount(context: StudyContext, option: str, by_scale: dict[str, int]) -> int:

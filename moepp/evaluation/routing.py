@@ -1,8 +1,8 @@
 """What the routers of a trained decoder do with texts, batch by batch, and the aggregates that the analyses need.
 
 Nothing here keeps logits of more than one batch. Texts longer than the context are cut into windows that together hold
-every token once; each window begins with the token before it (the end-of-text token at the start), which is routed but
-not counted. Routing is dropless, as in validation.
+every token once; each window begins with the token before it (the prefix at the start), which is routed but not
+counted. Routing is dropless, as in validation.
 
 Shape suffixes: T counted tokens of a batch, B windows, S positions, L MoE layers, K slots of a token, N experts, X
 texts.
@@ -49,22 +49,23 @@ class _Window:
 def trace(
     model: Decoder,
     texts: Sequence[Text],
-    end_of_text: int,
+    prefix: int,
     context: int,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Iterator[Trace]:
     """Routes every token of `texts` once, in batches of windows of similar length, on the model's device.
 
-    `context` is the longest input in tokens. Raises UsageError for a model without MoE layers.
+    `prefix` is the token that stands before a text, `context` the longest input in tokens. Raises UsageError for a
+    model without MoE layers.
     """
     layers = model.moe_layers()
     if not layers:
         raise UsageError("a dense model routes nothing; choose a run with MoE layers")
     model.eval()
     device = model.embedding.weight.device
-    for batch in _batches(texts, end_of_text, context, model.config.vocab_size):
+    for batch in _batches(texts, prefix, context, model.config.vocab_size):
         width = max(len(window.ids) for window in batch)
-        ids_BS = np.full((len(batch), width), end_of_text, dtype=np.int64)  # causal: padding changes nothing before it
+        ids_BS = np.full((len(batch), width), prefix, dtype=np.int64)  # causal: padding changes nothing before it
         for row, window in enumerate(batch):
             ids_BS[row, : len(window.ids)] = window.ids
         ids_BS = torch.from_numpy(ids_BS).to(device)
@@ -87,13 +88,13 @@ def trace(
         )
 
 
-def _batches(texts: Sequence[Text], end_of_text: int, context: int, vocab_size: int) -> Iterator[list[_Window]]:
+def _batches(texts: Sequence[Text], prefix: int, context: int, vocab_size: int) -> Iterator[list[_Window]]:
     step = context - 1
     windows = [
         _Window(
             index,
             start,
-            np.concatenate(([text.ids[start - 1] if start else end_of_text], text.ids[start : start + step])),
+            np.concatenate(([text.ids[start - 1] if start else prefix], text.ids[start : start + step])),
         )
         for index, text in enumerate(texts)
         for start in range(0, len(text.ids), step)
