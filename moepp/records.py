@@ -11,7 +11,7 @@
     ranks/            what each process of a run over several devices printed
     lock              held by the process that trains here
     leases/           which worker of a sweep may start that process
-    attempt.json      the checkpoint that its latest attempt began from
+    attempt.json      the checkpoint that its latest attempt began from, and how many workers have died since
 
 A run is finished when `done` exists: an exit code or a tracker's status proves nothing.
 """

@@ -12,6 +12,8 @@ from moepp.sweeps.progress import TrialProgress
 from moepp.sweeps.slots import Slot
 from moepp.sweeps.spec import Trial
 
+DEATHS_PER_CRASH = 3  # of workers, while a trial makes no progress; who kills a sweep twice in a row loses nothing
+
 
 class Job:
     """The trial, its record and, while this worker has them, its lease and its process."""
@@ -50,8 +52,8 @@ class Job:
         if self.settled:  # by its last holder, after this worker had looked
             lease.release()
             return False
-        if lease.from_dead and self._died_without_progress():
-            self._count_crash("its worker died with it before it reached another checkpoint")
+        if lease.from_dead:
+            self._count_death()
             if self.settled:
                 lease.release()
                 return False
@@ -64,9 +66,11 @@ class Job:
         (path / "failed.json").unlink(missing_ok=True)
         self.trial.config.trainer.progress = False  # the sweep's bar is the one people watch
         save(self.trial.config, path / "config.yaml")
-        resume_point, environment = self._resume_point(), {**slot, LEASE_FILE: str(self.lease.path)}
+        attempt, resume_point = self.record.read("attempt.json"), self._resume_point()
+        deaths = attempt["deaths"] if attempt.get("from") == resume_point else 0
+        environment = {**slot, LEASE_FILE: str(self.lease.path)}
         self.process = start([*command, str(path / "config.yaml")], path / "log.txt", environment)
-        write_json(path / "attempt.json", {"from": resume_point})
+        write_json(path / "attempt.json", {"from": resume_point, "deaths": deaths})
 
     def ended(self) -> bool:
         """Whether the process has ended. One whose lease is lost is killed: the trial is another worker's now."""
@@ -92,14 +96,19 @@ class Job:
             self.heart.release(self.lease)
         self.lease = None
 
-    def _died_without_progress(self) -> bool:
-        """Whether the last attempt, whose worker is gone, may have been the end of it: by taking all memory, say.
+    def _count_death(self) -> None:
+        """Of a worker that is gone together with this trial, which may be the cause: by taking all memory, say.
 
-        A worker that is killed now and then must not cost a trial that saves checkpoints in between; one that ends
-        every worker must not be tried for ever.
+        A worker that is killed now and then must cost no trial anything; one that ends every worker before it reaches
+        another checkpoint must not be tried for ever. Several such deaths in a row are a crash.
         """
         attempt = self.record.read("attempt.json")
-        return bool(attempt) and attempt["from"] == self._resume_point()
+        if not attempt or attempt["from"] != self._resume_point():
+            return
+        deaths = attempt["deaths"] + 1
+        write_json(self.record.path / "attempt.json", {**attempt, "deaths": deaths})
+        if deaths % DEATHS_PER_CRASH == 0:
+            self._count_crash(f"its worker died with it {deaths} times before it reached another checkpoint")
 
     def _resume_point(self) -> str:
         """Name of the newest checkpoint; empty before the first."""

@@ -135,10 +135,10 @@ def dead_worker(job):
 
 def test_a_trial_that_takes_its_workers_along_ends_as_failed(runs):
     job = Job(sweep().trials("smoke", [f"runs={runs}"])[0], retries=1, heart=Heart())
-    dead_worker(job)
-    dead_worker(job)
+    for _ in range(3 * 2):  # three count as a crash, of which the second is final
+        dead_worker(job)
     assert not job.claim() and job.settled
-    assert job.failure == "its worker died with it before it reached another checkpoint"
+    assert job.failure == "its worker died with it 6 times before it reached another checkpoint"
     job.record.forgive()
     assert job.claim()
 
@@ -147,6 +147,7 @@ def test_workers_that_die_between_checkpoints_cost_nothing(runs):
     job = Job(sweep().trials("smoke", [f"runs={runs}"])[0], retries=0, heart=Heart())
     job.record.checkpoints.mkdir(parents=True)
     for step in range(1, 4):
+        dead_worker(job)
         dead_worker(job)
         (job.record.checkpoints / f"step-{step:08d}.ckpt").touch()
     assert job.claim() and not job.record.crashes
@@ -228,8 +229,8 @@ def test_the_trial_of_a_stopped_runner_ends_itself_and_goes_on_elsewhere(runs):
         assert each_step_once(directory)
     finally:
         stopped.send_signal(signal.SIGCONT)
-    assert stopped.wait(timeout=10) == 0  # it finds the trial done, and counts no crash; who took over counted one
-    assert [len(RunRecord(path.parent).crashes) for path in directory.glob("*/crashes.json")] == [1]
+    assert stopped.wait(timeout=10) == 0  # it finds the trial done, and counts no crash
+    assert not list(directory.glob("*/crashes.json"))
 
 
 def test_a_worker_that_lost_its_lease_stops_the_trial(runs, capfd):
