@@ -180,12 +180,11 @@ def _train(options: argparse.Namespace) -> None:
 
 def _mirrored(config: "RunConfig", directory: Path) -> AbstractContextManager[None]:
     """Follows the run into MLflow while it trains, where MLflow is asked for."""
-    from moepp.records import RunRecord
-    from moepp.training.tracking import Mirror
-
     if config.tracking.backend == "jsonl":
         return nullcontext()
-    return Mirror(RunRecord(directory), config.tracking, config.runs).follow()
+    from moepp.training.follower import followed
+
+    return followed(directory, config.tracking, config.runs)
 
 
 def _trial(options: argparse.Namespace) -> None:

@@ -134,9 +134,9 @@ def _mirror(directory: Path) -> None:
     """Brings MLflow up to the records of `runs/<name>`, where they are tracked there."""
     from moepp.config import load
     from moepp.training.settings import RunConfig
-    from moepp.training.tracking import FolderMirror
+    from moepp.training.tracking import FolderMirror, follow
 
     config = load(RunConfig, next(directory.glob("*/config.yaml")))
     if config.tracking.backend == "mlflow":
-        with FolderMirror(directory, config.tracking, directory.parent).follow():
+        with follow(FolderMirror(directory, config.tracking, directory.parent)):
             pass  # the last pass comes at the end of the block; a tracker that is away costs one line

@@ -6,7 +6,7 @@ A slow, dead or absent tracker therefore never touches training, and every mirro
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -71,10 +71,6 @@ class Mirror:
                 self._put(self._run, status, ended)
         self._pending = []
         self.complete = bool(self._run.state.get("complete"))
-
-    def follow(self) -> AbstractContextManager[None]:
-        """Syncs every few seconds beside the training, and a last time at the end."""
-        return follow(self)
 
     def _put(self, run: MirroredRun, status: str, ended: bool) -> None:
         provenance = self.record.read("provenance.json")
@@ -166,10 +162,6 @@ class FolderMirror:
             open_ = statuses - {"done", "failed", "pruned"} or len(sweep["trials"]) < sweep.get("planned", 0)
             self._parent.put_status(unfinished if open_ else settled)
 
-    def follow(self) -> AbstractContextManager[None]:
-        """Syncs every few seconds beside the sweep, and a last time at the end."""
-        return follow(self)
-
     def _add(self, path: Path, parent_run_id: str | None) -> None:
         """What is complete in the store is asked for in one question, not run by run: a sweep may have a thousand."""
         mirror = Mirror(RunRecord(path), self.tracking, self.runs, parent_run_id)
@@ -197,7 +189,9 @@ class Syncs(Protocol):
 
 @contextmanager
 def follow(mirror: Syncs) -> Iterator[None]:
-    """Runs `mirror.sync` in a thread until the block ends. A failing tracker costs one line, never the run."""
+    """Runs `mirror.sync` every few seconds in a thread until the block ends, and a last time then. A failing tracker
+    costs one line, never the run.
+    """
     stop = threading.Event()
     warned = threading.Event()
 

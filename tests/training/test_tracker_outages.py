@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 
 from moepp.records import RunRecord, read_json, write_json, write_text
 from moepp.training import tracking
-from moepp.training.tracking import FolderMirror, Mirror, TrackingConfig, sync_all
+from moepp.training.tracking import FolderMirror, Mirror, TrackingConfig, follow, sync_all
 
 CONFIG = "name: toy\nseed: 0\nmodel: {top_k: 2}\ndata: {corpus: sotu}\noptim: {lr: 0.001}\n"
 SERVE = """
@@ -117,7 +117,7 @@ def test_a_server_that_comes_late_hangs_and_dies_ends_with_every_step_once(recor
     def last():
         return steps_in_store(record, runs)[-1:] if (record.path / "mlflow.json").exists() else []
 
-    with Mirror(record, TrackingConfig(uri=f"http://127.0.0.1:{port}"), runs).follow():
+    with follow(Mirror(record, TrackingConfig(uri=f"http://127.0.0.1:{port}"), runs)):
         log(record, 1, 3)
         with server(runs, port) as process:
             until(lambda: last() == [3])
@@ -149,7 +149,7 @@ def test_an_answer_that_is_lost_after_the_store_took_the_steps(record, runs, cap
             raise ConnectionError("the answer was lost")
 
     monkeypatch.setattr(MlflowClient, "log_batch", lose_answers)
-    with Mirror(record, TrackingConfig(), runs).follow():
+    with follow(Mirror(record, TrackingConfig(), runs)):
         for step in range(1, 9):
             if step == 6:
                 record.rewind(3)
@@ -169,7 +169,7 @@ def test_a_server_that_accepts_and_never_answers_does_not_hold_up_the_run(mirror
         silent.listen()
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
         began = time.monotonic()
-        with Mirror(mirrored, TrackingConfig(uri=uri), runs).follow():
+        with follow(Mirror(mirrored, TrackingConfig(uri=uri), runs)):
             log(mirrored, 4, 6)
         assert time.monotonic() - began < 10
     assert warned_once(capsys, uri)
@@ -180,7 +180,7 @@ def test_a_server_that_accepts_and_never_answers_does_not_hold_up_the_run(mirror
 def test_a_read_only_store_is_caught_up_when_it_can_be_written(mirrored, runs, capsys, caplog):
     read_only = TrackingConfig(uri=f"sqlite:///file:{runs}/mlflow.db?mode=ro&uri=true")
     mirror = Mirror(mirrored, read_only, runs)
-    with mirror.follow():
+    with follow(mirror):
         log(mirrored, 4, 6)
         time.sleep(0.5)  # several passes
     mirrored.finish()
@@ -205,7 +205,7 @@ def locked(runs):
 
 def test_a_locked_store_is_waited_for_beside_the_training(mirrored, runs, capsys):
     mirror = Mirror(mirrored, TrackingConfig(), runs)
-    with mirror.follow():
+    with follow(mirror):
         with locked(runs):
             log(mirrored, 4, 6)
             time.sleep(0.5)
@@ -220,7 +220,7 @@ def test_a_store_that_stays_locked_does_not_keep_a_finished_run(mirrored, runs, 
     monkeypatch.setattr(tracking, "SECONDS_TO_END", 0.5)
     with locked(runs):
         began = time.monotonic()
-        with Mirror(mirrored, TrackingConfig(), runs).follow():
+        with follow(Mirror(mirrored, TrackingConfig(), runs)):
             log(mirrored, 4, 6)
         assert time.monotonic() - began < 3
         assert warned_once(capsys, "no answer within")

@@ -13,7 +13,7 @@ from moepp.errors import RunError, UsageError
 from moepp.records import RunRecord, read_json, write_json
 from moepp.training import mlflow_store, tracking
 from moepp.training.mlflow_views import ARMS, TAG, TRIALS, saved_views, view_key
-from moepp.training.tracking import FolderMirror, Mirror, TrackingConfig, log_report, mirror_again, sync_all
+from moepp.training.tracking import FolderMirror, Mirror, TrackingConfig, follow, log_report, mirror_again, sync_all
 
 CONFIG = """
 name: toy
@@ -191,8 +191,32 @@ def test_a_finished_run_carries_its_files_below_the_runs_folder(record, runs, tm
 
 
 def test_following_mirrors_to_the_end_and_marks_what_was_cut_short(record, runs):
-    with Mirror(record, TrackingConfig(), runs).follow():
+    with follow(Mirror(record, TrackingConfig(), runs)):
         log(record, 1, 3)
+    assert steps_in_store(record, runs) == [1, 2, 3]
+    assert run_of(record, runs).info.status == "KILLED"
+
+
+TRAIN_AND_HANG = """
+import sys, time
+from pathlib import Path
+from moepp.records import RunRecord
+from moepp.training.follower import followed
+from moepp.training.tracking import TrackingConfig
+record, runs = sys.argv[1:]
+with followed(Path(record), TrackingConfig(), runs):
+    for step in (1, 2, 3):
+        RunRecord(record).log(step, {"train/loss": 1.0 / step})
+    print("logged", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_the_follower_of_a_killed_run_mirrors_its_last_steps_and_says_that_it_ended(record, runs):
+    run = subprocess.Popen([sys.executable, "-c", TRAIN_AND_HANG, record.path, runs], stdout=subprocess.PIPE)
+    assert run.stdout.readline() == b"logged\n"
+    run.kill()
+    run.communicate()  # returns when the follower, which shares the pipe, has left
     assert steps_in_store(record, runs) == [1, 2, 3]
     assert run_of(record, runs).info.status == "KILLED"
 
@@ -207,7 +231,7 @@ def test_a_dead_tracker_costs_one_line_and_sync_catches_up(record, runs, capsys,
     passes = []
     sync = mirror.sync
     monkeypatch.setattr(mirror, "sync", lambda ended: (passes.append(ended), sync(ended)))
-    with mirror.follow():
+    with follow(mirror):
         log(record, 1, 3)
         while len(passes) < 3:
             time.sleep(0.02)
