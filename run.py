@@ -4,4 +4,5 @@ import sys
 
 from moepp.cli import main
 
-sys.exit(main())
+if __name__ == "__main__":  # processes that `spawn` starts import this file
+    sys.exit(main())

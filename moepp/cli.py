@@ -139,14 +139,17 @@ def _parser() -> argparse.ArgumentParser:
     sync = add("sync", _sync, "bring MLflow up to the run records")
     add_overrides(sync)
 
-    bench = add("bench", _bench, "time the expert layer against its floor and its peers")
-    bench.add_argument("what", choices=["layer"])
+    bench = add("bench", _bench, "time the expert layer against its floor and its peers, or spread over devices")
+    bench.add_argument("what", choices=["layer", "parallel"])
     bench.add_argument("--quick", action="store_true", help="vanilla and tau 0.75 only; under a minute on two cores")
     bench.add_argument("--ffn", type=int, nargs="+", choices=[8, 16, 32], help="FFN experts of the sets to measure")
+    bench.add_argument(
+        "--devices", type=int, help="of `bench parallel`: a process each, on GPUs where there are any (4)"
+    )
     bench.add_argument("--routing", nargs="+", choices=["learned", "balanced"])
     bench.add_argument("--tokens", type=int)
     bench.add_argument("--repeats", type=int)
-    bench.add_argument("--out", type=Path, default=Path("results/bench_layer/latest"))
+    bench.add_argument("--out", type=Path, help="default: results/bench_layer/latest, results/bench_parallel/latest")
 
     trial = add("trial", _trial, "train a frozen config in its own directory (what a sweep starts for each trial)")
     trial.add_argument("config", type=Path, help="config.yaml of a run directory")
@@ -275,15 +278,24 @@ def _rerun(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from dataclasses import replace
+    out = options.out or Path(f"results/bench_{options.what}/latest")
+    given = {"routings": options.routing, "tokens": options.tokens, "repeats": options.repeats}
+    if options.what == "layer":
+        from moepp.benchmarks.layer import LayerBenchmark as Benchmark
+        from moepp.benchmarks.layer import markdown, run
 
-    from moepp.benchmarks.layer import LayerBenchmark, markdown, run
+        given["sets"] = options.ffn
+    else:
+        from moepp.benchmarks.parallel import ParallelBenchmark as Benchmark
+        from moepp.benchmarks.parallel import markdown, run
 
-    given = {"sets": options.ffn, "routings": options.routing, "tokens": options.tokens, "repeats": options.repeats}
-    benchmark = LayerBenchmark.quick() if options.quick else LayerBenchmark()
-    benchmark = replace(benchmark, **{key: value for key, value in given.items() if value is not None})
-    print("\n".join(markdown(run(benchmark, options.out))))
-    print(f"\nreport: {options.out / 'report.md'}")
+        if options.ffn and len(options.ffn) > 1:
+            raise UsageError("bench parallel measures one set of experts: give --ffn one number")
+        given |= {"ffn": options.ffn and options.ffn[0], "devices": options.devices}
+    given = {key: value for key, value in given.items() if value is not None}
+    benchmark = Benchmark.quick(**given) if options.quick else Benchmark(**given)
+    print("\n".join(markdown(run(benchmark, out))))
+    print(f"\nreport: {out / 'report.md'}")
 
 
 def _ui(options: argparse.Namespace) -> None:

@@ -53,10 +53,11 @@ class LayerBenchmark:
     seed: int = 0
 
     @classmethod
-    def quick(cls) -> "LayerBenchmark":
+    def quick(cls, **given: Any) -> "LayerBenchmark":
         """Under a minute on two cores: vanilla and tau 0.75 of one set, float32 forward and bfloat16 training."""
         passes = [("float32", "forward"), ("bfloat16", "forward+backward")]
-        return cls(sets=[8], taus=[0.75], passes=passes, routings=["learned"], repeats=3, warmup=1)
+        quick = {"sets": [8], "taus": [0.75], "passes": passes, "routings": ["learned"], "repeats": 3, "warmup": 1}
+        return cls(**(quick | given))
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,20 @@ class Case:
         return SETS[self.ffn] if self.tau is not None else ExpertCounts(self.ffn, 0, 0, 0)
 
 
-def learned_like_routing(config: MoEConfig, tokens: int, generator: torch.Generator, device: torch.device) -> Routing:
-    """Top-k of noisy popularities around the loads that the balance loss aims at: uneven, and new at every call."""
+def learned_like_routing(
+    config: MoEConfig,
+    tokens: int,
+    generator: torch.Generator,
+    device: torch.device,
+    choices: torch.Generator | None = None,
+) -> Routing:
+    """Top-k of noisy popularities around the loads that the balance loss aims at: uneven, and new at every call.
+
+    `choices` draws the tokens' noise where `generator`, which draws the popularities, is the same on several devices.
+    """
     popularity_N = LOAD_SPREAD * torch.randn(config.experts.total, generator=generator)
     popularity_N[config.experts.ffn :] -= torch.tensor(config.balance.tau).log()
-    uniform_TN = torch.rand(tokens, config.experts.total, generator=generator)
+    uniform_TN = torch.rand(tokens, config.experts.total, generator=choices or generator)
     logits_TN = popularity_N - (-uniform_TN.log()).log()  # Gumbel noise: top-k samples by popularity
     gate_TK, expert_TK = logits_TN.softmax(-1).topk(config.top_k)
     gate_TK = gate_TK / gate_TK.sum(-1, keepdim=True)
