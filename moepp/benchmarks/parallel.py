@@ -8,6 +8,7 @@ import csv
 import logging
 import os
 import random
+import signal
 import statistics
 import time
 from collections.abc import Iterator
@@ -116,12 +117,17 @@ def measure(benchmark: ParallelBenchmark) -> tuple[list[Row], list[Row]]:
     )  # fmt: skip
     for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # they repeat the error that is raised here
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     try:
         layers, exchanges = elastic_launch(launched, _measure)(benchmark)[0]
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         message = failure.message.strip().splitlines()[-1]
         raise RunError(f"rank {rank} of the benchmark failed: {message}") from error
+    finally:
+        for number, handler in handlers.items():
+            if signal.getsignal(number) is not handler:
+                signal.signal(number, handler)  # torch leaves its own behind
     return layers, exchanges
 
 

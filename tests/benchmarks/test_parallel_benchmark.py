@@ -1,4 +1,5 @@
 import csv
+import signal
 
 import pytest
 
@@ -12,7 +13,9 @@ def test_what_crosses_is_what_ffn_experts_elsewhere_get(tmp_path):
     benchmark = ParallelBenchmark.quick(
         devices=2, dim=32, hidden=48, tokens=64, routings=("balanced",), repeats=2, sizes=(4096, 65536)
     )
+    handler = signal.getsignal(signal.SIGTERM)
     rows = run(benchmark, tmp_path)
+    assert signal.getsignal(signal.SIGTERM) == handler
     assert [(row["group"], row["tau"]) for row in rows] == [(1, "vanilla"), (2, "vanilla"), (1, 0.75), (2, 0.75)]
     alone, vanilla, _, moepp = rows
     assert (alone["bytes_sent"], alone["messages"], alone["exchange_ms"]) == (0, 0, 0)
