@@ -133,7 +133,7 @@ def pretended(overrides, monkeypatch, tmp_path):
             launch(RunRecord(directory), config)
         finally:
             assert not children()
-            assert time.monotonic() - begun < 20
+            assert time.monotonic() - begun < 50  # and not the 60 seconds that ranks sleep
 
     return run
 
