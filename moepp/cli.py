@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 from moepp.errors import RunError, UsageError
 
 if TYPE_CHECKING:
+    from moepp.sweeps.launchers.call import SweepCall
     from moepp.training.settings import RunConfig
 
 OVERRIDES = "config values: group=fragment (size=tiny, data=text) or dotted.key=value (model.top_k=1); see conf/"
 
 SWEEP_ACTIONS = (
-    "plan: trials, budgets and time, without training; run: everything that is not done; status: what is done, running,"
+    "plan: trials, budgets and time, without training; run: everything that is not done, on this machine or with"
+    " launcher=slurm or launcher=ray; status: what is done, running,"
     " failed and waiting; work: one trial at a time, beside any number of workers that share the folder of records"
     " (--workers: how many share this machine); retry: forget failures, for the next run or work to try again"
 )
@@ -228,11 +230,20 @@ def _reproduce(options: argparse.Namespace) -> None:
 def _sweep(options: argparse.Namespace) -> None:
     from moepp.sweeps import commands
 
-    if options.action in ("status", "retry"):
-        getattr(commands, options.action)(options.sweep, options.scale, options.overrides)
+    call, launcher = _call(options, options.sweep)
+    if options.action == "run":
+        commands.run(call, launcher)
     else:
-        arguments = (options.scale, options.workers, options.overrides, options.seeds)
-        getattr(commands, options.action)(options.sweep, *arguments)
+        getattr(commands, options.action)(call)
+
+
+def _call(options: argparse.Namespace, sweep: str) -> "tuple[SweepCall, list[str]]":
+    """The sweep as it was asked for, and the words that say where it shall run."""
+    from moepp.sweeps.launchers import split
+    from moepp.sweeps.launchers.call import SweepCall
+
+    launcher, overrides = split(options.overrides)
+    return SweepCall(sweep, options.scale, options.workers, overrides, options.seeds), launcher
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, field, make_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,6 +48,28 @@ def compose(schema: type[Schema], arguments: Iterable[str | Mapping[str, Any]], 
     layers = [OmegaConf.create(base), *fragments, *overrides]
     groups = [folder.name for folder in conf.iterdir() if folder.is_dir()]
     return _join(schema, layers, groups)
+
+
+def compose_kind(group: str, kinds: Mapping[str, type], arguments: Iterable[str], conf: Path = CONF) -> Any:
+    """An instance of one of `kinds`: what is configured beside the runs, from one fragment and `group.key=value` words.
+
+    The fragment names its kind under `group.kind`; without a word `group=fragment` it is the first kind's own. Raises
+    UsageError as `compose`.
+    """
+    name, overrides = next(iter(kinds)), []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key == group:
+            name = value
+        else:
+            overrides.append(_dotted(argument))
+    values = _fragment(conf, group, name).get(group, {})
+    kind = values.pop("kind", None)
+    if kind not in kinds:
+        raise UsageError(f"{conf / group / name}.yaml: {group}.kind={kind}; choose from {', '.join(kinds)}")
+    schema = make_dataclass(group, [(group, kinds[kind], field(default_factory=kinds[kind]))])
+    layers = [OmegaConf.create({group: values} if values else {}), *overrides]
+    return getattr(_join(schema, layers), group)
 
 
 def load(schema: type[Schema], path: Path) -> Schema:

@@ -1,19 +1,44 @@
-"""Child processes, trials of a sweep and ranks of a run: started with what is theirs, never outliving their parent."""
+"""Child processes (workers, trials of a sweep, ranks of a run): given what is theirs, never outliving their parent."""
 
 import ctypes
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from moepp.config import CONF
 
+# A kill, and what Slurm sends to every process of a job before it takes the machine back (--signal=USR1 or USR2).
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 PARENT_PID = "MOEPP_PARENT_PID"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # How torchrun and srun tell a process that it is a rank. A child is no rank of what started its parent.
 RANK_VARIABLES = ("TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS")
+
+
+@contextmanager
+def stop_requests() -> Iterator[threading.Event]:
+    """Within the block Ctrl-C and stop signals set the event instead of ending this process: it has others to end."""
+    stop = threading.Event()
+
+    def request(*_: object) -> None:
+        stop.set()
+
+    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, *STOP_SIGNALS)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def python_path() -> str:
+    """PYTHONPATH with which the checkout is importable even when the command was given from another folder."""
+    return os.pathsep.join(filter(None, [str(CONF.parent), os.environ.get("PYTHONPATH")]))
 
 
 def start(command: Sequence[str], log: Path, environment: Mapping[str, str], show: bool = False) -> subprocess.Popen:
@@ -23,9 +48,7 @@ def start(command: Sequence[str], log: Path, environment: Mapping[str, str], sho
     the main thread, for Linux takes the end of the starting thread for the parent's death.
     """
     inherited = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
-    # The checkout is importable even when the command was given from another folder.
-    path = os.pathsep.join(filter(None, [str(CONF.parent), os.environ.get("PYTHONPATH")]))
-    child = {**inherited, **environment, "PYTHONPATH": path, PARENT_PID: str(os.getpid())}
+    child = {**inherited, **environment, "PYTHONPATH": python_path(), PARENT_PID: str(os.getpid())}
     with open(log, "ab") as output:
         return subprocess.Popen(
             command,

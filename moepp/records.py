@@ -48,12 +48,41 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
+class UnreadableRecord(RunError):
+    """A file that was cut off by a broken disk, edited by hand, or must not be read; the message names it."""
+
+
 def read_json(path: Path) -> Any:
-    """The file's value; None when the file does not exist."""
+    """The file's value; None when the file does not exist. Raises UnreadableRecord."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
+    except (PermissionError, ValueError) as error:
+        raise UnreadableRecord(f"{path} cannot be read ({error}); restore it, or remove it to do without") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    try:
+        return dict(OmegaConf.to_container(OmegaConf.load(path)))
+    except FileNotFoundError:
+        return {}
+    except (PermissionError, ValueError, YAMLError) as error:
+        raise UnreadableRecord(f"{path} cannot be read ({' '.join(str(error).split())}); restore it") from None
+
+
+def _read_lines(path: Path, complete: bytes) -> list[dict[str, float]]:
+    lines = []
+    for line in complete.splitlines():
+        try:
+            lines.append(json.loads(line))
+            lines[-1]["step"], lines[-1]["time"]
+        except (ValueError, TypeError, KeyError):
+            raise UnreadableRecord(f"{path} cannot be read; remove the line that begins with {line[:20]!r}") from None
+    return lines
 
 
 class RunRecord:
@@ -84,12 +113,8 @@ class RunRecord:
             file.write(line + "\n")
 
     def metrics(self) -> list[dict[str, float]]:
-        """All complete lines in order; a last line cut off by a crash is left out."""
-        try:
-            text = (self.path / "metrics.jsonl").read_text()
-        except FileNotFoundError:
-            return []
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        """All complete lines in order; a last line cut off by a crash is left out. Raises UnreadableRecord."""
+        return MetricsTail(self).read()
 
     def rewind(self, step: int) -> None:
         """Forgets metrics after `step` and final ones: a resumed run repeats those steps and writes the same lines
@@ -117,12 +142,11 @@ class RunRecord:
         write_text(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
 
     def read(self, name: str) -> dict[str, Any]:
-        """`config.yaml`, `budget.json` or `provenance.json` as a plain dict; empty when absent."""
+        """`config.yaml`, `budget.json` or `provenance.json` as a plain dict; empty when absent. Raises
+        UnreadableRecord.
+        """
         if name.endswith(".yaml"):
-            from omegaconf import OmegaConf
-
-            path = self.path / name
-            return OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else {}
+            return _read_yaml(self.path / name)
         return read_json(self.path / name) or {}
 
     def finish(self) -> None:
@@ -178,7 +202,9 @@ class MetricsTail:
         self._inode = self._offset = 0
 
     def read(self) -> list[dict[str, float]]:
-        """New complete lines in order. A file replaced by `rewind` is read again from its beginning."""
+        """New complete lines in order. A file replaced by `rewind` is read again from its beginning. Raises
+        UnreadableRecord.
+        """
         try:
             with open(self.path, "rb") as file:
                 stat = os.fstat(file.fileno())
@@ -188,6 +214,9 @@ class MetricsTail:
                 new = file.read()
         except FileNotFoundError:
             return []
+        except PermissionError as error:
+            raise UnreadableRecord(f"{self.path} cannot be read ({error.strerror})") from None
         complete = new[: new.rfind(b"\n") + 1]
+        lines = _read_lines(self.path, complete)
         self._offset += len(complete)
-        return [json.loads(line) for line in complete.splitlines()]
+        return lines

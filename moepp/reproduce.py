@@ -2,14 +2,13 @@
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from experiments import discover
 from moepp.analysis.experiment import Experiment
 from moepp.analysis.study import Runs, Study, StudyContext
-from moepp.errors import UsageError
+from moepp.errors import RunError, UsageError
 from moepp.records import read_json
 
 RESULTS = Path("results")
@@ -102,13 +101,16 @@ def page() -> Path:
 
 
 def _train(runs: Runs, scale: str, workers: int, overrides: Sequence[str], seeds: Sequence[int] | None) -> Path:
-    from moepp.sweeps.runner import run_sweep
-    from moepp.sweeps.spec import load_sweep
+    from moepp.sweeps.launchers import launch, split
+    from moepp.sweeps.launchers.call import SweepCall
 
-    sweep = load_sweep(runs.sweep)
-    if runs.arms:
-        sweep = replace(sweep, arms={arm: sweep.arms[arm] for arm in runs.arms})
-    return run_sweep(sweep, scale, workers, overrides, seeds or runs.seeds or None)
+    launcher, overrides = split(overrides)
+    directory = launch(
+        SweepCall(runs.sweep, scale, workers, overrides, seeds or runs.seeds or None, runs.arms), launcher
+    )
+    if directory is None:
+        raise RunError("nothing is reported yet; the same command does it once all trials are done")
+    return directory
 
 
 def _reproduce_study(

@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moepp.config import CONF, compose
+from moepp.config import CONF, compose, compose_kind
 from moepp.models.budget import expected_ffn_per_token, parameters
 from moepp.models.decoder import Decoder
 from moepp.sweeps.budgets import match_trials, require_match
+from moepp.sweeps.launchers import LAUNCHERS
 from moepp.sweeps.spec import SWEEPS, load_sweep
 from moepp.training.run import freeze, train
 from moepp.training.settings import RunConfig, run_directory
@@ -31,6 +32,9 @@ def runs(tmp_path_factory):
 
 @pytest.mark.parametrize(("group", "name"), [(group, name) for group, names in FRAGMENTS.items() for name in names])
 def test_fragment_composes(group, name):
+    if group == "launcher":  # where a run is made is no part of its config
+        assert isinstance(compose_kind("launcher", LAUNCHERS, [f"launcher={name}"]), LAUNCHERS[name])
+        return
     assert isinstance(compose(RunConfig, [f"{group}={name}"]), RunConfig)
 
 

@@ -6,34 +6,34 @@ from pathlib import Path
 
 from moepp.errors import UsageError
 from moepp.records import RunRecord
+from moepp.sweeps.launchers.call import SweepCall
 from moepp.sweeps.plan import read_plan
-from moepp.sweeps.spec import load_sweep
 from moepp.sweeps.status import STATES, SweepStatus, TrialStatus, read_status
 
 LISTED = 20  # waiting trials by name
 
 
-def plan(name: str, scale: str, workers: int, overrides: Sequence[str], seeds: Sequence[int] | None) -> None:
+def plan(call: SweepCall) -> None:
     """Prints what `run` would train, what is held equal and how long it takes; trains nothing and tokenises nothing."""
     from moepp.sweeps.budgets import match_trials, require_match, table
     from moepp.sweeps.probe import step_seconds
     from moepp.sweeps.slots import threads
 
-    sweep = load_sweep(name)
-    matched = match_trials(sweep, scale, overrides, seeds, workers)
-    search, trials, slots = sweep.search(scale), matched.trials, matched.slots
+    sweep = call.load()
+    matched = match_trials(sweep, call.scale, call.overrides, call.seeds, call.workers)
+    search, trials, slots = sweep.search(call.scale), matched.trials, matched.slots
     arms = dict.fromkeys(trial.arm for trial in trials)
     n = search.n if search else 1
     steps = sorted({trial.config.trainer.steps for trial in trials})
     chosen = ", ".join(str(seed) for seed in dict.fromkeys(trial.seed for trial in trials))
-    print(f"{sweep.name} at scale {scale}: {sweep.question}")
+    print(f"{sweep.name} at scale {call.scale}: {sweep.question}")
     counts = f"{steps[0]} to {steps[-1]}" if len(steps) > 1 else steps[0]
     each = f"{n} proposals for each of " if search else ""
     print(f"{n * len(trials)} trials of {counts} steps: {each}{len(arms)} arms, seeds {chosen}\n")
     print("\n".join(table({arm: matched.arms[arm] for arm in arms}, matched.seconds)))
     require_match(sweep.match, matched.arms, matched.seconds)
     print("\nnothing is declared equal" if sweep.match == "none" else f"\nequal as declared: {sweep.match}")
-    directory = sweep.folder(scale, overrides)
+    directory = sweep.folder(call.scale, call.overrides)
     status = _status(directory)
     done, seconds = (status.count("done"), status.trial_seconds) if status else (0, None)
     source = "from finished trials"
@@ -43,32 +43,37 @@ def plan(name: str, scale: str, workers: int, overrides: Sequence[str], seeds: S
         source = "from a probe of each arm's steps, without start and validation"
     ended = done + (status.count("pruned") if status else 0)
     estimate = _duration(seconds * max(0, n * len(trials) - ended) / len(slots))
-    most = ", less what is pruned" if sweep.pruner_at(scale) else ""
+    most = ", less what is pruned" if sweep.pruner_at(call.scale) else ""
     print(f"time: about {estimate}{most} ({source}; {done} trials are done, {len(slots)} run at a time)")
 
 
-def run(name: str, scale: str, workers: int, overrides: Sequence[str], seeds: Sequence[int] | None) -> None:
-    """Trains everything that is not done, as many trials at a time as the machine is divided into."""
-    from moepp.sweeps.runner import run_sweep
+def run(call: SweepCall, launcher: Sequence[str]) -> None:
+    """Trains everything that is not done; `launcher` holds the words that say where."""
+    from moepp.sweeps.launchers import launch
 
-    _finished(run_sweep(load_sweep(name), scale, workers, overrides, seeds))
+    directory = launch(call, launcher)
+    if directory is not None:
+        _finished(directory)
 
 
-def work(name: str, scale: str, workers: int, overrides: Sequence[str], seeds: Sequence[int] | None) -> None:
+def work(call: SweepCall) -> None:
     """One worker of any number: a trial at a time, on one of `workers` shares of this machine (0: all of it)."""
+    from moepp.process import die_with_parent
+
+    die_with_parent()
     from moepp.sweeps.runner import run_sweep
 
-    _finished(run_sweep(load_sweep(name), scale, workers or 1, overrides, seeds, at_once=1))
+    _finished(run_sweep(call.load(), call.scale, call.workers or 1, call.overrides, call.seeds, at_once=1))
 
 
-def status(name: str, scale: str, overrides: Sequence[str]) -> None:
-    directory = load_sweep(name).folder(scale, overrides)
+def status(call: SweepCall) -> None:
+    directory = call.load().folder(call.scale, call.overrides)
     print("\n".join(describe(directory.name, _begun(directory))))
 
 
-def retry(name: str, scale: str, overrides: Sequence[str]) -> None:
+def retry(call: SweepCall) -> None:
     """Forgets failures; what a failed trial has saved is kept, and it goes on from there."""
-    directory = load_sweep(name).folder(scale, overrides)
+    directory = call.load().folder(call.scale, call.overrides)
     failed = [trial for trial in _begun(directory).trials if trial.state == "failed"]
     for trial in failed:
         RunRecord(trial.path).forgive()

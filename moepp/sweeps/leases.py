@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 STALE_SECONDS = 60.0  # longer than network file systems hide a change (NFS caches attributes for some 30 to 60 s)
+LONGEST_STALE_SECONDS = 3600.0  # a claim that asks for more is damaged: nobody could ever take over
 BEATS = 10  # within the stale time
 LEASE_FILE = "MOEPP_LEASE"
 NO_LEASE = 75  # exit code of a trial that ended itself because its worker no longer beats
@@ -43,9 +44,11 @@ class Holder:
     def of(cls, content: bytes) -> "Holder | None":
         """None for what no worker writes: a file that a broken disk has cut or scrambled."""
         try:
-            return cls(**json.loads(content.split(b"\n", 1)[0]))
+            holder = cls(**json.loads(content.split(b"\n", 1)[0]))
         except (ValueError, TypeError):
             return None
+        proper = isinstance(holder.stale, int | float) and 0 < holder.stale <= LONGEST_STALE_SECONDS
+        return holder if proper and isinstance(holder.machine, str) else None
 
 
 class Lease:
@@ -125,7 +128,7 @@ class LeaseWatch:
 def newest(folder: Path) -> tuple[int, bytes]:
     """Number and content of the present claim; (0, b"") when there was never one."""
     try:
-        number = max((int(name) for name in os.listdir(folder) if name.isdigit()), default=0)
+        number = max((int(name) for name in os.listdir(folder) if name.isdecimal() and name.isascii()), default=0)
         return number, (folder / str(number)).read_bytes() if number else b""
     except FileNotFoundError:
         return 0, b""

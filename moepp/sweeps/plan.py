@@ -7,7 +7,7 @@ from typing import Any
 
 from moepp.config import flatten, load
 from moepp.errors import UsageError
-from moepp.records import read_json, write_json
+from moepp.records import UnreadableRecord, read_json, write_json
 from moepp.sweeps.leases import exclusive
 from moepp.sweeps.spec import Sweep, Trial
 
@@ -16,7 +16,7 @@ def read_plan(directory: Path) -> dict[str, Any] | None:
     """What sweep.json holds; None where no sweep has begun. Raises UsageError when it cannot be read."""
     try:
         return read_json(directory / "sweep.json")
-    except ValueError:
+    except UnreadableRecord:
         raise UsageError(f"{directory}/sweep.json is damaged; remove it, and the next run writes it again") from None
 
 
@@ -43,6 +43,12 @@ def _merged(
         raise UsageError(
             f"{directory} holds a search through another space or at other seeds, or no search; start afresh under"
             " another name or with runs=FOLDER, or remove that folder"
+        )
+    begun, arms = {trial["arm"] for trial in known["trials"]}, {trial.arm for trial in trials}
+    if begun and arms and not begun & arms and not search:
+        raise UsageError(
+            f"{directory} holds another sweep of the same name ({known.get('question', 'with other arms')}); rename one"
+            " of them, or keep them apart with runs=FOLDER"
         )
     promised = {(trial["arm"], trial["seed"]): trial for trial in known["trials"]}
     for trial in trials:

@@ -2,10 +2,11 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from tqdm import tqdm
 
-from moepp.records import MetricsTail, RunRecord
+from moepp.records import MetricsTail, RunRecord, UnreadableRecord
 
 
 class TrialProgress:
@@ -21,25 +22,34 @@ class TrialProgress:
     def read(self) -> None:
         if self.step == self.steps:
             return
-        for line in self._tail.read():
+        lines = []
+        with suppress(UnreadableRecord):  # its trial says so
+            lines = self._tail.read()
+        for line in lines:
             self.step = min(int(line["step"]), self.steps)
             shown = {"loss": line.get("train/loss"), "tokens/s": line.get("perf/tokens_per_s")}
             self.newest |= {name: f"{value:.4g}" for name, value in shown.items() if value is not None}
 
 
+def step_bar(total: int, done: int, enabled: bool = True) -> tqdm:
+    """Steps `done` before count as done and not towards the rate, so the time left is honest."""
+    return tqdm(
+        total=total,
+        initial=done,
+        unit="step",
+        smoothing=0,
+        disable=not enabled,
+        mininterval=0.5 if sys.stderr.isatty() else 60,  # in a log file a line a minute
+    )
+
+
 class SweepProgress:
-    """The bar. Steps that were finished before count as done and not towards the rate, so the time left is honest."""
+    """The bar of a worker."""
 
     def __init__(self, enabled: bool):
         self._trials: list[TrialProgress] = []
         self._finished_before = 0
-        self._bar = tqdm(
-            total=0,
-            unit="step",
-            smoothing=0,
-            disable=not enabled,
-            mininterval=0.5 if sys.stderr.isatty() else 60,  # in a log file a line a minute
-        )
+        self._bar = step_bar(0, 0, enabled)
 
     def add(self, trials: Sequence[TrialProgress]) -> None:
         first = not self._trials

@@ -3,16 +3,18 @@
 Any number of runners, on any machines that share the folder of records, may work at one sweep (moepp/sweeps/leases.py).
 """
 
-import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from moepp.errors import Interrupted, RunError, UsageError
+from moepp.process import stop_requests
 from moepp.sweeps.budgets import match_trials, require_match
 from moepp.sweeps.job import Job
 from moepp.sweeps.leases import STALE_SECONDS, Heart, Lease, LeaseWatch
@@ -23,6 +25,7 @@ from moepp.sweeps.sharing import share_finished_runs
 from moepp.sweeps.slots import Slot
 from moepp.sweeps.spec import Sweep, Trial
 from moepp.training.mlflow_store import store_uri
+from moepp.training.settings import RunConfig
 from moepp.training.tracking import FolderMirror, TrackingConfig, follow
 
 TRIAL_COMMAND = (sys.executable, "-m", "moepp.cli", "trial")
@@ -49,11 +52,46 @@ def run_sweep(
     `command` runs one trial, given the path of its frozen config.
 
     Raises UsageError when the arms break `match`, or the directory holds the sweep with other settings; RunError when
-    trials failed (the others have been run by then) or the disk cannot be written; Interrupted after Ctrl-C or SIGTERM.
+    trials failed (the others have been run by then) or the disk cannot be written; Interrupted after a stop signal.
     Called again, it goes on where it stopped.
     """
     if workers < 0:
         raise UsageError(f"workers={workers} must not be negative")
+    begun = begin(sweep, scale, extra, seeds, workers, at_once)
+    config, directory = begun.config, begun.directory
+    heart = Heart(stale)
+    with _one_line_about_the_disk(directory):
+        job = partial(Job, retries=sweep.retries, heart=heart, stale=stale)
+        runner = _Runner(begun.slots[:at_once], command, job, progress, begun.search)
+        runner.learn(begun.trials)
+        mirrored = config.tracking.backend == "mlflow"
+        mirror = _SharedMirror(directory, config.tracking, config.runs, heart, stale) if mirrored else None
+        with heart.beating(), follow(mirror) if mirror else nullcontext():
+            runner.run()
+    raise_failures(sweep, scale, [f"{job.label}: {job.failure}" for job in runner.jobs if job.failure], runner.planned)
+    return directory
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A sweep whose trials are checked, have their data prepared and are promised: workers anywhere can run them."""
+
+    directory: Path
+    config: RunConfig  # of a trial; in what a launcher or a runner asks for they are all alike
+    trials: Sequence[Trial]  # that are known by now: a search proposes more
+    search: Search | None
+    slots: list[Slot]
+
+
+def begin(
+    sweep: Sweep,
+    scale: str,
+    extra: Sequence[str],
+    seeds: Sequence[int] | None,
+    workers: int = 0,
+    at_once: int | None = None,
+) -> Begun:
+    """What comes before the first trial. Arguments and errors as of `run_sweep`."""
     matched = match_trials(sweep, scale, extra, seeds, workers)
     require_match(sweep.match, matched.arms, matched.seconds)
     trials, slots, freeze = matched.trials, matched.slots, DataFreezer()
@@ -65,8 +103,7 @@ def run_sweep(
     if sweep.search(scale):
         refuse_storage(sweep.storage, len(slots) if at_once is None else 0)
         search = Search(sweep, scale, extra, seeds, freeze)
-    heart = Heart(stale)
-    try:
+    with _one_line_about_the_disk(directory):
         if search:
             search.begin()
             trials = search.known()
@@ -74,24 +111,25 @@ def run_sweep(
             if shared := share_finished_runs(trials):
                 print(f"{shared} of {len(trials)} trials are finished runs of other sweeps")
             promise(directory, sweep, scale, trials)
-        job = partial(Job, retries=sweep.retries, heart=heart, stale=stale)
-        runner = _Runner(slots[:at_once], command, job, progress, search)
-        runner.learn(trials)
-        mirrored = config.tracking.backend == "mlflow"
-        mirror = _SharedMirror(directory, config.tracking, config.runs, heart, stale) if mirrored else None
-        with heart.beating(), follow(mirror) if mirror else nullcontext():
-            runner.run()
+    return Begun(directory, config, trials, search, slots)
+
+
+def raise_failures(sweep: Sweep, scale: str, failures: Sequence[str], trials: int) -> None:
+    """`failures` says of each failed trial, out of so many `trials`, which it is and why."""
+    if failures:
+        raise RunError(
+            f"{len(failures)} of {trials} trials failed; `python run.py sweep retry {sweep.name} --scale {scale}`"
+            f" lets the same command try them again ({'; '.join(failures)})"
+        )
+
+
+@contextmanager
+def _one_line_about_the_disk(directory: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         place = error.filename or directory
         raise RunError(f"cannot write {place} ({error.strerror}); the same command continues") from error
-    failures = [f"{job.label}: {job.failure}" for job in runner.jobs if job.failure]
-    if failures:
-        raise RunError(
-            f"{len(failures)} of {runner.planned} trials failed;"
-            f" `python run.py sweep retry {sweep.name} --scale {scale}`"
-            f" lets the same command try them again ({'; '.join(failures)})"
-        )
-    return directory
 
 
 class DataFreezer:
@@ -152,7 +190,7 @@ class _Runner:
         self.jobs: list[Job] = []
         self.waiting: list[Job] = []
         self.running: list[Job] = []
-        self.interrupted = False
+        self.stop = threading.Event()
         self._next_look = 0.0
         self._bar = SweepProgress(progress)
         self._exhausted = search is None
@@ -168,18 +206,18 @@ class _Runner:
         self._bar.add([job.progress for job in new])
 
     def run(self) -> None:
-        with self._interruptible():
+        with stop_requests() as self.stop:
             try:
-                while (self.waiting or self.running or not self._exhausted) and not self.interrupted:
+                while (self.waiting or self.running or not self._exhausted) and not self.stop.is_set():
                     self._claim()
                     time.sleep(POLL_SECONDS)
                     self._bar.show([job.progress for job in self.running])
-                    if not self.interrupted:
+                    if not self.stop.is_set():
                         self._settle()
             finally:
                 self._stop()
                 self._bar.close()
-        if self.interrupted:
+        if self.stop.is_set():
             done = sum(job.done for job in self.jobs)
             raise Interrupted(f"interrupted: {done} of {self.planned} trials are finished; the same command continues")
 
@@ -190,7 +228,7 @@ class _Runner:
         if self.search:
             self.learn(self.search.known())
         self._start_free()
-        while self.slots and not self._exhausted and not self.interrupted:
+        while self.slots and not self._exhausted and not self.stop.is_set():
             proposed = self.search.propose()
             self._exhausted = not proposed
             self.learn(proposed)
@@ -234,17 +272,3 @@ class _Runner:
                 process.wait()
         for job in self.running:
             job.release()
-
-    @contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM end the loop instead of this process, which then has its trials to stop."""
-
-        def interrupt(*_: object) -> None:
-            self.interrupted = True
-
-        previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)

@@ -17,7 +17,7 @@ def divide(workers: int, trainer: "TrainerConfig") -> list[Slot]:
     """
     gpus = _gpus() if trainer.accelerator != "cpu" else []
     devices = max(1, trainer.devices)
-    cores = os.cpu_count() or 1
+    cores = _cores()
     workers = workers or max(1, (len(gpus) or cores) // devices)
     threads = str(max(1, cores // (workers * devices)))
     slots = []
@@ -35,7 +35,12 @@ def divide(workers: int, trainer: "TrainerConfig") -> list[Slot]:
 
 def threads(slot: Slot) -> int:
     """CPU threads that a trial in `slot` gets."""
-    return int(slot.get("OMP_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+    return int(slot.get("OMP_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or _cores())
+
+
+def _cores() -> int:
+    """Those this process may use: a job of a cluster gets fewer than the machine has."""
+    return len(os.sched_getaffinity(0))
 
 
 def _gpus() -> list[str]:

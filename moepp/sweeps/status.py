@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moepp.records import RunRecord
+from moepp.records import RunRecord, UnreadableRecord
 from moepp.sweeps.leases import Holder, died_here, is_free, newest
 
 STATES = ("done", "pruned", "running", "failed", "waiting")
@@ -39,8 +39,8 @@ class SweepStatus:
     @property
     def trial_seconds(self) -> float | None:
         """Mean training time of finished trials; None before the first."""
-        done = (RunRecord(trial.path).final() for trial in self.trials if trial.state == "done")
-        timed = (final["train_seconds"] for final in done if "train_seconds" in final)
+        done = (trial.path for trial in self.trials if trial.state == "done")
+        timed = (seconds for path in done if (seconds := _train_seconds(path)) is not None)
         seconds = list(itertools.islice(timed, TIMED_TRIALS))
         return statistics.fmean(seconds) if seconds else None
 
@@ -56,9 +56,16 @@ class SweepStatus:
 
 
 def read_status(directory: Path, plan: dict[str, Any]) -> SweepStatus:
-    """`plan` is what sweep.json of `directory` holds."""
-    trials = [_trial(directory / trial["path"], trial) for trial in plan["trials"]]
+    """`plan` is what sweep.json of `directory` holds. A record that cannot be read counts as failed."""
+    trials = [_read(directory / trial["path"], trial) for trial in plan["trials"]]
     return SweepStatus(trials, max(0, plan.get("planned", 0) - len(trials)))
+
+
+def _read(path: Path, trial: dict[str, Any]) -> TrialStatus:
+    try:
+        return _trial(path, trial)
+    except UnreadableRecord as error:
+        return TrialStatus(f"{trial['arm']} s{trial['seed']}", "failed", path, 0, trial["steps"], None, str(error))
 
 
 def _trial(path: Path, trial: dict[str, Any]) -> TrialStatus:
@@ -77,6 +84,13 @@ def _trial(path: Path, trial: dict[str, Any]) -> TrialStatus:
         failed = record.read("failed.json")
         return TrialStatus(label, "failed", path, step, steps, None, failed["reason"], tuple(failed.get("log", ())))
     return TrialStatus(label, "waiting", path, step, steps)
+
+
+def _train_seconds(path: Path) -> float | None:
+    try:
+        return RunRecord(path).final().get("train_seconds")
+    except UnreadableRecord:
+        return None
 
 
 def _holder(leases: Path) -> str:

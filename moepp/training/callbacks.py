@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moepp.errors import Interrupted, RunError
 from moepp.models.budget import forward_flops
+from moepp.process import STOP_SIGNALS
 from moepp.strategies.base import MoEStrategy
 from moepp.training.module import LanguageModel
 from moepp.training.ranks import largest
@@ -105,18 +106,19 @@ class MetricsReporter(Callback):
 class ResumeCheckpoint(Checkpoint):
     """Keeps the newest full training state in `folder`, every `every` steps and when the process is asked to stop.
 
-    SIGTERM to any of the run's processes ends the run after the step in progress, with Interrupted. Saved is always
-    between two steps, and after the validation where one is due: a resumed run neither repeats nor skips anything.
+    A stop signal to any of the run's processes ends the run after the step in progress, with Interrupted. Saved is
+    always between two steps, and after the validation where one is due: a resumed run neither repeats nor skips
+    anything.
     """
 
     def __init__(self, folder: Path, every: int, val_every: int):
         self.folder, self.every, self.val_every = folder, every, val_every
         self.stopping = False
-        self.previous: Any = None  # handler of SIGTERM
+        self.previous: dict[int, Any] = {}  # handlers
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         if threading.current_thread() is threading.main_thread():
-            self.previous = signal.signal(signal.SIGTERM, self._stop)
+            self.previous = {number: signal.signal(number, self._stop) for number in STOP_SIGNALS}
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         self._restore()
@@ -125,9 +127,9 @@ class ResumeCheckpoint(Checkpoint):
         self._restore()
 
     def _restore(self) -> None:
-        if self.previous is not None:
-            signal.signal(signal.SIGTERM, self.previous)
-            self.previous = None
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        self.previous = {}
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LanguageModel, *_: Any) -> None:
         if not trainer.fit_loop._should_accumulate() and trainer.global_step % self.val_every:

@@ -10,16 +10,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moepp.errors import Interrupted, PeerLost, RunError, UsageError
-from moepp.process import cause_of_end, last_lines, start
+from moepp.process import cause_of_end, last_lines, start, stop_requests
 from moepp.records import RunRecord
 from moepp.training.ranks import STARTER
 
@@ -66,16 +67,16 @@ def launch(record: RunRecord, config: "RunConfig") -> None:
     """
     store, variables = _rendezvous(config)
     node, devices = int(variables["GROUP_RANK"]), config.trainer.devices
-    with _stop_requests() as requests:
+    with stop_requests() as stop:
         processes = []
         try:
             for local in range(devices):
                 place = {"RANK": str(node * devices + local), "LOCAL_RANK": str(local)}
                 processes.append(_start(record, variables | place, show=node == local == 0))
-            elsewhere = _watch(processes, requests, store if config.trainer.num_nodes > 1 else None)
+            elsewhere = _watch(processes, stop, store if config.trainer.num_nodes > 1 else None)
             if record.status in ("done", "pruned"):
                 return
-            error = _reason(processes, requests, elsewhere, config, record)
+            error = _reason(processes, stop.is_set(), elsewhere, config, record)
             with suppress(Exception):  # the first node's starter, which keeps the store, may be gone
                 if not elsewhere:
                     store.set(FAILED, f"node {node}: {error}")
@@ -137,7 +138,7 @@ def _start(record: RunRecord, variables: dict[str, str], show: bool) -> _Process
     return _Process(int(variables["RANK"]), process, log)
 
 
-def _watch(processes: Sequence[_Process], requests: list[int], store: "TCPStore | None") -> str:
+def _watch(processes: Sequence[_Process], stop: threading.Event, store: "TCPStore | None") -> str:
     """Returns once all ranks have ended, or when it is time to end those that have not. Returns another node's failure,
     or nothing.
     """
@@ -149,7 +150,7 @@ def _watch(processes: Sequence[_Process], requests: list[int], store: "TCPStore 
             if each.ended_at is None and each.code is not None:
                 each.ended_at = now
                 deadline = min(deadline, now + SECONDS_TO_FOLLOW)
-        if requests and not asked:
+        if stop.is_set() and not asked:
             asked, deadline = True, min(deadline, now + SECONDS_TO_STOP)
             for each in processes:
                 each.process.send_signal(signal.SIGTERM)
@@ -182,12 +183,12 @@ def _tell(store: "TCPStore", failure: str) -> None:
 
 
 def _reason(
-    processes: Sequence[_Process], requests: list[int], elsewhere: str, config: "RunConfig", record: RunRecord
+    processes: Sequence[_Process], stopped: bool, elsewhere: str, config: "RunConfig", record: RunRecord
 ) -> Exception:
     """Why the ranks ended without finishing the run: what the first of them to fail by itself died of."""
     next_time = f"the same command {_next(record)}"
     ended = sorted((each for each in processes if each.ended_at is not None), key=lambda each: each.ended_at)
-    if requests or any(each.code == Interrupted.exit_code for each in ended):
+    if stopped or any(each.code == Interrupted.exit_code for each in ended):
         return Interrupted(f"stopped; {next_time}")
     culprit = next((each for each in ended if each.code != PeerLost.exit_code), None)
     if culprit is None and elsewhere:
@@ -221,18 +222,3 @@ def _silence(processes: Sequence[_Process], config: "RunConfig") -> str:
 def _next(record: RunRecord) -> str:
     saved = sorted(record.checkpoints.glob("step-*.ckpt"))
     return f"continues from step {int(saved[-1].stem.removeprefix('step-'))}" if saved else "begins anew"
-
-
-@contextmanager
-def _stop_requests() -> Iterator[list[int]]:
-    """SIGTERM and Ctrl-C fill the list instead of ending this process, which then has its ranks to stop."""
-    requests: list[int] = []
-    previous = {
-        number: signal.signal(number, lambda received, _: requests.append(received))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield requests
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 
 from moepp.config import leaves
 from moepp.errors import RunError, UsageError
-from moepp.records import MetricsTail, RunRecord, read_json, write_json
+from moepp.records import MetricsTail, RunRecord, UnreadableRecord, read_json, write_json
 from moepp.training.mlflow_store import MirroredRun, store_lock, store_uri
 from moepp.training.mlflow_views import saved_views
 
@@ -142,7 +142,10 @@ class FolderMirror:
         self._views: dict[str, str] = {}
 
     def sync(self, ended: bool = False) -> None:
-        """One pass over the folder, as `Mirror.sync`."""
+        """One pass over the folder, as `Mirror.sync`. Raises UnreadableRecord for the first of such records when all
+        others have been mirrored.
+        """
+        unreadable: list[UnreadableRecord] = []
         sweep = read_json(self.directory / "sweep.json")
         if sweep and self._parent is None:
             self._parent = _open_parent(self.directory, sweep, self.tracking, self.runs)
@@ -150,9 +153,12 @@ class FolderMirror:
         parent_run_id = self._parent.run_id if self._parent else None
         for config in sorted(self.directory.glob("*/config.yaml")):
             path = config.parent
-            if path not in self._mirrors:
-                self._add(path, parent_run_id)
-            self._mirrors[path].sync(ended)
+            try:
+                if path not in self._mirrors:
+                    self._add(path, parent_run_id)
+                self._mirrors[path].sync(ended)
+            except UnreadableRecord as error:
+                unreadable.append(error)
         if self._parent:
             self._put_views(self._parent)
             self._parent.refresh()  # another worker may have closed the sweep
@@ -161,6 +167,8 @@ class FolderMirror:
             settled = "FAILED" if "failed" in statuses else "FINISHED"
             open_ = statuses - {"done", "failed", "pruned"} or len(sweep["trials"]) < sweep.get("planned", 0)
             self._parent.put_status(unfinished if open_ else settled)
+        if unreadable:
+            raise unreadable[0]
 
     def _add(self, path: Path, parent_run_id: str | None) -> None:
         """What is complete in the store is asked for in one question, not run by run: a sweep may have a thousand."""
@@ -168,8 +176,8 @@ class FolderMirror:
         state = read_json(path / "mlflow.json") or {}
         stored = self._stored.get(state.get("run_id", ""))
         mirror.complete = bool(state.get("complete")) and stored is not None
-        self._mirrors[path] = mirror
         self._params[path] = stored if mirror.complete else axes(mirror.config, {})
+        self._mirrors[path] = mirror
 
     def _put_views(self, parent: MirroredRun) -> None:
         known = self._params.values()
@@ -223,11 +231,17 @@ def sync_all(runs: Path | str, tracking: TrackingConfig) -> int:
     """Mirrors every record below `runs`; returns how many there are. Raises RunError when the tracker fails."""
     if tracking.backend != "mlflow":
         raise UsageError(f"tracking.backend={tracking.backend} mirrors nothing; use tracking.backend=mlflow")
+    unreadable: list[UnreadableRecord] = []
     try:
         for directory in sorted(path for path in Path(runs).glob("*") if path.is_dir()):
-            FolderMirror(directory, tracking, runs).sync()
+            try:
+                FolderMirror(directory, tracking, runs).sync()
+            except UnreadableRecord as error:
+                unreadable.append(error)
     except Exception as error:
         raise RunError(f"cannot mirror to {store_uri(tracking, runs)}: {_reason(error)}") from error
+    if unreadable:
+        raise unreadable[0]
     return len(list(Path(runs).glob("*/*/config.yaml")))
 
 

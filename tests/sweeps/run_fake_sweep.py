@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from moepp.errors import RunError
+from moepp.process import die_with_parent
 from moepp.sweeps.runner import run_sweep
 from moepp.sweeps.spec import Scale, Sweep
 from moepp.training import tokens
@@ -31,6 +32,7 @@ def sweep(retries=1, match="tokens", **arms) -> Sweep:
 
 
 if __name__ == "__main__":
+    die_with_parent()
     tokens.prepare = no_preparation
     options = {"workers": 2} | json.loads(sys.argv[2] if len(sys.argv) > 2 else "{}")
     arms = {f"lr{i}": [f"optim.lr={i + 1}e-4"] for i in range(options.pop("arms", 0))}

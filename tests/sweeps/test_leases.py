@@ -151,6 +151,7 @@ def test_a_stopped_holder_is_replaced_after_the_stale_time_and_finds_out(folder,
 
 def test_clocks_that_disagree_change_nothing(folder):
     elsewhere(folder, stale=0.4)
+    (folder / "\N{SUPERSCRIPT TWO}").touch()  # a digit that is no number
     for year in (-1, 1):
         os.utime(folder / "1", (time.time() + year * 3e7,) * 2)
         watch = LeaseWatch(folder)
@@ -160,7 +161,17 @@ def test_clocks_that_disagree_change_nothing(folder):
     assert claimed_after(watch, 1) is not None
 
 
-@pytest.mark.parametrize("content", [b"", b'{"host": "fa', b"\xff\x00\xfe", b"{}\nfree 0000000001\n", b"[1]"])
+def head(**changes):
+    return json.dumps({"host": "far", "pid": 1, "machine": "", "started": 0, "stale": 60.0, **changes}).encode()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b'{"host": "fa', b"\xff\x00\xfe", b"{}\nfree 0000000001\n", b"[1]",
+        head(stale="soon"), head(stale=1e12), head(stale=float("nan")), head(machine=7),
+    ],
+)  # fmt: skip
 def test_an_unreadable_lease_counts_as_held_until_it_is_stale(folder, content, capfd):
     folder.mkdir()
     (folder / "1").write_bytes(content)

@@ -81,7 +81,7 @@ def test_every_trial_is_run_once_and_described(runs):
 
 def test_each_worker_gets_its_share_of_the_cores(runs, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(6))
     directory = run(runs, workers=2)
     assert {path.read_text().split()[1] for path in directory.glob("*/attempts")} == {"3"}
 

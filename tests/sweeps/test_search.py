@@ -12,6 +12,7 @@ from moepp.errors import RunError, UsageError
 from moepp.records import RunRecord, read_json, write_json
 from moepp.sweeps import commands
 from moepp.sweeps import search as searching
+from moepp.sweeps.launchers.call import SweepCall
 from moepp.sweeps.runner import run_sweep
 
 optuna = pytest.importorskip("optuna", reason="optuna is not installed (pip install 'moepp[sweep]')")
@@ -76,8 +77,8 @@ def test_every_arm_gets_its_proposals_and_the_study_their_outcomes(runs, monkeyp
     assert (directory / "sweep.json").read_text() == before  # nothing is asked for anew
     assert all(len(path.read_text().splitlines()) == 1 for path in directory.glob("*/attempts"))
     write_json(directory / "sweep.json", json.loads(before) | {"planned": 8})
-    monkeypatch.setattr(commands, "load_sweep", lambda name: toy())
-    commands.status("toy", "smoke", [f"runs={runs}"])
+    monkeypatch.setattr("moepp.sweeps.spec.load_sweep", lambda name: toy())
+    commands.status(SweepCall("toy", "smoke", 0, [f"runs={runs}"], None))
     assert capsys.readouterr().out == "toy-smoke: 6 done, 0 running, 0 failed, 0 waiting, 2 to be proposed\n"
     run(runs, toy(n=4), workers=1)
     assert len(proposals(directory)) == 4

@@ -8,7 +8,7 @@ from moepp.training.settings import TrainerConfig
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8))
     monkeypatch.setattr(slots, "_gpus", lambda: [])
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 

@@ -1,0 +1,31 @@
+"""A sweep as it was asked for on the command line."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moepp.sweeps.spec import Sweep
+
+
+@dataclass(frozen=True)
+class SweepCall:
+    sweep: str  # a file of sweeps/ or the path of one
+    scale: str
+    workers: int = 0  # 0 leaves it to the launcher
+    overrides: Sequence[str] = ()
+    seeds: Sequence[int] | None = None
+    arms: Sequence[str] = ()  # a choice among the sweep's; empty: all
+
+    def load(self) -> "Sweep":
+        from moepp.sweeps.spec import load_sweep
+
+        sweep = load_sweep(self.sweep)
+        return replace(sweep, arms={arm: sweep.arms[arm] for arm in self.arms}) if self.arms else sweep
+
+    def work(self) -> list[str]:
+        """The command of one worker; it runs one trial at a time with everything that its process may use."""
+        seeds = ["--seeds", *map(str, self.seeds)] if self.seeds else []
+        words = ["sweep", "work", self.sweep, *self.overrides, "--scale", self.scale, *seeds]
+        return [sys.executable, "-m", "moepp.cli", *words]

@@ -1,0 +1,133 @@
+"""A Ray cluster: a task per worker. Ray finds the devices and starts a lost node's worker again elsewhere."""
+
+import logging
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from moepp.errors import UsageError
+from moepp.process import start
+from moepp.sweeps.launchers.call import SweepCall
+from moepp.sweeps.launchers.crew import SECONDS_TO_STOP, begin_elsewhere, wait
+
+if TYPE_CHECKING:
+    from moepp.training.settings import TrainerConfig
+
+SECONDS_TO_ANSWER = 10.0
+
+
+@dataclass
+class RayLauncher:
+    """What each worker asks for. All nodes share a file system and find this checkout by the same path."""
+
+    address: str = ""  # host:6379, ray://host:10001 or auto; empty: RAY_ADDRESS, else a new instance on this machine
+    cpus: int = 1
+    gpus: int | None = None  # null: trainer.devices, and none with trainer.accelerator=cpu or in a cluster without GPUs
+
+    def run(self, call: SweepCall) -> Path:
+        """Raises UsageError without Ray, where no cluster answers, or where none of its nodes could take a worker."""
+        ray = _import()
+        directory, trainer, left = begin_elsewhere(call)
+        crew = RayCrew(ray, directory / "ray")
+        if not left:
+            return wait(call, directory, crew)
+        with self._connected(ray):
+            cpus, gpus = self.cpus, self._gpus(ray, trainer)
+            fitting = _fitting(ray.nodes(), {"CPU": cpus, "GPU": gpus})
+            if not fitting:
+                raise UsageError(
+                    f"no node of the Ray cluster has {cpus} CPUs and {gpus} GPUs; set launcher.cpus and launcher.gpus"
+                )
+            workers = min(call.workers or fitting, left)
+            crew.start(call.work(), workers, num_cpus=cpus, num_gpus=gpus)
+            print(f"{crew.name}: {workers} workers, logs in {crew.logs}", flush=True)
+            return wait(call, directory, crew)
+
+    def _gpus(self, ray: ModuleType, trainer: "TrainerConfig") -> int:
+        if self.gpus is not None:
+            return self.gpus
+        return 0 if trainer.accelerator == "cpu" or not ray.cluster_resources().get("GPU") else trainer.devices
+
+    @contextmanager
+    def _connected(self, ray: ModuleType) -> Iterator[None]:
+        address = self.address or os.environ.get("RAY_ADDRESS") or "local"
+        host, _, port = address.removeprefix("ray://").rpartition(":")
+        try:
+            if host:  # Ray itself would ask for minutes
+                socket.create_connection((host, int(port)), SECONDS_TO_ANSWER).close()
+            ray.init(address, logging_level=logging.ERROR, log_to_driver=False)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UsageError(f"no Ray cluster answers at {address} ({str(error).splitlines()[0]})") from None
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+class RayCrew:
+    """The tasks of one sweep; they end with this process."""
+
+    name = "Ray"
+
+    def __init__(self, ray: ModuleType, logs: Path):
+        self.logs, self._ray = logs, ray
+        self._tasks: list[Any] = []
+
+    def start(self, command: Sequence[str], workers: int, **resources: int) -> None:
+        self.logs.mkdir(parents=True, exist_ok=True)
+        task = self._ray.remote(max_retries=-1, **resources)(_work)
+        logs = self.logs.resolve()
+        self._tasks = [task.remote(command, Path.cwd(), logs / f"worker-{n}.txt") for n in range(workers)]
+
+    def alive(self) -> int:
+        if not self._tasks:
+            return 0
+        return len(self._ray.wait(self._tasks, num_returns=len(self._tasks), timeout=0)[1])
+
+    def dismiss(self) -> None:
+        for task in self._tasks:
+            self._ray.cancel(task)
+        deadline = time.monotonic() + SECONDS_TO_STOP
+        while self.alive() and time.monotonic() < deadline:
+            time.sleep(0.5)
+
+    def leave(self) -> str:
+        self.dismiss()
+        return "its workers have stopped"
+
+
+def _work(command: Sequence[str], folder: Path, log: Path) -> int:
+    """Runs on a node, in the main thread of a process of Ray's; being cancelled is a KeyboardInterrupt."""
+    os.chdir(folder)
+    process = start(command, log, {})
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        try:
+            return process.wait(SECONDS_TO_STOP)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+
+
+def _fitting(nodes: Sequence[dict[str, Any]], needed: dict[str, int]) -> int:
+    """How many workers fit into the nodes at a time."""
+    living = [node["Resources"] for node in nodes if node["Alive"]]
+    return sum(min(int(node.get(name, 0) // count) for name, count in needed.items() if count) for node in living)
+
+
+def _import() -> ModuleType:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # report to nobody
+    try:
+        import ray
+    except ImportError:
+        raise UsageError("launcher=ray needs Ray: pip install 'moepp[ray]'") from None
+    return ray

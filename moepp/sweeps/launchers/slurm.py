@@ -1,0 +1,187 @@
+"""A Slurm cluster: a job array of workers, by submitit.
+
+Time limits and preemption are part of the walk: two minutes before either, Slurm sends SIGUSR2 to every process of a
+job. A trial then saves at the end of its batch, its worker gives the lease back, and the job is queued again (by Slurm
+itself where it preempts with SIGTERM). Any worker continues any trial, so it does not matter which one starts first.
+"""
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from moepp.errors import Interrupted, RunError, UsageError
+from moepp.process import python_path, start
+from moepp.records import read_json, write_json
+from moepp.sweeps.launchers.call import SweepCall
+from moepp.sweeps.launchers.crew import SECONDS_TO_STOP, begin_elsewhere, wait
+
+if TYPE_CHECKING:
+    from submitit import Executor, Job
+    from submitit.helpers import DelayedSubmission
+
+    from moepp.training.settings import TrainerConfig
+
+MOST_WORKERS = 32  # unless --workers says more: a job that finds no trial left was queued in vain
+SIGNAL_SECONDS = 120  # from the signal to the end
+REQUEUES = 1000  # after time limits: each job goes on where it stopped, so only the end of the sweep ends it
+SECONDS_OF_GRACE = 300  # how long a stopped job waits for Slurm to preempt or cancel it
+
+
+@dataclass
+class SlurmLauncher:
+    """What each job asks for. Everything lies on a file system that all nodes share, and is found by the same path."""
+
+    partition: str = ""  # empty: the cluster's default
+    minutes: int = 240  # time limit; what is not done by then is queued again
+    cpus: int = 4
+    gpus: int | None = None  # null: trainer.devices, and none with trainer.accelerator=cpu
+    parameters: dict[str, str] = field(default_factory=dict)  # more of sbatch's: parameters.account=mine
+    wait: bool = True  # show progress until the sweep is done; false: submit and return
+    cluster: Literal["slurm", "local"] = "slurm"  # local: submitit's processes on this machine, to try it out
+
+    def run(self, call: SweepCall) -> Path | None:
+        """Raises UsageError without submitit or sbatch, RunError when sbatch refuses the jobs."""
+        self._require()
+        directory, trainer, left = begin_elsewhere(call)
+        crew = SlurmCrew(directory, self.cluster)
+        if (missing := min(call.workers or MOST_WORKERS, left) - crew.alive()) > 0:
+            with _refusal():
+                crew.add(self._executor(directory, trainer), [Worker(call.work(), Path.cwd())] * missing)
+        if left and not self.wait:
+            shows = f"`python run.py sweep status {call.sweep} --scale {call.scale}` shows"
+            print(f"{crew.name}: {crew.alive()} workers; {shows}")
+            return None
+        if left:
+            print(f"{crew.name}: {crew.alive()} workers, logs in {crew.logs}", flush=True)
+        return wait(call, directory, crew)
+
+    def _require(self) -> None:
+        try:
+            import submitit  # noqa: F401
+        except ImportError:
+            raise UsageError("launcher=slurm needs submitit: pip install 'moepp[slurm]'") from None
+        if self.cluster == "slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
+            raise UsageError("there is no sbatch on the PATH: call this where Slurm jobs are submitted")
+
+    def _executor(self, directory: Path, trainer: "TrainerConfig") -> "Executor":
+        import submitit
+
+        gpus = self.gpus
+        if gpus is None:
+            gpus = 0 if trainer.accelerator == "cpu" else trainer.devices
+        executor = submitit.AutoExecutor(
+            directory / "slurm", self.cluster, slurm_max_num_timeout=REQUEUES, local_max_num_timeout=REQUEUES
+        )
+        executor.update_parameters(
+            name=directory.name,
+            timeout_min=self.minutes,
+            nodes=1,
+            tasks_per_node=1,
+            cpus_per_task=self.cpus,
+            gpus_per_node=gpus,
+            slurm_partition=self.partition or None,
+            slurm_signal_delay_s=SIGNAL_SECONDS,
+            slurm_additional_parameters={"requeue": True, **self.parameters},
+        )
+        return executor
+
+
+class SlurmCrew:
+    """The jobs of one sweep. Their numbers are kept beside it, so that a second call finds them queued or running."""
+
+    def __init__(self, directory: Path, cluster: str):
+        self.logs, self._cluster = directory / "slurm", cluster
+        self._path = self.logs / "jobs.json"
+        self._ids: list[str] = (read_json(self._path) or {}).get(cluster, [])
+
+    @property
+    def name(self) -> str:
+        return f"job {', '.join(dict.fromkeys(job.split('_')[0] for job in self._ids))}"
+
+    @cached_property
+    def _jobs(self) -> "list[Job[int]]":
+        from submitit import LocalJob, SlurmJob
+
+        kind = SlurmJob if self._cluster == "slurm" else LocalJob
+        return [kind(self.logs, job) for job in self._ids]
+
+    def add(self, executor: "Executor", workers: "Sequence[Worker]") -> None:
+        jobs = self._living()
+        with _python_path(), executor.batch():
+            jobs += [executor.submit(worker) for worker in workers]
+        self._jobs, self._ids = jobs, [job.job_id for job in jobs]
+        write_json(self._path, {self._cluster: self._ids})
+
+    def alive(self) -> int:
+        return len(self._living())
+
+    def dismiss(self) -> None:
+        for job in self._living():
+            job.cancel(check=False)
+
+    def leave(self) -> str:
+        return f"{self.name} goes on, `scancel` ends it"
+
+    def _living(self) -> "list[Job[int]]":
+        return [job for job in self._jobs if not job.done()]
+
+
+class Worker:
+    """What a job runs: `sweep work`, in the folder from which it was submitted."""
+
+    def __init__(self, command: Sequence[str], folder: Path):
+        self.command, self.folder = command, folder
+        self._process: subprocess.Popen | None = None
+
+    def __call__(self) -> int:
+        from submitit import JobEnvironment
+
+        os.chdir(self.folder)
+        paths = JobEnvironment().paths
+        self._process = start(self.command, paths.folder / f"{JobEnvironment().job_id}_worker.txt", {})
+        # No lock is held here, unlike in Popen.wait: `checkpoint` interrupts this line and waits for the same process.
+        os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+        if self._process.wait() == Interrupted.exit_code:
+            # Slurm has sent SIGTERM: a job that ends now would count as finished, one that is killed is queued again.
+            time.sleep(SECONDS_OF_GRACE)
+        return self._process.returncode
+
+    def checkpoint(self) -> "DelayedSubmission":
+        """What submitit calls before it has the job queued again."""
+        from submitit.helpers import DelayedSubmission
+
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(SECONDS_TO_STOP)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+        return DelayedSubmission(Worker(self.command, self.folder))
+
+
+@contextmanager
+def _python_path() -> Iterator[None]:
+    from submitit.helpers import environment_variables
+
+    with environment_variables(PYTHONPATH=python_path()):
+        yield
+
+
+@contextmanager
+def _refusal() -> Iterator[None]:
+    """One line in place of submitit's traceback with sbatch's words inside."""
+    from submitit.core.utils import FailedJobError
+
+    try:
+        yield
+    except (FailedJobError, subprocess.CalledProcessError) as error:
+        words: Any = getattr(error, "stderr", None) or str(error)
+        lines = [line.strip() for line in str(words).splitlines() if line.strip()]
+        raise RunError(f"sbatch refused the workers: {lines[-1] if lines else error}") from None

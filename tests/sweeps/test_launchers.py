@@ -1,0 +1,253 @@
+import os
+import signal
+import stat
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import run_fake_sweep
+
+from moepp.config import compose_kind
+from moepp.errors import Interrupted, RunError, UsageError
+from moepp.records import RunRecord, read_json
+from moepp.sweeps.launchers import LAUNCHERS, launch, split
+from moepp.sweeps.launchers.call import SweepCall
+from moepp.sweeps.launchers.crew import begin_elsewhere, wait
+
+SUBMITIT = "the extra `slurm` is not installed"
+LOCAL_JOBS = ["launcher=slurm", "launcher.cluster=local"]
+EACH_STEP = list(range(1, 21))
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch):
+    """A sweep of two fake trials of 20 steps; its workers are those of run_fake_sweep."""
+    monkeypatch.setattr("moepp.training.tokens.prepare", run_fake_sweep.no_preparation)
+    monkeypatch.setattr("moepp.sweeps.spec.load_sweep", lambda name: run_fake_sweep.sweep())
+    monkeypatch.setattr("moepp.sweeps.launchers.crew.LOOK_SECONDS", 0.1)
+    monkeypatch.setenv("SECONDS_PER_STEP", "0.05")
+    worker = [sys.executable, str(Path(run_fake_sweep.__file__)), str(tmp_path / "runs"), '{"at_once": 1}']
+    monkeypatch.setattr(SweepCall, "work", lambda self: worker)
+    return SweepCall("toy", "smoke", overrides=[f"runs={tmp_path / 'runs'}", "trainer.steps=20"])
+
+
+def each_step_once(directory):
+    records = [RunRecord(directory / trial["path"]) for trial in read_json(directory / "sweep.json")["trials"]]
+    steps = [[line["step"] for line in record.metrics() if "train/loss" in line] for record in records]
+    return {record.status for record in records} == {"done"} and steps == [EACH_STEP] * len(records)
+
+
+def attempts(directory):
+    return sorted(len(path.read_text().splitlines()) for path in directory.glob("*/attempts"))
+
+
+def in_the_background(action, condition, seconds=40):
+    """Waits for the condition and acts, beside the launcher that occupies the main thread."""
+
+    def act():
+        deadline = time.monotonic() + seconds
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        action()
+
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    return thread
+
+
+def logged_some(directory):
+    return any(len(RunRecord(path.parent).metrics()) > 1 for path in directory.glob("*/metrics.jsonl"))
+
+
+def children(process):
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(path.read_text().rpartition(")")[2].split()[1]) == process:
+                found.append(int(path.parent.name))
+        except OSError:  # it has ended
+            continue
+    return found
+
+
+def test_words_for_the_launcher_stand_anywhere_and_reach_no_run():
+    words = ["model.top_k=1", "launcher.gpus=2", "launcher=slurm", "launcher.parameters.account=me", "size=tiny"]
+    chosen, rest = split(words)
+    assert rest == ["model.top_k=1", "size=tiny"]
+    launcher = compose_kind("launcher", LAUNCHERS, chosen)
+    assert (launcher.gpus, launcher.parameters, launcher.minutes) == (2, {"account": "me"}, 240)
+    assert type(compose_kind("launcher", LAUNCHERS, [])) is LAUNCHERS["local"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["launcher=slrum"], "no such fragment; choose from local, ray, slurm; did you mean slurm"),
+        (["launcher=slurm", "launcher.partitoin=gpu"], r"unknown key launcher\.partitoin; did you mean launcher\.part"),
+        (["launcher=ray", "launcher.partition=gpu"], r"unknown key launcher\.partition"),
+        (["launcher.cpus=2"], r"launcher\.cpus"),
+        (["launcher=slurm", "launcher.minutes=soon"], r"launcher\.minutes: Value 'soon'"),
+    ],
+)
+def test_a_word_that_no_launcher_knows_is_one_line(call, words, message):
+    with pytest.raises(UsageError, match=message) as error:
+        launch(call, words)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("launcher", "package"), [("slurm", "submitit"), ("ray", "ray")])
+def test_a_missing_extra_is_named(call, launcher, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UsageError, match=rf"pip install 'moepp\[{launcher}\]'"):
+        launch(call, [f"launcher={launcher}"])
+
+
+class FakeCrew:
+    name, left = "crew", 0
+
+    def __init__(self, logs, looks):
+        self.logs, self.looks, self.dismissed = logs, looks, False
+
+    def alive(self):
+        self.looks -= 1
+        return max(0, self.looks)
+
+    def dismiss(self):
+        self.dismissed = True
+
+    def leave(self):
+        return "it goes on"
+
+
+def test_workers_that_end_early_are_reported_with_their_logs(call):
+    directory, _, left = begin_elsewhere(call)
+    assert left == 2
+    crew = FakeCrew(directory / "logs", looks=2)
+    with pytest.raises(RunError, match=r"crew ended with 2 trials unfinished; see .*logs; the same command"):
+        wait(call, directory, crew)
+
+
+def test_failed_trials_end_the_call_as_on_this_machine(call):
+    directory, _, _ = begin_elsewhere(call)
+    for trial in read_json(directory / "sweep.json")["trials"]:
+        RunRecord(directory / trial["path"]).fail("no memory")
+    crew = FakeCrew(directory, looks=3)
+    with pytest.raises(RunError, match=r"2 of 2 trials failed; .*sweep retry toy.*top1 s0: no memory"):
+        wait(call, directory, crew)
+    assert crew.dismissed
+
+
+def test_stopping_to_wait_says_what_becomes_of_the_workers(call):
+    directory, _, _ = begin_elsewhere(call)
+    timer = threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGTERM])
+    timer.start()
+    with pytest.raises(Interrupted, match="0 of 2 trials are finished; it goes on; the same command continues"):
+        wait(call, directory, FakeCrew(directory, looks=10**6))
+
+
+def test_jobs_run_a_sweep_and_one_that_is_preempted_is_queued_again(call, tmp_path):
+    pytest.importorskip("submitit", reason=SUBMITIT)
+    directory = tmp_path / "runs" / "toy-smoke"
+
+    def preempt():
+        (job,) = read_json(directory / "slurm" / "jobs.json")["local"]
+        (task,) = children(int(job))
+        os.kill(task, signal.SIGUSR2)
+
+    thread = in_the_background(preempt, lambda: logged_some(directory))
+    assert launch(SweepCall("toy", "smoke", 1, call.overrides), [*LOCAL_JOBS, "launcher.gpus=0"]) == directory
+    thread.join()
+    assert each_step_once(directory)
+    assert attempts(directory) == [1, 2]  # the trial that was stopped went on, and neither began anew
+    assert not list(directory.glob("*/crashes.json"))
+    assert "Requeued job" in "".join(path.read_text() for path in (directory / "slurm").glob("*_log.out"))
+    began = time.monotonic()
+    assert launch(call, LOCAL_JOBS) == directory  # nothing is left, so no job is started
+    assert time.monotonic() - began < 1
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """A folder of programs that stand in for Slurm's; `submitted` lists the scripts that its sbatch was given."""
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+
+    def program(name, script):
+        path = folder / name
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+    program("srun", "exit 1")
+    program("sbatch", f'cp "$1" {folder}/submitted-$(ls {folder} | wc -l); echo Submitted batch job 77')
+    program("sacct", r"printf 'JobID|State|NodeList\n77_[0-1]|PENDING|none\n'")
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    return folder, program
+
+
+def test_slurm_is_asked_for_an_array_of_workers_once(call, slurm, capsys):
+    pytest.importorskip("submitit", reason=SUBMITIT)
+    folder, _ = slurm
+    words = ["launcher=slurm", "launcher.wait=false", "launcher.partition=gpus", "launcher.parameters.account=me"]
+    words += ["launcher.minutes=90", "launcher.cpus=6"]
+    two_devices = SweepCall("toy", "smoke", overrides=[*call.overrides, "strategy=ddp", "trainer.devices=2"])
+    for _ in range(2):
+        assert launch(two_devices, words) is None
+    out = capsys.readouterr().out
+    assert out == "job 77: 2 workers; `python run.py sweep status toy --scale smoke` shows\n" * 2
+    (script,) = folder.glob("submitted-*")  # the second call found the jobs of the first
+    for asked in (
+        "array=0-1%2", "signal=USR2@120", "partition=gpus", "account=me", "time=90", "cpus-per-task=6",
+        "gpus-per-node=2", "ntasks-per-node=1", "nodes=1", "requeue", "job-name=toy-smoke",
+    ):  # fmt: skip
+        assert f"#SBATCH --{asked}\n" in script.read_text()
+
+
+def test_what_sbatch_refuses_is_one_line(call, slurm):
+    pytest.importorskip("submitit", reason=SUBMITIT)
+    slurm[1]("sbatch", "echo 'sbatch: error: invalid partition specified: gpus' >&2; exit 1")
+    with pytest.raises(RunError, match=r"sbatch refused the workers: .*invalid partition specified: gpus") as error:
+        launch(call, ["launcher=slurm"])
+    assert "\n" not in str(error.value)
+
+
+def test_a_machine_without_slurm_says_so(call, monkeypatch):
+    pytest.importorskip("submitit", reason=SUBMITIT)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UsageError, match="there is no sbatch on the PATH"):
+        launch(call, ["launcher=slurm"])
+
+
+def test_ray_runs_a_sweep_and_starts_a_lost_worker_again(call, tmp_path):
+    ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    directory = tmp_path / "runs" / "toy-smoke"
+    log = directory / "ray" / "worker-0.txt"
+
+    def lose_the_node():
+        (worker,) = [p for p in children_of_ray() if any(str(directory.parent) in command(c) for c in children(p))]
+        os.kill(worker, signal.SIGKILL)
+
+    thread = in_the_background(lose_the_node, lambda: logged_some(directory))
+    assert launch(SweepCall("toy", "smoke", 1, call.overrides), ["launcher=ray", "launcher.address=local"]) == directory
+    thread.join()
+    assert each_step_once(directory) and attempts(directory) == [1, 2] and log.exists()
+    assert not ray.is_initialized()
+
+
+def children_of_ray():
+    return [int(path.name) for path in Path("/proc").glob("[0-9]*") if command(int(path.name)).startswith("ray::")]
+
+
+def command(process):
+    try:
+        return Path(f"/proc/{process}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""
+
+
+def test_a_ray_cluster_that_is_not_there_is_one_line(call):
+    pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    with pytest.raises(UsageError, match=r"no Ray cluster answers at 127\.0\.0\.1:1") as error:
+        launch(call, ["launcher=ray", "launcher.address=127.0.0.1:1"])
+    assert "\n" not in str(error.value)
