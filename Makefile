@@ -10,7 +10,7 @@ ablation: .venv/installed
 	$(BIN)/python run.py report table6 --scale $(SCALE)
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 ui: .venv/installed
 	$(BIN)/python run.py ui $(SWEEP) --scale $(SCALE)
