@@ -1,17 +1,27 @@
-"""Everything in conf/ and sweeps/ fits the code: all of it composes, and every arm of every sweep trains."""
+"""Everything in conf/, sweeps/ and experiments/ fits the code: all of it composes, every arm of every sweep trains, and
+every experiment prints its report.
+"""
 
 import math
+import random
+import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
+from experiments import discover
+from moepp import reproduce
+from moepp.analysis.study import Runs, Study
 from moepp.config import CONF, compose, compose_kind
 from moepp.models.budget import expected_ffn_per_token, parameters
 from moepp.models.decoder import Decoder
 from moepp.sweeps.budgets import match_trials, require_match
+from moepp.sweeps.job import Job
 from moepp.sweeps.launchers import LAUNCHERS
 from moepp.sweeps.spec import SWEEPS, load_sweep
+from moepp.sweeps.timing import time_arms
 from moepp.training.run import freeze, train
 from moepp.training.settings import RunConfig, run_directory
 
@@ -22,12 +32,35 @@ NAMES = sorted(path.stem for path in SWEEPS.glob("*.yaml"))
 SCALES = [(name, scale) for name in NAMES for scale in load_sweep(name).scales]
 ARMS = [(name, arm) for name in NAMES for arm in load_sweep(name).arms]
 SIZES = {"smoke": "smoke", "laptop": "tiny", "gpu": "small"}  # by scale
-TWO_STEPS = ["trainer.steps=2", "trainer.val_every=2", "trainer.checkpoint_every=2", "trainer.log_every=1"]
+TWO_STEPS = [
+    "size=smoke", "tracking=jsonl", "trainer.steps=2", "trainer.val_every=2", "trainer.checkpoint_every=2",
+    "trainer.log_every=1", "trainer.progress=false", "trainer.expert_timing=false", "trainer.accelerator=cpu",
+    "trainer.threads=1",
+]  # fmt: skip
+ELSEWHERE = {  # what trains or measures in processes of its own, or needs what no repository holds
+    "expert_parallelism": "tests/benchmarks", "hyperparameters": "tests/sweeps/test_search.py",
+    "table4": "tests/experiments/test_table4.py",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    return tmp_path_factory.mktemp("runs")
+def two_steps(tmp_path_factory):
+    """Overrides of a run of two steps on texts with words to tell apart, its record where all tests here find it."""
+    folder, draw = tmp_path_factory.mktemp("shipped"), random.Random(0)
+    words = ["the", "expert", "routes", "tokens", "quickly", "and", "copies", "zero", "logits", "of", "gates"]
+    for i in range(40):
+        (folder / f"{i}.txt").write_text(" ".join(draw.choices(words[i % 4 :], k=120)))
+    data = ["data=text", f"data.path={folder}/*.txt", f"data.cache={folder}/cache", "data.val_share=0.2"]
+    return [*TWO_STEPS, *data, f"runs={folder}/runs"]
+
+
+def train_arm(sweep, arm, overrides):
+    """Of all sweeps: a run that several of them share is trained once."""
+    alone = replace(sweep, arms={arm: sweep.arms[arm]})
+    [trial] = alone.trials("smoke", overrides, seeds=[0])
+    trial.config.name = "arms"
+    config = freeze(trial.config)
+    return train(config, run_directory(config))
 
 
 @pytest.mark.parametrize(("group", "name"), [(group, name) for group, names in FRAGMENTS.items() for name in names])
@@ -100,12 +133,25 @@ def test_constant_experts_half_arms_share_their_ffn_compute():
 
 
 @pytest.mark.parametrize(("name", "arm"), ARMS)
-def test_arm_trains_two_steps(name, arm, overrides, runs):
-    sweep = load_sweep(name)
-    alone = replace(sweep, arms={arm: sweep.arms[arm]})
-    [trial] = alone.trials("smoke", [*overrides, *TWO_STEPS, f"runs={runs}"], seeds=[0])
-    trial.config.name = "arms"  # of all sweeps: a run that several of them share is trained once
-    config = freeze(trial.config)
-    record = train(config, run_directory(config))
+def test_arm_trains_two_steps(name, arm, two_steps):
+    record = train_arm(load_sweep(name), arm, two_steps)
     assert record.status == "done"
     assert math.isfinite(record.final()["val_loss"])
+
+
+@pytest.mark.parametrize("name", sorted(discover().keys() - ELSEWHERE.keys()))
+def test_experiment_prints_its_report(name, two_steps, tmp_path, monkeypatch, capsys):
+    experiment = discover()[name]
+    wanted = experiment.runs if isinstance(experiment, Study) else [Runs(experiment.sweep)]
+    for sweep, arms in ((load_sweep(runs.sweep), runs.arms) for runs in wanted):
+        for arm in arms or sweep.arms:
+            train_arm(sweep, arm, two_steps)
+    monkeypatch.setattr(Job, "start", lambda job, *_: pytest.fail(f"{job.label} is trained again"))
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})  # threads that spin for each other's core take minutes
+    monkeypatch.setattr("moepp.sweeps.timing.time_arms", partial(time_arms, repeats=2))
+    monkeypatch.chdir(tmp_path)
+    reproduce.reproduce(name, "smoke", 1, two_steps if wanted else [], seeds=[0])
+    [folder] = (tmp_path / "results" / name).iterdir()
+    report = (folder / "report.md").read_text()
+    assert experiment.question in report and f"report: {folder.relative_to(tmp_path)}" in capsys.readouterr().out
+    assert all((folder / figure).is_file() for figure in re.findall(r"\]\(([\w./]+)\)", report))
