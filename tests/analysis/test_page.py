@@ -42,8 +42,8 @@ def draw():
 
 STUDY = Study("fig9", "A & <b>figure</b>", "Does it grow?", "it does.", lambda context: None, reference="Fig. 9")
 ABSENT = Experiment(
-    "table9", "Not run", "Why not?", "sweep", ("a", "b"), reference="Table 9", tasks=("PIQA",), noisy_task="PIQA",
-    paper={"a": PaperRow((50.0,), 1.0), "b": PaperRow((51.25,), 0.5, speedup=1.5)},
+    "table9", "Not run", "Why not?", "sweep", ("a", "b"), reference="Table 9", tasks=("PIQA", "BoolQ"),
+    noisy_task="BoolQ", paper={"a": PaperRow((50.0, 40.0), 1.0), "b": PaperRow((51.25, 40.0), 0.5, speedup=1.5)},
 )  # fmt: skip
 
 
