@@ -44,13 +44,12 @@ def trend(comparison: Comparison) -> "tuple[Figure, Rows] | None":
     level = [] if inside else _points({results.baseline: None}, results)
     timed = any(point.expert_forward_ms for point in drawn)
     figure, axes = axes_of(width=8.4 if timed else 4.6, height=3.4, columns=1 + timed)
-    loss_axes = axes[0] if timed else axes
-    _draw_loss(loss_axes, series, level)
+    _draw_loss(axes[0] if timed else axes, series, level)
     if timed:
         _draw_time(axes[1], series, level)
     for one in figure.axes:
         one.set_xlabel(declared.x)
-    loss_axes.legend()
+    figure.legend(loc="outside upper right", ncols=3)
     return figure, _rows(declared.x, {**series, "baseline": level})
 
 

@@ -56,4 +56,4 @@ def test_a_baseline_outside_the_series_is_a_level_and_times_get_a_panel(tmp_path
     write_times(tmp_path, {arm: (10.0 + i, 1.0) for i, arm in enumerate(TABLE3.arms)})
     figure, rows = trend(compare(TABLE3, load_sweep_results(tmp_path)))
     assert len(figure.axes) == 2 and rows[-1][:3] == ["baseline", "vanilla", ""] and rows[-1][-1] == "10.0"
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["vanilla", "MoE++"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["vanilla", "MoE++"]
