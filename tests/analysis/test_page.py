@@ -96,3 +96,14 @@ def test_text_is_escaped_and_the_largest_scale_comes_first(page):
     assert "A &amp; &lt;b&gt;figure&lt;/b&gt;" in page and "&lt;script&gt;" in page
     assert page.index('id="fig9-gpu" open') < page.index('id="fig9-smoke"')
     assert '<strong class="holds">holds</strong>' in page and "commit 0000000000" in page
+
+
+def test_runs_of_another_size_come_after_those_of_the_scales_own(tmp_path):
+    made = {"command": "python run.py", "started": "2026-01-02", "hardware": {}}
+    for scale in ("smoke", "gpu-1b", "gpu", "paper"):
+        report = StudyReport((Table("counts", "Counts.", ("n",), ((1,),)),))
+        write_study(STUDY, report, tmp_path / "fig9" / scale, {**made, "scale": scale})
+    ids = Outline(write_page([STUDY], tmp_path).read_text()).ids
+    assert [name for name in ids if name.startswith("fig9-")] == [
+        "fig9-paper", "fig9-gpu", "fig9-gpu-1b", "fig9-smoke",
+    ]  # fmt: skip
