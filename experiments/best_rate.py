@@ -17,26 +17,43 @@ SHARED = "0.005"  # the rate of every other sweep at laptop scale
 SIDES = {"vanilla": "vanilla MoE", "moepp": "MoE++"}
 
 
+Losses = dict[str, dict[str, dict[int, float]]]  # side -> rate -> seed -> validation loss
+
+
 def measure(context: StudyContext) -> StudyReport:
     results = context.results("learning_rate")
-    losses = {side: _losses(results, side) for side in SIDES}
-    seeds = sorted(set.intersection(*(set(by_seed) for rates in losses.values() for by_seed in rates.values())))
+    losses, seeds, left_out = _complete(results)
     table = _loss_table(losses, seeds)
-    plot = Plot(table, lambda: _draw(losses, seeds))
-    if len(seeds) < 2:
-        return StudyReport((table,), (plot,), notes=("One seed: no rate can be chosen on the others.",))
+    plots = (Plot(table, lambda: _draw(losses, seeds)),) if seeds else ()
+    if len(seeds) < 2 or not all(losses.values()):
+        return StudyReport((table,), plots, notes=(*left_out, "Too few runs: no rate can be chosen on other seeds."))
     chosen = {side: {seed: _best(rates, [s for s in seeds if s != seed]) for seed in seeds}
               for side, rates in losses.items()}  # fmt: skip
     own = {side: [losses[side][chosen[side][seed]][seed] for seed in seeds] for side in SIDES}
-    shared = {side: [losses[side][SHARED][seed] for seed in seeds] for side in SIDES}
-    claims = (_claim("at its own best rate", own), _claim(f"at the shared rate {SHARED}", shared))
-    often = [f"{SIDES[side]}: " + ", ".join(f"{rate} ({n} of {len(seeds)} choices)" for rate, n in
-             Counter(by_seed.values()).most_common()) for side, by_seed in chosen.items()]  # fmt: skip
-    return StudyReport((table,), (plot,), claims, notes=tuple(f"Best rate of {found}." for found in often))
+    claims = [_claim("at its own best rate", own)]
+    if all(SHARED in rates for rates in losses.values()):
+        shared = {side: [losses[side][SHARED][seed] for seed in seeds] for side in SIDES}
+        claims.append(_claim(f"at the shared rate {SHARED}", shared))
+    often = [f"Best rate of {SIDES[side]}: " + ", ".join(f"{rate} ({n} of {len(seeds)} choices)" for rate, n in
+             Counter(by_seed.values()).most_common()) + "." for side, by_seed in chosen.items()]  # fmt: skip
+    return StudyReport((table,), plots, tuple(claims), notes=(*left_out, *often))
 
 
-def _losses(results: SweepResults, side: str) -> dict[str, dict[int, float]]:
-    return {rate: results.by_seed(f"{side}_{rate}", "val_loss") for rate in RATES}
+def _complete(results: SweepResults) -> tuple[Losses, list[int], list[str]]:
+    """Losses of the rates that have every seed which most rates have, those seeds, and what is left out: a rate that
+    diverged with one seed is no candidate for the best.
+    """
+    found = {(side, rate): results.by_seed(f"{side}_{rate}", "val_loss") for side in SIDES for rate in RATES}
+    counts = Counter(seed for by_seed in found.values() for seed in by_seed)
+    seeds = sorted(seed for seed, n in counts.items() if n > len(found) / 2)
+    lacking = {arm: [seed for seed in seeds if seed not in by_seed] for arm, by_seed in found.items()}
+    losses = {side: {rate: found[side, rate] for rate in RATES if not lacking[side, rate]} for side in SIDES}
+    said = [
+        f"Left out: {SIDES[side]} at {rate}, which lacks a finished run of seed {', '.join(map(str, missing))}."
+        for (side, rate), missing in lacking.items()
+        if missing
+    ]
+    return losses, seeds, said
 
 
 def _best(rates: dict[str, dict[int, float]], seeds: list[int]) -> str:
@@ -50,23 +67,25 @@ def _claim(where: str, losses: dict[str, list[float]]) -> Claim:
                  found.low, found.high, "nats per token")  # fmt: skip
 
 
-def _loss_table(losses: dict[str, dict[str, dict[int, float]]], seeds: list[int]) -> Table:
-    rows = tuple(
-        (float(rate), *(sum(losses[side][rate][seed] for seed in seeds) / len(seeds) for side in SIDES), len(seeds))
-        for rate in RATES
-    )
-    caption = "Mean validation loss, nats per token, over the seeds that all runs have finished."
+def _loss_table(losses: Losses, seeds: list[int]) -> Table:
+    def mean(side: str, rate: str) -> float | None:
+        by_seed = losses[side].get(rate) if seeds else None
+        return by_seed and sum(by_seed[seed] for seed in seeds) / len(seeds)
+
+    rows = tuple((float(rate), *(mean(side, rate) for side in SIDES), len(seeds)) for rate in RATES)
+    caption = "Mean validation loss, nats per token, over the seeds that most rates have finished."
     return Table("rates", caption, ("learning rate", *SIDES.values(), "n"), rows)
 
 
-def _draw(losses: dict[str, dict[str, dict[int, float]]], seeds: list[int]):
+def _draw(losses: Losses, seeds: list[int]):
     figure, axes = style.axes_of(5.2, 3.4)
     for side, marker, colour in zip(SIDES, ("o", "s"), (style.GREY, style.BLUE), strict=True):
-        for seed in seeds:
-            axes.plot([float(rate) for rate in RATES], [losses[side][rate][seed] for rate in RATES], marker, mfc="none",
-                      color=colour, ms=4)  # fmt: skip
-        means = [sum(losses[side][rate][seed] for seed in seeds) / len(seeds) for rate in RATES]
-        axes.plot([float(rate) for rate in RATES], means, color=colour, marker=marker, ms=6, lw=1, label=SIDES[side])
+        rates = [float(rate) for rate in losses[side]]
+        curves = [[by_seed[seed] for by_seed in losses[side].values()] for seed in seeds]
+        for curve in curves:
+            axes.plot(rates, curve, marker, mfc="none", color=colour, ms=4)
+        means = [sum(at_rate) / len(seeds) for at_rate in zip(*curves, strict=True)]
+        axes.plot(rates, means, color=colour, marker=marker, ms=6, lw=1, label=SIDES[side])
     axes.set_xscale("log")
     axes.set_xlabel("learning rate")
     axes.set_ylabel("validation loss, nats per token")

@@ -19,6 +19,7 @@ EXPERIMENT = Experiment(
     },
     notes=(
         "Capacity acts in training only: losses are of validation, where no slot is dropped in any arm.",
-        "Training batches here have 512 tokens; the smaller the batch, the more it strays from balance and drops.",
+        "Capacity is a share of the tokens that a device sees at once: the fewer these are, the more their load strays"
+        " from balance, and the more is dropped at the same factor.",
     ),
 )

@@ -6,7 +6,10 @@ prints no numbers, so none stand beside ours. Expected here: at a fixed tau a ri
 expert also takes FFN compute away; at equal FFN compute the fall should weaken or vanish. Both may be within noise.
 """
 
-from moepp.analysis.experiment import Contrast, Experiment
+from moepp.analysis.experiment import Contrast, Experiment, Trend
+
+FIXED = {"constant_0": 0, "constant_1": 1, "constant_2": 2, "constant_4": 4, "constant_6": 6}
+EQUAL = {"constant_0_half": 0, "constant_1_half": 1, "constant_2_half": 2, "constant_4": 4, "constant_6_half": 6}
 
 EXPERIMENT = Experiment(
     name="fig3",
@@ -14,14 +17,14 @@ EXPERIMENT = Experiment(
     question="How many constant experts are best, at a fixed tau and at equal FFN compute?",
     reference="Fig. 3",
     sweep="constant_experts",
-    arms=("constant_0", "constant_1", "constant_2", "constant_4", "constant_6",
-          "constant_0_half", "constant_1_half", "constant_2_half", "constant_6_half"),
+    arms=tuple(FIXED | EQUAL),
     contrasts={  # <- the number of constant experts
         "2 constant experts in place of 0, tau 0.75": Contrast(on=("constant_2",), off=("constant_0",)),
         "6 constant experts in place of 2, tau 0.75": Contrast(on=("constant_6",), off=("constant_2",)),
         "2 constant experts in place of 0, equal compute": Contrast(on=("constant_2_half",), off=("constant_0_half",)),
         "6 constant experts in place of 2, equal compute": Contrast(on=("constant_6_half",), off=("constant_2_half",)),
     },
+    trend=Trend("number of constant experts", {"tau 0.75": FIXED, "equal FFN compute": EQUAL}),
     notes=(
         "The number in an arm's name counts constant experts. Without a suffix tau is 0.75; `half` sets tau to"
         " N_ZC / N_FFN, so that a balanced layer sends half of all slots to FFN experts; `constant_4` does either way.",
@@ -30,4 +33,4 @@ EXPERIMENT = Experiment(
         "At equal compute tau still moves the load between the types; what stays equal is the FFN experts per token,"
         " and only as far as the balance loss reached its balance: see the measured FFN share.",
     ),
-)  # fmt: skip
+)

@@ -10,7 +10,7 @@ import statistics
 
 from moepp.analysis import style
 from moepp.analysis.comparison import POWER, SIGNIFICANCE
-from moepp.analysis.statistics import mean_interval, minimal_detectable_difference
+from moepp.analysis.statistics import mean_interval, minimal_detectable_difference, variance_ratio_interval
 from moepp.analysis.study import Claim, Plot, Runs, Study, StudyContext, StudyReport, Table, judge
 
 COUNTS = (2, 3, 4, 5, 7, 10, 15, 20)  # of seeds
@@ -44,23 +44,30 @@ def measure(context: StudyContext) -> StudyReport:
         f"Smallest true difference, in nats per token, that n seeds on each side show with {POWER:.0%} probability at"
         f" {SIGNIFICANCE:.0%}.",
         ("seeds", "paired by seed", "unrelated seeds"),
-        tuple((n, _detectable(paired, n), _detectable(pooled, n)) for n in COUNTS),
+        tuple((n, _detectable(paired, n), _detectable(pooled, n, paired=False)) for n in COUNTS),
     )
-    ratio = paired / pooled
-    low, high = (ratio * end / paired for end in std_interval(paired, len(seeds)))
-    claim = Claim(
+    return StudyReport((*tables, data), (Plot(data, lambda: _draw(data)),), (_pairing(*both),))
+
+
+def _pairing(a: list[float], b: list[float]) -> Claim:
+    """With q the variance of a - b over that of a + b, the two variances' ratio is 2 q / (1 + q): unrelated seeds give
+    the mean of both.
+    """
+    differences, sums = ([y + sign * x for x, y in zip(a, b, strict=True)] for sign in (-1, 1))
+    q = statistics.variance(differences) / statistics.variance(sums)
+    ratio, low, high = (math.sqrt(2 * q / (1 + q)) for q in (q, *variance_ratio_interval(differences, sums)))
+    return Claim(
         "pairing by seed narrows a difference, its standard deviation over that of unrelated seeds",
         judge(low, high, below=1.0),
         ratio,
         low,
         high,
-        note="The interval takes the deviation of unrelated seeds as known.",
+        note=f"Pitman-Morgan interval over {len(a)} pairs.",
     )
-    return StudyReport((*tables, data), (Plot(data, lambda: _draw(data)),), (claim,))
 
 
-def _detectable(std: float, n: int) -> float:
-    return minimal_detectable_difference(std, n, 1 - SIGNIFICANCE, POWER)
+def _detectable(std: float, n: int, paired: bool = True) -> float:
+    return minimal_detectable_difference(std, n, 1 - SIGNIFICANCE, POWER, paired)
 
 
 def _spread_table(spreads: dict[str, list[float]]) -> Table:

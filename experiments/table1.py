@@ -5,34 +5,37 @@ vanilla MoE they fall by less than that. Expected here: executed FFN experts per
 is long enough for the balance loss; time is a straight line in them with a part that does not shrink.
 """
 
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from experiments.table3 import PAPER, TAUS
 from moepp.analysis import style
 from moepp.analysis.fits import Line, fit_line
 from moepp.analysis.results import ROUTINGS, SweepResults
 from moepp.analysis.study import Claim, Plot, Runs, Study, StudyContext, StudyReport, Table, judge
+from moepp.analysis.targets import balanced_share
 
-TAUS = {"tau_0.10": 0.1, "tau_0.25": 0.25, "tau_0.50": 0.5, "tau_0.75": 0.75, "tau_1.00": 1.0}
-MS = {  # expert forward time of Table 3, vanilla MoE and tau as above; FFN and zero-computation experts
-    "0.6B": ((535.3, 202.4, 277.8, 387.3, 427.6, 449.6), (8, 4)),
-    "1B": ((610.9, 289.3, 384.9, 469.7, 500.3, 530.2), (16, 4)),
-    "2B": ((683.4, 417.9, 473.7, 532.7, 561.0, 590.5), (32, 8)),
-}
+if TYPE_CHECKING:
+    from moepp.training.settings import RunConfig
+
 WITHIN = 0.05  # of all slots: how far an FFN share may be from its target and still follow the formula
+LINE = 3  # points that a line takes
 
 Points = dict[str, tuple[list[float], list[float]]]  # series -> FFN compute and time, both over vanilla MoE's
 
 
-def target_share(tau: float, ffn: int, zero_computation: int) -> float:
-    return tau * ffn / (tau * ffn + zero_computation)
-
-
 def paper_points() -> Points:
-    return {
-        f"paper, {size}": (
-            [1.0, *(target_share(tau, *experts) for tau in TAUS.values())],
-            [milliseconds / times[0] for milliseconds in times],
-        )
-        for size, (times, experts) in MS.items()
-    }
+    """Of the sizes with a line's worth of rows: its 7B models are two."""
+    points = {}
+    for size, rows in PAPER.items():
+        base = rows["vanilla"].expert_forward_ms
+        if len(rows) >= LINE:
+            points[f"paper, {size.upper()}"] = (
+                [row.ffn_share for row in rows.values()],
+                [row.expert_forward_ms / base for row in rows.values()],
+            )
+    return points
 
 
 def measure(context: StudyContext) -> StudyReport:
@@ -40,7 +43,8 @@ def measure(context: StudyContext) -> StudyReport:
 
     time_arms(context.directories["tau"])
     results = context.results("tau")
-    points = _our_points(results) | paper_points()
+    arms = [arm for arm in ("vanilla", *TAUS) if arm in results.runs]
+    points = _our_points(results, arms) | paper_points()
     lines = {series: fit_line(*xy) for series, xy in points.items()}
     claims = (*_share_claims(results), *(_fixed_part(series, line) for series, line in lines.items()))
     fits = tuple(
@@ -52,17 +56,27 @@ def measure(context: StudyContext) -> StudyReport:
         "Time = fixed part + slope x FFN compute, over vanilla MoE's time and compute; ± is the half width of a 95 %"
         " interval over the points of the series."
     )
-    fit_table = Table("fits", caption, columns, fits)
+    paths = {arm: next(iter(context.run_directories("tau", arm).values())) for arm in arms}
+    tables = (_compute_table(results, paths), Table("fits", caption, columns, fits))
     return StudyReport(
-        (_compute_table(results), fit_table), (_plot(points, lines),), claims, setup={"timing": results.timing_setup}
+        tables, (_plot(points, lines),), claims, notes=_missing(arms), setup={"timing": results.timing_setup}
     )
 
 
-def _our_points(results: SweepResults) -> Points:
+def _missing(arms: list[str]) -> tuple[str, ...]:
+    missing = [arm for arm in ("vanilla", *TAUS) if arm not in arms]
+    lines = "" if "vanilla" in arms and len(arms) >= LINE else ", so no line is fitted to our times"
+    return (f"No finished run of {', '.join(missing)}{lines}.",) if missing else ()
+
+
+def _our_points(results: SweepResults, arms: list[str]) -> Points:
+    """None where vanilla MoE or too many arms have not run."""
+    if "vanilla" not in arms or len(arms) < LINE:
+        return {}
     points = {}
     for routing in ROUTINGS:
-        times = [results.expert_times[arm, routing] for arm in ("vanilla", *TAUS)]
-        base = times[0]
+        times = [results.expert_times[arm, routing] for arm in arms]
+        base = results.expert_times["vanilla", routing]
         points[f"here, {routing} routing"] = (
             [time.ffn_width / base.ffn_width for time in times],
             [time.median_ms / base.median_ms for time in times],
@@ -70,27 +84,47 @@ def _our_points(results: SweepResults) -> Points:
     return points
 
 
-def _compute_table(results: SweepResults) -> Table:
+def _compute_table(results: SweepResults, paths: Mapping[str, Path]) -> Table:
+    from moepp.config import load
+    from moepp.training.settings import RunConfig
+
     rows = []
-    for arm, tau in (("vanilla", None), *TAUS.items()):
-        counts = next(iter(results.runs[arm].values())).experts
-        zero_computation = sum(counts[kind] for kind in ("zero", "copy", "constant"))
-        target = 1.0 if tau is None else target_share(tau, counts["ffn"], zero_computation)
-        learned, balanced = (results.expert_times[arm, routing].median_ms for routing in ROUTINGS)
-        executed = (results.mean(arm, metric) for metric in ("ffn_share", "ffn_per_token", "flops_per_token"))
-        rows.append((arm, target, *executed, learned, balanced))
-    columns = ("arm", "FFN share, Table 1", "FFN share, executed", "FFN experts per token", "forward FLOPs per token",
-               "learned routing, ms", "balanced routing, ms")  # fmt: skip
-    caption = "Expert compute by formula and as executed (means over seeds), and expert forward times."
+    for arm, path in paths.items():
+        config, experts = load(RunConfig, path / "config.yaml"), next(iter(results.runs[arm].values())).experts
+        share, used = results.mean(arm, "ffn_share"), results.mean(arm, "ffn_per_token")
+        times = (results.expert_times[arm, routing].median_ms for routing in ROUTINGS)
+        flops = (expert_flops(config), expert_flops(config, used))
+        rows.append((arm, _target(arm, experts), share, used, *flops, *times))
+    columns = ("arm", "FFN share, Table 1", "FFN share, executed", "FFN experts per token",
+               "expert FLOPs per token, Table 1", "expert FLOPs per token, executed", "learned routing, ms",
+               "balanced routing, ms")  # fmt: skip
+    caption = (
+        "Expert compute by formula and as executed (means over seeds; forward FLOPs of all layers' FFN and constant"
+        " experts, without router and attention), and expert forward times."
+    )
     return Table("compute", caption, columns, tuple(rows))
 
 
-def _share_claims(results: SweepResults) -> list[Claim]:
-    claims = []
-    for arm, tau in TAUS.items():
-        counts = next(iter(results.runs[arm].values())).experts
-        target = target_share(tau, counts["ffn"], counts["zero"] + counts["copy"] + counts["constant"])
-        share = results.estimate(arm, "ffn_share")
+def expert_flops(config: "RunConfig", ffn_per_token: float | None = None) -> float:
+    """Forward FLOPs per token of the experts: with so many FFN experts in a layer, or those of a balanced one. Zero
+    and copy experts cost none.
+    """
+    from moepp.models.budget import forward_flops
+
+    part = forward_flops(config.model, config.data.seq_len, ffn_per_token)
+    return part["ffn_experts"] + part["constant_experts"]
+
+
+def _target(arm: str, counts: Mapping[str, int]) -> float:
+    zero_computation = sum(counts[kind] for kind in ("zero", "copy", "constant"))
+    return balanced_share(TAUS[arm], counts["ffn"], zero_computation) if arm in TAUS else 1.0
+
+
+def _share_claims(results: SweepResults) -> Iterable[Claim]:
+    for arm in TAUS:
+        if (share := results.estimate(arm, "ffn_share")) is None:
+            continue
+        target = _target(arm, next(iter(results.runs[arm].values())).experts)
         off, half = share.mean - target, share.half_width
         verdict = "undecided"  # until the whole interval lies inside the band or outside
         if half is not None and abs(off) + half < WITHIN:
@@ -98,8 +132,7 @@ def _share_claims(results: SweepResults) -> list[Claim]:
         elif half is not None and abs(off) - half > WITHIN:
             verdict = "fails"
         statement = f"{arm}: the executed FFN share is within {WITHIN} of {target:.3f}, off by"
-        claims.append(Claim(statement, verdict, off, *((None, None) if half is None else (off - half, off + half))))
-    return claims
+        yield Claim(statement, verdict, off, *((None, None) if half is None else (off - half, off + half)))
 
 
 def _fixed_part(series: str, line: Line) -> Claim:
@@ -143,7 +176,7 @@ STUDY = Study(
     notes=(
         "The paper's points are its Table 3, with the FFN share that the formula promises: what its models reached is"
         " not printed.",
-        "Intervals are over the points of a line, six each, not over repeats; a time is the median that"
+        "Intervals are over the points of a line, not over repeats; a time is the median that"
         " provenance.json describes.",
     ),
 )

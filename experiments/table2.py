@@ -5,7 +5,12 @@ many. The paper does not say whether activated parameters count the embeddings. 
 with top-2 for vanilla MoE and with the FFN experts of a balanced layer at tau 0.75 for MoE++.
 """
 
+from typing import TYPE_CHECKING
+
 from moepp.analysis.study import Claim, Study, StudyContext, StudyReport, Table
+
+if TYPE_CHECKING:
+    from moepp.models.decoder import DecoderConfig
 
 PAPER = {  # size -> (activated, total) as printed, in billions
     "0.6b": ("0.2", "0.6"),
@@ -13,7 +18,8 @@ PAPER = {  # size -> (activated, total) as printed, in billions
     "2b": ("0.2", "2"),
     "7b": ("1.2", "7"),
 }
-SHAPES = {  # layers, width, FFN width, heads, head width; FFN + zero/copy/constant experts
+NUMBERS = ("layers", "width", "FFN width", "heads", "head width")
+SHAPES = {  # NUMBERS; FFN + zero/copy/constant experts
     "0.6b": (12, 768, 2048, 12, 64, "8 + 1/1/2"),
     "1b": (12, 768, 2048, 12, 64, "16 + 1/1/2"),
     "2b": (12, 768, 2048, 12, 64, "32 + 1/1/6"),
@@ -46,10 +52,11 @@ def measure(context: StudyContext) -> StudyReport:
                 )
                 vanilla = used
             else:
+                claims.append(_shape_claim(size, config))
                 below = "holds" if used <= vanilla else "fails"
                 claims.append(Claim(f"{size}: MoE++ activates at most as many as vanilla MoE", below, paper="<="))
-    columns = ("size", "model", "experts: FFN + zero/copy/constant", "total", "paper",
-               "activated", "without input embedding", "paper",
+    columns = ("size", "model", "experts: FFN + zero/copy/constant", "total", "paper: total",
+               "activated", "activated without input embedding", "paper: activated",
                "residual and constant experts")  # fmt: skip
     return StudyReport(
         (
@@ -62,6 +69,17 @@ def measure(context: StudyContext) -> StudyReport:
         ),
         claims=tuple(claims),
     )
+
+
+def _shape_claim(size: str, config: "DecoderConfig") -> Claim:
+    """Of the MoE++ model: vanilla MoE has the same shape without zero-computation experts."""
+    experts = config.experts
+    ours = (config.layers, config.dim, config.hidden, config.heads, config.head_dim,
+            f"{experts.ffn} + {experts.zero}/{experts.copy}/{experts.constant}")  # fmt: skip
+    names = (*NUMBERS, "experts")
+    wrong = [f"{name} {a}, not {b}" for name, a, b in zip(names, ours, SHAPES[size], strict=True) if a != b]
+    statement = f"{size}: {', '.join(names[:-1])} and experts are the paper's"
+    return Claim(statement, "fails" if wrong else "holds", note="; ".join(wrong))
 
 
 def _claim(what: str, count: int, label: str) -> Claim:
@@ -81,7 +99,7 @@ STUDY = Study(
         Table(
             "paper_shapes",
             "Table 2 of the paper.",
-            ("size", "layers", "width", "FFN width", "heads", "head width", "experts", "activated, B", "total, B"),
+            ("size", *NUMBERS, "experts", "activated, B", "total, B"),
             tuple((size, *SHAPES[size], *labels) for size, labels in PAPER.items()),
         ),
     ),

@@ -1,21 +1,59 @@
 """How much FFN compute can MoE++ give up before quality falls below vanilla MoE?
 
-Paper, Table 3 (100B tokens, one seed): tau 0.1, 0.25, 0.5, 0.75 and 1.0 at three sizes. Shown here is its 0.6B/(8+4)E
-model, whose expert set size=tiny has: the average over nine tasks is 44.3 for vanilla MoE and 43.4 / 44.9 / 44.9 /
-45.6 / 44.5 for these tau, the expert forward 535 ms and 202 / 278 / 387 / 428 / 450 ms. Expected here: FFN experts per
-token and expert time rise with tau, time less than in proportion; loss falls with tau, neighbours within noise; short
-runs may miss the FFN share that tau aims at.
+Paper, Table 3 (100B tokens, one seed): tau 0.1, 0.25, 0.5, 0.75 and 1.0 at 0.6B, 1B and 2B, tau 0.75 alone at 7B. Runs
+of one of these sizes stand beside its rows, others beside the 0.6B/(8+4)E model, whose expert set size=tiny and
+size=small have: the average over nine tasks is 44.3 for vanilla MoE and 43.4 / 44.9 / 44.9 / 45.6 / 44.5 for these tau,
+the expert forward 535 ms and 202 / 278 / 387 / 428 / 450 ms. Expected here: FFN experts per token and expert time rise
+with tau, time less than in proportion; loss falls with tau, neighbours within noise; short runs may miss the FFN share
+that tau aims at.
 """
 
-from moepp.analysis.experiment import Contrast, Experiment, PaperRow
+from moepp.analysis.experiment import Contrast, Experiment, PaperRow, Trend
+from moepp.analysis.targets import balanced_share
 
-VANILLA_MS = 535.3  # expert forward
+TAUS = {"tau_0.10": 0.1, "tau_0.25": 0.25, "tau_0.50": 0.5, "tau_0.75": 0.75, "tau_1.00": 1.0}
 
 
-def _row(tau: float, expert_forward_ms: float, *scores: float) -> PaperRow:
-    """The FFN share follows from Eq. 8 with 8 FFN and 4 zero-computation experts."""
-    return PaperRow(scores, ffn_share=8 * tau / (8 * tau + 4), speedup=VANILLA_MS / expert_forward_ms)
+def _rows(ffn: int, zero_computation: int, printed: dict[str, tuple[float, tuple[float, ...]]]) -> dict[str, PaperRow]:
+    """`printed` has the expert forward in ms and the scores; the FFN share follows from Eq. 8."""
+    vanilla_ms = printed["vanilla"][0]
+    shares = {arm: balanced_share(tau, ffn, zero_computation) for arm, tau in TAUS.items()} | {"vanilla": 1.0}
+    return {
+        arm: PaperRow(scores, shares[arm], ms, speedup=None if arm == "vanilla" else vanilla_ms / ms)
+        for arm, (ms, scores) in printed.items()
+    }
 
+
+PAPER = {
+    "0.6b": _rows(8, 4, {
+        "vanilla": (535.3, (76.6, 67.3, 50.2, 47.6, 40.3, 25.3, 50.9, 38.7, 1.5)),
+        "tau_0.10": (202.4, (73.1, 65.1, 51.9, 46.0, 36.1, 27.5, 57.6, 33.2, 0.3)),
+        "tau_0.25": (277.8, (74.8, 66.5, 51.1, 48.4, 39.7, 27.8, 55.9, 38.3, 1.2)),
+        "tau_0.50": (387.3, (74.9, 68.4, 49.3, 48.9, 40.7, 27.3, 56.5, 37.4, 1.1)),
+        "tau_0.75": (427.6, (76.5, 67.6, 51.9, 50.1, 41.8, 28.7, 54.2, 38.7, 1.1)),
+        "tau_1.00": (449.6, (75.9, 67.6, 52.2, 49.0, 41.7, 26.9, 46.1, 39.6, 1.1)),
+    }),
+    "1b": _rows(16, 4, {
+        "vanilla": (610.9, (79.3, 68.4, 54.2, 48.9, 43.7, 27.5, 41.2, 42.5, 2.1)),
+        "tau_0.10": (289.3, (76.3, 67.6, 51.1, 48.5, 40.0, 26.4, 60.8, 40.5, 0.9)),
+        "tau_0.25": (384.9, (77.4, 68.3, 50.2, 48.2, 42.5, 27.2, 57.2, 40.2, 2.1)),
+        "tau_0.50": (469.7, (77.5, 67.6, 52.5, 49.7, 44.3, 27.0, 50.7, 42.5, 2.4)),
+        "tau_0.75": (500.3, (78.3, 70.3, 51.7, 49.7, 44.6, 27.6, 46.3, 43.9, 2.4)),
+        "tau_1.00": (530.2, (79.3, 69.5, 52.5, 51.5, 44.6, 27.8, 52.2, 45.3, 1.8)),
+    }),
+    "2b": _rows(32, 8, {
+        "vanilla": (683.4, (77.9, 70.0, 51.6, 51.6, 46.0, 28.1, 41.2, 43.9, 2.9)),
+        "tau_0.10": (417.9, (76.0, 68.2, 52.3, 49.7, 42.7, 28.7, 58.0, 39.1, 1.8)),
+        "tau_0.25": (473.7, (76.2, 69.4, 52.6, 51.7, 46.0, 28.6, 54.3, 42.3, 1.8)),
+        "tau_0.50": (532.7, (78.4, 70.0, 54.2, 50.6, 47.0, 26.7, 45.1, 43.5, 2.2)),
+        "tau_0.75": (561.0, (79.6, 70.2, 51.9, 51.4, 47.3, 27.7, 48.2, 46.0, 3.6)),
+        "tau_1.00": (590.5, (81.7, 69.8, 53.6, 52.4, 47.7, 25.7, 58.4, 44.9, 3.0)),
+    }),
+    "7b": _rows(16, 4, {
+        "vanilla": (1859.0, (78.3, 72.6, 58.8, 53.1, 61.3, 27.8, 53.7, 57.2, 8.2)),
+        "tau_0.75": (1455.0, (80.1, 73.6, 58.2, 53.6, 61.8, 28.3, 56.0, 57.0, 9.0)),
+    }),
+}  # fmt: skip
 
 EXPERIMENT = Experiment(
     name="table3",
@@ -23,24 +61,20 @@ EXPERIMENT = Experiment(
     question="How much FFN compute can MoE++ give up before quality falls below vanilla MoE?",
     reference="Table 3",
     sweep="tau",
-    arms=("vanilla", "tau_0.10", "tau_0.25", "tau_0.50", "tau_0.75", "tau_1.00"),
+    arms=("vanilla", *TAUS),
     tasks=("SciQ", "PIQA", "WinoGrande", "ARC-E", "HellaSwag", "LogiQA", "BoolQ", "LAMBADA", "NQ"),
-    noisy_task="BoolQ",  # without it every tau below 0.75 is within 0.1 points of vanilla MoE or under it
-    paper={
-        "vanilla": PaperRow((76.6, 67.3, 50.2, 47.6, 40.3, 25.3, 50.9, 38.7, 1.5), ffn_share=1.0),
-        "tau_0.10": _row(0.10, 202.4, 73.1, 65.1, 51.9, 46.0, 36.1, 27.5, 57.6, 33.2, 0.3),
-        "tau_0.25": _row(0.25, 277.8, 74.8, 66.5, 51.1, 48.4, 39.7, 27.8, 55.9, 38.3, 1.2),
-        "tau_0.50": _row(0.50, 387.3, 74.9, 68.4, 49.3, 48.9, 40.7, 27.3, 56.5, 37.4, 1.1),
-        "tau_0.75": _row(0.75, 427.6, 76.5, 67.6, 51.9, 50.1, 41.8, 28.7, 54.2, 38.7, 1.1),
-        "tau_1.00": _row(1.00, 449.6, 75.9, 67.6, 52.2, 49.0, 41.7, 26.9, 46.1, 39.6, 1.1),
-    },
+    noisy_task="BoolQ",  # without it no tau of 0.5 or less is more than 0.1 points above vanilla MoE at any size
+    paper=PAPER["0.6b"],
+    paper_size="0.6b",
+    paper_sizes=PAPER,
     contrasts={  # <- the intervention, from the default tau down and up
         "tau 0.10 in place of 0.75": Contrast(on=("tau_0.10",), off=("tau_0.75",)),
         "tau 1.00 in place of 0.75": Contrast(on=("tau_1.00",), off=("tau_0.75",)),
     },
+    trend=Trend("tau", {"MoE++": TAUS}),
     notes=(
-        "The paper's FFN share is the target of its Eq. 8, ours is measured: where they differ, the balance loss had"
-        " not reached its balance, and quality and speed are those of the share reached.",
+        "The paper's FFN share is the target of its Eq. 8, ours is measured: where it differs from our own target, the"
+        " balance loss had not reached its balance, and quality and speed are those of the share reached.",
         "The paper's speed-up is its vanilla MoE's expert forward time over the arm's (its throughput gain plus one);"
         " batch, precision and what exactly is timed are not stated.",
         "The paper's best tau depends on the size: 0.75 at 0.6B, 1.0 at 1B and 2B.",

@@ -23,6 +23,7 @@ EXPERIMENT = Experiment(
         "no_residual": PaperRow((69.0, 51.3, 50.8, 44.1, 27.5, 46.2, 43.8), ffn_share=12 / 16),
         "zero+copy+constant": TABLE5.paper["zero+copy+constant"],
     },
+    paper_size=TABLE5.paper_size,
     contrasts={
         "the gating residual": Contrast(on=("zero+copy+constant",), off=("no_residual",)),  # <- the intervention
     },

@@ -7,9 +7,11 @@ from typing import Any
 
 from experiments import discover
 from moepp.analysis.experiment import Experiment
+from moepp.analysis.rerun import reproduce_command
+from moepp.analysis.results import load_sweep_results
 from moepp.analysis.study import Runs, Study, StudyContext
 from moepp.errors import RunError, UsageError
-from moepp.records import read_json
+from moepp.records import read_json, write_json
 
 RESULTS = Path("results")
 
@@ -82,7 +84,12 @@ def _task_scorer(flags: Mapping[str, str]) -> Callable[[Path], None]:
     folder, limit = flags.get("tasks_dir"), flags.get("limit")
     asked = (flags["tasks"], Path(folder) if folder else None, int(limit) if limit else None)
     check_request(*asked)
-    return lambda directory: evaluate_sweep(directory, *asked)
+
+    def score(directory: Path) -> None:
+        evaluate_sweep(directory, *asked)
+        write_json(directory / "tasks.json", flags)  # for reports to say how they are made
+
+    return score
 
 
 def report(name: str, scale: str, runs: Path | str) -> None:
@@ -130,10 +137,9 @@ def _reproduce_study(
     needed = () if options.get("weights") else study.runs  # a checkpoint takes the place of trained runs
     directories = {runs.sweep: _train(runs, scale, workers, overrides, seeds) for runs in needed}
     found = study.measure(StudyContext(scale, directories, options))
-    words = [f"python run.py reproduce {study.name} --scale {scale}", *arguments]
-    words += [f"--{key.replace('_', '-')} {value}" for key, value in flags.items()]
-    folder = RESULTS / study.name / scale
-    write_study(study, found, folder, _provenance(" ".join(words), scale, directories))
+    command = reproduce_command(study.name, scale, arguments, seeds or (), flags)
+    folder = _folder(study.name, scale, directories)
+    write_study(study, found, folder, _provenance(command, scale, directories))
     print(terminal_study(found))
     print(f"\nreport: {folder / 'report.md'}")
 
@@ -165,17 +171,27 @@ def _provenance(command: str, scale: str, directories: Mapping[str, Path]) -> di
     return {"command": command, "scale": scale, **about, "runs": trials}
 
 
+def _folder(name: str, scale: str, directories: Mapping[str, Path]) -> Path:
+    """results/<name>/<scale>/; with the size, as in gpu-1b, where the runs have another than the scale's own."""
+    from moepp.sweeps.spec import load_sweep
+
+    for sweep, directory in directories.items():
+        size = load_sweep_results(directory).size
+        if size not in ("", load_sweep(sweep).size(scale)):
+            return RESULTS / name / f"{scale}-{size}"
+    return RESULTS / name / scale
+
+
 def _write_comparison(experiment: Experiment, directory: Path) -> None:
     from moepp.analysis.comparison import compare
     from moepp.analysis.report import report_metrics, report_note, write_report
-    from moepp.analysis.results import load_sweep_results
     from moepp.analysis.tables import terminal_table
     from moepp.config import load
     from moepp.training.settings import RunConfig
     from moepp.training.tracking import log_report
 
     results = load_sweep_results(directory)
-    folder = RESULTS / experiment.name / results.scale
+    folder = _folder(experiment.name, results.scale, {experiment.sweep: directory})
     files = write_report(experiment, results, folder)
     comparison = compare(experiment, results)
     first = read_json(directory / "sweep.json")["trials"][0]["path"]

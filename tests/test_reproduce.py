@@ -3,9 +3,11 @@ from dataclasses import replace
 import pytest
 from analysis.synthetic_sweep import write_sweep
 
+from experiments import discover
 from moepp import reproduce
 from moepp.analysis.study import Runs, Study, StudyReport, Table
 from moepp.errors import UsageError
+from moepp.records import read_json, write_json
 
 
 @pytest.fixture
@@ -39,13 +41,13 @@ def test_a_study_trains_the_arms_it_needs_and_takes_its_own_options(study, seen,
         return write_sweep(tmp_path / "sweep", {"vanilla": {3: 3.0}})
 
     monkeypatch.setattr("moepp.sweeps.runner.run_sweep", run_sweep)
-    reproduce.reproduce("demo", "smoke", 1, ["pos=words.jsonl", "runs=here"], seeds=[3])
+    reproduce.reproduce("demo", "smoke", 1, ["pos=my words.jsonl", "runs=here"], seeds=[3])
     assert asked == [{"vanilla"}, "smoke", 1, ["runs=here"], [3]]
     [context] = seen
-    assert context.scale == "smoke" and context.options == {"pos": "words.jsonl"}
+    assert context.scale == "smoke" and context.options == {"pos": "my words.jsonl"}
     assert list(context.run_directories("gating_residual", "vanilla")) == [3]
     report = (tmp_path / "results/demo/smoke/report.md").read_text()
-    assert "Made by `python run.py reproduce demo --scale smoke pos=words.jsonl runs=here`" in report
+    assert "Made by `python run.py reproduce demo --scale smoke --seeds 3 'pos=my words.jsonl' runs=here`" in report
     assert "report: results/demo/smoke/report.md" in capsys.readouterr().out
 
 
@@ -81,6 +83,18 @@ def test_a_study_is_not_rebuilt_from_records(study):
         reproduce.report("demo", "smoke", "runs")
 
 
+@pytest.mark.parametrize(("size", "folder"), [("small", "gpu"), ("1b", "gpu-1b"), (None, "gpu")])
+def test_runs_of_another_size_are_reported_beside_those_of_the_scales_own(monkeypatch, tmp_path, size, folder):
+    monkeypatch.chdir(tmp_path)
+    directory = write_sweep(tmp_path / "runs/tau-gpu", {arm: {0: 3.0, 1: 3.1} for arm in discover()["table3"].arms})
+    write_json(directory / "sweep.json", read_json(directory / "sweep.json") | {"scale": "gpu"})
+    for config in directory.glob("trials/*/config.yaml"):
+        tags = f"tags: {{size: {size}}}\n" if size else ""
+        config.write_text(f"{tags}tracking: {{backend: jsonl}}\n{config.read_text()}")
+    reproduce.report("table3", "gpu", "runs")
+    assert [path.parent.name for path in (tmp_path / "results/table3").glob("*/report.md")] == [folder]
+
+
 def test_a_flag_that_no_comparison_takes_is_refused():
     with pytest.raises(UsageError, match="--tasks-dir belongs to --tasks"):
         reproduce.reproduce("table5", "smoke", flags={"tasks_dir": "x"})
@@ -103,6 +117,7 @@ def test_trials_are_scored_on_tasks_between_training_and_report(monkeypatch, tmp
     monkeypatch.setattr(reproduce, "_write_comparison", lambda *_: done.append("reported"))
     reproduce.reproduce("table5", "smoke", flags={"tasks": "sciq", "tasks_dir": str(tmp_path), "limit": "5"})
     assert done == ["trained", "timed", (tmp_path, "sciq", tmp_path, 5), "reported"]
+    assert read_json(tmp_path / "tasks.json") == {"tasks": "sciq", "tasks_dir": str(tmp_path), "limit": "5"}
     with pytest.raises(UsageError, match="is no folder"):
         reproduce.reproduce("table5", "smoke", flags={"tasks": "sciq", "tasks_dir": "nowhere"})
     assert len(done) == 4  # what cannot be scored is said before anything is trained

@@ -89,7 +89,10 @@ class Comparison:
 
 
 def compare(experiment: Experiment, results: SweepResults) -> Comparison:
-    """Raises UsageError when the sweep's baseline is no arm of the experiment, or no arm of it has a finished run."""
+    """Beside the paper's numbers of the runs' size, where it has some. Raises UsageError when the sweep's baseline is
+    no arm of the experiment, or no arm of it has a finished run.
+    """
+    experiment = experiment.at_size(results.size)
     if results.baseline not in experiment.arms:
         raise UsageError(
             f"sweep {results.name} has baseline '{results.baseline}', which is no arm of experiment {experiment.name};"
@@ -145,11 +148,11 @@ def _noise(baseline: Sequence[float], differences: Sequence[Difference]) -> Nois
 
 
 def _ordering(experiment: Experiment, loss: Losses) -> Ordering:
-    average = {arm: experiment.paper[arm].average for arm in experiment.arms}
-    other_tasks = {arm: experiment.average_without_noisy_task(arm) for arm in experiment.arms}
+    average = {arm: row.average for arm, row in experiment.paper.items()}
+    other_tasks = {arm: experiment.average_without_noisy_task(row) for arm, row in experiment.paper.items()}
     ranked = {
         (better, worse): Contrast((better,), (worse,))
-        for better, worse in permutations(experiment.arms, 2)
+        for better, worse in permutations(average, 2)
         if average[better] > average[worse]
     }
     differences = _differences(ranked, loss)

@@ -11,6 +11,7 @@ from moepp.analysis.comparison import Comparison
 from moepp.analysis.results import ROUTINGS
 from moepp.analysis.style import BLUE, COLOURS, GREY, INK, MARKERS, axes_of, save, styled
 from moepp.analysis.tables import Rows, speedups
+from moepp.analysis.trend import trend
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -105,6 +106,11 @@ def curves(comparison: Comparison) -> "tuple[Figure, Rows] | None":
 
 
 FIGURES = {
+    "trend": (
+        trend,
+        "Validation loss against what is varied, mean and 95 % interval over the seeds of each arm by itself; where"
+        " timed, the expert forward beside it.",
+    ),
     "differences": (differences, "Differences in validation loss: every seed, the mean, its 95 % interval."),
     "speedup": (speedup, "Expert forward: measured speed-up, and the ideal if time followed FFN compute."),
     "curves": (curves, "Validation loss over training, mean over seeds; right: distance to the baseline."),

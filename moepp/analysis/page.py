@@ -12,7 +12,7 @@ from typing import Any
 from moepp.analysis.experiment import Experiment
 from moepp.analysis.study import SCALES, Study
 from moepp.analysis.study_report import markdown_tables
-from moepp.analysis.tables import NONE, markdown
+from moepp.analysis.tables import NONE, markdown, paper_table
 from moepp.records import read_json
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -104,10 +104,10 @@ def _assemble(
 
 
 def _reports(folder: Path) -> list[Report]:
-    """Of all scales, the largest first."""
+    """Of all scales, the largest first; `gpu-1b`, of another size than the scale's own, after `gpu`."""
     found = [Report.read(path.parent) for path in sorted(folder.glob("*/report.md"))]
     order = {scale: rank for rank, scale in enumerate(reversed(SCALES))}
-    return sorted(found, key=lambda report: order.get(report.scale, len(order)))
+    return sorted(found, key=lambda report: order.get(report.scale.partition("-")[0], len(order)))
 
 
 def _report(report: Report, opened: bool) -> str:
@@ -150,11 +150,7 @@ def _command(experiment: Experiment | Study) -> str:
 def _paper(experiment: Experiment | Study) -> str:
     if isinstance(experiment, Study):
         return markdown_tables(experiment.paper)
-    rows = [["arm", *experiment.tasks, "average", "FFN share", "speed-up"]]
-    for arm, paper in experiment.paper.items():
-        scores = [f"{score:.1f}" for score in (*paper.scores, paper.average)]
-        rows.append([arm, *scores, f"{paper.ffn_share:.3f}", f"{paper.speedup:.2f}" if paper.speedup else NONE])
-    return markdown(rows) if experiment.paper else ""
+    return markdown(paper_table(experiment)) if experiment.paper else ""
 
 
 def _html(text: str, folder: Path | None = None) -> str:

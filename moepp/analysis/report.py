@@ -14,8 +14,9 @@ from typing import Any
 from moepp.analysis import figures, tables
 from moepp.analysis.comparison import Comparison, compare
 from moepp.analysis.experiment import Experiment
+from moepp.analysis.rerun import reproduce_command
 from moepp.analysis.results import Run, SweepResults
-from moepp.analysis.task_tables import TaskColumns, task_columns
+from moepp.analysis.task_tables import TaskColumns, paper_accuracy, task_columns
 from moepp.analysis.verdict import held_equal, missing_runs, noise_floor, verdict
 from moepp.records import write_text
 
@@ -31,7 +32,8 @@ How much longer the baseline trains until its validation loss is as low as the a
 mean over paired seeds, with its 95 % interval), times the arm's training speed over the baseline's, is the effective
 speed-up in time. Above 1 the arm is ahead. `≥`: in some seed the baseline never got there, and its end is taken;
 `≤`: it was there by its first validation. The baseline's earlier losses come from a learning rate not yet decayed, so
-these numbers flatter the arm; training speeds are of trials that shared the machine."""
+these numbers flatter the arm; training speeds are of trials that shared the machine. A baseline's curve has
+{validations} validations, and between two of them the loss is taken for a straight line."""
 
 MEASURED = "Activated parameters and FLOPs are those of the FFN experts that tokens reached, not of the nominal top-k."
 
@@ -98,7 +100,8 @@ def report_note(comparison: Comparison) -> str:
 def _report(comparison: Comparison, tasks: TaskColumns | None, drawn: list[figures.Drawn]) -> str:
     experiment, results = comparison.experiment, comparison.results
     seeds = sorted({run.seed for run in _runs(experiment, results)})
-    beside = f" Beside the paper's {experiment.reference} (MoE++, arXiv 2410.07348)." if experiment.paper else ""
+    beside = f" Beside the paper's {experiment.reference} (MoE++, arXiv 2410.07348)" if experiment.paper else ""
+    beside += f", its {experiment.paper_size.upper()} model." if experiment.paper else ""
     about = [
         f"**{experiment.question}**{beside}",
         f"Sweep `{results.name}`, scale `{results.scale}`, seeds {', '.join(map(str, seeds))},"
@@ -111,12 +114,13 @@ def _report(comparison: Comparison, tasks: TaskColumns | None, drawn: list[figur
         "Verdict": _bullets(verdict(comparison)),
         "Quality": f"{tables.markdown(tables.quality_table(comparison))}\n\n{HOW_TO_READ}",
         "Effects": tables.markdown(tables.effects_table(comparison)),
-        **({"Downstream tasks": _tasks(tasks, results)} if tasks else {}),
+        **({"Downstream tasks": _tasks(tasks, comparison)} if tasks else {}),
         "Compute and speed": f"{tables.markdown(tables.cost_table(comparison))}\n\n{_timing(results)}",
-        "Effective speed-up": f"{tables.markdown(tables.effective_table(comparison))}\n\n{EFFECTIVE}",
+        "Effective speed-up": f"{tables.markdown(tables.effective_table(comparison))}\n\n{_effective(results)}",
         "Figures": "\n\n".join(f"![{f.caption}]({f.name}.svg)\n\n{f.caption} [Data]({f.name}.csv)." for f in drawn),
         "Noise floor": _bullets(noise_floor(comparison)),
         "What is held equal, and what is not": f"{equal}\n\n{budgets}\n\n{MEASURED}",
+        **({"The paper's numbers": _paper(experiment)} if experiment.paper else {}),
         ("What the paper leaves open" if experiment.paper else "Notes"): _bullets(experiment.notes),
     }
     if missing := missing_runs(experiment, results):
@@ -125,9 +129,26 @@ def _report(comparison: Comparison, tasks: TaskColumns | None, drawn: list[figur
     return "\n\n".join(body) + "\n"
 
 
-def _tasks(tasks: TaskColumns, results: SweepResults) -> str:
+def _effective(results: SweepResults) -> str:
+    counts = sorted({len(run.curve) for run in results.runs.get(results.baseline, {}).values()})
+    fewest_and_most = dict.fromkeys([*counts[:1], *counts[-1:]])
+    return EFFECTIVE.format(validations=" to ".join(map(str, fewest_and_most)) or "no")
+
+
+def _paper(experiment: Experiment) -> str:
+    said = "Scores in %, as printed; averages are over these tasks. FFN shares follow from its Eq. 8."
+    if len(experiment.paper_sizes) > 1:
+        said += f" The {experiment.paper_size.upper()} rows are those beside ours."
+    return f"{said}\n\n{tables.markdown(tables.paper_table(experiment))}"
+
+
+def _tasks(tasks: TaskColumns, comparison: Comparison) -> str:
+    results, experiment = comparison.results, comparison.experiment
+    paper = paper_accuracy(experiment, tasks.tasks)
+    beside = f"The paper's, of its {experiment.paper_size.upper()} model:\n\n{tables.markdown(paper)}\n\n"
     return (
         f"Accuracy in % (exact match for NQ), n examples each:\n\n{tables.markdown(tasks.accuracy)}\n\n"
+        f"{beside if paper else ''}"
         f"Bits per byte of the gold answer: of {results.baseline}, and the other arms minus {results.baseline}, paired"
         f" by seed. Intervals hold the seeds' scatter on the same examples, and none is corrected for the number of"
         f" tasks:\n\n{tables.markdown(tasks.bits_per_byte)}"
@@ -176,7 +197,7 @@ def _runs(experiment: Experiment, results: SweepResults) -> list[Run]:
 
 
 def _command(experiment: Experiment, results: SweepResults) -> str:
-    return f"python run.py reproduce {experiment.name} --scale {results.scale}"
+    return reproduce_command(experiment.name, results.scale, results.overrides, results.seeds, results.scored)
 
 
 def _utc(milliseconds: int) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moepp.analysis.statistics import Estimate, mean_interval
+from moepp.analysis.targets import target_share
 from moepp.errors import UsageError
 from moepp.records import RunRecord, read_json
 
@@ -22,7 +23,9 @@ class Run:
     record: str  # name of the record's directory, the identity of its config
     final: dict[str, float]
     budget: dict[str, float]
+    size: str  # a file of conf/size, such as `1b`; empty where the record names none
     experts: dict[str, int]  # ffn, zero, copy, constant, shared; empty for a dense model
+    target_share: float | None  # of all slots, what the balance aims to send to FFN experts
     provenance: dict[str, Any]
     curve: tuple[tuple[float, float], ...]
     first_ms: int
@@ -55,6 +58,17 @@ class SweepResults:
     missing: dict[tuple[str, int], str] = field(default_factory=dict)  # (arm, seed) -> why there is no result
     expert_times: dict[tuple[str, str], ExpertTime] = field(default_factory=dict)  # (arm, routing)
     timing_setup: dict[str, Any] = field(default_factory=dict)  # hardware, threads, tokens, dtype, repeats, date
+    overrides: tuple[str, ...] = ()  # config values that the command line gave
+    seeds: tuple[int, ...] = ()  # of all trials, where they are not those of the sweep's file
+    scored: dict[str, str] = field(default_factory=dict)  # --tasks, --tasks-dir and --limit that scored the trials
+
+    @property
+    def size(self) -> str:
+        """That of the runs, which is the same in all arms."""
+        return next(run.size for by_seed in self.runs.values() for run in by_seed.values())
+
+    def target_share(self, arm: str) -> float | None:
+        return next((run.target_share for run in self.runs.get(arm, {}).values()), None)
 
     def by_seed(self, arm: str, metric: str) -> dict[int, float]:
         """The metric of every finished seed of `arm`, in the order of seeds."""
@@ -101,7 +115,27 @@ def load_sweep_results(directory: Path | str) -> SweepResults:
         for row in timing.pop("rows", [])
     }
     about = {key: sweep[key] for key in ("name", "scale", "baseline", "match")}
-    return SweepResults(**about, runs=runs, missing=missing, expert_times=times, timing_setup=timing)
+    return SweepResults(
+        **about,
+        runs=runs,
+        missing=missing,
+        expert_times=times,
+        timing_setup=timing,
+        overrides=_overrides(directory, sweep),
+        seeds=_other_seeds(sweep),
+        scored=read_json(directory / "tasks.json") or {},
+    )
+
+
+def _overrides(directory: Path, sweep: dict[str, Any]) -> tuple[str, ...]:
+    """Those of the runs, with the folder in which they are now."""
+    given = tuple(word for word in sweep.get("overrides", ()) if not word.startswith("runs="))
+    return given if directory.parent == Path("runs") else (*given, f"runs={directory.parent}")
+
+
+def _other_seeds(sweep: dict[str, Any]) -> tuple[int, ...]:
+    trained = sorted({trial["seed"] for trial in sweep["trials"]})
+    return () if trained == sorted(sweep.get("file_seeds", trained)) else tuple(trained)
 
 
 def _unfinished(record: RunRecord) -> str | None:
@@ -118,8 +152,8 @@ def _unfinished(record: RunRecord) -> str | None:
 
 def _read(record: RunRecord, arm: str, seed: int) -> Run:
     lines = record.metrics()
-    budget = record.read("budget.json")
-    model = record.read("config.yaml").get("model", {})
+    budget, config = record.read("budget.json"), record.read("config.yaml")
+    model = config.get("model", {})
     tokens_per_step = budget.get("tokens", 0) / max(1, lines[-1]["step"])
     return Run(
         arm=arm,
@@ -127,7 +161,9 @@ def _read(record: RunRecord, arm: str, seed: int) -> Run:
         record=record.path.name,
         final=record.final(),
         budget=budget,
+        size=config.get("tags", {}).get("size", ""),
         experts=model.get("experts", {}) if model.get("moe_every", 1) else {},
+        target_share=target_share(model),
         provenance=record.read("provenance.json"),
         curve=tuple((line["step"] * tokens_per_step, line["val/loss"]) for line in lines if "val/loss" in line),
         first_ms=lines[0]["time"],

@@ -67,14 +67,35 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def minimal_detectable_difference(std: float, n: int, level: float = 0.95, power: float = 0.8) -> float | None:
-    """The true mean that a t-test on `n` paired differences with deviation `std` finds with probability `power`.
+def minimal_detectable_difference(
+    std: float, n: int, level: float = 0.95, power: float = 0.8, paired: bool = True
+) -> float | None:
+    """The true mean that a t-test on `n` differences with deviation `std` finds with probability `power`.
 
-    Exact (noncentral t), which matters here: at n = 3 the normal approximation gives half of it. None when n < 2.
+    `paired` differences share their seed; others are of two independent samples of `n` each (n - 1 and 2n - 2 degrees
+    of freedom). Exact (noncentral t), which matters here: at n = 3 the normal approximation gives half of it. None when
+    n < 2.
     """
     if n < 2:
         return None
     from scipy.special import nctdtrinc, stdtrit
 
-    critical = stdtrit(n - 1, (1 + level) / 2)
-    return float(nctdtrinc(n - 1, 1 - power, critical)) * std / math.sqrt(n)
+    freedom = n - 1 if paired else 2 * (n - 1)
+    critical = stdtrit(freedom, (1 + level) / 2)
+    return float(nctdtrinc(freedom, 1 - power, critical)) * std / math.sqrt(n)
+
+
+def variance_ratio_interval(a: Sequence[float], b: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """The interval of the variance of `a` over that of `b`, where a[i] and b[i] belong together (Pitman 1939, Morgan
+    1939): exact for normal pairs of any correlation. Raises ValueError with fewer than three pairs or without spread.
+    """
+    n = len(a)
+    if n < 3 or len(set(a)) < 2 or len(set(b)) < 2:
+        raise ValueError("an interval of two variances needs three pairs that differ")
+    from scipy.special import stdtrit
+
+    ratio, r = statistics.variance(a) / statistics.variance(b), statistics.correlation(a, b)
+    t = float(stdtrit(n - 2, (1 + level) / 2))
+    k = 1 + 2 * (1 - r * r) * t * t / (n - 2)
+    high = k + math.sqrt(k * k - 1)
+    return ratio / high, ratio * high

@@ -2,6 +2,7 @@
 
 from moepp.analysis.comparison import Comparison, Difference
 from moepp.analysis.effective_speedup import effective_speedup
+from moepp.analysis.experiment import Experiment
 from moepp.analysis.results import ROUTINGS, SweepResults
 from moepp.analysis.statistics import Estimate
 
@@ -88,9 +89,15 @@ def quality_table(comparison: Comparison) -> Rows:
             plus_minus(results.estimate(arm, "val_accuracy")),
         ])  # fmt: skip
         if experiment.paper:
-            paper, base = experiment.paper[arm].average, experiment.paper[results.baseline].average
-            rows[-1] += [f"{paper:.1f}", NONE if arm == results.baseline else f"{paper - base:+.1f}"]
+            rows[-1] += _paper_quality(experiment, arm, results.baseline)
     return rows
+
+
+def _paper_quality(experiment: Experiment, arm: str, baseline: str) -> list[str]:
+    if arm not in experiment.paper:
+        return [NONE, NONE]
+    paper, base = experiment.paper[arm].average, experiment.paper[baseline].average
+    return [f"{paper:.1f}", NONE if arm == baseline else f"{paper - base:+.1f}"]
 
 
 def effects_table(comparison: Comparison) -> Rows:
@@ -103,14 +110,14 @@ def effects_table(comparison: Comparison) -> Rows:
         found = comparison.contrasts.get(name)
         rows.append([name, str(found.estimate.n if found else 0), signed(found), p_value(found)])
         if experiment.paper:
-            rows[-1].append(f"{experiment.paper_effect(name):+.2f}")
+            rows[-1].append(number(experiment.paper_effect(name), "+.2f"))
     return rows
 
 
 def cost_table(comparison: Comparison) -> Rows:
     """Expert compute and speed; `ideal` is the speed-up if time were proportional to the timed batch's FFN compute."""
     results, experiment = comparison.results, comparison.experiment
-    rows = [["arm", "experts: FFN + zero/copy/constant", "FFN experts per token", "FFN share"]]
+    rows = [["arm", "experts: FFN + zero/copy/constant", "FFN experts per token", "FFN share", "FFN share, target"]]
     rows[0] += [
         f"{routing}: {column}" for routing in ROUTINGS for column in ("expert forward, ms", "speed-up", "ideal")
     ]
@@ -119,15 +126,29 @@ def cost_table(comparison: Comparison) -> Rows:
         rows[0] += ["paper: FFN share", "paper: speed-up"]
     for arm in experiment.arms:
         row = [arm, experts(results, arm), number(results.mean(arm, "ffn_per_token"), ".3f")]
-        row.append(number(results.mean(arm, "ffn_share"), ".3f"))
+        row += [number(results.mean(arm, "ffn_share"), ".3f"), number(results.target_share(arm), ".3f")]
         for routing in ROUTINGS:
             time = results.expert_times.get((arm, routing))
             measured, ideal = speedups(results, arm, routing)
             row += [number(time and time.median_ms, ".2f"), number(measured, ".2f"), number(ideal, ".2f")]
         row.append(number(results.mean(arm, "tokens_per_s"), ".0f"))
         if experiment.paper:
-            row += [f"{experiment.paper[arm].ffn_share:.3f}", number(experiment.paper[arm].speedup, ".2f")]
+            paper = experiment.paper.get(arm)
+            row += [number(paper and paper.ffn_share, ".3f"), number(paper and paper.speedup, ".2f")]
         rows.append(row)
+    return rows
+
+
+def paper_table(experiment: Experiment) -> Rows:
+    """The paper's own rows; where it has several sizes, the one beside ours first."""
+    sizes = {experiment.paper_size: experiment.paper} | dict(experiment.paper_sizes)
+    rows = [["size", "arm", *experiment.tasks, "average", f"without {experiment.noisy_task}", "FFN share",
+             "expert forward, ms", "speed-up"]]  # fmt: skip
+    for size, by_arm in sizes.items():
+        for arm, row in by_arm.items():
+            means = [f"{row.average:.1f}", f"{experiment.average_without_noisy_task(row):.2f}", f"{row.ffn_share:.3f}"]
+            times = [number(row.expert_forward_ms, ".1f"), number(row.speedup, ".2f")]
+            rows.append([size.upper(), arm, *(f"{score:.1f}" for score in row.scores), *means, *times])
     return rows
 
 
@@ -175,6 +196,7 @@ def csv_table(comparison: Comparison) -> Rows:
         }
         for metric in MEASURED:
             cells |= _interval(metric, results.estimate(arm, metric))
+        cells["ffn_share_target"] = results.target_share(arm)
         cells |= _interval("difference", found.estimate if found else None)
         cells |= {"difference_n": found.estimate.n if found else None, "p": found.estimate.p_value if found else None}
         cells |= {"p_holm": found.p_holm if found else None}
@@ -187,9 +209,8 @@ def csv_table(comparison: Comparison) -> Rows:
         cells |= {"effective_tokens": effective and effective.tokens, "effective_speedup": effective and effective.time}
         cells |= {"effective_bound": effective and effective.bound.strip()}
         if experiment.paper:
-            paper = experiment.paper[arm]
-            cells |= {"paper_average": paper.average, "paper_ffn_share": paper.ffn_share}
-            cells["paper_speedup"] = paper.speedup
+            paper = experiment.paper.get(arm)
+            cells |= {f"paper_{name}": paper and getattr(paper, name) for name in ("average", "ffn_share", "speedup")}
         rows.append(cells)
     return [list(rows[0]), *(["" if value is None else str(value) for value in cells.values()] for cells in rows)]
 
@@ -229,7 +250,8 @@ def terminal_table(comparison: Comparison) -> str:
             number(results.mean(arm, "tokens_per_s"), ".0f"),
         ])  # fmt: skip
         if experiment.paper:
-            rows[-1].append(f"{experiment.paper[arm].average:.1f}")
+            paper = experiment.paper.get(arm)
+            rows[-1].append(number(paper and paper.average, ".1f"))
     legend = (
         f"loss: validation, ± 95 % interval; {ALONE} excludes 0 alone, {CORRECTED} after Holm's correction, as p is"
     )

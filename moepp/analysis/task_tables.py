@@ -3,13 +3,19 @@
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from moepp.analysis.experiment import Experiment
 from moepp.analysis.results import Run, SweepResults
 from moepp.analysis.statistics import Estimate, mean_interval, paired_difference
 from moepp.analysis.tables import ALONE, NONE, Rows, number
 from moepp.evaluation.results import ACCURACIES, GOLD, NOISY_TASK
 
-Metric = Callable[[Run], float]
+Metric = Callable[[Any], float]  # of a run, or of a row of the paper
+PRINTED = {  # the harness's names -> the paper's
+    "sciq": "SciQ", "piqa": "PIQA", "winogrande": "WinoGrande", "arc_easy": "ARC-E", "hellaswag": "HellaSwag",
+    "logiqa": "LogiQA", "boolq": "BoolQ", "lambada_openai": "LAMBADA", "nq_open": "NQ",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,17 @@ def task_columns(results: SweepResults, arms: Sequence[str]) -> TaskColumns | No
         csv.append(cells)
     values = [["" if value is None else str(value) for value in cells.values()] for cells in csv]
     return TaskColumns(tasks, accuracy, bits_rows, [list(csv[0]), *values])
+
+
+def paper_accuracy(experiment: Experiment, tasks: Sequence[str]) -> Rows | None:
+    """The paper's scores of these tasks by arm, with their means; None where it has none of them."""
+    printed = [task for task in tasks if PRINTED.get(task) in experiment.tasks]
+    if not printed or not experiment.paper:
+        return None
+    scores = {arm: dict(zip(experiment.tasks, row.scores, strict=True)) for arm, row in experiment.paper.items()}
+    columns = _columns(printed, lambda task: lambda arm: scores[arm][PRINTED[task]])
+    rows = [[arm, *(f"{score(arm):.1f}" for score in columns.values())] for arm in experiment.arms if arm in scores]
+    return [["arm", *columns], *rows]
 
 
 def _common_tasks(runs: Sequence[Run]) -> tuple[str, ...]:

@@ -21,31 +21,38 @@ def read_plan(directory: Path) -> dict[str, Any] | None:
 
 
 def promise(
-    directory: Path, sweep: Sweep, scale: str, trials: Sequence[Trial], search: Mapping[str, Any] | None = None
+    directory: Path,
+    sweep: Sweep,
+    scale: str,
+    trials: Sequence[Trial],
+    overrides: Sequence[str],
+    search: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes sweep.json, or adds what is new to it: seeds and arms may be added at any time, and none are taken away.
 
-    `search` says what a search goes through, and how many trials that makes. Raises UsageError when an arm of the sweep
-    was begun with other settings, or the search with another space: its trials would not be comparable.
+    `overrides` are those of the command, for reports to name. `search` says what a search goes through, and how many
+    trials that makes. Raises UsageError when an arm of the sweep was begun with other settings, or the search with
+    another space: its trials would not be comparable.
     """
-    known, plan = _merged(directory, sweep, scale, trials, search or {})
+    about = {"overrides": list(overrides), "file_seeds": sweep.chosen_seeds(scale), **(search or {})}
+    known, plan = _merged(directory, sweep, scale, trials, about)
     if plan == known:
         return
     with exclusive(directory / "plan"):
-        write_json(directory / "sweep.json", _merged(directory, sweep, scale, trials, search or {})[1])
+        write_json(directory / "sweep.json", _merged(directory, sweep, scale, trials, about)[1])
 
 
 def _merged(
-    directory: Path, sweep: Sweep, scale: str, trials: Sequence[Trial], search: Mapping[str, Any]
+    directory: Path, sweep: Sweep, scale: str, trials: Sequence[Trial], about: Mapping[str, Any]
 ) -> tuple[Any, Any]:
     known = read_plan(directory) or {"trials": []}
-    if known["trials"] and known.get("search") != search.get("search"):
+    if known["trials"] and known.get("search") != about.get("search"):
         raise UsageError(
             f"{directory} holds a search through another space or at other seeds, or no search; start afresh under"
             " another name or with runs=FOLDER, or remove that folder"
         )
     begun, arms = {trial["arm"] for trial in known["trials"]}, {trial.arm for trial in trials}
-    if begun and arms and not begun & arms and not search:
+    if begun and arms and not begun & arms and "search" not in about:
         raise UsageError(
             f"{directory} holds another sweep of the same name ({known.get('question', 'with other arms')}); rename one"
             " of them, or keep them apart with runs=FOLDER"
@@ -58,9 +65,9 @@ def _merged(
         entry = {"arm": trial.arm, "seed": trial.seed, "path": path, "steps": trial.config.trainer.steps}
         group = {"group": trial.group} if trial.group else {}
         promised[key] = {**entry, **group, "point": trial.point} if trial.point else {**entry, **group}
-    about = {key: getattr(sweep, key) for key in ("name", "question", "paper", "baseline", "match", "objective")}
-    about |= {"pruner": pruner} if (pruner := sweep.pruner_at(scale)) else {}
-    return known, {**about, **search, "scale": scale, "trials": list(promised.values())}
+    declared = {key: getattr(sweep, key) for key in ("name", "question", "paper", "baseline", "match", "objective")}
+    declared |= {"pruner": pruner} if (pruner := sweep.pruner_at(scale)) else {}
+    return known, {**declared, **about, "scale": scale, "trials": list(promised.values())}
 
 
 def _conflict(directory: Path, trial: Trial, path: str) -> str:

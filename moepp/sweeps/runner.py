@@ -110,7 +110,7 @@ def begin(
         else:
             if shared := share_finished_runs(trials):
                 print(f"{shared} of {len(trials)} trials are finished runs of other sweeps")
-            promise(directory, sweep, scale, trials)
+            promise(directory, sweep, scale, trials, extra)
     return Begun(directory, config, trials, search, slots)
 
 

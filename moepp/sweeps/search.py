@@ -53,7 +53,7 @@ class Search:
         """Writes sweep.json. Raises UsageError when the directory holds a search through another space, or at other
         seeds.
         """
-        promise(self.directory, self.sweep, self.scale, [], self._about())
+        promise(self.directory, self.sweep, self.scale, [], self.extra, self._about())
 
     def known(self) -> list[Trial]:
         """Proposed trials that were not returned before, whoever asked for them."""
@@ -61,7 +61,8 @@ class Search:
         fresh = {trial["arm"]: trial for trial in plan["trials"] if trial["arm"] not in self._handed_out}
         trials = [trial for name, t in fresh.items() for trial in self._trials(t["group"], name, t["point"])]
         if trials:
-            promise(self.directory, self.sweep, self.scale, trials, self._about())  # refuses arms with other settings
+            # refuses arms with other settings
+            promise(self.directory, self.sweep, self.scale, trials, self.extra, self._about())
         self._handed_out |= fresh.keys()
         return trials
 
@@ -75,7 +76,7 @@ class Search:
                 return fresh
             point = self._ask(arm, asked[arm])
             trials = self._trials(arm, f"{arm}_{asked[arm]:03d}", point)
-            promise(self.directory, self.sweep, self.scale, trials, self._about())
+            promise(self.directory, self.sweep, self.scale, trials, self.extra, self._about())
             self._handed_out.add(trials[0].arm)
             return trials
 

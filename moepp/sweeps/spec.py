@@ -60,6 +60,10 @@ class Sweep:
             runs = value if key == "runs" else runs
         return Path(runs) / f"{self.name}-{scale}"
 
+    def size(self, scale: str) -> str:
+        """The size that the scale trains where the command names no other."""
+        return self._compose(self.baseline, _layers(self.arms[self.baseline]), scale, ()).tags.get("size", "")
+
     def scale(self, name: str) -> Scale:
         if name not in self.scales:
             raise UsageError(_unknown("scale", name, self.scales))

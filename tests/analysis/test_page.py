@@ -42,8 +42,8 @@ def draw():
 
 STUDY = Study("fig9", "A & <b>figure</b>", "Does it grow?", "it does.", lambda context: None, reference="Fig. 9")
 ABSENT = Experiment(
-    "table9", "Not run", "Why not?", "sweep", ("a", "b"), reference="Table 9", tasks=("PIQA",), noisy_task="PIQA",
-    paper={"a": PaperRow((50.0,), 1.0), "b": PaperRow((51.25,), 0.5, speedup=1.5)},
+    "table9", "Not run", "Why not?", "sweep", ("a", "b"), reference="Table 9", tasks=("PIQA", "BoolQ"),
+    noisy_task="BoolQ", paper={"a": PaperRow((50.0, 40.0), 1.0), "b": PaperRow((51.25, 40.0), 0.5, speedup=1.5)},
 )  # fmt: skip
 
 
@@ -96,3 +96,14 @@ def test_text_is_escaped_and_the_largest_scale_comes_first(page):
     assert "A &amp; &lt;b&gt;figure&lt;/b&gt;" in page and "&lt;script&gt;" in page
     assert page.index('id="fig9-gpu" open') < page.index('id="fig9-smoke"')
     assert '<strong class="holds">holds</strong>' in page and "commit 0000000000" in page
+
+
+def test_runs_of_another_size_come_after_those_of_the_scales_own(tmp_path):
+    made = {"command": "python run.py", "started": "2026-01-02", "hardware": {}}
+    for scale in ("smoke", "gpu-1b", "gpu", "paper"):
+        report = StudyReport((Table("counts", "Counts.", ("n",), ((1,),)),))
+        write_study(STUDY, report, tmp_path / "fig9" / scale, {**made, "scale": scale})
+    ids = Outline(write_page([STUDY], tmp_path).read_text()).ids
+    assert [name for name in ids if name.startswith("fig9-")] == [
+        "fig9-paper", "fig9-gpu", "fig9-gpu-1b", "fig9-smoke",
+    ]  # fmt: skip

@@ -1,5 +1,6 @@
 import csv
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -7,12 +8,13 @@ from dataclasses import replace
 import pytest
 from synthetic_sweep import write_sweep, write_times
 
+from experiments.table3 import EXPERIMENT as TABLE3
 from experiments.table6 import EXPERIMENT as TABLE6
 from moepp.analysis.comparison import compare
 from moepp.analysis.report import report_metrics, write_report
 from moepp.analysis.results import load_sweep_results
 from moepp.analysis.tables import markdown, quality_table, quantity, terminal_table
-from moepp.records import write_json
+from moepp.records import read_json, write_json
 
 FULL = "zero+copy+constant"
 LOSSES = {
@@ -86,8 +88,79 @@ def test_the_report_has_the_papers_numbers_the_verdict_and_the_command(report):
     assert "nan" not in text.lower() and "Missing runs" not in text
 
 
+def test_the_paper_has_a_section_with_its_scores_by_task(report):
+    text = (report / "report.md").read_text()
+    section = text[text.index("## The paper's numbers") : text.index("## What the paper leaves open")]
+    full = f"| 1B | {FULL} | 70.3 | 51.7 | 49.7 | 44.6 | 27.6 | 46.3 | 43.9 | 47.7 | 47.97 | 0.750 | 500.3 | 1.22 |"
+    assert full in section and "| 1B | no_residual | 69.0 | 51.3 |" in section and "| 47.5 |" in section
+    assert "Beside the paper's Table 6 (MoE++, arXiv 2410.07348), its 1B model." in text
+
+
+def sized(directory, losses, model):
+    """A sweep whose runs record a size and the model that this size has."""
+    write_sweep(directory, losses)
+    for trial in read_json(directory / "sweep.json")["trials"]:
+        own = {**model, "experts": {"ffn": 16, "zero": 0, "copy": 0, "constant": 0}}
+        config = {"tags": {"size": "1b"}, "model": own if trial["arm"] == "vanilla" else model}
+        (directory / trial["path"] / "config.yaml").write_text(json.dumps(config))  # which is YAML
+    return load_sweep_results(directory)
+
+
+def test_runs_of_a_size_stand_beside_the_papers_rows_of_that_size(tmp_path):
+    balance = {"form": "switch", "control": None, "beta": 0.01, "tau": 0.75}
+    experts = {"ffn": 16, "zero": 1, "copy": 1, "constant": 2}
+    results = sized(tmp_path, {arm: {0: 3.0, 1: 3.1} for arm in TABLE3.arms}, {"experts": experts, "balance": balance})
+    write_report(TABLE3, results, tmp_path / "report")
+    text = (tmp_path / "report/report.md").read_text()
+    quality = next(line for line in text.splitlines() if line.startswith("| tau_0.75 | 2 |"))
+    assert quality.endswith("| 46.1 | +0.8 |")
+    cost = next(line for line in text.splitlines() if line.startswith("| tau_0.75 | 16 + 1/1/2 |"))
+    assert "| 0.750 | 0.750 |" in cost and cost.endswith("| 0.750 | 1.22 |")  # reached, target; the paper's
+    assert "| vanilla | 16 + 0/0/0 | 1.500 | 0.750 | 1.000 |" in text
+    section = text[text.index("## The paper's numbers") :]
+    assert section.index("| 1B | vanilla |") < section.index("| 0.6B | vanilla |") < section.index("| 7B | vanilla |")
+    rows = {row["arm"]: row for row in csv.DictReader((tmp_path / "report/table.csv").open())}
+    assert rows["tau_0.75"]["ffn_share_target"] == "0.75" and rows["tau_0.10"]["paper_average"] == "45.8"
+
+
+def test_arms_that_the_paper_lacks_at_a_size_show_none_of_its_numbers(tmp_path):
+    losses = {arm: {0: 3.0 + i / 10, 1: 3.1 + i / 10} for i, arm in enumerate(TABLE3.arms)}
+    results = load_sweep_results(write_sweep(tmp_path, losses))
+    comparison = compare(replace(TABLE3, paper=TABLE3.paper_sizes["7b"], paper_size="7b"), results)
+    table = {row[0]: row for row in quality_table(comparison)}
+    assert table["tau_0.75"][-2:] == ["53.1", "+0.8"] and table["tau_0.10"][-2:] == ["–", "–"]
+    assert comparison.ordering.ranked == 1 and comparison.experiment.paper_effect("tau 0.10 in place of 0.75") is None
+    write_report(comparison.experiment, results, tmp_path / "report")
+
+
+def test_the_command_is_the_one_that_made_the_runs(tmp_path):
+    directory = write_sweep(tmp_path / "my runs/zero_computation_experts-laptop", LOSSES)
+    plan = read_json(directory / "sweep.json")
+    given = {"overrides": ["model.gate=softmax", "runs=moved since"], "file_seeds": [0, 1]}
+    write_json(directory / "sweep.json", plan | given)
+    write_json(directory / "tasks.json", {"tasks": "sciq,boolq:0", "tasks_dir": "my data"})
+    write_report(TABLE6, load_sweep_results(directory), tmp_path / "report")
+    command = json.loads((tmp_path / "report/provenance.json").read_text())["command"]
+    words = ["--seeds", "0", "1", "2", "--tasks", "sciq,boolq:0", "--tasks-dir", "my data", "model.gate=softmax"]
+    made = ["python", "run.py", "reproduce", "table6", "--scale", "laptop", *words, f"runs={tmp_path / 'my runs'}"]
+    assert shlex.split(command) == made
+    assert f"Made by `{command}`" in (tmp_path / "report/report.md").read_text()
+
+
+def test_a_command_without_extras_is_short(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    directory = write_sweep(tmp_path / "runs/sweep-laptop", LOSSES).relative_to(tmp_path)
+    write_json(directory / "sweep.json", read_json(directory / "sweep.json") | {"file_seeds": [0, 1, 2]})
+    write_report(TABLE6, load_sweep_results(directory), tmp_path / "report")
+    assert "Made by `python run.py reproduce table6 --scale laptop`." in (tmp_path / "report/report.md").read_text()
+
+
+def test_effective_speedup_says_on_how_many_validations_it_rests(report):
+    assert "has\n4 validations, and between two of them" in (report / "report.md").read_text()
+
+
 def test_an_experiment_of_our_own_shows_no_papers_numbers(tmp_path):
-    ours = replace(TABLE6, reference="", tasks=(), noisy_task="", paper={})
+    ours = replace(TABLE6, reference="", tasks=(), noisy_task="", paper={}, paper_size="")
     results = load_sweep_results(write_sweep(tmp_path, LOSSES, TIMES))
     write_report(ours, results, tmp_path / "report")
     text = (tmp_path / "report/report.md").read_text()

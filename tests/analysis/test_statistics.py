@@ -1,9 +1,16 @@
 import random
 
+import numpy as np
 import pytest
 from scipy import stats
 
-from moepp.analysis.statistics import holm, mean_interval, minimal_detectable_difference, paired_difference
+from moepp.analysis.statistics import (
+    holm,
+    mean_interval,
+    minimal_detectable_difference,
+    paired_difference,
+    variance_ratio_interval,
+)
 
 LOSSES, BASELINE = [3.21, 3.25, 3.19], [3.24, 3.27, 3.20]
 
@@ -70,6 +77,37 @@ def test_a_detectable_difference_is_found_with_the_stated_power(n, level):
     effect = minimal_detectable_difference(std=2.0, n=n, level=level)
     critical = stats.t.ppf((1 + level) / 2, n - 1)
     assert 1 - stats.nct.cdf(critical, n - 1, effect / 2.0 * n**0.5) == pytest.approx(0.8, abs=1e-4)
+
+
+def test_two_independent_samples_find_their_detectable_difference_that_often():
+    effect = minimal_detectable_difference(std=2**0.5, n=4, paired=False)  # of a difference of two unit deviations
+    generator = np.random.default_rng(0)
+    a, b = generator.standard_normal((2, 20_000, 4))
+    assert np.mean(stats.ttest_ind(a + effect, b, axis=1).pvalue < 0.05) == pytest.approx(0.8, abs=0.01)
+    assert effect < minimal_detectable_difference(std=2**0.5, n=4)  # more degrees of freedom
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.9])
+def test_the_interval_of_two_variances_of_pairs_covers_their_ratio_95_times_in_100(correlation):
+    generator = np.random.default_rng(0)
+    cov = [[4.0, 2 * correlation], [2 * correlation, 1.0]]  # a ratio of 4
+    pairs = generator.multivariate_normal([0, 0], cov, size=(3000, 5))
+    found = [variance_ratio_interval(a.tolist(), b.tolist()) for a, b in pairs.transpose(0, 2, 1)]
+    assert sum(low < 4 < high for low, high in found) / 3000 == pytest.approx(0.95, abs=0.012)
+
+
+def test_at_an_end_of_the_interval_pitmans_correlation_has_p_5_percent():
+    a, b = [3.0, 3.4, 2.9, 3.8, 3.1], [1.0, 1.3, 0.7, 1.2, 1.1]
+    for end in variance_ratio_interval(a, b):
+        scaled = [end**0.5 * y for y in b]
+        sums, differences = ([x + sign * y for x, y in zip(a, scaled, strict=True)] for sign in (1, -1))
+        assert stats.pearsonr(sums, differences).pvalue == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize(("a", "b"), [([1.0, 2.0], [1.0, 3.0]), ([1.0, 1.0, 1.0], [1.0, 2.0, 3.0])])
+def test_variances_without_spread_or_of_two_pairs_have_no_interval(a, b):
+    with pytest.raises(ValueError, match="three pairs"):
+        variance_ratio_interval(a, b)
 
 
 def test_one_pair_detects_nothing():

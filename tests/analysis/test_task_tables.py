@@ -1,8 +1,12 @@
+from dataclasses import replace
+
 import pytest
 from analysis.synthetic_sweep import write_sweep
 
+from experiments.table5 import EXPERIMENT as TABLE5
+from moepp.analysis.report import write_report
 from moepp.analysis.results import load_sweep_results
-from moepp.analysis.task_tables import task_columns
+from moepp.analysis.task_tables import paper_accuracy, task_columns
 from moepp.records import RunRecord, read_json
 
 LOSSES = {"vanilla": {0: 3.0, 1: 3.1}, "zero": {0: 2.9, 1: 3.0}}
@@ -41,6 +45,16 @@ def test_tasks_become_columns_with_paired_differences(sweep):
     head, first, second = found.csv
     assert dict(zip(head, second, strict=True))["sciq accuracy"] == "60.0"
     assert dict(zip(head, first, strict=True))["sciq gold_bits_per_byte_minus_vanilla"] == ""
+
+
+def test_the_papers_scores_stand_beside_the_tasks_it_has(sweep, tmp_path):
+    rows = paper_accuracy(TABLE5, ("sciq", "piqa", "boolq", "lambada_openai"))
+    assert rows[0] == ["arm", "piqa", "boolq", "lambada_openai", "mean", "mean without BoolQ"]
+    assert rows[1] == ["vanilla", "68.4", "41.2", "42.5", "50.7", "55.5"] and len(rows) == 9
+    assert paper_accuracy(TABLE5, ("sciq",)) is None and paper_accuracy(replace(TABLE5, paper={}), ("piqa",)) is None
+    write_report(TABLE5, load_sweep_results(sweep), tmp_path / "report")
+    text = (tmp_path / "report/report.md").read_text()
+    assert "The paper's, of its 1B model:\n\n| arm | boolq |" in text and "| zero | 45.7 |" in text
 
 
 def test_a_task_counts_only_where_every_run_has_it(sweep):

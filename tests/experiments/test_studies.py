@@ -1,12 +1,18 @@
 """What the studies conclude from records whose numbers the tests choose."""
 
+import statistics
+
 import pytest
 from analysis.synthetic_sweep import write_sweep
+from scipy import stats
 
-from experiments import best_rate, seeds, table1
+from experiments import best_rate, seeds, table1, table2
 from moepp.analysis.study import StudyContext
 from moepp.analysis.study_report import write_study
+from moepp.analysis.targets import balanced_share
+from moepp.config import load
 from moepp.records import RunRecord, read_json, write_json
+from moepp.training.settings import RunConfig
 
 PROVENANCE = {"command": "python run.py", "scale": "laptop", "started": "2026-01-01", "hardware": {}}
 
@@ -19,7 +25,7 @@ def verdicts(report):
 def tau_sweep(tmp_path, monkeypatch):
     """Time is 0.25 + 0.75 of vanilla MoE's FFN compute, exactly; the FFN share of every arm is recorded as 0.75."""
     arms = ("vanilla", *table1.TAUS)
-    shares = {arm: table1.target_share(tau, 8, 4) for arm, tau in table1.TAUS.items()} | {"vanilla": 1.0}
+    shares = {arm: balanced_share(tau, 8, 4) for arm, tau in table1.TAUS.items()} | {"vanilla": 1.0}
     times = {arm: (100 * (0.25 + 0.75 * shares[arm]), shares[arm]) for arm in arms}
     directory = write_sweep(tmp_path / "tau", {arm: {0: 3.0, 1: 3.1} for arm in arms}, times)
     first = {arm: f"trials/{arm}-0".rpartition("/")[2] for arm in arms}
@@ -44,6 +50,43 @@ def test_table1_finds_the_fixed_part_and_what_training_missed(tau_sweep, tmp_pat
     assert {"compute.csv", "fits.csv", "time.csv", "time.svg", "time.png"} <= {path.name for path in files}
 
 
+def test_table1_counts_the_expert_flops_that_were_executed(tau_sweep):
+    table = table1.measure(tau_sweep).tables[0]
+    rows = {row[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
+    config = load(RunConfig, tau_sweep.directories["tau"] / "trials/tau_0.75-0/config.yaml").model
+    ffn, constant = (6 * config.layers * config.dim * by for by in (config.hidden, 1))
+    executed = "expert FLOPs per token, executed"
+    assert rows["vanilla"]["expert FLOPs per token, Table 1"] == pytest.approx(2 * ffn)
+    assert rows["vanilla"][executed] == pytest.approx(1.5 * ffn)  # 1.5 FFN experts are recorded
+    assert rows["tau_0.75"][executed] == pytest.approx(1.5 * ffn + 2 * constant)
+    assert rows["tau_0.75"]["expert FLOPs per token, Table 1"] == pytest.approx(1.2 * ffn + 2 * constant)
+
+
+@pytest.mark.parametrize(("lost", "series"), [("tau_0.10", "here, learned routing"), ("vanilla", None)])
+def test_table1_reports_the_arms_there_are(tau_sweep, lost, series):
+    for seed in (0, 1):
+        (tau_sweep.directories["tau"] / f"trials/{lost}-{seed}/done").unlink()
+    path = tau_sweep.directories["tau"] / "expert_forward.json"
+    times = read_json(path)
+    kept = {arm: run for arm, run in times["runs"].items() if arm != lost}
+    write_json(path, times | {"runs": kept, "rows": [row for row in times["rows"] if row["arm"] != lost]})
+    report = table1.measure(tau_sweep)
+    assert len(report.tables[0].rows) == 5 and lost in report.notes[0]
+    assert next(iter(verdicts(report)), "") and ((series in verdicts(report)) if series else True)
+    assert ("no line is fitted" in report.notes[0]) == (series is None)
+
+
+def test_table2_compares_every_number_of_the_shapes(monkeypatch):
+    monkeypatch.setitem(table2.SHAPES, "1b", (12, 768, 2048, 16, 48, "16 + 1/1/2"))
+    report = table2.measure(StudyContext("paper"))
+    shapes = {claim.statement[:2]: claim for claim in report.claims if "are the paper's" in claim.statement}
+    assert {size: claim.verdict for size, claim in shapes.items()} == {
+        "0.": "holds", "1b": "fails", "2b": "holds", "7b": "holds",
+    }  # fmt: skip
+    assert shapes["1b"].note == "heads 12, not 16; head width 64, not 48"
+    assert len(set(report.tables[0].columns)) == len(report.tables[0].columns)
+
+
 def test_seeds_tells_paired_from_unrelated_noise(tmp_path):
     base = {seed: 3 + 0.1 * (seed % 4) for seed in range(7)}
     ours = {seed: loss - 0.05 + 0.001 * (seed % 2) for seed, loss in base.items()}
@@ -53,7 +96,19 @@ def test_seeds_tells_paired_from_unrelated_noise(tmp_path):
     assert claim.verdict == "holds" and claim.effect < 0.05
     detectable = {row[0]: row[1:] for row in report.tables[-1].rows}
     assert detectable[3][0] < detectable[3][1] and detectable[20][0] < detectable[3][0]
+    pooled = (statistics.variance(base.values()) + statistics.variance(ours.values())) ** 0.5
+    effect, critical = detectable[5][1] / (pooled / 5**0.5), stats.t.ppf(0.975, 8)
+    assert 1 - stats.nct.cdf(critical, 8, effect) == pytest.approx(0.8, abs=1e-3)
     write_study(seeds.STUDY, report, tmp_path / "out", PROVENANCE)
+
+
+def test_seeds_decides_nothing_where_the_noise_of_unrelated_seeds_is_as_unsure(tmp_path):
+    """Five pairs with a moderate correlation: their paired deviation is lower, but not beyond its own scatter."""
+    base = dict(enumerate([3.0, 3.1, 3.2, 3.05, 3.15]))
+    ours = dict(enumerate([3.02, 3.05, 3.14, 3.09, 3.05]))
+    directory = write_sweep(tmp_path, {"vanilla": base, "moepp": ours})
+    [claim] = seeds.measure(StudyContext("laptop", {"gating_residual": directory})).claims
+    assert claim.verdict == "undecided" and claim.low < claim.effect < 1 < claim.high
 
 
 def test_seeds_says_when_there_are_too_few(tmp_path):
@@ -83,4 +138,24 @@ def test_best_rate_judges_each_side_at_the_rate_the_other_seeds_chose(tmp_path):
     assert report.notes == (
         "Best rate of vanilla MoE: 0.0025 (3 of 3 choices).", "Best rate of MoE++: 0.01 (3 of 3 choices).",
     )  # fmt: skip
+    write_study(best_rate.STUDY, report, tmp_path / "out", PROVENANCE)
+
+    for seed in range(3):
+        (directory / f"trials/vanilla_0.02-{seed}/done").unlink()  # diverged with every seed
+    (directory / "trials/moepp_0.005-1/done").unlink()
+    report = best_rate.measure(StudyContext("laptop", {"learning_rate": directory}))
+    [own] = report.claims  # the shared rate is no longer there on both sides
+    assert own.verdict == "holds" and own.effect == pytest.approx(-0.499)
+    assert report.notes[:2] == (
+        "Left out: vanilla MoE at 0.02, which lacks a finished run of seed 0, 1, 2.",
+        "Left out: MoE++ at 0.005, which lacks a finished run of seed 1.",
+    )
+    write_study(best_rate.STUDY, report, tmp_path / "out", PROVENANCE)
+
+
+def test_best_rate_without_a_whole_seed_says_so(tmp_path):
+    losses = {f"{side}_{rate}": {i % 2: 3.0} for side in best_rate.SIDES for i, rate in enumerate(best_rate.RATES)}
+    directory = write_sweep(tmp_path, losses)
+    report = best_rate.measure(StudyContext("laptop", {"learning_rate": directory}))
+    assert not report.claims and "no rate can be chosen" in report.notes[-1]
     write_study(best_rate.STUDY, report, tmp_path / "out", PROVENANCE)

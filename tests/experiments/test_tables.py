@@ -42,7 +42,9 @@ def test_every_experiment_is_complete(experiment):
     if experiment.paper:
         assert set(experiment.arms) == set(experiment.paper)
         assert all(len(row.scores) == len(experiment.tasks) for row in experiment.paper.values())
-        assert experiment.noisy_task in experiment.tasks and experiment.reference
+        assert experiment.noisy_task in experiment.tasks and experiment.reference and experiment.paper_size
+    for arms in experiment.trend.series.values() if experiment.trend else ():
+        assert set(arms) <= set(experiment.arms)
     for contrast in experiment.contrasts.values():
         assert set(contrast.on) | set(contrast.off) <= set(experiment.arms) and not set(contrast.on) & set(contrast.off)
 
@@ -60,9 +62,33 @@ def test_task_scores_give_the_papers_printed_averages(name):
     assert {arm: row.average for arm, row in discover()[name].paper.items()} == PRINTED[name]
 
 
-def test_table3_speedups_are_the_papers_throughput_gains():
-    gains = {arm: round(100 * (row.speedup - 1), 1) for arm, row in discover()["table3"].paper.items() if row.speedup}
-    assert gains == {"tau_0.10": 164.5, "tau_0.25": 92.7, "tau_0.50": 38.2, "tau_0.75": 25.2, "tau_1.00": 19.1}
+TABLE3 = {  # size -> averages, averages without BoolQ (of vanilla MoE first) and throughput gains
+    "0.6b": ((44.3, 43.4, 44.9, 44.9, 45.6, 44.5), (43.44, 41.65, 43.48, 43.50, 44.55, 44.25),
+             (164.5, 92.7, 38.2, 25.2, 19.1)),
+    "1b": ((45.3, 45.8, 45.9, 46.0, 46.1, 47.2), (45.83, 43.91, 44.51, 45.44, 46.06, 46.54),
+           (111.2, 58.7, 30.1, 22.1, 15.2)),
+    "2b": ((45.9, 46.3, 47.0, 46.4, 47.3, 48.6), (46.50, 44.81, 46.08, 46.58, 47.21, 47.35),
+           (63.5, 44.3, 28.3, 21.8, 15.7)),
+    "7b": ((52.3, 53.1), (52.16, 52.70), (27.8,)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", TABLE3)
+def test_table3_of_every_size_gives_what_the_paper_derives_from_it(size):
+    experiment = discover()["table3"].at_size(size)
+    averages, without, gains = TABLE3[size]
+    rows = list(experiment.paper.values())
+    assert tuple(row.average for row in rows) == averages
+    assert [experiment.average_without_noisy_task(row) for row in rows] == pytest.approx(without, abs=0.006)
+    assert tuple(round(100 * (row.speedup - 1), 1) for row in rows[1:]) == pytest.approx(gains, abs=0.11)
+    assert all(len(row.scores) == len(experiment.tasks) for row in rows)
+
+
+def test_the_ffn_shares_of_table3_follow_each_sizes_experts():
+    table3 = discover()["table3"]
+    shares = {size: rows["tau_0.75"].ffn_share for size, rows in table3.paper_sizes.items()}
+    assert shares == pytest.approx({"0.6b": 0.6, "1b": 0.75, "2b": 0.75, "7b": 0.75})
+    assert table3.at_size("tiny") == table3 and table3.paper_size == "0.6b"
 
 
 def test_table5_effects_split_the_eight_arms_in_halves():

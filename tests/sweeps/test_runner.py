@@ -68,6 +68,7 @@ def test_every_trial_is_run_once_and_described(runs):
     assert directory == runs / "toy-smoke"
     assert [(t["arm"], t["seed"]) for t in described["trials"]] == [("top1", 0), ("top2", 0), ("top1", 1), ("top2", 1)]
     assert described["baseline"] == "top1" and described["scale"] == "smoke"
+    assert described["overrides"] == [f"runs={runs}"] and described["file_seeds"] == [0]
     for trial in described["trials"]:
         record = RunRecord(directory / trial["path"])
         config = record.read("config.yaml")

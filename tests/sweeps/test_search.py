@@ -98,10 +98,10 @@ def test_a_proposal_whose_worker_died_before_it_was_written_down_is_used(runs, m
     class Died(BaseException):
         pass
 
-    def die(directory, sweep, scale, trials, about):
+    def die(directory, sweep, scale, trials, overrides, about):
         if trials:
             raise Died
-        promise(directory, sweep, scale, trials, about)
+        promise(directory, sweep, scale, trials, overrides, about)
 
     with monkeypatch.context() as broken:
         promise = searching.promise

@@ -1,0 +1,28 @@
+"""The FFN share that a model's routers are steered to, from its config alone."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def balanced_share(tau: float, ffn: int, zero_computation: int) -> float:
+    """The share of all slots that a balanced layer sends to FFN experts: tau N_FFN / (tau N_FFN + N_ZC) (Table 1)."""
+    return tau * ffn / (tau * ffn + zero_computation)
+
+
+def target_share(model: Mapping[str, Any]) -> float | None:
+    """The target of a model's resolved config; None where nothing aims at one: dense models, a number of experts that
+    varies by threshold, or zero-computation experts without any balance.
+    """
+    experts, balance = model.get("experts"), model.get("balance")
+    if not experts or not model.get("moe_every", 1) or model.get("selection", "top_k") != "top_k":
+        return None
+    zero_computation = sum(experts[kind] for kind in ("zero", "copy", "constant"))
+    if not zero_computation:
+        return 1.0
+    if not balance:
+        return None
+    if balance["form"] == "grouped" or balance["control"] == "longcat":
+        return balance["expected_ffn"] / model["top_k"]
+    if not balance["beta"] and balance["control"] is None:
+        return None
+    return balanced_share(balance["tau"], experts["ffn"], zero_computation)
