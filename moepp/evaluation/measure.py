@@ -18,7 +18,7 @@ from moepp.evaluation.texts import Text
 from moepp.training.tokenizer import encode, token_bytes
 
 EXAMPLES = {"smoke": 6, "laptop": 300, "gpu": 1000, "paper": 1_000_000}  # of each task
-SUBJECT_EXAMPLES = {"smoke": 6, "laptop": 100, "gpu": 300, "paper": 1_000_000}  # of each subject of MMLU
+SUBJECT_EXAMPLES = {"smoke": 6, "laptop": 30, "gpu": 300, "paper": 1_000_000}  # of each subject of MMLU
 WORDS = {"smoke": 300, "laptop": 100_000, "gpu": 1_000_000, "paper": 10_000_000}
 
 
