@@ -25,17 +25,21 @@ SWEEP, ARM = "gating_residual", "moepp"
 OPTIONS = {
     "tasks_dir": "folder of the paper's tasks as JSONL(.gz) in the columns of lm-evaluation-harness",
     "limit": "examples of each task",
+    "subject_limit": "examples of each subject of MMLU, which `limit` leaves alone",
     "weights": "folder of a released checkpoint in place of trained runs",
 }
 
 
 def measure(context: StudyContext) -> StudyReport:
     from moepp.analysis.load_report import load_claims, load_plots, load_table
+    from moepp.analysis.topic_report import topic_plots, topic_tables
     from moepp.evaluation.measure import expert_loads
 
     loads, about = expert_loads(context, SWEEP, ARM)
     paper = {task: numbers[0] for task, numbers in PAPER.items()} if context.path("tasks_dir") else {}
-    return StudyReport((load_table(loads, paper),), load_plots(loads), load_claims(loads), (about,))
+    topics = topic_tables(loads)
+    plots = (*load_plots(loads), *topic_plots(loads, topics))
+    return StudyReport((load_table(loads, paper), *topics), plots, load_claims(loads), (about,))
 
 
 STUDY = Study(
@@ -47,7 +51,6 @@ STUDY = Study(
     measure=measure,
     reference="Fig. 4, A-E",
     runs=(Runs(SWEEP, (ARM,)),),
-    scales=("smoke", "laptop", "paper"),
     options=OPTIONS,
     paper=(
         Table("paper", "Layer 12 of the 7B/(16+4)E, tau 0.75.",
@@ -58,5 +61,6 @@ STUDY = Study(
         "A share is of all routed slots (two a token), so the bars of a task sum to 1.",
         "The middle layer (layer L / 2 of L) stands for the paper's layer 12 of 24; the figures show every layer.",
         "The paper does not say what text its figure counts; here it is the question and its gold answer.",
+        "Topics are the four areas of MMLU's 57 subjects. Every subject weighs alike where it has examples enough.",
     ),
 )  # fmt: skip

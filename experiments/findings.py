@@ -29,7 +29,6 @@ STUDY = Study(
     measure=measure,
     reference="App. D",
     runs=(Runs(SWEEP, (ARM,)),),
-    scales=("smoke", "laptop", "paper"),
     options=OPTIONS,
     notes=(
         "How hard a task is: bits per byte of the gold answers under the same model (of the whole text where there are"

@@ -17,7 +17,8 @@ KINDS = ("ffn", "constant", "copy", "zero")
 
 @dataclass(frozen=True)
 class ExpertLoad:
-    """One model's routing of X examples. `group` is the task of an example, `topic` its subject area, where it has one.
+    """One model's routing of X examples. `group` is the task of an example; `topic` its subject area and `subject` are
+    "" where it has none.
 
     Nats and bytes are those of what an example asks for (a gold answer, else the whole text): their quotient over
     ln 2, bits per byte, is how hard it was for this model.
@@ -30,6 +31,7 @@ class ExpertLoad:
     bytes_X: np.ndarray
     group: tuple[str, ...]
     topic: tuple[str, ...]
+    subject: tuple[str, ...]
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -50,14 +52,14 @@ class ExpertLoad:
         """Positions of a group's examples."""
         return np.flatnonzero(np.array(self.group) == group)
 
-    def topics(self) -> "ExpertLoad":
-        """The examples that have a topic, grouped by it."""
-        rows = [i for i, topic in enumerate(self.topic) if topic]
-        return replace(self.select(rows), group=tuple(self.topic[i] for i in rows))
+    def grouped_by(self, label: tuple[str, ...]) -> "ExpertLoad":
+        """The examples whose label, such as their `topic`, is not "", grouped by it."""
+        rows = [i for i, name in enumerate(label) if name]
+        return replace(self.select(rows), group=tuple(label[i] for i in rows))
 
     def select(self, rows: Sequence[int]) -> "ExpertLoad":
         counts = (self.chosen_XLN[rows], self.tokens_X[rows], self.nats_X[rows], self.bytes_X[rows])
-        names = (tuple(self.group[i] for i in rows), tuple(self.topic[i] for i in rows))
+        names = (tuple(label[i] for i in rows) for label in (self.group, self.topic, self.subject))
         return ExpertLoad(self.kinds, *counts, *names)
 
 

@@ -34,9 +34,9 @@ class HalvedSums:
     deciding the group of each example.
     """
 
-    def __init__(self, load: ExpertLoad, columns_XM: np.ndarray, seed: int = 0):
+    def __init__(self, load: ExpertLoad, columns_XM: np.ndarray, seed: int = 0, draws: int = DRAWS):
         generator = np.random.default_rng(seed)
-        self.seed, self.groups = seed, len(load.groups)
+        self.seed, self.draws, self.groups = seed, draws, len(load.groups)
         cells = []
         for group in load.groups:
             rows = generator.permutation(load.rows(group))
@@ -46,13 +46,13 @@ class HalvedSums:
     def observed(self) -> np.ndarray:
         return self._shaped(np.stack([cell.sum(0) for cell in self.cells]))
 
-    def bootstrapped(self, draws: int = DRAWS) -> np.ndarray:
-        drawn = [bootstrap_sums(cell, draws, (self.seed, index)) for index, cell in enumerate(self.cells)]
+    def bootstrapped(self) -> np.ndarray:
+        drawn = [bootstrap_sums(cell, self.draws, (self.seed, index)) for index, cell in enumerate(self.cells)]
         return self._shaped(np.stack(drawn, axis=1))
 
-    def shuffled(self, draws: int = DRAWS) -> np.ndarray:
+    def shuffled(self) -> np.ndarray:
         rows, sizes = np.concatenate(self.cells), [len(cell) for cell in self.cells]
-        return self._shaped(shuffled_sums(rows, sizes, draws, self.seed))
+        return self._shaped(shuffled_sums(rows, sizes, self.draws, self.seed))
 
     def _shaped(self, sums: np.ndarray) -> np.ndarray:
         return sums.reshape(*sums.shape[:-2], 2, self.groups, sums.shape[-1])
@@ -100,19 +100,20 @@ def _adjacent(i: int, j: int) -> bool:
     return abs(i - j) == 1
 
 
-def adjacent_layers(load: ExpertLoad, seed: int = 0) -> Effect:
-    """Correlation over tasks of the FFN experts per token in a layer and the next, mean over such pairs (L >= 2).
+def adjacent_layers(load: ExpertLoad, seed: int = 0, draws: int = DRAWS) -> Effect:
+    """Correlation over tasks of the FFN experts per token in a layer and the next, mean over such pairs (L >= 2). It is
+    one of halves, which noise of the examples draws towards 0.
 
     p is the larger of two: tasks that differ, but anew in every layer (which task is which is decided in each), and
     tasks that do not differ (examples exchanged between them).
     """
-    halved = HalvedSums(load, _columns(load), seed)
+    halved = HalvedSums(load, _columns(load), seed, draws)
 
     def statistic(sums: np.ndarray) -> np.ndarray:
         return _layer_correlation(_ffn(sums), _adjacent)
 
     sums = halved.observed()
-    orders = np.tile(np.arange(halved.groups)[:, None], (DRAWS, 1, load.layers))
+    orders = np.tile(np.arange(halved.groups)[:, None], (draws, 1, load.layers))
     orders = np.random.default_rng(seed).permuted(orders, axis=1)[:, None]
     unrelated = _layer_correlation(np.take_along_axis(_ffn(sums)[None], orders, axis=2), _adjacent)
     p = max(chance(float(statistic(sums)), null) for null in (unrelated, statistic(halved.shuffled())))
@@ -144,7 +145,7 @@ def end_layers(layers: int) -> list[int]:
     return [*range(max(1, layers // 4)), layers - 1]
 
 
-def ends_over_middle(load: ExpertLoad, seed: int = 0) -> Effect:
+def ends_over_middle(load: ExpertLoad, seed: int = 0, draws: int = DRAWS) -> Effect:
     """Deviation between tasks in the end layers minus that in the layers between (L >= 3)."""
     ends = end_layers(load.layers)
     middle = [layer for layer in range(load.layers) if layer not in ends]
@@ -153,7 +154,7 @@ def ends_over_middle(load: ExpertLoad, seed: int = 0) -> Effect:
         deviation = deviation_between_tasks(sums)
         return deviation[..., ends].mean(-1) - deviation[..., middle].mean(-1)
 
-    return HalvedSums(load, _columns(load), seed).effect(statistic)
+    return HalvedSums(load, _columns(load), seed, draws).effect(statistic)
 
 
 def layer_deviations(load: ExpertLoad, seed: int = 0) -> np.ndarray:
@@ -224,12 +225,12 @@ def ffn_difference(load: ExpertLoad, group: str, other: str, layers: slice, seed
     return Effect.of(observed, drawn, p=chance(observed, null))
 
 
-def topics_differ(load: ExpertLoad, seed: int = 0) -> Effect:
+def topics_differ(load: ExpertLoad, seed: int = 0, draws: int = 500) -> Effect:
     """Deviation of an expert's share of slots between topics, as a part of an even share (1 / N), over all layers and
-    experts; p by exchanging examples of all topics.
+    experts; p by exchanging examples of all topics. Over all experts and layers the arrays of draws are large.
     """
     experts = load.chosen_XLN.shape[-1]
-    halved = HalvedSums(load, load.chosen_XLN.reshape(len(load.tokens_X), -1), seed)
+    halved = HalvedSums(load, load.chosen_XLN.reshape(len(load.tokens_X), -1), seed, draws)
 
     def statistic(sums: np.ndarray) -> np.ndarray:
         chosen = sums.reshape(*sums.shape[:-1], -1, experts)
@@ -238,10 +239,8 @@ def topics_differ(load: ExpertLoad, seed: int = 0) -> Effect:
         variance = (centred[..., 0, :, :, :] * centred[..., 1, :, :, :]).sum(-3).mean((-1, -2)) / (halved.groups - 1)
         return np.sign(variance) * np.sqrt(abs(variance)) * experts
 
-    draws = 500  # over all experts and layers these arrays are large
-    observed = float(statistic(halved.observed()))
-    p = chance(observed, statistic(halved.shuffled(draws)), two_sided=False)
-    return Effect.of(observed, statistic(halved.bootstrapped(draws)), p=p)
+    p = chance(float(statistic(halved.observed())), statistic(halved.shuffled()), two_sided=False)
+    return halved.effect(statistic, p=p)
 
 
 def zero_over_other_kinds(load: ExpertLoad, per_expert: bool, seed: int = 0) -> Effect:

@@ -30,8 +30,8 @@ def middle_layer(layers: int) -> int:
     return max(0, layers // 2 - 1)
 
 
-def load_table(loads: Loads, paper: Mapping[str, float]) -> Table:
-    """FFN experts per token and the share of every type by task in the middle layer, beside the paper's."""
+def load_table(loads: Loads, paper: Mapping[str, float], name: str = "load", groups: str = "task") -> Table:
+    """FFN experts per token and the share of every type by group in the middle layer, beside the paper's."""
     first = next(iter(loads.values()))
     layer = middle_layer(first.layers)
     use = {name: ffn_per_token(load) for name, load in loads.items()}
@@ -47,13 +47,13 @@ def load_table(loads: Loads, paper: Mapping[str, float]) -> Table:
     columns = ["group", "examples", "FFN experts per token", "low", "high", *(f"{kind} share" for kind in KINDS)]
     if paper:
         columns.append("paper: FFN experts per token")
-    return Table("load", _caption(loads, layer), tuple(columns), tuple(rows))
+    caption = f"Expert load by {groups} in layer {layer + 1} of {first.layers}. {intervals(loads)}"
+    return Table(name, caption, tuple(columns), tuple(rows))
 
 
-def _caption(loads: Loads, layer: int) -> str:
-    depth = next(iter(loads.values())).layers
+def intervals(loads: Loads) -> str:
     over = "over examples" if len(loads) == 1 else f"(Student's t) over {len(loads)} models"
-    return f"Expert load by task in layer {layer + 1} of {depth}. Intervals are 95 % {over}."
+    return f"Intervals are 95 % {over}."
 
 
 def _kind_shares(load: ExpertLoad, layer: int) -> np.ndarray:
@@ -64,14 +64,17 @@ def _kind_shares(load: ExpertLoad, layer: int) -> np.ndarray:
 def load_plots(loads: Loads) -> tuple[Plot, ...]:
     """Stacked bars of every layer of the first model, five layers a figure, after that of the middle layer."""
     name, load = next(iter(loads.items()))
-    middle = middle_layer(load.layers)
-    starts = range(0, load.layers, LAYERS_IN_A_FIGURE)
-    parts = [("middle_layer", [middle])]
-    parts += [
-        (f"layers_{start + 1}_to_{min(start + LAYERS_IN_A_FIGURE, load.layers)}", list(range(load.layers))[start:][:5])
-        for start in starts
+    parts = [
+        list(range(load.layers))[start:][:LAYERS_IN_A_FIGURE] for start in range(0, load.layers, LAYERS_IN_A_FIGURE)
     ]
-    return tuple(_stacked(load, stem, layers, name) for stem, layers in parts)
+    by_layer = (_stacked(load, f"layers_{part[0] + 1}_to_{part[-1] + 1}", part, name) for part in parts)
+    return middle_plot(loads, "middle_layer"), *by_layer
+
+
+def middle_plot(loads: Loads, stem: str) -> Plot:
+    """Stacked bars of the middle layer of the first model."""
+    name, load = next(iter(loads.items()))
+    return _stacked(load, stem, [middle_layer(load.layers)], name)
 
 
 def _stacked(load: ExpertLoad, stem: str, layers: Sequence[int], model: str) -> Plot:

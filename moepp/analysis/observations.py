@@ -67,7 +67,7 @@ def observations(loads: Loads) -> Tests:
         middle = middle_layer(first.layers)
         for hypothesis, layers in ((ARC_TEXT, slice(None)), (ARC_FIGURE, slice(middle, middle + 1))):
             tests.append((hypothesis, [findings.ffn_difference(load, "ARC-C", "ARC-E", layers) for load in models]))
-    by_topic = [load.topics() for load in models]
+    by_topic = [load.grouped_by(load.topic) for load in models]
     if findings.enough_examples(by_topic[0]):
         tests.append((TOPICS, [findings.topics_differ(load) for load in by_topic]))
     return tests

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 BINS = 1000  # over [0, 1]: about the width of the paper's
+MODE_BINS = 200  # a mode is the middle of the fullest of these: in narrower ones chance decides between neighbours
 
 
 @dataclass
@@ -51,8 +52,8 @@ class RoutingScores:
         )
 
     def statistics(self) -> dict[str, np.ndarray]:
-        """Mean, variance and range of each layer's two scores, [L, 2]. `range` is highest minus lowest, which grows
-        with the number of tokens; `range98` is between the percentiles 1 and 99, which does not.
+        """Mean, variance, range and mode of each layer's two scores, [L, 2]. `range` is highest minus lowest, which
+        grows with the number of tokens; `range98` is between the percentiles 1 and 99, which does not.
         """
         count_L2 = self.counts_L2B.sum(-1)
         mean_L2 = self.sum_L2 / count_L2
@@ -61,7 +62,12 @@ class RoutingScores:
             "variance": np.maximum(self.squares_L2 / count_L2 - mean_L2**2, 0),
             "range": self.high_L2 - self.low_L2,
             "range98": self._quantile(0.99) - self._quantile(0.01),
+            "mode": (self.coarse().argmax(-1) + 0.5) / MODE_BINS,
         }
+
+    def coarse(self) -> np.ndarray:
+        """Counts in MODE_BINS bins, [L, 2, MODE_BINS]."""
+        return self.counts_L2B.reshape(*self.counts_L2B.shape[:2], MODE_BINS, -1).sum(-1)
 
     def _quantile(self, share: float) -> np.ndarray:
         cumulative = self.counts_L2B.cumsum(-1)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moepp.analysis.resampling import Interval
-from moepp.analysis.routing_scores import BINS, RoutingScores
+from moepp.analysis.routing_scores import MODE_BINS, RoutingScores
 from moepp.analysis.statistics import holm, mean_interval, paired_difference
 from moepp.analysis.study import Claim, Plot, Table, Verdict, judge
 from moepp.analysis.style import BLUE, COLOURS, axes_of
@@ -17,14 +17,15 @@ if TYPE_CHECKING:
 
 Scores = Mapping[str, Mapping[str, RoutingScores]]  # arm -> model ("seed 0") -> scores of all layers
 RANKS = ("highest", "second")
-STATISTICS = ("mean", "variance", "range", "range98")
+STATISTICS = ("mean", "variance", "range", "range98", "mode")
 MARGIN = 0.10  # a mean or range within 10 % of the other arm's counts as unchanged
 SIGNIFICANCE = 0.05
-DRAWN_BINS = 200
 
 
-def score_table(scores: Scores) -> Table:
-    """Statistics of each arm's scores, all layers pooled as in the paper, mean over models."""
+def score_table(scores: Scores, paper: Mapping[str, Sequence[float]]) -> Table:
+    """Statistics of each arm's scores, all layers pooled as in the paper, mean over models; the paper's modes by arm
+    beside them.
+    """
     rows = []
     for arm, models in scores.items():
         pooled = [model.pooled().statistics() for model in models.values()]
@@ -33,11 +34,13 @@ def score_table(scores: Scores) -> Table:
             for statistic in STATISTICS:
                 estimate = mean_interval([float(one[statistic][0, rank]) for one in pooled])
                 cells += [estimate.mean, estimate.half_width]
-            rows.append((arm, name, len(models), *cells))
+            rows.append((arm, name, len(models), *cells, paper[arm][rank]))
     columns = ["arm", "score", "models", *(column for name in STATISTICS for column in (name, f"± {name}"))]
+    columns.append("paper: mode")
     caption = (
         "The two highest routing scores of a token, all layers together; ± is the half width of a 95 % t-interval over"
-        " models. `range98` lies between the percentiles 1 and 99."
+        " models. `range98` lies between the percentiles 1 and 99; a mode is the middle of the fullest bin of width"
+        f" {1 / MODE_BINS:g}, so smaller differences are none."
     )
     return Table("scores", caption, tuple(columns), tuple(rows))
 
@@ -57,16 +60,15 @@ def layer_table(scores: Scores) -> Table:
 
 def histogram_plot(scores: Scores) -> Plot:
     """Both scores' histograms, arm beside arm, over all models and layers."""
-    width = BINS // DRAWN_BINS
-    share, edges = {}, np.arange(DRAWN_BINS) / DRAWN_BINS
+    share, edges = {}, np.arange(MODE_BINS) / MODE_BINS
     for arm, models in scores.items():
-        counts = sum(model.pooled().counts_L2B[0] for model in models.values())
-        share[arm] = counts.reshape(2, DRAWN_BINS, width).sum(-1) / counts.sum(-1, keepdims=True)
+        counts = sum(model.pooled().coarse()[0] for model in models.values())
+        share[arm] = counts / counts.sum(-1, keepdims=True)
     rows = tuple(
         (arm, RANKS[rank], float(edges[b]), float(values[rank, b]))
         for arm, values in share.items()
         for rank in range(2)
-        for b in range(DRAWN_BINS)
+        for b in range(MODE_BINS)
         if values[rank, b]
     )
 
@@ -76,7 +78,7 @@ def histogram_plot(scores: Scores) -> Plot:
             for rank, colour, hatch in ((0, BLUE, ""), (1, COLOURS[1], "////")):
                 one.stairs(values[rank], np.append(edges, 1), fill=True, alpha=0.55, color=colour, hatch=hatch,
                            label=f"{RANKS[rank]} score")  # fmt: skip
-            one.set(title=arm, xlabel="routing score", ylabel=f"share of tokens per {1 / DRAWN_BINS:g}")
+            one.set(title=arm, xlabel="routing score", ylabel=f"share of tokens per {1 / MODE_BINS:g}")
             one.set_xlim(0, 1)
             one.set_ylim(0, 1.05 * max(float(v.max()) for v in share.values()))
         np.atleast_1d(axes)[0].legend()

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Uses = Mapping[str, TokenUse]  # of every model over the same tokens
-FRAGMENT = "fragment"
+WHOLE, FRAGMENT = "whole word", "fragment"  # parts of words with a letter: the only ones counted as words here
+VERB_TAGS, NOUN_TAG = ("VERB", "AUX"), "NOUN"  # among the verbs that the paper names are "will" and "is"
 LEAST_TOKENS = 30  # of a string, to be drawn; the CSV has them all
 NAMED = 36  # strings named in the figure, about as many as the paper shows, evenly spread in rank
 COLUMNS = ("tokens", "texts", "FFN experts per token", "low", "high")
@@ -32,16 +33,58 @@ def tag_table(uses: Uses) -> Table | None:
     }
     words = [(*label.split("|"), *numbers) for label, *numbers in _rows(uses, labels)]
     every = [(label, "all", *numbers) for label, *numbers in _rows(uses, {n: use.tag_T for n, use in uses.items()})]
-    return Table("tags", f"FFN experts per token by part of speech. {_interval(uses)}",
+    return Table("tags", f"FFN experts per token by part of speech, auxiliary verbs apart. {_interval(uses)}",
                  ("part of speech", "part of the word", *COLUMNS), tuple([*every, *words]))  # fmt: skip
 
 
 def part_table(uses: Uses) -> Table:
-    """Whole words against fragments."""
+    """Whole words against fragments, and what is neither."""
     rows = _rows(uses, {name: use.part_T for name, use in uses.items()})
-    return Table(
-        "parts", f"FFN experts per token by part of a word. {_interval(uses)}", ("part", *COLUMNS), tuple(rows)
+    caption = (
+        "FFN experts per token by part of a word. Punctuation and numbers hold no letter and are no words here."
+        f" {_interval(uses)}"
     )
+    return Table("parts", caption, ("part", *COLUMNS), tuple(rows))
+
+
+def paper_table(uses: Uses, paper: Mapping[str, float]) -> Table:
+    """The paper's strings with ours, as the beginning of a word or alone ("␣x") and without a blank before it ("x")."""
+    found = {row[0]: (row[1], *row[3:]) for row in _rows(uses, {name: use.string_T for name, use in uses.items()})}
+    forms = ("␣x", "x")
+    rows = [
+        (string, value, *(cell for form in forms for cell in found.get(form.replace("x", string), (None,) * 4)))
+        for string, value in paper.items()
+    ]
+    columns = (f"{form}: {name}" for form in forms for name in ("tokens", *COLUMNS[2:]))
+    caption = (
+        "FFN experts per token of the paper's strings, its own and ours: tokens that begin with a blank (␣x) and tokens"
+        f" that do not (x). A dash: no token of these texts, or too few texts for an interval. {_interval(uses)}"
+    )
+    return Table("paper_strings", caption, ("string", "paper", *columns), tuple(rows))
+
+
+def paper_plot(table: Table) -> Plot:
+    """Dots with intervals, in the paper's order."""
+
+    def draw() -> "Figure":
+        figure, axes = axes_of(width=9.0, height=3.8)
+        place = np.arange(len(table.rows))
+        axes.plot(place, [row[1] for row in table.rows], "_", color=INK, ms=9, mew=2, label="paper")
+        for first, shift, look, label in (
+            (3, -0.15, {"fmt": "o", "color": BLUE}, "ours, ␣x"),
+            (7, 0.15, {"fmt": "s", "color": GREY, "mfc": "white"}, "ours, x"),
+        ):
+            value, low, high = (
+                np.array([np.nan if row[first + i] is None else row[first + i] for row in table.rows], dtype=float)
+                for i in range(3)
+            )
+            axes.errorbar(place + shift, value, yerr=[value - low, high - value], ms=4, lw=1, label=label, **look)
+        axes.set_xticks(place, [row[0] for row in table.rows], rotation=90)
+        axes.set_ylabel("FFN experts per token")
+        axes.figure.legend(loc="outside upper center", ncols=3)
+        return figure
+
+    return Plot(table, draw)
 
 
 def string_plot(uses: Uses) -> Plot:
@@ -101,10 +144,10 @@ def claims(uses: Uses) -> tuple[Claim, ...]:
     """The paper's statements on verbs, nouns and fragments, as far as the tags allow."""
     tests = []
     for hypothesis, masks in (
-        (VERBS, lambda use: (use.tag_T == "VERB", (use.tag_T != "VERB") & _word_tag(use))),
-        (VERBS_OVER_NOUNS, lambda use: (use.tag_T == "VERB", use.tag_T == "NOUN")),
-        (FRAGMENTS, lambda use: (_fragment(use), use.part_T == "whole word")),
-        (FRAGMENTS_WITHIN, _within_tags),
+        (VERBS, lambda use: (_verb(use), (use.tag_T != "") & ~_verb(use) & (use.part_T == WHOLE))),
+        (VERBS_OVER_NOUNS, lambda use: (_verb(use), (use.tag_T == NOUN_TAG) & (use.part_T == WHOLE))),
+        (FRAGMENTS, lambda use: (_fragment(use), use.part_T == WHOLE)),
+        (FRAGMENTS_WITHIN, _within_nouns),
     ):
         effects = [_effect(use, masks(use)) for use in uses.values()]
         if None not in effects:
@@ -113,12 +156,13 @@ def claims(uses: Uses) -> tuple[Claim, ...]:
 
 
 VERBS = Hypothesis(
-    "Verbs use more FFN experts than other words", "FFN experts per token", above=0.0,
-    paper="verbs most; its strings were chosen by hand",
+    f"Verbs ({' and '.join(VERB_TAGS)}) use more FFN experts than other words", "FFN experts per token", above=0.0,
+    paper="verbs most; its strings were chosen by hand", note="whole words only",
 )  # fmt: skip
 VERBS_OVER_NOUNS = Hypothesis(
-    "Verbs use more FFN experts than nouns", "FFN experts per token", above=0.0, paper="nouns 1.5 to 1.7, verbs above"
-)
+    f"Verbs ({' and '.join(VERB_TAGS)}) use more FFN experts than nouns ({NOUN_TAG})", "FFN experts per token",
+    above=0.0, paper="nouns 1.5 to 1.7, verbs above", note="whole words only",
+)  # fmt: skip
 FRAGMENTS = Hypothesis(
     "Word fragments use fewer FFN experts than whole words",
     "FFN experts per token",
@@ -131,18 +175,17 @@ FRAGMENTS_WITHIN = Hypothesis(
 )  # fmt: skip
 
 
-def _word_tag(use: TokenUse) -> np.ndarray:
-    """Tokens of a tag that names a class of words: punctuation and what has no tag are left out."""
-    return np.char.isalpha(use.tag_T)
+def _verb(use: TokenUse) -> np.ndarray:
+    return np.isin(use.tag_T, VERB_TAGS) & (use.part_T == WHOLE)
 
 
 def _fragment(use: TokenUse) -> np.ndarray:
     return np.char.endswith(use.part_T, FRAGMENT)
 
 
-def _within_tags(use: TokenUse) -> tuple[np.ndarray, np.ndarray]:
-    noun = use.tag_T == "NOUN"
-    return noun & _fragment(use), noun & (use.part_T == "whole word")
+def _within_nouns(use: TokenUse) -> tuple[np.ndarray, np.ndarray]:
+    noun = use.tag_T == NOUN_TAG
+    return noun & _fragment(use), noun & (use.part_T == WHOLE)
 
 
 def _effect(use: TokenUse, masks: tuple[np.ndarray, np.ndarray]) -> Effect | None:

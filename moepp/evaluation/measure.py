@@ -17,8 +17,9 @@ from moepp.evaluation.tagged import TaggedText, align
 from moepp.evaluation.texts import Text
 from moepp.training.tokenizer import encode, token_bytes
 
-EXAMPLES = {"smoke": 6, "laptop": 300, "paper": 1_000_000}  # of each task
-WORDS = {"smoke": 300, "laptop": 100_000, "paper": 10_000_000}
+EXAMPLES = {"smoke": 6, "laptop": 300, "gpu": 1000, "paper": 1_000_000}  # of each task
+SUBJECT_EXAMPLES = {"smoke": 6, "laptop": 30, "gpu": 300, "paper": 1_000_000}  # of each subject of MMLU
+WORDS = {"smoke": 300, "laptop": 100_000, "gpu": 1_000_000, "paper": 10_000_000}
 
 
 def expert_loads(context: StudyContext, sweep: str, arm: str) -> tuple[dict[str, ExpertLoad], str]:
@@ -26,9 +27,7 @@ def expert_loads(context: StudyContext, sweep: str, arm: str) -> tuple[dict[str,
     loads, texts, about = {}, None, ""
     for name, checkpoint in _checkpoints(context, sweep, arm):
         if texts is None:
-            texts, about = sources.task_texts(
-                checkpoint, context.path("tasks_dir"), _amount(context, "limit", EXAMPLES)
-            )
+            texts, about = _task_texts(context, checkpoint)
         loads[name] = routing.expert_load(checkpoint.model, texts, _trace(checkpoint, texts))
     return loads, about
 
@@ -42,8 +41,7 @@ def score_distributions(
     for arm in arms:
         for name, checkpoint in _checkpoints(context, sweep, arm):
             if texts is None:
-                amount = _amount(context, "limit", EXAMPLES)
-                texts, about = sources.task_texts(checkpoint, context.path("tasks_dir"), amount)
+                texts, about = _task_texts(context, checkpoint)
                 texts = [text for text in texts if text.group == task] or texts
             found = routing.routing_scores(checkpoint.model, _trace(checkpoint, texts))
             scores.setdefault(arm, {})[name] = found
@@ -75,6 +73,11 @@ def _trace(checkpoint: Checkpoint, texts: list[Text]) -> Iterator[routing.Trace]
     return routing.trace(checkpoint.model, texts, checkpoint.prefix, checkpoint.context, checkpoint.autocast)
 
 
+def _task_texts(context: StudyContext, checkpoint: Checkpoint) -> tuple[list[Text], str]:
+    limits = _amount(context, "limit", EXAMPLES), _amount(context, "subject_limit", SUBJECT_EXAMPLES)
+    return sources.task_texts(checkpoint, context.path("tasks_dir"), *limits)
+
+
 def _amount(context: StudyContext, option: str, by_scale: dict[str, int]) -> int:
     given = context.options.get(option, "")
     if given and not (given.isdecimal() and int(given) > 1):
@@ -101,6 +104,12 @@ def _labelled(checkpoint: Checkpoint, tagged: list[TaggedText]) -> tuple[list[Te
 
 
 def _string(tokenizer: Tokenizer, token: int) -> str:
-    """A token as text, its blank shown; bytes that are no character alone as the tokenizer spells them."""
+    """A token as text, its blank shown; bytes that are no character alone as the tokenizer spells them.
+
+    Decoders that write blanks as U+2581 drop the first one of a text, so there the spelling says whether it has one.
+    """
+    spelling = tokenizer.id_to_token(token)
+    if "\u2581" in spelling:
+        return spelling.replace("\u2581", "␣")
     text = tokenizer.decode([token], skip_special_tokens=False)
-    return tokenizer.id_to_token(token) if "\ufffd" in text or not text.strip() else text.replace(" ", "␣")
+    return spelling if "\ufffd" in text or not text.strip() else text.replace(" ", "␣")

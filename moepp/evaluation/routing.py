@@ -133,6 +133,7 @@ def expert_load(model: Decoder, texts: Sequence[Text], traces: Iterator[Trace]) 
         bytes_X=np.array([text.bytes[text.answer :].sum() for text in texts]),
         group=tuple(text.group for text in texts),
         topic=tuple(text.topic for text in texts),
+        subject=tuple(text.subject for text in texts),
     )
 
 

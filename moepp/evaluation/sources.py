@@ -13,15 +13,19 @@ from moepp.training.corpora import message_names
 MOST_DOCUMENTS = 12  # about as many groups as the paper has tasks
 
 
-def task_texts(checkpoint: Checkpoint, folder: Path | None, limit: int) -> tuple[list[Text], str]:
-    """Texts in groups, at most `limit` of each, and what they are in a sentence.
+def task_texts(checkpoint: Checkpoint, folder: Path | None, limit: int, subject_limit: int) -> tuple[list[Text], str]:
+    """Texts in groups, at most `limit` of each (of MMLU `subject_limit` of each subject), and what they are in a
+    sentence.
 
     Without a folder of tasks the groups are held-out documents: by decade in the default corpus, else one by one, the
     longest twelve, cut into windows of the context. Raises UsageError where there are neither.
     """
     if folder is not None:
-        texts = tokenize(checkpoint.require_tokenizer(), read_tasks(folder, limit))
-        return texts, f"Groups are the paper's tasks, up to {limit} examples each: question and gold answer, zero-shot."
+        texts = tokenize(checkpoint.require_tokenizer(), read_tasks(folder, limit, subject_limit))
+        return texts, (
+            f"Groups are the paper's tasks, up to {limit} examples each, of MMLU up to {subject_limit} of each subject:"
+            " question and gold answer, zero-shot."
+        )
     texts = windows(_held_out(checkpoint), checkpoint.context - 1, limit)
     what = "decades" if checkpoint.data.corpus == "sotu" else "documents"
     return texts, (

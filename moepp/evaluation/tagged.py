@@ -12,7 +12,9 @@ from moepp.errors import UsageError
 from moepp.evaluation.task_texts import read_lines
 
 WHOLE, FIRST, LATER = "whole word", "first fragment", "later fragment"
+NO_LETTER = "no letter"  # of punctuation and numbers: neither a whole word nor a fragment of one
 ACROSS = "across words"
+NO_CLASS = "no class"  # of a word whose tag is punctuation: the coarse tags of Brown have "." for "not"
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ def read_tagged(path: Path, words: int, seed: int = 0) -> list[TaggedText]:
     `{"words": [...], "pos": [...]}`.
 
     A line is a sentence; neighbouring lines of the same `file`, where they name one, are one text. Words are joined by
-    spaces. Raises UsageError for other lines.
+    spaces. A word with letters under a tag without any is of NO_CLASS. Raises UsageError for other lines.
     """
     rows = [_row(path, number, line) for number, line in enumerate(read_lines(path), start=1)]
     if not rows:
@@ -55,7 +57,10 @@ def _row(path: Path, number: int, line: str) -> tuple[list[str], list[str], obje
         raise UsageError(
             f'{path} line {number} is not {{"words": [...], "pos": [...]}} with a tag for every word'
         ) from None
-    return words, tags, row.get("file", number)
+    classes = [
+        tag if has_letter(tag) or not has_letter(word) else NO_CLASS for word, tag in zip(words, tags, strict=True)
+    ]
+    return words, classes, row.get("file", number)
 
 
 def _joined(rows: list[tuple[list[str], list[str], object]]) -> TaggedText:
@@ -63,6 +68,10 @@ def _joined(rows: list[tuple[list[str], list[str], object]]) -> TaggedText:
     ends = np.cumsum([len(word) + 1 for word in words]) - 1
     spans = np.stack([ends - [len(word) for word in words], ends], axis=1)
     return TaggedText(" ".join(words), spans, tuple(tag for row in rows for tag in row[1]))
+
+
+def has_letter(text: str) -> bool:
+    return any(character.isalpha() for character in text)
 
 
 def split_words(text: str) -> TaggedText:
@@ -75,12 +84,13 @@ def align(token_spans: np.ndarray, tagged: TaggedText) -> tuple[np.ndarray, list
     """For tokens with characters `token_spans` [S, 2], the word that each belongs to, -1 for none, and its part of it.
 
     Exact for any tokenizer that gives character offsets: a token is a whole word if it holds all its characters (blanks
-    around them aside), else a fragment, also where it is one byte of a character. A token with characters of several
-    words belongs to none.
+    around them aside), else a fragment, also where it is one byte of a character. All tokens of a word without a letter
+    are NO_LETTER. A token with characters of several words belongs to none.
     """
     starts, ends = tagged.spans[:, 0], tagged.spans[:, 1]
     first = np.searchsorted(ends, token_spans[:, 0], side="right")  # the first word that ends after the token begins
     last = np.searchsorted(starts, token_spans[:, 1], side="left") - 1  # the last that begins before it ends
+    spelled = [has_letter(tagged.text[start:end]) for start, end in tagged.spans]
     words, parts, seen = np.full(len(token_spans), -1), [], set()
     for index, (low, high) in enumerate(zip(first, last, strict=True)):
         if low > high:
@@ -92,7 +102,8 @@ def align(token_spans: np.ndarray, tagged: TaggedText) -> tuple[np.ndarray, list
             begins, stops = token_spans[index]
             alone = low not in seen and not _shares(token_spans, index)
             whole = begins <= starts[low] and stops >= ends[low] and alone
-            parts.append(WHOLE if whole else LATER if low in seen else FIRST)
+            part = WHOLE if whole else LATER if low in seen else FIRST
+            parts.append(part if spelled[low] else NO_LETTER)
             seen.add(low)
     return words, parts
 

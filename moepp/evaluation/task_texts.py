@@ -11,10 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from moepp.errors import UsageError
-from moepp.evaluation.texts import Passage
+from moepp.evaluation.texts import Passage, spread
 
 Columns = Mapping[str, Any]
 Question = tuple[str, str]  # the question, and the gold answer with the space or line end before it
@@ -104,9 +102,9 @@ TASKS: dict[str, tuple[str, Callable[[Columns], Question]]] = {  # file name -> 
 }
 
 
-def read_tasks(folder: Path, limit: int) -> list[Passage]:
+def read_tasks(folder: Path, limit: int, subject_limit: int) -> list[Passage]:
     """Up to `limit` examples, evenly spread, of every task found in `folder` as `<task>.jsonl`, `<task>_test.jsonl` or
-    `<task>_validation.jsonl`, plain or gzipped.
+    `<task>_validation.jsonl`, plain or gzipped; of a task with subjects (MMLU) up to `subject_limit` of each subject.
 
     Raises UsageError for a folder without any, and for a line that lacks a task's columns.
     """
@@ -118,20 +116,27 @@ def read_tasks(folder: Path, limit: int) -> list[Passage]:
         raise UsageError(f"{folder} holds no task: expected files such as {', '.join(list(TASKS)[:3])}.jsonl(.gz)")
     passages = []
     for name, paths in found.items():
-        task, form = TASKS[name]
         for path in paths[:1]:
-            lines = read_lines(path)
-            for number in np.unique(np.linspace(0, len(lines) - 1, min(limit, len(lines))).astype(int)):
-                try:
-                    row = json.loads(lines[number])
-                    question, answer = form(row)
-                except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-                    raise UsageError(
-                        f"{path} line {number + 1} lacks columns of the task {name} ({type(error).__name__}: {error})"
-                    ) from None
-                topic = AREA.get(row["subject"], row["subject"]) if "subject" in row else ""
-                passages.append(Passage(question + answer, task, topic, len(question)))
+            by_subject: dict[str, list[Passage]] = {}
+            for number, line in enumerate(read_lines(path), start=1):
+                passage = _passage(path, number, line, name)
+                by_subject.setdefault(passage.subject, []).append(passage)
+            for subject, examples in by_subject.items():
+                passages += spread(examples, subject_limit if subject else limit)
     return passages
+
+
+def _passage(path: Path, number: int, line: str, name: str) -> Passage:
+    task, form = TASKS[name]
+    try:
+        row = json.loads(line)
+        question, answer = form(row)
+        subject = row.get("subject", "")
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise UsageError(
+            f"{path} line {number} lacks columns of the task {name} ({type(error).__name__}: {error})"
+        ) from None
+    return Passage(question + answer, task, AREA.get(subject, subject), subject, len(question))
 
 
 def read_lines(path: Path) -> list[str]:

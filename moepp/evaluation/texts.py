@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -16,6 +17,7 @@ class Passage:
     text: str
     group: str
     topic: str = ""
+    subject: str = ""
     answer: int = 0
 
 
@@ -27,6 +29,7 @@ class Text:
     bytes: np.ndarray
     group: str
     topic: str = ""
+    subject: str = ""
     answer: int = 0
 
     def named(self, label: str) -> "Text":
@@ -44,7 +47,7 @@ def tokenize(tokenizer: Tokenizer, passages: Sequence[Passage]) -> list[Text]:
         ends = [end for _, end in encoding.offsets]
         answer = min(int(np.searchsorted(ends, passage.answer, side="right")), len(ends) - 1)
         size = token_bytes(text, encoding.offsets)
-        texts.append(Text(np.array(encoding.ids), size, passage.group, passage.topic, answer))
+        texts.append(Text(np.array(encoding.ids), size, passage.group, passage.topic, passage.subject, answer))
     return texts
 
 
@@ -67,7 +70,9 @@ def windows(texts: Sequence[Text], size: int, limit: int) -> list[Text]:
         for start in range(0, len(text.ids) - size + 1, size):
             part = slice(start, start + size)
             pieces.setdefault(text.group, []).append(replace(text, ids=text.ids[part], bytes=text.bytes[part]))
-    kept = []
-    for group in pieces.values():
-        kept += [group[i] for i in np.unique(np.linspace(0, len(group) - 1, min(limit, len(group))).astype(int))]
-    return kept
+    return [piece for group in pieces.values() for piece in spread(group, limit)]
+
+
+def spread(items: Sequence[Any], limit: int) -> list[Any]:
+    """At most `limit` of the items, evenly spread over them."""
+    return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, min(limit, len(items))).astype(int))]

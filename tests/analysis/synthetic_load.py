@@ -33,4 +33,5 @@ def synthetic_load(
         np.full(tasks * examples, 100),
         names,
         names,
+        names,
     )

@@ -61,14 +61,54 @@ def test_neighbours_that_agree_are_found_and_unrelated_layers_are_not():
     assert abs(adjacent_layers(load_of(spread(0.1, 0.1))).interval.value) < 0.5
 
 
-def test_noise_that_examples_share_between_layers_is_no_agreement_of_tasks():
+SIMULATIONS, DRAWS = 200, 199
+MOST_REJECTED = 0.08  # of SIMULATIONS at 5 %: chance alone goes beyond in 3 of 100
+
+
+def small_load(ffn_KL, seed, examples=20):
+    tasks = len(ffn_KL)
+    return synthetic_load(ffn_KL, np.full(tasks, 0.1), np.linspace(1, 3, tasks), examples=examples, seed=seed)
+
+
+def busy_examples(seed):
     """Some examples use more FFN experts in every layer; the tasks do not differ."""
-    load = load_of()
-    busy = np.random.default_rng(2).integers(0, 20, len(load.tokens_X))
-    load.chosen_XLN[:, :, 0] += busy[:, None].astype(np.int32)
-    load.chosen_XLN[:, :, 2] -= busy[:, None].astype(np.int32)
-    p = [adjacent_layers(load, seed).p for seed in range(10)]
-    assert np.mean(np.array(p) < 0.05) <= 0.3
+    load = small_load(np.full((4, 3), 1.4), seed)
+    busy = np.random.default_rng((seed, 1)).integers(0, 20, len(load.tokens_X)).astype(np.int32)
+    load.chosen_XLN[:, :, 0] += busy[:, None]
+    load.chosen_XLN[:, :, 2] -= busy[:, None]
+    return load
+
+
+def tasks_that_differ_anew_in_every_layer(seed):
+    return small_load(1.4 + np.random.default_rng((seed, 2)).normal(0, 0.1, (6, 3)), seed)
+
+
+@pytest.mark.parametrize(
+    ("test", "null"),
+    [(adjacent_layers, busy_examples), (adjacent_layers, tasks_that_differ_anew_in_every_layer),
+     (topics_differ, busy_examples)],
+)  # fmt: skip
+def test_nothing_is_found_more_often_than_at_its_level(test, null):
+    p = [test(null(seed), seed, DRAWS).p for seed in range(SIMULATIONS)]
+    assert np.mean(np.array(p) < 0.05) <= MOST_REJECTED
+
+
+@pytest.mark.parametrize("effect", [ends_over_middle, topics_differ])
+def test_intervals_of_products_of_halves_cover_the_truth(effect):
+    ffn_KL = 1.4 + np.random.default_rng(5).normal(0, 0.1, (4, 4))
+    truth = effect(small_load(ffn_KL, 0, examples=20_000), draws=2).interval.value
+    found = [effect(small_load(ffn_KL, seed), seed, DRAWS).interval for seed in range(SIMULATIONS)]
+    assert np.mean([one.low <= truth <= one.high for one in found]) >= 0.9
+    assert np.mean([one.value for one in found]) == pytest.approx(truth, abs=0.25 * abs(truth) + 0.005)
+
+
+def test_a_correlation_between_layers_is_understated_by_noise_but_not_overstated():
+    generator = np.random.default_rng(5)
+    ffn_KL = 1.4 + 0.07 * generator.normal(size=(6, 1)) + 0.07 * generator.normal(size=(6, 4))
+    truth = adjacent_layers(small_load(ffn_KL, 0, examples=20_000), draws=2).interval.value
+    found = [adjacent_layers(small_load(ffn_KL, seed), seed, DRAWS).interval for seed in range(100)]
+    assert 0.6 * truth < np.mean([one.value for one in found]) < truth
+    assert np.mean([one.low > truth for one in found]) <= 0.05
 
 
 def test_layers_in_which_tasks_differ_most_are_found():

@@ -69,9 +69,19 @@ def test_pairs_are_made_by_model_and_the_rest_is_left_out():
 
 def test_tables_and_histogram_hold_what_was_added():
     scores = {"on": arm((0.4, 0.2), (0.04, 0.02), offset=1)}
-    table = score_table(scores)
+    table = score_table(scores, {"on": (0.23, 0.105)})
     rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
     assert rows[0]["mean"] == pytest.approx(0.4, abs=0.01) and rows[1]["variance"] == pytest.approx(0.0004, rel=0.1)
     assert rows[0]["range98"] == pytest.approx(2 * 2.326 * 0.04, rel=0.1) and rows[0]["range"] > rows[0]["range98"]
+    assert [row["mode"] for row in rows] == pytest.approx([0.4, 0.2], abs=0.02)
+    assert [row["paper: mode"] for row in rows] == [0.23, 0.105]
     assert [row[1] for row in layer_table(scores).rows] == [1, 2]
     assert sum(row[3] for row in histogram_plot(scores).data.rows) == pytest.approx(2)
+
+
+def test_a_mode_is_the_middle_of_the_fullest_bin_of_its_rank():
+    found = RoutingScores.empty(1)
+    highest = [0.301, 0.302, 0.304, 0.7, 0.7]  # the narrow bin at 0.7 holds two, the wide one at 0.3 three
+    found.add(np.array([[[score, 0.1012] for score in highest]]))
+    assert found.statistics()["mode"] == pytest.approx(np.array([[0.3025, 0.1025]]))
+    assert found.pooled().coarse().sum() == 2 * len(highest)

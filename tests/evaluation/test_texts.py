@@ -6,7 +6,7 @@ import pytest
 
 from moepp.errors import UsageError
 from moepp.evaluation.sources import decade
-from moepp.evaluation.tagged import ACROSS, FIRST, LATER, WHOLE, align, read_tagged, split_words
+from moepp.evaluation.tagged import ACROSS, FIRST, LATER, NO_CLASS, NO_LETTER, WHOLE, align, read_tagged, split_words
 from moepp.evaluation.task_texts import AREA, TASKS, read_tasks
 from moepp.evaluation.texts import Passage, Text, documents, tokenize, windows
 from moepp.training.corpora import message_names
@@ -50,19 +50,31 @@ def tokenizer():
 def test_a_question_is_put_as_the_harness_puts_it_with_the_gold_answer(name, tmp_path):
     row, question, answer = ROWS[name]
     write_rows(tmp_path / f"{name}.jsonl", [row])
-    [passage] = read_tasks(tmp_path, 10)
+    [passage] = read_tasks(tmp_path, 10, 10)
     assert passage.text == question + answer and passage.text[passage.answer :] == answer
     assert passage.group == TASKS[name][0]
-    assert passage.topic == ("STEM" if name == "mmlu" else "")
+    assert (passage.topic, passage.subject) == (("STEM", "astronomy") if name == "mmlu" else ("", ""))
 
 
 def test_examples_are_spread_over_a_file_and_limited(tmp_path):
     write_rows(tmp_path / "nq_open.jsonl.gz", [{"question": str(i), "answer": ["x"]} for i in range(100)])
     write_rows(tmp_path / "boolq_validation.jsonl", [ROWS["boolq"][0]])
     write_rows(tmp_path / "boolq_train.jsonl", [ROWS["boolq"][0]] * 9)
-    passages = read_tasks(tmp_path, 5)
+    passages = read_tasks(tmp_path, 5, 3)
     assert [p.text.split("?")[0] for p in passages if p.group == "NQ"] == ["Q: 0", "Q: 24", "Q: 49", "Q: 74", "Q: 99"]
     assert sum(p.group == "BoolQ" for p in passages) == 1
+
+
+def test_every_subject_has_its_own_limit(tmp_path):
+    row, *_ = ROWS["mmlu"]
+    subjects = ["astronomy"] * 40 + ["virology"] * 10 + ["marketing"] * 2
+    rows = [row | {"subject": subject, "question": str(i)} for i, subject in enumerate(subjects)]
+    write_rows(tmp_path / "mmlu_test.jsonl", rows)
+    passages = read_tasks(tmp_path, 2, 3)
+    found = [(p.subject, int(p.text.split("\n")[0])) for p in passages]
+    assert found == [*(("astronomy", i) for i in (0, 19, 39)), *(("virology", i) for i in (40, 44, 49)),
+                     ("marketing", 50), ("marketing", 51)]  # fmt: skip
+    assert [p.topic for p in passages] == ["STEM"] * 3 + ["other"] * 5
 
 
 def test_subjects_of_mmlu_fall_into_four_areas():
@@ -77,12 +89,12 @@ def test_subjects_of_mmlu_fall_into_four_areas():
 def test_other_files_are_refused_in_a_line(tmp_path, content, message):
     (tmp_path / "sciq.jsonl").write_text(content)
     with pytest.raises(UsageError, match=message):
-        read_tasks(tmp_path, 5)
+        read_tasks(tmp_path, 5, 5)
 
 
 def test_a_folder_without_tasks_is_refused(tmp_path):
     with pytest.raises(UsageError, match="holds no task: expected files such as sciq, piqa, winogrande"):
-        read_tasks(tmp_path, 5)
+        read_tasks(tmp_path, 5, 5)
 
 
 def test_the_answer_begins_at_its_first_token(tokenizer):
@@ -121,7 +133,7 @@ def parts_of(tokenizer, tagged):
 
 
 def test_tokens_are_aligned_to_words_whatever_the_bytes_of_their_characters(tokenizer):
-    tagged = split_words("the naïve 東 🙂 cat zebra")
+    tagged = split_words("the naïve 東 𠮷 cat zebra")
     found = parts_of(tokenizer, tagged)
     by_word = {w: [p for _, word, p in found if word == w] for w in range(len(tagged.tags))}
     assert by_word[0] == [WHOLE] and by_word[4] == [WHOLE]
@@ -132,6 +144,14 @@ def test_tokens_are_aligned_to_words_whatever_the_bytes_of_their_characters(toke
     for word, (start, end) in enumerate(tagged.spans):  # the words' tokens are their bytes, no more and no fewer
         ids = [tokenizer.token_to_id(token) for token, w, _ in found if w == word]
         assert tokenizer.decode(ids).strip() == tagged.text[start:end]
+
+
+def test_punctuation_and_numbers_are_neither_words_nor_fragments(tokenizer):
+    tagged = split_words("the cat, 1984 🙂 sat!")
+    by_word = {word: part for _, word, part in parts_of(tokenizer, tagged)}
+    words = [tagged.text[start:end] for start, end in tagged.spans]
+    without = [words[word] for word, part in by_word.items() if part == NO_LETTER]
+    assert words == ["the", "cat", ",", "1984", "🙂", "sat", "!"] and without == [",", "1984", "🙂", "!"]
 
 
 def test_a_token_over_two_words_belongs_to_none():
@@ -155,6 +175,8 @@ def test_tagged_sentences_of_a_file_are_one_text(tmp_path):
     assert texts[0].tags == ("DET", "NOUN", "VERB")
     assert [texts[0].text[a:b] for a, b in texts[0].spans] == ["The", "cat", "sat"]
     assert len(read_tagged(path, 1)) == 1
+    write_rows(path, [{"words": ["not", ".", "12", "its"], "pos": [".", ".", "NUM", "PRP$"]}])
+    assert read_tagged(path, 9)[0].tags == (NO_CLASS, ".", "NUM", "PRP$")
     write_rows(path, [{"words": ["a"], "pos": ["X"]}] * 3)
     assert len(read_tagged(path, 100)) == 3  # without names, each line is a text
 

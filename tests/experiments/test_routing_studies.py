@@ -5,12 +5,14 @@ import random
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, decoders, models
 
 from experiments import fig4, fig5, fig6, findings
-from moepp.analysis.study import StudyContext
+from moepp.analysis.study import SCALES, StudyContext
 from moepp.analysis.study_report import write_study
 from moepp.config import compose
 from moepp.errors import UsageError
+from moepp.evaluation import measure as measured
 from moepp.models.official import save_official
 from moepp.records import write_json
 from moepp.training.run import freeze, load_decoder, train
@@ -113,15 +115,27 @@ def test_fig4_from_a_fresh_clone_groups_held_out_documents(measure):
         assert row["FFN experts per token"] == pytest.approx(2 * row["ffn share"])
         assert row["low"] < row["FFN experts per token"] < row["high"]
     assert "No folder of tasks was given" in report.notes[0]
+    assert [t.name for t in report.tables] == ["load"]  # the default texts have no subjects
     bars = table(report, "layers_1_to_3")
     assert {row["layer"] for row in bars} == {1, 2, 3} and len(bars) == 3 * len(rows) * 8
     assert {path.name for path in files} >= {"report.md", "middle_layer.svg", "layers_1_to_3.png", "load.csv"}
 
 
 def test_fig4_of_tasks_stands_beside_the_paper(measure, tasks, sweep):
-    report, _ = measure(fig4.STUDY, tasks_dir=str(tasks), limit="10")
+    report, files = measure(fig4.STUDY, tasks_dir=str(tasks), limit="10", subject_limit="7")
     rows = {row["group"]: row for row in table(report, "load")}
     assert list(rows) == ["ARC-E", "ARC-C", "MMLU"] and rows["ARC-C"]["examples"] == 10
+    assert rows["MMLU"]["examples"] == 3 * 7
+    areas = {row["group"]: row for row in table(report, "topics")}
+    assert set(areas) == {"STEM", "humanities", "other"} and all(row["examples"] == 7 for row in areas.values())
+    subjects = {row["subject"]: row for row in table(report, "subjects")}
+    assert {name: row["area"] for name, row in subjects.items()} == {
+        "astronomy": "STEM", "philosophy": "humanities", "marketing": "other",
+    }  # fmt: skip
+    for row in subjects.values():  # without capacity every token has two experts
+        ours = sum(row[f"{kind} share"] for kind in ("constant", "copy", "zero")) + row["FFN experts per token"] / 2
+        assert ours == pytest.approx(1) and row["zero share: low"] <= row["zero share"] <= row["zero share: high"]
+    assert {"topics_middle_layer.svg", "subjects.png", "subjects.csv"} <= {path.name for path in files}
     assert rows["ARC-C"]["paper: FFN experts per token"] == 1.515
     assert len(report.claims) == 2 and "2 models" in report.claims[0].note
 
@@ -169,13 +183,14 @@ def test_fig5_counts_every_token_by_string_tag_and_part(measure, tmp_path):
     assert [row["FFN experts per token"] for row in strings] == sorted(
         (row["FFN experts per token"] for row in strings), reverse=True
     )
-    assert "by_tag.svg" in {path.name for path in files}
+    assert {"by_tag.svg", "paper_strings.svg", "paper_strings.csv"} <= {path.name for path in files}
+    assert [row["string"] for row in table(report, "paper_strings")] == list(fig5.PAPER)
 
 
 def test_fig5_without_tags_has_the_strings_and_says_so(measure):
     report, files = measure(fig5.STUDY)
     assert "without parts of speech" in report.notes[0]
-    assert [t.name for t in report.tables] == ["parts"] and table(report, "strings")
+    assert [t.name for t in report.tables] == ["parts", "paper_strings"] and table(report, "strings")
     assert "by_tag.svg" not in {path.name for path in files}
     assert all("ragments" in claim.statement for claim in report.claims)
 
@@ -187,6 +202,7 @@ def test_fig6_pairs_the_arms_by_seed(measure):
         (arm, rank) for arm in ARMS for rank in ("highest", "second")
     ]
     assert all(row["models"] == 2 and row["mean"] > 0 for row in rows)
+    assert [row["paper: mode"] for row in rows] == [0.23, 0.105, 0.27, 0.10]
     histogram = table(report, "histograms")
     assert sum(row["share of tokens"] for row in histogram) == pytest.approx(4)  # two arms, two scores
     layers = table(report, "score_layers")
@@ -207,6 +223,21 @@ def test_a_released_checkpoint_takes_the_place_of_runs(measure, sweep, tasks, tm
     assert "one model" in report.claims[0].note
     with pytest.raises(UsageError, match="a released checkpoint brings no held-out text"):
         measure(fig4.STUDY, weights=str(tmp_path / "release"))
+
+
+@pytest.mark.parametrize("study", [fig4.STUDY, fig5.STUDY, fig6.STUDY, findings.STUDY])
+def test_every_scale_of_the_runs_can_be_measured(study):
+    assert study.scales == SCALES
+    for amount in (measured.EXAMPLES, measured.SUBJECT_EXAMPLES, measured.WORDS):
+        assert tuple(amount) == SCALES and sorted(amount.values()) == list(amount.values())
+
+
+def test_a_token_that_begins_a_word_is_told_from_its_namesake():
+    tokenizer = Tokenizer(models.BPE({"<unk>": 0, "\u2581up": 1, "up": 2, "<0x0A>": 3}, [], unk_token="<unk>"))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    assert [measured._string(tokenizer, token) for token in (1, 2, 3)] == ["␣up", "up", "<0x0A>"]
 
 
 @pytest.mark.parametrize(
