@@ -1,17 +1,18 @@
 """What a sweep costs beside its trials, and what sharing a machine brings: `python scripts/sweep_overhead.py`.
 
-Trains the same laptop-like trials three ways: one bare process after another, a sweep of one worker that has the whole
-machine, and a sweep of one worker per core. Prints the table that results/LOG.md quotes; about two minutes on two
-cores, and nobody else may use them meanwhile.
+Trains the same laptop-like trials three ways, interleaved: one bare process after another, a sweep of one worker that
+has the whole machine, and a sweep of one worker per core. The sweeps mirror into MLflow unless `--tracking jsonl`.
+Prints medians over rounds; about three minutes a round on two cores, and nobody else may use them meanwhile.
 """
 
 import argparse
 import os
-import shutil
+import statistics
 import subprocess
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,43 +25,59 @@ from moepp.sweeps.spec import Scale, Sweep, Trial
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--trials", type=int, default=4)
     parser.add_argument("--steps", type=int, default=120, help="of each trial, at size=tiny")
+    parser.add_argument("--tracking", choices=("mlflow", "jsonl"), default="mlflow")
     options = parser.parse_args()
-    cores = os.cpu_count() or 1
-    folder = Path(tempfile.mkdtemp(prefix="sweep_overhead_"))
-    try:
-        sweep = _sweep(options.trials, options.steps)
-        trials = sweep.trials("laptop", [f"runs={folder / 'bare'}"])
-        freeze = DataFreezer()
+    cores = len(os.sched_getaffinity(0))
+    ways = {"bare processes": 0, "sweep, 1 worker": 1, f"sweep, {cores} workers": cores}
+    rounds = []
+    for number in range(options.rounds):
+        order = list(ways)[number % len(ways) :] + list(ways)[: number % len(ways)]
+        rounds.append({way: _timed(options, ways[way], cores) for way in order})
+    print(f"{options.trials} trials of {options.steps} steps at size=tiny on {cores} cores, {options.tracking};")
+    print(f"medians of {options.rounds} rounds (least to most)")
+    for way in ways:
+        print(f"{way:<18} {_spread([found[way].wall for found in rounds], '8.1f')} s")
+    bare, alone, shared = ([found[way] for found in rounds] for way in ways)
+    beside = [(found.wall - found.inside) / found.inside for found in alone]
+    print(f"a sweep of one worker, beside its trials' processes: {_spread(beside, '.1%')} of their time")
+    longer = [one.wall / other.wall - 1 for one, other in zip(alone, bare, strict=True)]
+    print(f"the same against bare processes: {_spread(longer, '+.1%')}")
+    rates = [one.wall / other.wall for one, other in zip(alone, shared, strict=True)]
+    print(f"{cores} workers on one core each over one worker on all: {_spread(rates, '.2f')} times the trials per hour")
+
+
+@dataclass
+class Timed:
+    wall: float  # seconds from the call to its end
+    inside: float  # seconds of the trials' processes, summed
+
+
+def _timed(options: argparse.Namespace, workers: int, cores: int) -> Timed:
+    """One way once, in a folder that holds prepared data and nothing else."""
+    with tempfile.TemporaryDirectory(prefix="sweep_overhead_") as folder:
+        sweep = _sweep(options.trials, options.steps, options.tracking)
+        if workers:
+            return _swept(sweep, Path(folder), workers)
+        trials, freeze = sweep.trials("laptop", [f"runs={folder}"]), DataFreezer()
         for trial in trials:
-            freeze(trial)  # the data are ready before anything is timed
-        rows = {
-            "bare processes": _bare(trials, cores),
-            "sweep, 1 worker": _swept(sweep, folder, 1),
-            f"sweep, {cores} workers": _swept(sweep, folder, cores),
-        }
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    print(f"{options.trials} trials of {options.steps} steps at size=tiny on {cores} cores")
-    print(f"{'':<18}{'wall':>9}{'in trials':>11}{'beside them':>13}{'trials per hour':>17}")
-    for name, (wall, inside) in rows.items():
-        rate = options.trials / wall * 3600
-        beside = f"{wall - inside:11.2f} s" if "workers" not in name else f"{'–':>13}"
-        print(f"{name:<18}{wall:7.1f} s{inside:9.1f} s{beside}{rate:17.0f}")
-    (bare, _), (alone, inside), (shared, _) = rows.values()
-    print(f"overhead of the sweep: {(alone - inside) / inside:.1%} of the time in its trials")
-    print(f"the same trials without a sweep took {bare / alone:.3f} times as long")
-    print(f"{cores} workers on one core each over one worker on all: {alone / shared:.2f} times the trials per hour")
+            freeze(trial)
+        return _bare(trials, cores)
 
 
-def _sweep(trials: int, steps: int) -> Sweep:
-    base = ["size=tiny", "data=sotu", "model=moepp", f"trainer.steps={steps}", "tracking=jsonl"]
+def _spread(values: list[float], form: str) -> str:
+    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def _sweep(trials: int, steps: int, tracking: str) -> Sweep:
+    base = ["size=tiny", "data=sotu", "model=moepp", f"trainer.steps={steps}", f"tracking={tracking}"]
     arms = {f"lr{number}": [f"optim.lr={number + 1}e-3"] for number in range(trials)}
     return Sweep(name="overhead", base=base, scales={"laptop": Scale()}, baseline="lr0", arms=arms, seeds=[0])
 
 
-def _bare(trials: list[Trial], cores: int) -> tuple[float, float]:
+def _bare(trials: list[Trial], cores: int) -> Timed:
     environment = {**os.environ, "OMP_NUM_THREADS": str(cores), "PYTHONPATH": str(CONF.parent)}
     started = time.perf_counter()
     for trial in trials:
@@ -69,11 +86,10 @@ def _bare(trials: list[Trial], cores: int) -> tuple[float, float]:
         command = [*TRIAL_COMMAND, str(trial.directory / "config.yaml")]
         subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     seconds = time.perf_counter() - started
-    return seconds, seconds
+    return Timed(seconds, seconds)
 
 
-def _swept(sweep: Sweep, folder: Path, workers: int) -> tuple[float, float]:
-    """Seconds from the call of the sweep to its end, and those of its trials' processes."""
+def _swept(sweep: Sweep, folder: Path, workers: int) -> Timed:
     os.environ.pop("OMP_NUM_THREADS", None)  # the sweep divides the cores itself
     lives: list[float] = []
 
@@ -85,8 +101,8 @@ def _swept(sweep: Sweep, folder: Path, workers: int) -> tuple[float, float]:
 
     job.start = timed
     started = time.perf_counter()
-    run_sweep(sweep, "laptop", workers, [f"runs={folder / str(workers)}"], progress=False)
-    return time.perf_counter() - started, sum(lives)
+    run_sweep(sweep, "laptop", workers, [f"runs={folder}"], progress=False)
+    return Timed(time.perf_counter() - started, sum(lives))
 
 
 if __name__ == "__main__":
