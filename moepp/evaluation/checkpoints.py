@@ -12,8 +12,8 @@ from torch import Tensor
 from moepp.errors import UsageError
 from moepp.models.decoder import Decoder
 from moepp.models.official import load_official
-from moepp.models.weight_files import read_json
-from moepp.training.run import autocast_of, load_decoder
+from moepp.models.weight_files import find_weights, read_json
+from moepp.training.run import autocast_of, checkpoint_file, load_decoder
 from moepp.training.tokenizer import end_of_text, load_tokenizer
 from moepp.training.tokens import DataConfig, TokenFiles, prepare
 
@@ -57,14 +57,24 @@ def load_checkpoint(path: Path, device: str | None = None, dtype: torch.dtype | 
     what cannot be loaded.
     """
     path, device = path.expanduser(), torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return (_run if is_run(path) else _official)(path, device, dtype)
+
+
+def is_run(path: Path) -> bool:
+    """Whether a checkpoint is a run's; otherwise it is a released one. Raises UsageError for what is neither."""
     if path.suffix == ".ckpt" or (path / "config.yaml").is_file():
-        return _run(path, device, dtype)
+        return True
     if (path / "config.json").is_file():
-        return _official(path, device, dtype)
+        return False
     raise UsageError(
         f"{path} is no run directory (config.yaml), no checkpoint file (*.ckpt) and no folder of a released checkpoint"
         " (config.json)"
     )
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights. Raises UsageError or RunError where there are none."""
+    return [checkpoint_file(path)] if is_run(path) else find_weights(path)
 
 
 def _run(path: Path, device: torch.device, dtype: torch.dtype | None) -> Checkpoint:

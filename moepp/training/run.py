@@ -107,16 +107,29 @@ def _train_as(rank: Rank, record: RunRecord, config: RunConfig, judge: Judge | N
         raise
 
 
+def checkpoint_file(source: Path) -> Path:
+    """The file with a finished run's final weights, or `source` itself where that is a checkpoint file. Raises RunError
+    where it is not there.
+    """
+    file = source if source.suffix == ".ckpt" else RunRecord(source).checkpoints / FINAL_WEIGHTS
+    if not file.is_file():
+        raise RunError(f"there is no checkpoint {file}" + ("; the run is not finished" if file != source else ""))
+    return file
+
+
 def load_decoder(source: Path) -> tuple[Decoder, RunConfig]:
     """The trained model of a finished run, or of one of a run's checkpoint files, on the CPU, and its config."""
-    file = source if source.suffix == ".ckpt" else RunRecord(source).checkpoints / FINAL_WEIGHTS
+    file = checkpoint_file(source)
     config = configs.load(RunConfig, file.parents[1] / "config.yaml")
     model = Decoder(config.model)
-    state = _load_checkpoint(file)["state_dict"]
-    model.load_state_dict(
-        {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
-    )
+    model.load_state_dict(_weights(file))
     return model.eval(), config
+
+
+def _weights(file: Path) -> dict[str, torch.Tensor]:
+    """The decoder's state, without what else a checkpoint holds."""
+    state = _load_checkpoint(file)["state_dict"]
+    return {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
 
 
 def autocast_of(config: RunConfig, device: torch.device) -> Callable[[], AbstractContextManager]:
@@ -212,8 +225,6 @@ def _arrived(point: Path) -> Path:
 def _load_checkpoint(path: Path) -> dict:
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except FileNotFoundError:
-        raise RunError(f"there is no checkpoint {path}; the run is not finished") from None
     except Exception as error:  # torch reports damage with whatever its zip and pickle readers raise
         raise RunError(
             f"checkpoint {path} cannot be read ({str(error).splitlines()[0]}); delete it to train this run anew"
