@@ -19,7 +19,7 @@ class Run:
 
     arm: str
     seed: int
-    record: str  # name of the record's directory, the identity of its config
+    path: Path  # of its record, whose name is the identity of its config
     final: dict[str, float]
     budget: dict[str, float]
     experts: dict[str, int]  # ffn, zero, copy, constant, shared; empty for a dense model
@@ -124,7 +124,7 @@ def _read(record: RunRecord, arm: str, seed: int) -> Run:
     return Run(
         arm=arm,
         seed=seed,
-        record=record.path.name,
+        path=record.path,
         final=record.final(),
         budget=budget,
         experts=model.get("experts", {}) if model.get("moe_every", 1) else {},

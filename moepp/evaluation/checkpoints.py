@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -13,7 +14,9 @@ from moepp.errors import UsageError
 from moepp.models.decoder import Decoder
 from moepp.models.official import load_official
 from moepp.models.weight_files import find_weights, read_json
-from moepp.training.run import autocast_of, checkpoint_file, load_decoder
+from moepp.records import digest_of
+from moepp.training.initial import checkpoint_file
+from moepp.training.run import autocast_of, load_decoder
 from moepp.training.tokenizer import end_of_text, load_tokenizer
 from moepp.training.tokens import DataConfig, TokenFiles, prepare
 
@@ -81,7 +84,7 @@ def _run(path: Path, device: torch.device, dtype: torch.dtype | None) -> Checkpo
     model, config = load_decoder(path)
     tokens = prepare(config.data, progress=False)
     file = tokens.path / "tokenizer.json"
-    tokenizer = _tokenizer(file) if file.is_file() else None
+    tokenizer = _tokenizer(file, digest_of(file)) if file.is_file() else None
     autocast = autocast_of(config, device) if dtype is None else nullcontext
     end, context = tokens.header.end_of_text, config.data.seq_len
     return Checkpoint(model.to(device, dtype), end, end, context, tokenizer, autocast, config.data, tokens)
@@ -93,7 +96,8 @@ def _official(path: Path, device: torch.device, dtype: torch.dtype | None) -> Ch
             f"{path} has no tokenizer.json; save one there with transformers:"
             " AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
-    tokenizer = _tokenizer(path / "tokenizer.json")  # before the weights, which may take minutes
+    file = path / "tokenizer.json"
+    tokenizer = _tokenizer(file, digest_of(file))  # before the weights, which may take minutes
     keys, end = read_json(path / "config.json"), end_of_text(tokenizer)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     model = load_official(path, dtype, device, attention="fused").eval()
@@ -101,7 +105,9 @@ def _official(path: Path, device: torch.device, dtype: torch.dtype | None) -> Ch
     return Checkpoint(model, end, prefix, context, tokenizer, nullcontext)
 
 
-def _tokenizer(file: Path) -> Tokenizer:
+@lru_cache(maxsize=4)
+def _tokenizer(file: Path, digest: str) -> Tokenizer:
+    """One for all checkpoints that share the file, so that they share what it has encoded."""
     tokenizer = load_tokenizer(file)
     tokenizer.encode_special_tokens = True
     return tokenizer

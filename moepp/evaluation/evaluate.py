@@ -36,11 +36,11 @@ def about(loaded: LoadedTask, checkpoint: str = "") -> About:
 
 
 def evaluate_task(model: "MoEPlusPlus", loaded: LoadedTask, checkpoint: str = "") -> TaskResult:
-    """The same examples and prompts for every model, however many were scored before; `checkpoint` names its weights."""
+    """The same examples and prompts for every model, whichever were scored before. `checkpoint` names the weights."""
     from lm_eval.evaluator import evaluate as run_harness
 
     for task in loaded.tasks.values():
-        task.set_fewshot_seed(FEWSHOT_SEED)
+        _prompts_once(task)
     model.cut = 0
     samples = {name: list(range(size)) for name, size in loaded.sizes.items()} if loaded.limit else None
     # Its progress bars, one for each of MMLU's 57 tasks, go nowhere; the model shows its own. Without standard errors:
@@ -58,6 +58,16 @@ def evaluate_task(model: "MoEPlusPlus", loaded: LoadedTask, checkpoint: str = ""
     today = datetime.now(UTC).date().isoformat()
     made = replace(about(loaded, checkpoint), context=model.checkpoint.context, cut=model.cut / requests, date=today)
     return TaskResult(made, tuple(examples))
+
+
+def _prompts_once(task: "Task") -> None:
+    """Lets the harness build a task's prompts for the first model, and use these for all that follow."""
+    if getattr(task, "_instances", None) is None:
+        task.set_fewshot_seed(FEWSHOT_SEED)
+        return
+    task.build_all_requests = lambda **_: None
+    for instance in task.instances:
+        instance.resps, instance.filtered_resps = [], {}
 
 
 def _examples(model: "MoEPlusPlus", task: "Task", samples: list[dict[str, Any]], prefix: str) -> Iterator[Example]:

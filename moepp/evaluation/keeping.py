@@ -1,12 +1,13 @@
-"""Where the scores of a checkpoint are kept, so that no task is scored twice and an interrupted call loses at most one."""
+"""Where the scores of a checkpoint are kept: no task is scored twice, and an interrupted call loses one at most."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from moepp.evaluation.checkpoints import is_run, weight_files
 from moepp.evaluation.results import FOLDER, About, TaskResult, final_metrics, find_task_result, write_task_result
 from moepp.records import RunRecord, digest_of
-from moepp.training.run import FINAL_WEIGHTS
+from moepp.training.initial import FINAL_WEIGHTS
 from moepp.training.tracking import mirror_again
 
 
@@ -15,21 +16,26 @@ class Kept:
     """The scores of one checkpoint. Those of a finished run's final weights are part of its record, `run`."""
 
     folder: Path
-    checkpoint: str  # name and digest of the weights
+    name: str
+    files: tuple[Path, ...]  # that hold the weights
     run: RunRecord | None
 
     @classmethod
     def of(cls, source: Path) -> "Kept":
         """Raises UsageError or RunError for what is no checkpoint."""
         source = source.expanduser()
-        files = weight_files(source)
-        checkpoint = f"{files[0].name if is_run(source) else source.resolve().name}:{digest_of(*files)}"
+        files = tuple(weight_files(source))
         if not is_run(source):
-            return cls(source / FOLDER, checkpoint, None)
-        run = RunRecord(files[0].parents[1])
-        if files[0].name == FINAL_WEIGHTS and run.status == "done":
-            return cls(run.path / FOLDER, checkpoint, run)
-        return cls(files[0].parent / FOLDER / files[0].stem, checkpoint, None)
+            return cls(source / FOLDER, source.resolve().name, files, None)
+        [file], run = files, RunRecord(files[0].parents[1])
+        if file.name == FINAL_WEIGHTS and run.status == "done":
+            return cls(run.path / FOLDER, file.name, files, run)
+        return cls(file.parent / FOLDER / file.stem, file.name, files, None)
+
+    @cached_property
+    def checkpoint(self) -> str:
+        """Name and digest of the weights; reading a large checkpoint for it takes a while."""
+        return f"{self.name}:{digest_of(*self.files)}"
 
     def find(self, wanted: About) -> TaskResult | None:
         return find_task_result(self.folder, wanted)
