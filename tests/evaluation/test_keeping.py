@@ -22,7 +22,9 @@ from moepp.models.official import save_official
 
 @pytest.fixture(autouse=True)
 def data_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "datasets"))
+    folder = str(tmp_path_factory.getbasetemp() / "datasets")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder)
+    monkeypatch.setenv("HF_DATASETS_CACHE", folder)  # of processes that are started
 
 
 @pytest.fixture
