@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     def add_tasks(sub: argparse.ArgumentParser, default: str | None) -> None:
         sub.add_argument("--tasks", default=default, help="`paper`: the paper's eleven; or names, as sciq,piqa,boolq:0")
         sub.add_argument("--tasks-dir", metavar="DIR", help="local task data, <task>.jsonl[.gz]; else the hub's")
-        sub.add_argument("--limit", type=int, help="only the first so many examples of each task")
+        sub.add_argument("--limit", type=int, help="examples of each task at most, in all of its parts")
 
     reproduce = add("reproduce", _reproduce, "make a table or figure of the paper and print ours beside it")
     reproduce.add_argument("experiment", nargs="?", help="a file of experiments/, such as table5")

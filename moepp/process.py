@@ -67,10 +67,16 @@ def die_with_parent() -> None:
     """
     # Taken out of the environment, for this process's own children have it as their parent.
     parent = os.environ.pop(PARENT_PID, None)
-    if parent is None or sys.platform != "linux":
+    if parent is not None:
+        die_with(int(parent))
+
+
+def die_with(parent: int) -> None:
+    """As `die_with_parent`, for a process that was started otherwise and told who its parent is."""
+    if sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(parent):  # it died before the line above
+    if os.getppid() != parent:  # it died before the line above
         os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -17,6 +17,7 @@ A run is finished when `done` exists: an exit code or a tracker's status proves 
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import secrets
@@ -46,6 +47,16 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def digest_of(*files: Path) -> str:
+    """16 hex digits of what the files hold, one after the other."""
+    found = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            while block := file.read(2**20):
+                found.update(block)
+    return found.hexdigest()[:16]
 
 
 class UnreadableRecord(RunError):

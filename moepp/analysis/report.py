@@ -16,7 +16,7 @@ from moepp.analysis.comparison import Comparison, compare
 from moepp.analysis.experiment import Experiment
 from moepp.analysis.rerun import reproduce_command
 from moepp.analysis.results import Run, SweepResults
-from moepp.analysis.task_tables import TaskColumns, paper_accuracy, task_columns
+from moepp.analysis.task_tables import TaskTables, paper_accuracy, task_tables
 from moepp.analysis.verdict import held_equal, missing_runs, noise_floor, verdict
 from moepp.records import write_text
 
@@ -40,17 +40,18 @@ MEASURED = "Activated parameters and FLOPs are those of the FFN experts that tok
 
 def write_report(experiment: Experiment, results: SweepResults, out: Path) -> list[Path]:
     """Fills `out` and returns the files, report.md first. Raises UsageError when sweep and experiment do not fit."""
-    comparison, tasks = compare(experiment, results), task_columns(results, experiment.arms)
+    comparison, tasks = compare(experiment, results), task_tables(results, experiment.arms)
     out.mkdir(parents=True, exist_ok=True)
     for name, suffix in product(figures.FIGURES, (".svg", ".png", ".csv")):
         (out / f"{name}{suffix}").unlink(missing_ok=True)  # an earlier report may have had a figure that this one lacks
     (out / "tasks.csv").unlink(missing_ok=True)
     drawn = figures.draw(comparison, out)
+    provenance = provenance_of(experiment, results) | ({"tasks": tasks.asked} if tasks else {})
     texts = {
         "report.md": _report(comparison, tasks, drawn),
         "table.csv": _csv(tables.csv_table(comparison)),
         **({"tasks.csv": _csv(tasks.csv)} if tasks else {}),
-        "provenance.json": json.dumps(provenance_of(experiment, results), indent=1) + "\n",
+        "provenance.json": json.dumps(provenance, indent=1) + "\n",
         **{f"{figure.name}.csv": _csv(figure.rows) for figure in drawn},
     }
     for name, text in texts.items():
@@ -70,7 +71,7 @@ def provenance_of(experiment: Experiment, results: SweepResults) -> dict[str, An
         "last_run_ended": _utc(max(run.last_ms for run in runs)),
         **{section: _agreed(runs, section) for section in SAME_FOR_ALL},
         "expert_forward": results.timing_setup,
-        "runs": [{"arm": run.arm, "seed": run.seed, "record": run.record} for run in runs],
+        "runs": [{"arm": run.arm, "seed": run.seed, "record": run.path.name} for run in runs],
         "missing": missing_runs(experiment, results),
     }
 
@@ -97,7 +98,7 @@ def report_note(comparison: Comparison) -> str:
     return "\n\n".join([f"**{experiment.question}**", table, _bullets(verdict(comparison)), HOW_TO_READ, made])
 
 
-def _report(comparison: Comparison, tasks: TaskColumns | None, drawn: list[figures.Drawn]) -> str:
+def _report(comparison: Comparison, tasks: TaskTables | None, drawn: list[figures.Drawn]) -> str:
     experiment, results = comparison.experiment, comparison.results
     seeds = sorted({run.seed for run in _runs(experiment, results)})
     beside = f" Beside the paper's {experiment.reference} (MoE++, arXiv 2410.07348)" if experiment.paper else ""
@@ -114,7 +115,7 @@ def _report(comparison: Comparison, tasks: TaskColumns | None, drawn: list[figur
         "Verdict": _bullets(verdict(comparison)),
         "Quality": f"{tables.markdown(tables.quality_table(comparison))}\n\n{HOW_TO_READ}",
         "Effects": tables.markdown(tables.effects_table(comparison)),
-        **({"Downstream tasks": _tasks(tasks, comparison)} if tasks else {}),
+        **({"Downstream tasks": _tasks(tasks, experiment)} if tasks else {}),
         "Compute and speed": f"{tables.markdown(tables.cost_table(comparison))}\n\n{_timing(results)}",
         "Effective speed-up": f"{tables.markdown(tables.effective_table(comparison))}\n\n{_effective(results)}",
         "Figures": "\n\n".join(f"![{f.caption}]({f.name}.svg)\n\n{f.caption} [Data]({f.name}.csv)." for f in drawn),
@@ -142,17 +143,11 @@ def _paper(experiment: Experiment) -> str:
     return f"{said}\n\n{tables.markdown(tables.paper_table(experiment))}"
 
 
-def _tasks(tasks: TaskColumns, comparison: Comparison) -> str:
-    results, experiment = comparison.results, comparison.experiment
+def _tasks(tasks: TaskTables, experiment: Experiment) -> str:
     paper = paper_accuracy(experiment, tasks.tasks)
-    beside = f"The paper's, of its {experiment.paper_size.upper()} model:\n\n{tables.markdown(paper)}\n\n"
-    return (
-        f"Accuracy in % (exact match for NQ), n examples each:\n\n{tables.markdown(tasks.accuracy)}\n\n"
-        f"{beside if paper else ''}"
-        f"Bits per byte of the gold answer: of {results.baseline}, and the other arms minus {results.baseline}, paired"
-        f" by seed. Intervals hold the seeds' scatter on the same examples, and none is corrected for the number of"
-        f" tasks:\n\n{tables.markdown(tasks.bits_per_byte)}"
-    )
+    if not paper:
+        return tasks.text
+    return f"{tasks.text}\n\nThe paper's, of its {experiment.paper_size.upper()} model:\n\n{tables.markdown(paper)}"
 
 
 def _timing(results: SweepResults) -> str:

@@ -77,54 +77,21 @@ def percentile_interval(value: float, draws_D: np.ndarray, level: float = 0.95) 
     return Interval(float(value), float(low), float(high))
 
 
-def bootstrap_mean(values_N: np.ndarray, level: float = 0.95, draws: int = DRAWS, seed: Seed = 0) -> Interval:
-    """The mean of independent examples."""
-    values_N = np.asarray(values_N, dtype=float)
-    sums_D = bootstrap_sums(values_N[:, None], draws, seed)[:, 0]
-    return percentile_interval(values_N.mean(), sums_D / len(values_N), level)
-
-
-def bootstrap_ratio(
-    numerator_N: np.ndarray, denominator_N: np.ndarray, level: float = 0.95, draws: int = DRAWS, seed: Seed = 0
-) -> Interval:
-    """A ratio of sums over examples, such as FFN experts per token: long examples weigh more, as in a mean over tokens,
-    but examples are drawn, since the tokens of one are not independent.
-    """
-    columns_N2 = np.stack([numerator_N, denominator_N], axis=1).astype(float)
-    value, draws_D = (
-        sums[..., 0] / sums[..., 1] for sums in (columns_N2.sum(0), bootstrap_sums(columns_N2, draws, seed))
-    )
-    return percentile_interval(value, draws_D, level)
-
-
 def paired_bootstrap(
-    a_N: np.ndarray, b_N: np.ndarray, level: float = 0.95, draws: int = DRAWS, seed: Seed = 0
-) -> Interval:
-    """The mean of `a - b` over examples that both models answered: what an example does to both cancels."""
-    a_N, b_N = np.asarray(a_N, dtype=float), np.asarray(b_N, dtype=float)
-    if a_N.shape != b_N.shape:
-        raise ValueError(f"{len(a_N)} and {len(b_N)} scores make no pairs")
-    return bootstrap_mean(a_N - b_N, level, draws, seed)
+    a_NM: np.ndarray, b_NM: np.ndarray, size_N: np.ndarray | None = None, draws: int = DRAWS, seed: Seed = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """The difference of two models over examples that both answered, and bootstrap draws of it: what an example does to
+    both cancels. Columns share the drawn examples.
 
-
-def sign_flip_test(differences_N: np.ndarray, draws: int = DRAWS, seed: Seed = 0) -> float:
-    """Two-sided p that paired differences have mean 0: under that hypothesis each sign is a coin's."""
-    differences_N = np.asarray(differences_N, dtype=float)
-    generator = np.random.default_rng(seed)
-    block = max(1, BLOCK // len(differences_N))
-    sums = [
-        (2 * generator.integers(2, size=(min(block, draws - start), len(differences_N))) - 1) @ differences_N
-        for start in range(0, draws, block)
-    ]
-    return chance(differences_N.sum(), np.concatenate(sums))
-
-
-def permutation_test(a_N: np.ndarray, b_N: np.ndarray, draws: int = DRAWS, seed: Seed = 0) -> float:
-    """Two-sided p that two independent samples have the same mean (strictly: the same distribution)."""
-    sums_DG = shuffled_sums(np.concatenate([a_N, b_N])[:, None].astype(float), (len(a_N), len(b_N)), draws, seed)[
-        ..., 0
-    ]
-    return chance(np.mean(a_N) - np.mean(b_N), sums_DG[:, 0] / len(a_N) - sums_DG[:, 1] / len(b_N))
+    The sum of `a - b` over the sum of `size`: a mean where that is left out, a ratio such as bits per byte where it is
+    the bytes. Returns [M] and [D, M]. Raises ValueError for scores that make no pairs.
+    """
+    if a_NM.shape != b_NM.shape:
+        raise ValueError(f"{len(a_NM)} and {len(b_NM)} scores make no pairs")
+    size_N = np.ones(len(a_NM)) if size_N is None else size_N
+    columns = np.column_stack([a_NM - b_NM, size_N])
+    sums, sums_D = columns.sum(0), bootstrap_sums(columns, draws, seed)
+    return sums[:-1] / sums[-1], sums_D[:, :-1] / sums_D[:, -1:]
 
 
 def chance(observed: float, null_D: np.ndarray, two_sided: bool = True) -> float:

@@ -20,7 +20,7 @@ class Run:
 
     arm: str
     seed: int
-    record: str  # name of the record's directory, the identity of its config
+    path: Path  # of its record, whose name is the identity of its config
     final: dict[str, float]
     budget: dict[str, float]
     size: str  # a file of conf/size, such as `1b`; empty where the record names none
@@ -158,7 +158,7 @@ def _read(record: RunRecord, arm: str, seed: int) -> Run:
     return Run(
         arm=arm,
         seed=seed,
-        record=record.path.name,
+        path=record.path,
         final=record.final(),
         budget=budget,
         size=config.get("tags", {}).get("size", ""),

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor
 from moepp.errors import UsageError
 from moepp.models.decoder import Decoder
 from moepp.models.official import load_official
-from moepp.models.weight_files import read_json
+from moepp.models.weight_files import find_weights, read_json
+from moepp.records import digest_of
+from moepp.training.initial import checkpoint_file
 from moepp.training.run import autocast_of, load_decoder
 from moepp.training.tokenizer import end_of_text, load_tokenizer
 from moepp.training.tokens import DataConfig, TokenFiles, prepare
@@ -57,21 +60,31 @@ def load_checkpoint(path: Path, device: str | None = None, dtype: torch.dtype | 
     what cannot be loaded.
     """
     path, device = path.expanduser(), torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return (_run if is_run(path) else _official)(path, device, dtype)
+
+
+def is_run(path: Path) -> bool:
+    """Whether a checkpoint is a run's; otherwise it is a released one. Raises UsageError for what is neither."""
     if path.suffix == ".ckpt" or (path / "config.yaml").is_file():
-        return _run(path, device, dtype)
+        return True
     if (path / "config.json").is_file():
-        return _official(path, device, dtype)
+        return False
     raise UsageError(
         f"{path} is no run directory (config.yaml), no checkpoint file (*.ckpt) and no folder of a released checkpoint"
         " (config.json)"
     )
 
 
+def weight_files(path: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights. Raises UsageError or RunError where there are none."""
+    return [checkpoint_file(path)] if is_run(path) else find_weights(path)
+
+
 def _run(path: Path, device: torch.device, dtype: torch.dtype | None) -> Checkpoint:
     model, config = load_decoder(path)
     tokens = prepare(config.data, progress=False)
     file = tokens.path / "tokenizer.json"
-    tokenizer = _tokenizer(file) if file.is_file() else None
+    tokenizer = _tokenizer(file, digest_of(file)) if file.is_file() else None
     autocast = autocast_of(config, device) if dtype is None else nullcontext
     end, context = tokens.header.end_of_text, config.data.seq_len
     return Checkpoint(model.to(device, dtype), end, end, context, tokenizer, autocast, config.data, tokens)
@@ -83,7 +96,8 @@ def _official(path: Path, device: torch.device, dtype: torch.dtype | None) -> Ch
             f"{path} has no tokenizer.json; save one there with transformers:"
             " AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
-    tokenizer = _tokenizer(path / "tokenizer.json")  # before the weights, which may take minutes
+    file = path / "tokenizer.json"
+    tokenizer = _tokenizer(file, digest_of(file))  # before the weights, which may take minutes
     keys, end = read_json(path / "config.json"), end_of_text(tokenizer)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     model = load_official(path, dtype, device, attention="fused").eval()
@@ -91,7 +105,9 @@ def _official(path: Path, device: torch.device, dtype: torch.dtype | None) -> Ch
     return Checkpoint(model, end, prefix, context, tokenizer, nullcontext)
 
 
-def _tokenizer(file: Path) -> Tokenizer:
+@lru_cache(maxsize=4)
+def _tokenizer(file: Path, digest: str) -> Tokenizer:
+    """One for all checkpoints that share the file, so that they share what it has encoded."""
     tokenizer = load_tokenizer(file)
     tokenizer.encode_special_tokens = True
     return tokenizer

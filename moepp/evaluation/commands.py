@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TextIO
@@ -11,15 +10,7 @@ from tqdm import tqdm
 
 from moepp.analysis.tables import aligned, number
 from moepp.errors import UsageError
-from moepp.evaluation.results import (
-    FOLDER,
-    GOLD,
-    TaskResult,
-    final_metrics,
-    load_task_results,
-    means,
-    write_task_result,
-)
+from moepp.evaluation.results import GOLD, TaskResult, means
 from moepp.evaluation.tasks import TaskRequest, parse_tasks
 from moepp.records import RunRecord, read_json
 
@@ -27,16 +18,11 @@ BATCH_TOKENS = 4096  # padded, of one batch
 
 
 def evaluate_checkpoint(source: Path, tasks: str, folder: Path | None, limit: int | None, batch_tokens: int) -> str:
-    """Scores a checkpoint, keeps the scores and returns the table of them.
+    """The table of a checkpoint's scores; those of a finished run are sent to MLflow too."""
+    from moepp.evaluation.keeping import Kept
 
-    The scores of a finished run go into its record and to MLflow; those of any other checkpoint go into a folder
-    `evaluation` beside it.
-    """
-    run = _run_of(source)
-    results = []
-    for result in scored(source, tasks, folder, limit, batch_tokens):
-        results.append(result)
-        _keep(run, source, result)
+    results = list(scored(source, tasks, folder, limit, batch_tokens))
+    run = Kept.of(source).run
     if run is not None:
         _mirror(run.path.parent)
     return "\n".join(describe(results))
@@ -45,34 +31,39 @@ def evaluate_checkpoint(source: Path, tasks: str, folder: Path | None, limit: in
 def scored(
     source: Path, tasks: str, folder: Path | None, limit: int | None, batch_tokens: int = BATCH_TOKENS
 ) -> Iterator[TaskResult]:
-    """The results of one task after the other, kept nowhere. Raises UsageError for what cannot be asked for."""
+    """The results of one task after the other. Each is kept before the next begins, and what the same weights have
+    answered before is not asked again: in a finished run's record, else in a folder `evaluation` beside the weights.
+
+    Raises UsageError for what cannot be asked for.
+    """
     requests = check_request(tasks, folder, limit)
     if batch_tokens < 1:
         raise UsageError(f"--batch-tokens {batch_tokens} must be at least 1")
-    from moepp.evaluation.evaluate import evaluate
+    from moepp.evaluation.evaluate import about, evaluate_task
     from moepp.evaluation.harness import MoEPlusPlus
+    from moepp.evaluation.keeping import Kept
+    from moepp.evaluation.tasks import load_task
 
-    model = MoEPlusPlus(source, batch_tokens=batch_tokens, progress=_terminal())
-    yield from evaluate(model, requests, folder, limit)
+    kept, model = Kept.of(source), None
+    for request in requests:
+        task = load_task(request, folder, limit)
+        result = kept.find(about(task, kept.checkpoint))
+        if result is None:
+            model = model or MoEPlusPlus(source, batch_tokens=batch_tokens, progress=_terminal())
+            result = evaluate_task(model, task, kept.checkpoint)
+            kept.keep(result)
+        yield result
 
 
 def evaluate_sweep(directory: Path, tasks: str, folder: Path | None, limit: int | None) -> None:
     """Scores every finished trial of a sweep once: results for the same examples and prompts are not computed again."""
     requests = check_request(tasks, folder, limit)
-    from moepp.evaluation.evaluate import about, evaluate_task
-    from moepp.evaluation.harness import MoEPlusPlus
-    from moepp.evaluation.tasks import load_task
+    from moepp.evaluation.trials import score_runs
 
     records = [RunRecord(directory / trial["path"]) for trial in read_json(directory / "sweep.json")["trials"]]
-    runs = [record for record in records if record.status == "done"]
-    with ExitStack() as stack:
-        loaded = [stack.enter_context(load_task(request, folder)) for request in requests]
-        for run in tqdm(runs, desc="scoring trials", file=_terminal(), disable=_terminal() is None):
-            stored = {result.about.identity for result in load_task_results(run.path).values()}
-            left = [task for task in loaded if about(task, limit).identity not in stored]
-            model = MoEPlusPlus(run.path) if left else None
-            for task in left:
-                _keep(run, run.path, evaluate_task(model, task, limit))
+    runs = [record.path for record in records if record.status == "done"]
+    done = score_runs(runs, requests, folder, limit)
+    list(tqdm(done, "scoring trials", len(runs), file=_terminal(), disable=_terminal() is None))
     _mirror(directory)
 
 
@@ -108,26 +99,6 @@ def check_request(tasks: str, folder: Path | None, limit: int | None) -> list[Ta
 
 def _terminal() -> TextIO | None:
     return sys.stderr if sys.stderr.isatty() else None
-
-
-def _run_of(source: Path) -> RunRecord | None:
-    """The finished run whose final weights these are."""
-    from moepp.training.run import FINAL_WEIGHTS
-
-    path = source.parents[1] if source.name == FINAL_WEIGHTS else source
-    return RunRecord(path) if RunRecord(path).status == "done" else None
-
-
-def _keep(run: RunRecord | None, source: Path, result: TaskResult) -> None:
-    from moepp.training.tracking import mirror_again
-
-    if run is None:
-        write_task_result((source.parent if source.is_file() else source) / FOLDER, result)
-        return
-    with run.lock():
-        write_task_result(run.path / FOLDER, result)
-        run.replace_final(final_metrics(result))
-        mirror_again(run)
 
 
 def _mirror(directory: Path) -> None:

@@ -1,17 +1,16 @@
 """Runs tasks of lm-evaluation-harness on a model and keeps every example's scores."""
 
 import importlib.metadata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import redirect_stderr
 from dataclasses import replace
 from datetime import UTC, datetime
 from io import StringIO
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moepp.errors import RunError
 from moepp.evaluation.results import About, Example, TaskResult
-from moepp.evaluation.tasks import LoadedTask, TaskRequest, load_task
+from moepp.evaluation.tasks import LoadedTask
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -21,53 +20,54 @@ if TYPE_CHECKING:
 FEWSHOT_SEED = 1234  # the harness's default
 
 
-def evaluate(
-    model: "MoEPlusPlus", requests: Sequence[TaskRequest], folder: Path | None = None, limit: int | None = None
-) -> Iterator[TaskResult]:
-    """One result after the other, so that what is computed can be kept before the next task begins.
-
-    `folder` holds local data, None takes the hub's; `limit` takes the first so many examples of each (sub)task.
-    """
-    for request in requests:
-        with load_task(request, folder) as loaded:
-            yield evaluate_task(model, loaded, limit)
-
-
-def about(loaded: LoadedTask, limit: int | None) -> About:
+def about(loaded: LoadedTask, checkpoint: str = "") -> About:
     """What an evaluation would hold, before any model is asked."""
     return About(
         task=loaded.request.name,
         shots=loaded.shots,
-        limit=limit,
+        limit=loaded.limit,
         data=loaded.data,
         examples_from=loaded.examples_from,
         lm_eval=importlib.metadata.version("lm_eval"),
         versions={name: str(task.VERSION) for name, task in sorted(loaded.tasks.items())},
+        examples=sum(loaded.sizes.values()),
+        checkpoint=checkpoint,
     )
 
 
-def evaluate_task(model: "MoEPlusPlus", loaded: LoadedTask, limit: int | None) -> TaskResult:
-    """The same examples and prompts for every model, however many were scored before."""
+def evaluate_task(model: "MoEPlusPlus", loaded: LoadedTask, checkpoint: str = "") -> TaskResult:
+    """The same examples and prompts for every model, whichever were scored before. `checkpoint` names the weights."""
     from lm_eval.evaluator import evaluate as run_harness
 
     for task in loaded.tasks.values():
-        task.set_fewshot_seed(FEWSHOT_SEED)
+        _prompts_once(task)
     model.cut = 0
+    samples = {name: list(range(size)) for name, size in loaded.sizes.items()} if loaded.limit else None
     # Its progress bars, one for each of MMLU's 57 tasks, go nowhere; the model shows its own. Without standard errors:
     # those of means follow from the examples, the others take minutes of resampling.
     with redirect_stderr(StringIO()):
-        found = run_harness(model, {"tasks": loaded.tasks}, limit=limit, bootstrap_iters=0)
+        found = run_harness(model, {"tasks": loaded.tasks}, samples=samples, bootstrap_iters=0)
     requests = sum(len(task.instances) for task in loaded.tasks.values())
     examples = [
         example
         for name, task in sorted(loaded.tasks.items())
-        for example in _examples(model, task, found["samples"][name], f"{name}/" if len(loaded.tasks) > 1 else "")
+        for example in _examples(model, task, found["samples"][name], "" if name == loaded.request.name else f"{name}/")
     ]
     if not examples:
         raise RunError(f"task {loaded.request.name} has no example to score")
     today = datetime.now(UTC).date().isoformat()
-    made = replace(about(loaded, limit), context=model.checkpoint.context, cut=model.cut / requests, date=today)
+    made = replace(about(loaded, checkpoint), context=model.checkpoint.context, cut=model.cut / requests, date=today)
     return TaskResult(made, tuple(examples))
+
+
+def _prompts_once(task: "Task") -> None:
+    """Lets the harness build a task's prompts for the first model, and use these for all that follow."""
+    if getattr(task, "_instances", None) is None:
+        task.set_fewshot_seed(FEWSHOT_SEED)
+        return
+    task.build_all_requests = lambda **_: None
+    for instance in task.instances:
+        instance.resps, instance.filtered_resps = [], {}
 
 
 def _examples(model: "MoEPlusPlus", task: "Task", samples: list[dict[str, Any]], prefix: str) -> Iterator[Example]:

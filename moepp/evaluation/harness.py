@@ -1,5 +1,6 @@
 """The decoder as a model of lm-evaluation-harness, registered there as `moepp`."""
 
+from array import array
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TextIO
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from moepp.errors import UsageError
@@ -16,6 +18,13 @@ from moepp.evaluation.scoring import Tokens, log_likelihoods
 from moepp.models.attention import KeyValueCache
 
 MAX_NEW_TOKENS = 256  # the harness's default
+
+
+# The choices of a question share their context, and models with one tokenizer are asked the same; a prompt of 32
+# examples takes longer to tokenise than its end to score.
+@lru_cache(maxsize=2**14)
+def _encode(tokenizer: Tokenizer, text: str) -> array:
+    return array("I", tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 class MoEPlusPlus(TemplateLM):
@@ -44,8 +53,6 @@ class MoEPlusPlus(TemplateLM):
         self.checkpoint, self.batch_tokens, self.progress = checkpoint, int(batch_tokens), progress
         self._device = checkpoint.device
         self._tokenizer = checkpoint.require_tokenizer()
-        # The choices of a question come one after the other and share their context.
-        self._encode = lru_cache(maxsize=8)(lambda text: self._tokenizer.encode(text, add_special_tokens=False).ids)
         self.cut = 0
 
     @property
@@ -57,7 +64,7 @@ class MoEPlusPlus(TemplateLM):
         return self.checkpoint.prefix
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: object) -> list[int]:
-        return list(self._encode(string))
+        return list(_encode(self._tokenizer, string))
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=True)

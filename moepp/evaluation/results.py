@@ -2,6 +2,8 @@
 harness.
 
     evaluation/<task>.jsonl   first line: what was evaluated and how (`About`); then one line per example (`Example`)
+
+Scores of a run's other checkpoints lie in `checkpoints/evaluation/<stem of the file>/`.
 """
 
 import json
@@ -22,11 +24,11 @@ NOISY_TASK = "boolq"  # near chance for small models, and in the paper some rows
 
 @dataclass(frozen=True)
 class About:
-    """What a file of scores holds. Two evaluations with equal `identity` would score the same examples."""
+    """What a file of scores holds. Two evaluations with equal `asked` put the same questions in the same words."""
 
     task: str
     shots: int
-    limit: int | None  # the first so many examples, of each subtask; None: all
+    limit: int | None  # examples at most; None: all
     data: str  # "hub:<dataset>", or digests of local files
     examples_from: str  # where few-shot examples come from; "" without any
     lm_eval: str  # version of the harness
@@ -34,10 +36,14 @@ class About:
     context: int = 0  # tokens
     cut: float = 0.0  # share of the requests whose context was cut from the left
     date: str = ""
+    examples: int = 0
+    checkpoint: str = ""  # name and digest of the weights
 
     @property
-    def identity(self) -> tuple[object, ...]:
-        return self.task, self.shots, self.limit, self.data, self.lm_eval, tuple(sorted(self.versions.items()))
+    def asked(self) -> dict[str, object]:
+        """What was asked, whoever answered."""
+        names = ("task", "shots", "examples", "data", "examples_from", "lm_eval")
+        return {name: getattr(self, name) for name in names} | {"versions": dict(self.versions)}
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,16 @@ def write_task_result(folder: Path, result: TaskResult) -> Path:
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from error
     return path
+
+
+def find_task_result(folder: Path, wanted: About) -> TaskResult | None:
+    """The stored answers of the wanted checkpoint to what is asked; None where there are none, or none to read."""
+    try:
+        found = read_task_result(folder / f"{wanted.task}.jsonl")
+    except RunError:
+        return None
+    same = (found.about.asked, found.about.checkpoint) == (wanted.asked, wanted.checkpoint)
+    return found if same else None
 
 
 def read_task_result(path: Path) -> TaskResult:

@@ -97,10 +97,8 @@ def _score(
         for owner, targets in shared
         for offset, token in enumerate(targets)
     ]
-    row_Q, position_Q, token_Q, owner_Q = torch.tensor(places).unbind(1)
-    logits_BSV = logits_of(ids_BS.to(device)).float()
-    chosen_Q = logits_BSV[row_Q.to(device), position_Q.to(device), token_Q.to(device)]
-    total_BS, best_BS = logits_BSV.logsumexp(-1), logits_BSV.argmax(-1)
-    nats_Q = (chosen_Q - total_BS[row_Q.to(device), position_Q.to(device)]).double().cpu()
-    missed_Q = best_BS.cpu()[row_Q, position_Q] != token_Q
-    return owner_Q, nats_Q, missed_Q.long()
+    row_Q, position_Q, token_Q, owner_Q = torch.tensor(places, device=device).unbind(1)
+    logits_QV = logits_of(ids_BS.to(device))[row_Q, position_Q].float()
+    nats_Q = logits_QV.gather(1, token_Q[:, None])[:, 0] - logits_QV.logsumexp(-1)
+    missed_Q = logits_QV.argmax(-1) != token_Q
+    return owner_Q.cpu(), nats_Q.double().cpu(), missed_Q.long().cpu()

@@ -4,18 +4,17 @@ local data.
 
 import difflib
 import gzip
-import hashlib
 import json
 import logging
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from moepp.errors import RunError, UsageError
+from moepp.records import digest_of
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -45,10 +44,14 @@ class TaskRequest:
 
 @dataclass(frozen=True)
 class LoadedTask:
-    """The harness's tasks that make up one of ours (57 for MMLU), and where their data comes from."""
+    """The harness's tasks that make up one of ours (57 for MMLU), how many examples of each are scored, and where their
+    data comes from.
+    """
 
     request: TaskRequest
     tasks: "dict[str, Task]"
+    sizes: dict[str, int]
+    limit: int | None
     data: str
     examples_from: str
 
@@ -72,9 +75,9 @@ def parse_tasks(text: str) -> list[TaskRequest]:
     return list(found.values())
 
 
-@contextmanager
-def load_task(request: TaskRequest, folder: Path | None) -> Iterator[LoadedTask]:
-    """The task on hub data, or on the files of `folder` (docs/evaluation.md says which).
+def load_task(request: TaskRequest, folder: Path | None, limit: int | None = None) -> LoadedTask:
+    """The task on hub data, or on the files of `folder` (docs/evaluation.md says which); of its examples the first
+    `limit`, spread evenly over the tasks it is made of.
 
     Raises UsageError for a task that the harness does not know or that has no file, RunError for data that cannot be
     read.
@@ -98,10 +101,21 @@ def load_task(request: TaskRequest, folder: Path | None) -> Iterator[LoadedTask]
             raise RunError(f"cannot load the data of task {request.name} {where}: {_line(error)}") from error
         for task in tasks.values():
             task.set_config("num_fewshot", (task.config.num_fewshot or 0) if request.shots is None else request.shots)
-        if folder is None:
-            data = f"hub:{next(iter(tasks.values())).config.dataset_path}"
-        loaded = LoadedTask(request, tasks, data, examples_from)
-        yield loaded if loaded.shots else LoadedTask(request, tasks, data, "")
+    if folder is None:
+        data = f"hub:{next(iter(tasks.values())).config.dataset_path}"
+    sizes = shared_out({name: len(task.eval_docs) for name, task in tasks.items()}, limit)
+    asked = {name: tasks[name] for name in sizes}
+    loaded = LoadedTask(request, asked, sizes, limit, data, examples_from)
+    return loaded if loaded.shots else replace(loaded, examples_from="")
+
+
+def shared_out(sizes: Mapping[str, int], limit: int | None) -> dict[str, int]:
+    """How many examples of each part make `limit` in all: one of each in turn, until a part has no more. Parts that get
+    none are left out.
+    """
+    turns = sorted((turn, name) for name, size in sizes.items() for turn in range(size))
+    counts = Counter(name for _, name in turns[:limit])
+    return {name: counts[name] for name in sizes if counts[name]}
 
 
 def stock_folder() -> Path:
@@ -137,7 +151,7 @@ def _local(request: TaskRequest, manager: "TaskManager", folder: Path, scratch: 
         specs = [_write_task(scratch, request.name, entry.yaml_path, files)]
     else:
         specs = _write_subjects(request, manager, files, scratch)
-    data = " ".join(f"{file.name}:{_digest(file)}" for file in files.values())
+    data = " ".join(f"{file.name}:{digest_of(file)}" for file in files.values())
     return specs, data, examples.name if examples else f"{evaluated.name}, without the question itself"
 
 
@@ -189,11 +203,6 @@ def _write_task(scratch: Path, name: str, stock: Path, files: dict[str, Path]) -
 def _find(folder: Path, name: str, endings: Sequence[str]) -> Path | None:
     files = (folder / f"{name}{ending}.jsonl{packed}" for ending in endings for packed in ("", ".gz"))
     return next((file for file in files if file.is_file()), None)
-
-
-def _digest(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
 
 
 def _line(error: BaseException) -> str:

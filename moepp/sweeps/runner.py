@@ -133,18 +133,22 @@ def _one_line_about_the_disk(directory: Path) -> Iterator[None]:
 
 
 class DataFreezer:
-    """Writes the digest of its data into a trial's config, preparing every distinct data set once."""
+    """Writes the digests of its data and initial weights into a trial's config, preparing every distinct data set
+    once.
+    """
 
     def __init__(self) -> None:
         self._digests: dict[str, str] = {}
 
     def __call__(self, trial: Trial) -> None:
+        from moepp.training.initial import initial_weights
         from moepp.training.tokens import prepare
 
         wanted = repr(trial.config.data)
         if wanted not in self._digests:
             self._digests[wanted] = prepare(trial.config.data).header.digest
         trial.config.data.digest = self._digests[wanted]
+        trial.config.init_weights = initial_weights(trial.config.init_from)
 
 
 class _SharedMirror:

@@ -17,6 +17,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from moepp.training.throughput import StepTimer
+
 if TYPE_CHECKING:
     from moepp.training.module import LanguageModel
     from moepp.training.tokens import TokenFiles
@@ -27,7 +29,9 @@ CONTEXT, ANSWER = 32, 8  # tokens, less where a training sequence is short
 
 @dataclass
 class ClozeConfig:
-    """Held-out cloze questions at some of the validations: val/cloze_accuracy, val/cloze_bits_per_byte."""
+    """Held-out cloze questions at some of the validations: val/cloze_accuracy, val/cloze_bits_per_byte, and what they
+    took, perf/cloze_seconds; final/cloze_share is the sum of these over the time of all training steps.
+    """
 
     points: int = 0  # how many validations, evenly spread over the schedule; 0: never
     questions: int = 32
@@ -94,9 +98,11 @@ class ClozeScorer(Callback):
             with torch.inference_mode(), trainer.precision_plugin.forward_context():
                 return pl_module.model(ids_BS).logits
 
-        found = score(logits_of, self.asked, pl_module.device)
+        timer = StepTimer(pl_module.device)
+        found = {f"val/cloze_{name}": v for name, v in score(logits_of, self.asked, pl_module.device).items()}
+        found["perf/cloze_seconds"] = timer.lap()
         for logger in trainer.loggers:
-            logger.log_metrics({f"val/cloze_{name}": value for name, value in found.items()}, trainer.global_step)
+            logger.log_metrics(found, trainer.global_step)
 
 
 def _due(validation: int, validations: int, points: int) -> bool:

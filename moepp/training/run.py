@@ -19,11 +19,12 @@ from moepp.errors import Interrupted, PeerLost, RunError, UsageError
 from moepp.layers.kernels.grouped import BackendError
 from moepp.models.budget import Budget, active_parameters, forward_flops
 from moepp.models.decoder import Decoder
-from moepp.records import RunRecord, write_json
+from moepp.records import RunRecord, digest_of, write_json
 from moepp.strategies import make_strategy
 from moepp.training.callbacks import MetricsReporter, ResumeCheckpoint, resume_points
 from moepp.training.cloze import ClozeScorer
 from moepp.training.data import TokenDataModule
+from moepp.training.initial import FINAL_WEIGHTS, checkpoint_file, initial_file, initial_weights
 from moepp.training.launch import SECONDS_TO_ARRIVE, launch
 from moepp.training.module import LanguageModel
 from moepp.training.provenance import collect
@@ -34,15 +35,17 @@ from moepp.training.settings import RunConfig
 from moepp.training.throughput import expert_forward_times
 from moepp.training.tokens import TokenFiles, prepare
 
-FINAL_WEIGHTS = "final.ckpt"  # weights only: a finished run needs no optimizer state
 TIMED_TOKENS = 4096  # in one expert-forward measurement
 
 
 def freeze(config: RunConfig) -> RunConfig:
-    """The config with the digest of its prepared tokens, so that a changed corpus is another run. Builds the tokens."""
+    """The config with the digests of its prepared tokens and of the weights it begins with, so that with others it is
+    another run. Builds the tokens.
+    """
     _refuse_missing_devices(config)
     tokens = prepare(config.data, progress=config.trainer.progress)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, digest=tokens.header.digest))
+    data = dataclasses.replace(config.data, digest=tokens.header.digest)
+    return dataclasses.replace(config, data=data, init_weights=initial_weights(config.init_from))
 
 
 def train(config: RunConfig, directory: Path, judge: Judge | None = None) -> RunRecord:
@@ -109,14 +112,34 @@ def _train_as(rank: Rank, record: RunRecord, config: RunConfig, judge: Judge | N
 
 def load_decoder(source: Path) -> tuple[Decoder, RunConfig]:
     """The trained model of a finished run, or of one of a run's checkpoint files, on the CPU, and its config."""
-    file = source if source.suffix == ".ckpt" else RunRecord(source).checkpoints / FINAL_WEIGHTS
+    file = checkpoint_file(source)
     config = configs.load(RunConfig, file.parents[1] / "config.yaml")
     model = Decoder(config.model)
-    state = _load_checkpoint(file)["state_dict"]
-    model.load_state_dict(
-        {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
-    )
+    model.load_state_dict(_weights(file))
     return model.eval(), config
+
+
+def _begin_from(config: RunConfig, model: Decoder) -> None:
+    """Gives the model the weights of `init_from`, whole and before any strategy takes its part of them. Raises
+    UsageError where they do not fit or have changed since the run was frozen.
+    """
+    file = initial_file(config.init_from)
+    if digest_of(file) != config.init_weights.get("digest"):
+        raise UsageError(f"init_from={config.init_from}: {file} has changed since this run was frozen")
+    found, wanted = _weights(file), model.state_dict()
+    for name in sorted(found.keys() | wanted.keys()):
+        shapes = [tuple(state[name].shape) if name in state else "none" for state in (found, wanted)]
+        if shapes[0] != shapes[1]:
+            raise UsageError(
+                f"init_from={config.init_from} does not fit: {name} is {shapes[0]} there, {shapes[1]} here"
+            )
+    model.load_state_dict(found)
+
+
+def _weights(file: Path) -> dict[str, torch.Tensor]:
+    """The decoder's state, without what else a checkpoint holds."""
+    state = _load_checkpoint(file)["state_dict"]
+    return {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
 
 
 def autocast_of(config: RunConfig, device: torch.device) -> Callable[[], AbstractContextManager]:
@@ -144,6 +167,8 @@ def _train(record: RunRecord, config: RunConfig, rank: Rank, judge: Judge | None
     data = TokenDataModule(config.data, config.seed, config.trainer.accumulate)
     trainer = _trainer(record, config, rank, judge)
     resume = from_rank_zero(_resume_point(record) if rank.rank == 0 else None)
+    if config.init_from and resume is None:
+        _begin_from(config, module.model)
     started = time.perf_counter()
     trainer.fit(module, data, ckpt_path=resume and _arrived(resume))
     if trainer.should_stop:  # pruned
@@ -212,8 +237,6 @@ def _arrived(point: Path) -> Path:
 def _load_checkpoint(path: Path) -> dict:
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except FileNotFoundError:
-        raise RunError(f"there is no checkpoint {path}; the run is not finished") from None
     except Exception as error:  # torch reports damage with whatever its zip and pickle readers raise
         raise RunError(
             f"checkpoint {path} cannot be read ({str(error).splitlines()[0]}); delete it to train this run anew"
@@ -234,6 +257,8 @@ def _finish(
     final["router_entropy"] = final.pop("entropy")
     final |= _speed(record)
     final["train_seconds"] = seconds
+    if config.cloze.points and "step_time_ms" in final:
+        final["cloze_share"] = _cloze_seconds(record) / (trainer.global_step * final["step_time_ms"] / 1000)
     final["active_params"] = active_parameters(config.model, routing["ffn_per_token"])
     final["flops_per_token"] = sum(forward_flops(config.model, config.data.seq_len, routing["ffn_per_token"]).values())
     if config.trainer.expert_timing and config.strategy.name in ("single", "ddp"):  # others shard what is timed
@@ -257,6 +282,10 @@ def _speed(record: RunRecord) -> dict[str, float]:
     if lines:
         speed["peak_mem_gib"] = max(line["perf/peak_mem_gib"] for line in lines)
     return speed
+
+
+def _cloze_seconds(record: RunRecord) -> float:
+    return sum(line.get("perf/cloze_seconds", 0.0) for line in record.metrics())
 
 
 def _expert_times(module: LanguageModel, config: RunConfig, tokens: TokenFiles) -> dict[str, float]:

@@ -38,10 +38,17 @@ class TrainerConfig:
 
 @dataclass
 class RunConfig:
-    """One run. `seed` sets initial weights and batch order; `tags` only label the run."""
+    """One run. `seed` sets initial weights and batch order; `tags` only label the run.
+
+    `init_from`, a finished run's directory or a run's checkpoint file, gives the initial weights instead; optimizer,
+    schedule and batches begin anew. Both runs need the same tokenizer. `init_weights` is their digest, filled in when
+    the run is frozen.
+    """
 
     name: str = "train"
     seed: int = 0
+    init_from: str = ""
+    init_weights: dict[str, str] = field(default_factory=dict)
     runs: str = "runs"  # folder of all run records
     model: DecoderConfig = field(default_factory=DecoderConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -69,7 +76,7 @@ class RunConfig:
 
 # What cannot change a result: a run moved to other devices, folders or trackers is still the same run.
 NOT_IDENTITY = (
-    "name", "runs", "tags", "model.backend", "tracking", "cloze", "data.cache", "data.workers",
+    "name", "runs", "tags", "init_from", "model.backend", "tracking", "cloze", "data.cache", "data.workers",
     "trainer.log_every", "trainer.checkpoint_every", "trainer.expert_timing", "trainer.accelerator", "trainer.devices",
     "trainer.num_nodes", "trainer.threads", "trainer.progress", "strategy",
 )  # fmt: skip

@@ -13,7 +13,7 @@ from lm_eval.tasks import TaskManager
 from moepp.errors import RunError, UsageError
 from moepp.evaluation.checkpoints import load_checkpoint
 from moepp.evaluation.commands import evaluate_checkpoint, evaluate_sweep
-from moepp.evaluation.evaluate import evaluate, evaluate_task
+from moepp.evaluation.evaluate import evaluate_task
 from moepp.evaluation.harness import MoEPlusPlus
 from moepp.evaluation.results import load_task_results
 from moepp.evaluation.tasks import PAPER_SHOTS, TaskRequest, load_task, parse_tasks, stock_folder
@@ -37,7 +37,7 @@ def instances(kind, *arguments):
 
 def test_scores_of_known_likelihoods_by_hand(unigram, task_folder):
     """A byte costs log 2 nats for a, log 4 for b: choices, accuracies and bits per byte follow."""
-    found = next(evaluate(MoEPlusPlus(unigram), [TaskRequest("sciq", 0)], task_folder))
+    found = evaluate_task(MoEPlusPlus(unigram), load_task(TaskRequest("sciq", 0), task_folder))
     nats = unigram.model.nats
     assert found.about.data.startswith("sciq.jsonl:") and found.about.examples_from == ""
     first, second = found.examples
@@ -128,7 +128,8 @@ def test_contexts_that_exceed_the_model_are_counted(text_run):
 def test_every_task_of_the_paper_runs_on_local_files(model, task_folder):
     """Shots fall back on the evaluated file, without the question itself."""
     requests = [TaskRequest(name, min(1, shots)) for name, shots in PAPER_SHOTS.items()]
-    found = {result.about.task: result for result in evaluate(model, requests, task_folder)}
+    results = [evaluate_task(model, load_task(request, task_folder)) for request in requests]
+    found = {result.about.task: result for result in results}
     assert list(found) == list(PAPER_SHOTS)
     for name, result in found.items():
         assert len(result.examples) == (4 if name == "mmlu" else 2)
@@ -183,8 +184,8 @@ def test_a_sweep_is_scored_once(sweep_of_one, task_folder, monkeypatch):
 
 def test_the_order_of_models_does_not_change_their_prompts(model, task_folder):
     """Examples of the prompt are drawn anew for every document; the draws begin anew for every model."""
-    with load_task(TaskRequest("boolq", 1), task_folder) as loaded:
-        first, second = (evaluate_task(model, loaded, None) for _ in range(2))
+    loaded = load_task(TaskRequest("boolq", 1), task_folder)
+    first, second = (evaluate_task(model, loaded) for _ in range(2))
     assert first == second
 
 

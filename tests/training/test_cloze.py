@@ -57,6 +57,9 @@ def test_scoring_changes_nothing_but_adds_its_metrics(overrides, tmp_path):
     assert [line["step"] for line in found] == [6, 12]
     assert found[1]["val/cloze_bits_per_byte"] < found[0]["val/cloze_bits_per_byte"]
     assert not any("val/cloze_accuracy" in line for line in records[0].metrics())
+    final, seconds = records[1].final(), sum(line["perf/cloze_seconds"] for line in found)
+    assert final["cloze_share"] == pytest.approx(seconds / (12 * final["step_time_ms"] / 1000)) and seconds > 0
+    assert "cloze_share" not in records[0].final()
 
 
 KEPT = ("train/loss", "train/grad_norm", "val/loss", "final/val_loss", "final/router_entropy")
