@@ -18,7 +18,7 @@ record = RunRecord(Path(sys.argv[1]).parent)
 config = record.read("config.yaml")
 with record.lock():
     with open(record.path / "attempts", "a") as attempts:
-        attempts.write(f"{os.getpid()} {os.environ.get('OMP_NUM_THREADS')}\n")
+        attempts.write(f"{os.getpid()} {os.environ.get('OMP_NUM_THREADS')} {os.environ.get('CUDA_VISIBLE_DEVICES')}\n")
     arm = config["tags"].get("search", config["tags"]["arm"])
     if arm == "broken" and not (Path(config["runs"]).parent / "fixed").exists():
         sys.exit("the router is cold\nexpert 3 is on fire")

@@ -14,7 +14,7 @@ from moepp.config import CONF
 from moepp.records import RunRecord
 
 TRIALS, WORKERS, KILLS, STEPS = 12, 4, 10, 20
-OPTIONS = {"arms": TRIALS, "retries": KILLS, "workers": WORKERS, "at_once": 1, "stale": 2.0, "progress": False}
+OPTIONS = {"arms": TRIALS, "retries": KILLS, "workers": WORKERS, "one_share": True, "stale": 2.0, "progress": False}
 
 
 def start_worker(runs) -> subprocess.Popen:
