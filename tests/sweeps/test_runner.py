@@ -308,7 +308,7 @@ def test_what_the_newest_call_leaves_out_is_waited_for_no_longer(runs):
     renamed = {"top1": arms["top1"], "top2": ["model.top_k=2", "optim.lr=0.1"]}
     run(runs, renamed, seeds=[0])
     written = (directory / "sweep.json").read_text()
-    assert look() == ([("top1 s0", "done"), ("top1 s1", "done"), ("top2 s0", "done")], 0)
+    assert look() == ([("top1 s0", "done"), ("top2 s0", "done"), ("top1 s1", "done")], 0)
     run(runs, renamed, seeds=[0])  # as every worker of the same call
     assert (directory / "sweep.json").read_text() == written
     (directory.parent.parent / "fixed").touch()
