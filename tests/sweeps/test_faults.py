@@ -117,6 +117,15 @@ def test_a_disk_too_full_for_a_lease_ends_the_worker_in_one_line(runs, monkeypat
     assert {record.status for record in records(directory).values()} == {"done"}
 
 
+def test_what_shutil_says_of_many_files_is_one_line(runs, monkeypatch):
+    def full(trials):
+        raise shutil.Error([("a/final.ckpt", "b/final.ckpt", "No space left on device"), ("c", "d", "e")])
+
+    monkeypatch.setattr("moepp.sweeps.runner.share_finished_runs", full)
+    with pytest.raises(RunError, match=r"toy-smoke \(a/final.ckpt: No space left on device\); the same command"):
+        run(runs)
+
+
 @pytest.fixture
 def read_only(runs):
     """Makes a copy of a folder that this process can read and not write, root or not."""
@@ -142,7 +151,7 @@ def read_only(runs):
 def test_a_finished_sweep_can_be_read_where_nothing_can_be_written(runs, read_only):
     run(runs)
     copy = read_only(runs)
-    assert run(copy) == copy / "toy-smoke"
+    assert run(copy) == run(copy, sweep(top1=["model.top_k=1"])) == copy / "toy-smoke"
     assert read_status(copy / "toy-smoke", read_plan(copy / "toy-smoke")).count("done") == 2
 
 
