@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moepp.errors import RunError, UsageError
+from moepp.errors import RunError, UsageError, reason
 
 if TYPE_CHECKING:
     from moepp.sweeps.launchers.call import SweepCall
@@ -41,6 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UsageError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:  # a folder that is not there, is none, or must not be read or written
+        where = f"cannot read or write {error.filename}: " if error.filename else ""
+        print(f"error: {where}{reason(error)}", file=sys.stderr)
+        return RunError.exit_code
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         return 130
@@ -193,17 +197,9 @@ def _mirrored(config: "RunConfig", directory: Path) -> AbstractContextManager[No
 
 
 def _trial(options: argparse.Namespace) -> None:
-    from moepp.process import die_with_parent
-    from moepp.sweeps.leases import end_without_lease
+    from moepp.sweeps.trial import run_trial
 
-    die_with_parent()
-    end_without_lease()
-    from moepp.config import load
-    from moepp.sweeps.pruning import Judge
-    from moepp.training.run import train
-    from moepp.training.settings import RunConfig
-
-    train(load(RunConfig, options.config), options.config.parent, Judge.of(options.config.parent))
+    run_trial(options.config)
 
 
 def _prepare(options: argparse.Namespace) -> None:

@@ -1,4 +1,6 @@
-"""The two ways a command ends early with one line instead of a traceback."""
+"""The ways a command ends early with one line instead of a traceback."""
+
+import shutil
 
 
 class UsageError(Exception):
@@ -23,3 +25,17 @@ class PeerLost(RunError):
     """Another process of the run died or does not answer: the reason is there, not in this process."""
 
     exit_code = 3
+
+
+class DiskFull(RunError):
+    """Nothing more fits on the disk: what comes next would fare no better."""
+
+    exit_code = 74
+
+
+def reason(error: OSError) -> str:
+    """What the system said, in one line; shutil gathers what it said of many files."""
+    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):
+        source, _, why = error.args[0][0]
+        return f"{source}: {why}"
+    return (error.strerror or str(error) or type(error).__name__).splitlines()[0]

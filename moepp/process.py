@@ -11,9 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moepp.config import CONF
+from moepp.errors import RunError, reason
 
 # A kill, and what Slurm sends to every process of a job before it takes the machine back (--signal=USR1 or USR2).
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup has it ignored
+    STOP_SIGNALS = (*STOP_SIGNALS, signal.SIGHUP)  # the terminal was closed, or the connection to it
 PARENT_PID = "MOEPP_PARENT_PID"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # How torchrun and srun tell a process that it is a rank. A child is no rank of what started its parent.
@@ -45,19 +48,23 @@ def start(command: Sequence[str], log: Path, environment: Mapping[str, str], sho
     """Starts a process that prints into `log`; with `show` its standard output goes to this process's instead.
 
     It gets a session of its own: Ctrl-C reaches this process alone, which then asks the other to stop. Call this in
-    the main thread, for Linux takes the end of the starting thread for the parent's death.
+    the main thread, for Linux takes the end of the starting thread for the parent's death. Raises RunError where the
+    system has no room for another process.
     """
     inherited = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
     child = {**inherited, **environment, "PYTHONPATH": python_path(), PARENT_PID: str(os.getpid())}
     with open(log, "ab") as output:
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=None if show else output,
-            stderr=output,
-            env=child,
-            start_new_session=True,
-        )
+        try:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=None if show else output,
+                stderr=output,
+                env=child,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise RunError(f"cannot start {command[0]}: {reason(error)}") from error
 
 
 def die_with_parent() -> None:

@@ -4,7 +4,7 @@
 
 Two sweeps of the same tiny trials are run: one undisturbed, one whose workers and trials get SIGKILL every few seconds
 while the MLflow server they report to dies and comes back. In the end every trial must have finished, none must have
-been started again after it had, every record and every MLflow history must hold each step exactly once, and both sweeps
+done so twice, every record and every MLflow history must hold each step exactly once, and both sweeps
 must give the same table. tests/sweeps/test_torture.py is the same in a few seconds, with trials that train nothing.
 """
 
@@ -24,7 +24,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from moepp.records import RunRecord, read_json  # noqa: E402
-from moepp.sweeps.leases import Holder, newest  # noqa: E402
 
 STEPS = 40
 SECONDS_BETWEEN_KILLS = (1.0, 4.0)
@@ -41,6 +40,31 @@ arms: {{{arms}}}
 seeds: {seeds}
 retries: 1000
 """
+
+
+def trial() -> int:
+    """`run.py trial` that adds a line to `ends` in its record whenever it comes to the end."""
+    from moepp.cli import main
+
+    finish = RunRecord.finish
+
+    def finish_and_say_so(record: RunRecord) -> None:
+        finish(record)
+        with open(record.path / "ends", "a") as ends:
+            ends.write(f"{os.getpid()}\n")
+
+    RunRecord.finish = finish_and_say_so
+    return main(sys.argv[1:])
+
+
+def work() -> int:
+    """`run.py sweep work` whose trials are those above."""
+    from moepp.sweeps.runner import run_sweep
+    from moepp.sweeps.spec import load_sweep
+
+    command = (sys.executable, __file__, "trial")
+    run_sweep(load_sweep(sys.argv[2]), "smoke", 0, sys.argv[3:], progress=False, command=command, one_share=True)
+    return 0
 
 
 def run(*words: str) -> list[str]:
@@ -63,7 +87,7 @@ class Torture:
         self.workers = [self._start_worker() for _ in range(workers)]
 
     def _start_worker(self) -> subprocess.Popen:
-        command = run("sweep", "work", self.folder / "torture.yaml", "--scale", "smoke", *self.words)
+        command = [sys.executable, __file__, "work", self.folder / "torture.yaml", *self.words]
         with open(self.folder / "workers.txt", "a") as log:
             return subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log)
 
@@ -142,8 +166,9 @@ def check(directory: Path, store: str) -> None:
     client = MlflowClient(tracking_uri=store)
     for record in trials(directory).values():
         assert record.status == "done", f"{record.path} is {record.status}"
-        last_claim = Holder.of(newest(record.path / "leases")[1]).started
-        assert last_claim < (record.path / "done").stat().st_mtime * 1000, f"{record.path} was run again when done"
+        ends = record.path / "ends"  # absent where the trial was killed between `done` and this
+        times = len(ends.read_text().splitlines()) if ends.exists() else 1
+        assert times == 1, f"{record.path} ran to its end {times} times"
         lines = record.metrics()
         assert sum("final/val_loss" in line for line in lines) == 1, f"{record.path} ended more than once"
         steps = [line["step"] for line in lines if "train/loss" in line]
@@ -188,4 +213,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    roles = {"trial": trial, "work": work}
+    sys.exit(roles[sys.argv[1]]() if sys.argv[1:2] and sys.argv[1] in roles else main())

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -38,6 +39,14 @@ assert not heavy, heavy
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "reproduce" in done.stdout or "table5" in done.stdout or "key=value" in done.stdout
+
+
+def test_help_takes_less_than_half_a_second():
+    process = subprocess.Popen([sys.executable, "run.py", "--help"], cwd=ROOT, stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    assert used.ru_utime + used.ru_stime < 0.4  # of the processor: other tests may run beside this one
 
 
 def test_without_arguments_the_commands_are_listed(capsys):

@@ -3,6 +3,8 @@ import signal
 import subprocess
 import sys
 
+import pytest
+
 from moepp.process import cause_of_end, die_with_parent, start
 
 
@@ -16,6 +18,21 @@ def test_a_process_whose_runner_is_already_gone_ends_at_once():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "MOEPP_PARENT_PID": "1999999999"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True)
     assert (done.returncode, done.stdout) == (-signal.SIGKILL, b"")
+
+
+@pytest.mark.parametrize(("handler", "outcome"), [(signal.SIG_DFL, "asked"), (signal.SIG_IGN, "not asked")])
+def test_a_closed_terminal_is_a_request_to_stop_unless_nohup_was_there(handler, outcome):
+    script = (
+        "import os, signal\nfrom moepp.process import stop_requests\n"
+        "with stop_requests() as stop:\n    os.kill(os.getpid(), signal.SIGHUP)\n"
+        "    print('asked' if stop.wait(0.1) else 'not asked')"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, handler),
+    )  # fmt: skip
+    assert done.stdout == f"{outcome}\n", done.stderr
 
 
 def test_a_trial_starts_in_its_own_session_with_its_slot(tmp_path):

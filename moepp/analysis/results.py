@@ -102,7 +102,7 @@ def load_sweep_results(directory: Path | str) -> SweepResults:
         reason = _unfinished(record)
         if reason is None:
             runs.setdefault(arm, {})[seed] = _read(record, arm, seed)
-        else:
+        elif not trial.get("left_out"):  # of what the newest call asks for
             missing[arm, seed] = reason
     if not runs:
         raise UsageError(

@@ -28,13 +28,18 @@ class MatchedTrials:
 
 
 def match_trials(
-    sweep: "Sweep", scale: str, extra: Sequence[str], seeds: Sequence[int] | None, workers: int
+    sweep: "Sweep",
+    scale: str,
+    extra: Sequence[str],
+    seeds: Sequence[int] | None,
+    workers: int,
+    one_share: bool = False,
 ) -> MatchedTrials:
     """The trials of a sweep; under `match: wallclock` their steps are set by a probe of each arm in the first slot.
     Whether they match is for `require_match` to say.
     """
     trials, searched, seconds = sweep.trials(scale, extra, seeds), sweep.search(scale) is not None, {}
-    slots = divide(workers, trials[0].config.trainer)
+    slots = divide(workers, trials[0].config.trainer, one_share)
     if sweep.match == "wallclock":
         if searched:
             raise UsageError("match: wallclock needs arms that are known from the start; a search has none")

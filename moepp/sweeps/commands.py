@@ -57,13 +57,15 @@ def run(call: SweepCall, launcher: Sequence[str]) -> None:
 
 
 def work(call: SweepCall) -> None:
-    """One worker of any number: a trial at a time, on one of `workers` shares of this machine (0: all of it)."""
+    """One worker of any number: a trial at a time, on a free one of `workers` shares of this machine (0: one per GPU,
+    or all cores where there is none).
+    """
     from moepp.process import die_with_parent
 
     die_with_parent()
     from moepp.sweeps.runner import run_sweep
 
-    _finished(run_sweep(call.load(), call.scale, call.workers or 1, call.overrides, call.seeds, at_once=1))
+    _finished(run_sweep(call.load(), call.scale, call.workers, call.overrides, call.seeds, one_share=True))
 
 
 def status(call: SweepCall) -> None:

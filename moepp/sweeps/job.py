@@ -1,18 +1,22 @@
 """A trial of a sweep as one worker sees it: claimed, run in a process of its own, and given back."""
 
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 
 from moepp.config import save
-from moepp.process import cause_of_end, last_lines, start
+from moepp.errors import DiskFull, Interrupted
+from moepp.process import STOP_SIGNALS, cause_of_end, last_lines, start
 from moepp.records import RunRecord, write_json
 from moepp.sweeps.leases import LEASE_FILE, NO_LEASE, STALE_SECONDS, Heart, Lease, LeaseWatch
 from moepp.sweeps.progress import TrialProgress
 from moepp.sweeps.slots import Slot
 from moepp.sweeps.spec import Trial
+from moepp.sweeps.status import outcome
 
-DEATHS_PER_CRASH = 3  # of workers, while a trial makes no progress; who kills a sweep twice in a row loses nothing
+DEATHS_PER_CRASH = 3  # while a trial makes no progress; who kills a sweep twice in a row loses nothing
+ASKED_TO_STOP = {Interrupted.exit_code, *(-number for number in (signal.SIGINT, *STOP_SIGNALS))}  # exit codes
 
 
 class Job:
@@ -35,13 +39,11 @@ class Job:
     @property
     def failure(self) -> str:
         """Why nobody will try this trial again; empty while somebody may."""
-        if self.record.status != "failed" or len(self.record.crashes) <= self.retries:
-            return ""
-        return self.record.read("failed.json")["reason"]
+        return outcome(self.record, self.retries)[1]
 
     @property
     def settled(self) -> bool:
-        return self.record.status in ("done", "pruned") or bool(self.failure)
+        return outcome(self.record, self.retries)[0] != "open"
 
     def claim(self) -> bool:
         """Whether this worker may run the trial now."""
@@ -83,13 +85,21 @@ class Job:
     def settle(self) -> None:
         """Closes the books on an ended process and gives the trial back.
 
-        Only the `done` marker is success: a trial that was ended from outside may well exit with code 0.
+        Only the `done` marker is success: a trial that was ended from outside may well exit with code 0. Raises
+        DiskFull where it could not save: that is no fault of the trial's, and would be the next one's end too.
         """
-        if not (self.settled or self.lease.lost or self.process.returncode == NO_LEASE):
-            log = self.record.path / "log.txt"
-            reason = self.record.read("failed.json").get("reason") or cause_of_end(self.process.returncode, log)
-            self._count_crash(reason)
-        self.release()
+        code, log = self.process.returncode, self.record.path / "log.txt"
+        try:
+            if self.settled or self.lease.lost or code == NO_LEASE:
+                return
+            if code == DiskFull.exit_code:
+                raise DiskFull(f"cannot write {self.record.path}, for the disk is full; the same command continues")
+            if code in ASKED_TO_STOP:
+                self._count_death()
+            else:
+                self._count_crash(self.record.read("failed.json").get("reason") or cause_of_end(code, log))
+        finally:
+            self.release()
 
     def release(self) -> None:
         if self.lease is not None:
@@ -97,10 +107,11 @@ class Job:
         self.lease = None
 
     def _count_death(self) -> None:
-        """Of a worker that is gone together with this trial, which may be the cause: by taking all memory, say.
+        """Of this trial by a stop signal, or of a worker that is gone together with it.
 
-        A worker that is killed now and then must cost no trial anything; one that ends every worker before it reaches
-        another checkpoint must not be tried for ever. Several such deaths in a row are a crash.
+        Either may come from outside, and must cost the trial nothing now and then. The trial may also be the cause, by
+        taking all memory, say, and must not be tried for ever when it never reaches another checkpoint. Several such
+        deaths in a row are a crash.
         """
         attempt = self.record.read("attempt.json")
         if not attempt or attempt["from"] != self._resume_point():
@@ -108,7 +119,7 @@ class Job:
         deaths = attempt["deaths"] + 1
         write_json(self.record.path / "attempt.json", {**attempt, "deaths": deaths})
         if deaths % DEATHS_PER_CRASH == 0:
-            self._count_crash(f"its worker died with it {deaths} times before it reached another checkpoint")
+            self._count_crash(f"it was stopped or its worker died {deaths} times before it reached another checkpoint")
 
     def _resume_point(self) -> str:
         """Name of the newest checkpoint; empty before the first."""

@@ -234,36 +234,41 @@ class Heart:
 
 
 @contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Waits for the lease and holds it: for what is done in an instant, such as replacing a file."""
-    watch = LeaseWatch(folder)
+def exclusive(folder: Path, stale: float = STALE_SECONDS) -> Iterator[None]:
+    """Waits for the lease and holds it, however long the block takes."""
+    watch, heart = LeaseWatch(folder, stale), Heart(stale)
     while (lease := watch.claim()) is None:
         time.sleep(0.1)
+    heart.add(lease)
     try:
-        yield
+        with heart.beating():
+            yield
     finally:
-        lease.release()
+        heart.release(lease)
 
 
-def end_without_lease() -> None:
+def end_without_lease() -> float:
     """Ends this trial when its worker has stopped beating or lost the lease, before another worker may take over.
 
-    The parent's death is no help when the worker is merely stopped, or cut off from the file system. Does nothing in a
-    process that no worker started.
+    The parent's death is no help when the worker is merely stopped, or cut off from the file system. Returns the
+    lease's stale time in seconds; does nothing in a process that no worker started, and returns 0.
     """
-    path = os.environ.pop(LEASE_FILE, None)
-    if path is not None:
-        threading.Thread(target=_guard, args=(Path(path),), daemon=True, name="lease").start()
+    name = os.environ.pop(LEASE_FILE, None)
+    if name is None:
+        return 0.0
+    path = Path(name)
+    holder = Holder.of(path.read_bytes()) if path.exists() else None
+    stale = holder.stale if holder else STALE_SECONDS
+    threading.Thread(target=_guard, args=(path, stale), daemon=True, name="lease").start()
+    return stale
 
 
-def _guard(path: Path) -> None:
+def _guard(path: Path, stale: float) -> None:
     """Gives up after half the stale time: who takes over must have waited for all of it since the same last beat.
 
     One gap is left: a machine that is suspended as a whole wakes up with this thread asleep for stale / 20 seconds.
     """
     content, since = b"", time.monotonic()
-    holder = Holder.of(path.read_bytes()) if path.exists() else None
-    stale = holder.stale if holder else STALE_SECONDS
     while True:
         with suppress(OSError):
             if (now := path.read_bytes()) != content:

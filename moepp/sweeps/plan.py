@@ -1,6 +1,10 @@
-"""sweep.json: the trials that a sweep promises. Every runner and worker reads the same, whoever started first."""
+"""sweep.json: the trials that a sweep promises. Every runner and worker reads the same, whoever started first.
 
-from collections.abc import Mapping, Sequence
+The newest call says what is wanted. Trials of an arm or a seed that it leaves out stay listed, marked `left_out`, and
+nobody waits for them.
+"""
+
+from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,6 +14,8 @@ from moepp.errors import UsageError
 from moepp.records import UnreadableRecord, read_json, write_json
 from moepp.sweeps.leases import exclusive
 from moepp.sweeps.spec import Sweep, Trial
+
+ABOUT = ("name", "question", "paper", "baseline", "match", "objective", "retries")  # what the sweep file says
 
 
 def read_plan(directory: Path) -> dict[str, Any] | None:
@@ -28,35 +34,41 @@ def promise(
     overrides: Sequence[str],
     search: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes sweep.json, or adds what is new to it: seeds and arms may be added at any time, and none are taken away.
+    """Writes sweep.json, or adds what is new to it: seeds and arms may be added or left out at any time.
 
     `overrides` are those of the command, for reports to name. `search` says what a search goes through, and how many
-    trials that makes. Raises UsageError when an arm of the sweep was begun with other settings, or the search with
-    another space: its trials would not be comparable.
+    trials that makes. Raises UsageError when the directory holds another sweep of the same name, when an arm of the
+    sweep was begun with other settings, or the search with another space: its trials would not be comparable.
     """
-    about = {"overrides": list(overrides), "file_seeds": sweep.chosen_seeds(scale), **(search or {})}
-    known, plan = _merged(directory, sweep, scale, trials, about)
+    called = {"overrides": list(overrides), "file_seeds": sweep.chosen_seeds(scale)}
+    known, plan = _merged(directory, sweep, scale, trials, called, search or {})
     if plan == known:
         return
-    with exclusive(directory / "plan"):
-        write_json(directory / "sweep.json", _merged(directory, sweep, scale, trials, about)[1])
+    try:
+        with exclusive(directory / "plan"):
+            write_json(directory / "sweep.json", _merged(directory, sweep, scale, trials, called, search or {})[1])
+    except OSError:  # a part of a finished sweep can be had from a store that must not be written
+        if not known["trials"] or len(plan["trials"]) > len(known["trials"]):
+            raise
 
 
 def _merged(
-    directory: Path, sweep: Sweep, scale: str, trials: Sequence[Trial], about: Mapping[str, Any]
+    directory: Path,
+    sweep: Sweep,
+    scale: str,
+    trials: Sequence[Trial],
+    called: Mapping[str, Any],
+    search: Mapping[str, Any],
 ) -> tuple[Any, Any]:
     known = read_plan(directory) or {"trials": []}
-    if known["trials"] and known.get("search") != about.get("search"):
+    if known["trials"] and known.get("search") != search.get("search"):
         raise UsageError(
             f"{directory} holds a search through another space or at other seeds, or no search; start afresh under"
             " another name or with runs=FOLDER, or remove that folder"
         )
-    begun, arms = {trial["arm"] for trial in known["trials"]}, {trial.arm for trial in trials}
-    if begun and arms and not begun & arms and "search" not in about:
-        raise UsageError(
-            f"{directory} holds another sweep of the same name ({known.get('question', 'with other arms')}); rename one"
-            " of them, or keep them apart with runs=FOLDER"
-        )
+    if known["trials"]:
+        begun = {trial["group" if search else "arm"] for trial in known["trials"]}
+        _refuse_another_sweep(directory, known, sweep, begun)
     promised = {(trial["arm"], trial["seed"]): trial for trial in known["trials"]}
     for trial in trials:
         path, key = trial.directory.name, (trial.arm, trial.seed)
@@ -65,9 +77,31 @@ def _merged(
         entry = {"arm": trial.arm, "seed": trial.seed, "path": path, "steps": trial.config.trainer.steps}
         group = {"group": trial.group} if trial.group else {}
         promised[key] = {**entry, **group, "point": trial.point} if trial.point else {**entry, **group}
-    declared = {key: getattr(sweep, key) for key in ("name", "question", "paper", "baseline", "match", "objective")}
-    declared |= {"pruner": pruner} if (pruner := sweep.pruner_at(scale)) else {}
-    return known, {**declared, **about, "scale": scale, "trials": list(promised.values())}
+    if not (search and trials):  # a search promises no trial when it begins, and then one proposal after another
+        asked = {(trial.arm, trial.seed) for trial in trials}
+        for key, entry in promised.items():
+            left_out = entry["group"] not in sweep.arms if search else key not in asked
+            kept = {name: value for name, value in entry.items() if name != "left_out"}
+            promised[key] = {**kept, "left_out": True} if left_out else kept
+    about = {key: getattr(sweep, key) for key in ABOUT}
+    about |= {"pruner": pruner} if (pruner := sweep.pruner_at(scale)) else {}
+    return known, {**about, **called, **search, "scale": scale, "trials": list(promised.values())}
+
+
+def _refuse_another_sweep(directory: Path, known: Mapping[str, Any], sweep: Sweep, begun: Set[str]) -> None:
+    """Two files may use one name, and most sweeps share an arm or two, so an equal arm does not make them one sweep. A
+    question may be worded anew as long as no arm is renamed with it. `begun` are the arms that are known.
+    """
+    arms, question = set(sweep.arms), known.get("question", sweep.question)
+    pairs = {key: (known.get(key, getattr(sweep, key)), getattr(sweep, key)) for key in ("baseline", "match")}
+    differences = [f"{key}: {old}, not {new}" for key, (old, new) in pairs.items() if old != new]
+    if not begun & arms or (question != sweep.question and begun - arms and arms - begun):
+        differences.insert(0, question)
+    if differences:
+        raise UsageError(
+            f"{directory} holds another sweep of the same name ({differences[0]}); rename one of them, or keep them"
+            " apart with runs=FOLDER"
+        )
 
 
 def _conflict(directory: Path, trial: Trial, path: str) -> str:

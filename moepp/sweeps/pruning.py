@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from moepp.errors import UsageError
-from moepp.records import RunRecord, read_json
+from moepp.records import RunRecord, UnreadableRecord, read_json
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,13 @@ class Judge:
         folder = self.record.path.parent
         trials = read_json(folder / "sweep.json")["trials"]
         paths = {t["path"] for t in trials if t.get("group") == self._group and t["seed"] == self._seed}
-        lines = (RunRecord(folder / path).metrics() for path in paths - {self.record.path.name})
-        losses = (
-            [line["val/loss"] for line in found if line["step"] == step and "val/loss" in line] for found in lines
-        )
+        losses = (_losses_at(RunRecord(folder / path), step) for path in paths - {self.record.path.name})
         return [found[-1] for found in losses if found]
+
+
+def _losses_at(record: RunRecord, step: int) -> list[float]:
+    """None of a record that cannot be read: its own trial says so, and the others go on without it."""
+    try:
+        return [line["val/loss"] for line in record.metrics() if line["step"] == step and "val/loss" in line]
+    except UnreadableRecord:
+        return []

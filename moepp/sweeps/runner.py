@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from moepp.errors import Interrupted, RunError, UsageError
+from moepp.errors import Interrupted, RunError, UsageError, reason
 from moepp.process import stop_requests
 from moepp.sweeps.budgets import match_trials, require_match
 from moepp.sweeps.job import Job
@@ -22,7 +22,7 @@ from moepp.sweeps.plan import promise
 from moepp.sweeps.progress import SweepProgress
 from moepp.sweeps.search import Search, refuse_storage
 from moepp.sweeps.sharing import share_finished_runs
-from moepp.sweeps.slots import Slot
+from moepp.sweeps.slots import Slot, own_share
 from moepp.sweeps.spec import Sweep, Trial
 from moepp.training.mlflow_store import store_uri
 from moepp.training.settings import RunConfig
@@ -42,14 +42,15 @@ def run_sweep(
     seeds: Sequence[int] | None = None,
     progress: bool = True,
     command: Sequence[str] = TRIAL_COMMAND,
-    at_once: int | None = None,
+    one_share: bool = False,
     stale: float = STALE_SECONDS,
 ) -> Path:
     """Works at a sweep until none of its trials is left, and returns its directory, `runs/<sweep>-<scale>/`.
 
-    The machine is divided among `workers` (0: one per GPU, else one per core); this process runs `at_once` of them, all
-    unless told. Trials that others hold are waited for, and taken over after `stale` seconds without a sign of life.
-    `command` runs one trial, given the path of its frozen config.
+    The machine is divided among `workers` (0: one per GPU, else one per core). This process runs all of them; with
+    `one_share` it is one of them, on a share that no other such process has (0 is then all cores where there is no
+    GPU). Trials that others hold are waited for, and taken over after `stale` seconds without a sign of life. `command`
+    runs one trial, given the path of its frozen config.
 
     Raises UsageError when the arms break `match`, or the directory holds the sweep with other settings; RunError when
     trials failed (the others have been run by then) or the disk cannot be written; Interrupted after a stop signal.
@@ -57,17 +58,18 @@ def run_sweep(
     """
     if workers < 0:
         raise UsageError(f"workers={workers} must not be negative")
-    begun = begin(sweep, scale, extra, seeds, workers, at_once)
+    begun = begin(sweep, scale, extra, seeds, workers, one_share)
     config, directory = begun.config, begun.directory
     heart = Heart(stale)
     with _one_line_about_the_disk(directory):
         job = partial(Job, retries=sweep.retries, heart=heart, stale=stale)
-        runner = _Runner(begun.slots[:at_once], command, job, progress, begun.search)
-        runner.learn(begun.trials)
         mirrored = config.tracking.backend == "mlflow"
         mirror = _SharedMirror(directory, config.tracking, config.runs, heart, stale) if mirrored else None
-        with heart.beating(), follow(mirror) if mirror else nullcontext():
-            runner.run()
+        with own_share(begun.slots) if one_share else nullcontext(begun.slots) as slots:
+            runner = _Runner(slots, command, job, progress, begun.search)
+            runner.learn(begun.trials)
+            with heart.beating(), follow(mirror) if mirror else nullcontext():
+                runner.run()
     raise_failures(sweep, scale, [f"{job.label}: {job.failure}" for job in runner.jobs if job.failure], runner.planned)
     return directory
 
@@ -89,10 +91,10 @@ def begin(
     extra: Sequence[str],
     seeds: Sequence[int] | None,
     workers: int = 0,
-    at_once: int | None = None,
+    one_share: bool = False,
 ) -> Begun:
     """What comes before the first trial. Arguments and errors as of `run_sweep`."""
-    matched = match_trials(sweep, scale, extra, seeds, workers)
+    matched = match_trials(sweep, scale, extra, seeds, workers, one_share)
     require_match(sweep.match, matched.arms, matched.seconds)
     trials, slots, freeze = matched.trials, matched.slots, DataFreezer()
     for trial in trials:
@@ -101,7 +103,7 @@ def begin(
     directory = Path(config.runs) / config.name
     search = None
     if sweep.search(scale):
-        refuse_storage(sweep.storage, len(slots) if at_once is None else 0)
+        refuse_storage(sweep.storage, 0 if one_share else len(slots))
         search = Search(sweep, scale, extra, seeds, freeze)
     with _one_line_about_the_disk(directory):
         if search:
@@ -129,7 +131,7 @@ def _one_line_about_the_disk(directory: Path) -> Iterator[None]:
         yield
     except OSError as error:
         place = error.filename or directory
-        raise RunError(f"cannot write {place} ({error.strerror}); the same command continues") from error
+        raise RunError(f"cannot write {place} ({reason(error)}); the same command continues") from error
 
 
 class DataFreezer:

@@ -8,6 +8,7 @@ it could be written down is found there and used. The records and sweep.json are
 made again from them.
 """
 
+import difflib
 import json
 import statistics
 import warnings
@@ -15,11 +16,12 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moepp.errors import RunError, UsageError
-from moepp.records import RunRecord
+from moepp.records import RunRecord, UnreadableRecord
 from moepp.sweeps.leases import exclusive
 from moepp.sweeps.plan import promise, read_plan
 from moepp.sweeps.space import Axis, Point
 from moepp.sweeps.spec import Sweep, Trial
+from moepp.sweeps.status import outcome
 
 if TYPE_CHECKING:
     import optuna
@@ -57,8 +59,7 @@ class Search:
 
     def known(self) -> list[Trial]:
         """Proposed trials that were not returned before, whoever asked for them."""
-        plan = read_plan(self.directory)
-        fresh = {trial["arm"]: trial for trial in plan["trials"] if trial["arm"] not in self._handed_out}
+        fresh = {trial["arm"]: trial for trial in self._entries() if trial["arm"] not in self._handed_out}
         trials = [trial for name, t in fresh.items() for trial in self._trials(t["group"], name, t["point"])]
         if trials:
             # refuses arms with other settings
@@ -85,10 +86,14 @@ class Search:
         axes = {key: json.loads(json.dumps(vars(axis))) for key, axis in self.space.axes.items()}  # tuples to lists
         return {"planned": self.planned, "search": {"seeds": seeds, "keys": axes}}
 
+    def _entries(self) -> list[dict[str, Any]]:
+        """Those of sweep.json, without what was proposed for an arm that has since been renamed or removed."""
+        return [trial for trial in read_plan(self.directory)["trials"] if trial["group"] in self.sweep.arms]
+
     def _proposals(self) -> dict[str, dict[str, list[dict[str, Any]]]]:
         """By arm and name, in the order they were asked for: the entries of sweep.json, one for each seed."""
         found: dict[str, dict[str, list[dict[str, Any]]]] = {arm: {} for arm in self.sweep.arms}
-        for trial in read_plan(self.directory)["trials"]:
+        for trial in self._entries():
             found[trial["group"]].setdefault(trial["arm"], []).append(trial)
         return found
 
@@ -107,6 +112,8 @@ class Search:
             asked = study.trials[number:]  # by a worker that died; what it drew is kept, the rest is drawn now
             trial = _optuna().Trial(study, asked[0]._trial_id) if asked else study.ask()
             return {key: axis.shown(_suggest(trial, key, axis)) for key, axis in axes.items()}
+        except RunError:
+            raise
         except Exception as error:  # whatever a journal on a broken disk or a database raises
             raise RunError(
                 f"the search cannot use its storage {self.sweep.storage or self.directory / JOURNAL}"
@@ -141,27 +148,33 @@ class Search:
         optuna = _optuna()
         for frozen, trials in zip(study.trials, self._proposals()[arm].values(), strict=False):
             records = [RunRecord(self.directory / trial["path"]) for trial in trials]
-            states = {record.status for record in records}
-            if frozen.state.is_finished() or not states <= {"done", "pruned", "failed"}:
+            states = {outcome(record, self.sweep.retries)[0] for record in records}
+            if frozen.state.is_finished() or "open" in states:
                 continue
-            if "failed" in states:
-                if all(len(record.crashes) > self.sweep.retries for record in records if record.status == "failed"):
+            try:
+                if "failed" in states:
                     study.tell(frozen.number, state=optuna.trial.TrialState.FAIL)
-            elif "pruned" in states:
-                trial = optuna.Trial(study, frozen._trial_id)
-                for step, loss in _common_losses(records).items():
-                    trial.report(loss, step)
-                study.tell(frozen.number, state=optuna.trial.TrialState.PRUNED)
-            else:
-                values = [objective(record, self.sweep.objective) for record in records]
-                study.tell(frozen.number, statistics.fmean(values))
+                elif "pruned" in states:
+                    trial = optuna.Trial(study, frozen._trial_id)
+                    for step, loss in _common_losses(records).items():
+                        trial.report(loss, step)
+                    study.tell(frozen.number, state=optuna.trial.TrialState.PRUNED)
+                else:
+                    values = [objective(record, self.sweep.objective) for record in records]
+                    study.tell(frozen.number, statistics.fmean(values))
+            except UnreadableRecord:  # it says nothing any more, and the search does without
+                study.tell(frozen.number, state=optuna.trial.TrialState.FAIL)
 
 
 def objective(record: RunRecord, name: str) -> float:
     """The last value of a metric of a finished run. Raises RunError where it was never logged."""
-    values = [line[name] for line in record.metrics() if name in line]
+    lines = record.metrics()
+    values = [line[name] for line in lines if name in line]
     if not values:
-        raise RunError(f"{record.path} has no {name}, which the sweep names as its objective")
+        known = sorted({key for line in lines for key in line} - {"step", "time"})
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise RunError(f"{record.path} has no {name}, which the sweep names as its objective{hint}")
     return values[-1]
 
 

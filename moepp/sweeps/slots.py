@@ -1,6 +1,12 @@
 """Which share of this machine each of the trials that run at the same time may use."""
 
+import fcntl
+import itertools
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -9,8 +15,9 @@ if TYPE_CHECKING:
 Slot = dict[str, str]  # environment variables of a trial
 
 
-def divide(workers: int, trainer: "TrainerConfig") -> list[Slot]:
+def divide(workers: int, trainer: "TrainerConfig", one_share: bool = False) -> list[Slot]:
     """One slot per worker; `workers` 0 makes as many as trials fit on the GPUs, or on the cores where they use none.
+    Of cores, a process that takes only `one_share` then has all: it cannot know of others.
 
     A trial takes `trainer.devices` GPUs (shared in turn when there are too few), or as many cores. OMP_NUM_THREADS is
     the share of each of its processes, for torch would otherwise give all cores to every one.
@@ -18,7 +25,7 @@ def divide(workers: int, trainer: "TrainerConfig") -> list[Slot]:
     gpus = _gpus() if trainer.accelerator != "cpu" else []
     devices = max(1, trainer.devices)
     cores = _cores()
-    workers = workers or max(1, (len(gpus) or cores) // devices)
+    workers = workers or max(1, (len(gpus) or (devices if one_share else cores)) // devices)
     threads = str(max(1, cores // (workers * devices)))
     slots = []
     for worker in range(workers):
@@ -31,6 +38,23 @@ def divide(workers: int, trainer: "TrainerConfig") -> list[Slot]:
             )
         slots.append(slot)
     return slots
+
+
+@contextmanager
+def own_share(slots: list[Slot]) -> Iterator[list[Slot]]:
+    """The one of `slots` that is this process's while the block runs, and at most until it ends: each process of this
+    user on this machine has a number that no other has, and those beyond the last slot share in turn.
+    """
+    folder = Path(tempfile.gettempdir()) / f"moepp-{os.getuid()}"  # of this machine: file systems may have no locks
+    folder.mkdir(exist_ok=True)
+    for number in itertools.count():
+        with open(folder / f"worker-{number}", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            yield [slots[number % len(slots)]]
+            return
 
 
 def threads(slot: Slot) -> int:

@@ -32,6 +32,7 @@ class TrialStatus:
 class SweepStatus:
     trials: Sequence[TrialStatus]
     unproposed: int = 0  # trials that a search has yet to ask for
+    left: int = 0  # that the newest call waits for
 
     def count(self, state: str) -> int:
         return sum(trial.state == state for trial in self.trials)
@@ -56,21 +57,48 @@ class SweepStatus:
 
 
 def read_status(directory: Path, plan: dict[str, Any]) -> SweepStatus:
-    """`plan` is what sweep.json of `directory` holds. A record that cannot be read counts as failed."""
-    trials = [_read(directory / trial["path"], trial) for trial in plan["trials"]]
-    return SweepStatus(trials, max(0, plan.get("planned", 0) - len(trials)))
+    """`plan` is what sweep.json of `directory` holds. A record that cannot be read counts as failed.
+
+    Of the trials that the newest call leaves out only those that have ended well, or run, are shown, and none that is
+    asked for under another name.
+    """
+    retries = plan.get("retries", -1)
+    asked = [_read(directory, trial, retries) for trial in plan["trials"] if not trial.get("left_out")]
+    paths = {status.path for status in asked}
+    others = [_read(directory, trial, retries) for trial in plan["trials"] if trial.get("left_out")]
+    shown = [status for status in others if status.state not in ("failed", "waiting") and status.path not in paths]
+    unproposed = max(0, plan.get("planned", 0) - len(asked))
+    left = sum(status.state in ("running", "waiting") for status in asked) + unproposed
+    return SweepStatus([*asked, *shown], unproposed, left)
 
 
-def _read(path: Path, trial: dict[str, Any]) -> TrialStatus:
+def outcome(record: RunRecord, retries: int) -> tuple[str, str]:
+    """`done`, `pruned`, `failed` or, while somebody may try the trial (again), `open`; and why it failed.
+
+    A trial has failed once it has crashed more than `retries` times, or when the books on that cannot be read.
+    """
     try:
-        return _trial(path, trial)
+        status = record.status
+        if status in ("done", "pruned"):
+            return status, ""
+        record.read("attempt.json")
+        crashes, reason = len(record.crashes), record.read("failed.json").get("reason", "")
+    except UnreadableRecord as error:
+        return "failed", str(error)
+    return ("failed", reason) if status == "failed" and crashes > retries else ("open", "")
+
+
+def _read(directory: Path, trial: dict[str, Any], retries: int) -> TrialStatus:
+    path = directory / trial["path"]
+    try:
+        return _trial(path, trial, retries)
     except UnreadableRecord as error:
         return TrialStatus(f"{trial['arm']} s{trial['seed']}", "failed", path, 0, trial["steps"], None, str(error))
 
 
-def _trial(path: Path, trial: dict[str, Any]) -> TrialStatus:
+def _trial(path: Path, trial: dict[str, Any], retries: int) -> TrialStatus:
     label, steps, record = f"{trial['arm']} s{trial['seed']}", trial["steps"], RunRecord(path)
-    status = record.status
+    status, reason = outcome(record, retries)
     if status == "done":
         return TrialStatus(label, "done", path, steps, steps)
     if status == "pruned":
@@ -81,8 +109,8 @@ def _trial(path: Path, trial: dict[str, Any]) -> TrialStatus:
     if holder := _holder(path / "leases"):
         return TrialStatus(label, "running", path, step, steps, _seconds_left(lines, step, steps), holder)
     if status == "failed":
-        failed = record.read("failed.json")
-        return TrialStatus(label, "failed", path, step, steps, None, failed["reason"], tuple(failed.get("log", ())))
+        log = tuple(record.read("failed.json").get("log", ()))
+        return TrialStatus(label, "failed", path, step, steps, None, reason, log)
     return TrialStatus(label, "waiting", path, step, steps)
 
 

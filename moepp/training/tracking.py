@@ -162,10 +162,11 @@ class FolderMirror:
         if self._parent:
             self._put_views(self._parent)
             self._parent.refresh()  # another worker may have closed the sweep
-            statuses = {RunRecord(self.directory / trial["path"]).status for trial in sweep["trials"]}
+            wanted = [trial for trial in sweep["trials"] if not trial.get("left_out")]  # by the newest call
+            statuses = {RunRecord(self.directory / trial["path"]).status for trial in wanted}
             unfinished = "KILLED" if ended else "RUNNING"
             settled = "FAILED" if "failed" in statuses else "FINISHED"
-            open_ = statuses - {"done", "failed", "pruned"} or len(sweep["trials"]) < sweep.get("planned", 0)
+            open_ = statuses - {"done", "failed", "pruned"} or len(wanted) < sweep.get("planned", 0)
             self._parent.put_status(unfinished if open_ else settled)
         if unreadable:
             raise unreadable[0]

@@ -18,7 +18,7 @@ record = RunRecord(Path(sys.argv[1]).parent)
 config = record.read("config.yaml")
 with record.lock():
     with open(record.path / "attempts", "a") as attempts:
-        attempts.write(f"{os.getpid()} {os.environ.get('OMP_NUM_THREADS')}\n")
+        attempts.write(f"{os.getpid()} {os.environ.get('OMP_NUM_THREADS')} {os.environ.get('CUDA_VISIBLE_DEVICES')}\n")
     arm = config["tags"].get("search", config["tags"]["arm"])
     if arm == "broken" and not (Path(config["runs"]).parent / "fixed").exists():
         sys.exit("the router is cold\nexpert 3 is on fire")
@@ -29,8 +29,11 @@ with record.lock():
     record.rewind(finished)
     for step in range(finished + 1, config["trainer"]["steps"] + 1):
         time.sleep(float(os.environ.get("SECONDS_PER_STEP", "0")))
-        record.log(step, {"train/loss": 1.0 / step, "perf/tokens_per_s": 100.0})
-    record.log(config["trainer"]["steps"], {"final/val_loss": 0.5, "final/train_seconds": 7.0})
+        record.log(step, {"train/loss": config["optim"]["lr"] / step, "perf/tokens_per_s": 100.0})
+    final = {"final/val_loss": 0.5, "final/train_seconds": 7.0}
+    # As a model does, this remembers every step that it has made.
+    final["final/train_loss"] = sum(line["train/loss"] for line in record.metrics())
+    record.log(config["trainer"]["steps"], final)
     record.finish()
     with open(record.path / "ends", "a") as ends:
         ends.write(f"{os.getpid()}\n")

@@ -10,5 +10,7 @@ from moepp.training import tokens
 tokens.prepare = no_preparation
 toy = sweep(retries=5, vanilla=["model=vanilla"], moepp=["model=moepp"])
 toy.space = {"tpe": {"n": 3, "keys": {"optim.lr": {"float": [1e-4, 1e-2], "log": True}}}}
-run_sweep(toy, "smoke", 2, [f"runs={sys.argv[1]}", "trainer.steps=20"], progress=False, command=FAKE_TRIAL, at_once=1,
-          stale=2.0)  # fmt: skip
+run_sweep(
+    toy, "smoke", 2, [f"runs={sys.argv[1]}", "trainer.steps=20"],
+    progress=False, command=FAKE_TRIAL, one_share=True, stale=2.0,
+)  # fmt: skip

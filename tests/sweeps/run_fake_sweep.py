@@ -1,6 +1,7 @@
 """A whole runner process for the tests that kill or interrupt one: `python run_fake_sweep.py RUNS [OPTIONS]`.
 
-OPTIONS is JSON: options of run_sweep, and `arms` as the number of arms in place of the two of the toy sweep.
+OPTIONS is JSON: options of run_sweep, and `arms` as the number of arms in place of the two of the toy sweep. `extra`
+comes after what is set here.
 """
 
 import json
@@ -31,14 +32,18 @@ def sweep(retries=1, match="tokens", **arms) -> Sweep:
     )  # fmt: skip
 
 
+def arms(count):
+    return {f"lr{i}": [f"optim.lr={i + 1}e-4"] for i in range(count)}
+
+
 if __name__ == "__main__":
     die_with_parent()
     tokens.prepare = no_preparation
     options = {"workers": 2} | json.loads(sys.argv[2] if len(sys.argv) > 2 else "{}")
-    arms = {f"lr{i}": [f"optim.lr={i + 1}e-4"] for i in range(options.pop("arms", 0))}
-    toy = sweep(options.pop("retries", 1), **arms)
+    toy = sweep(options.pop("retries", 1), **arms(options.pop("arms", 0)))
+    extra = [f"runs={sys.argv[1]}", "trainer.steps=20", *options.pop("extra", [])]
     try:
-        run_sweep(toy, "smoke", extra=[f"runs={sys.argv[1]}", "trainer.steps=20"], command=FAKE_TRIAL, **options)
+        run_sweep(toy, "smoke", extra=extra, command=FAKE_TRIAL, **options)
     except RunError as error:
         print(f"error: {error}")
         sys.exit(error.exit_code)

@@ -1,3 +1,4 @@
+import json
 import re
 import resource
 import subprocess
@@ -119,6 +120,24 @@ def test_status_says_what_every_trial_does(capsys, toy):
     assert rows[4:] == ["waiting  arm3 s0", "waiting  arm4 s0, step 50 of 100"]
 
 
+def test_a_trial_that_will_be_tried_again_has_not_failed(capsys, toy):
+    [trial] = began(toy.parent / "runs" / "toy-smoke", 1)
+    plan = trial.path.parent / "sweep.json"
+    write_json(plan, read_json(plan) | {"retries": 1})
+    trial.fail("no memory")  # and its worker died before it counted that
+    assert sweep(capsys, "status", toy)[1] == "toy-smoke: 0 done, 0 running, 0 failed, 1 waiting\nwaiting  arm0 s0\n"
+    for _ in range(2):
+        trial.crash("no memory")
+    assert "failed   arm0 s0: no memory" in sweep(capsys, "status", toy)[1]
+
+
+@pytest.mark.parametrize("action", ["plan", "status", "retry"])
+def test_a_folder_that_cannot_be_is_one_line(capsys, toy, action):
+    code, _, err = sweep(capsys, action, toy, f"runs={toy}/below")
+    assert code == 1
+    assert err == f"error: cannot read or write {toy}/below/toy-smoke/sweep.json: Not a directory\n"
+
+
 def test_the_folder_is_found_as_the_runner_finds_it(capsys, toy):
     code, _, err = sweep(capsys, "status", toy)
     assert code == 2
@@ -140,9 +159,19 @@ def test_retry_forgets_failures_and_nothing_else(capsys, toy):
     assert failed.crashes == [] and len(failed.metrics()) == 5
 
 
+def logged(lines=40):
+    """What a trial of the laptop scale leaves in its metrics.jsonl: some 20 figures in each of dozens of lines."""
+    figures = {f"router/figure_{n}": 0.123456789 * n for n in range(20)}
+    rows = [{"step": 10 * line, "time": 1000 * line, "train/loss": 1.0} | figures for line in range(1, lines + 1)]
+    rows.append({"step": 10 * lines, "time": 1000 * lines, "final/train_seconds": 60.0, "final/val_loss": 1.0})
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
 def test_status_of_a_thousand_trials_takes_less_than_a_second_and_no_torch(toy):
+    metrics = logged()
     for record in began(toy.parent / "runs" / "toy-smoke", 1000):
-        finish(record)
+        (record.path / "metrics.jsonl").write_text(metrics)
+        (record.path / "done").touch()
     script = f"""
 import sys
 from moepp.cli import main

@@ -1,5 +1,6 @@
 """What a sweep must survive: each fault ends with one line or is passed over, and what was computed is kept."""
 
+import dataclasses
 import errno
 import os
 import resource
@@ -116,6 +117,15 @@ def test_a_disk_too_full_for_a_lease_ends_the_worker_in_one_line(runs, monkeypat
     assert {record.status for record in records(directory).values()} == {"done"}
 
 
+def test_what_shutil_says_of_many_files_is_one_line(runs, monkeypatch):
+    def full(trials):
+        raise shutil.Error([("a/final.ckpt", "b/final.ckpt", "No space left on device"), ("c", "d", "e")])
+
+    monkeypatch.setattr("moepp.sweeps.runner.share_finished_runs", full)
+    with pytest.raises(RunError, match=r"toy-smoke \(a/final.ckpt: No space left on device\); the same command"):
+        run(runs)
+
+
 @pytest.fixture
 def read_only(runs):
     """Makes a copy of a folder that this process can read and not write, root or not."""
@@ -141,7 +151,7 @@ def read_only(runs):
 def test_a_finished_sweep_can_be_read_where_nothing_can_be_written(runs, read_only):
     run(runs)
     copy = read_only(runs)
-    assert run(copy) == copy / "toy-smoke"
+    assert run(copy) == run(copy, sweep(top1=["model.top_k=1"])) == copy / "toy-smoke"
     assert read_status(copy / "toy-smoke", read_plan(copy / "toy-smoke")).count("done") == 2
 
 
@@ -175,6 +185,16 @@ def test_two_sweeps_of_one_name_are_kept_apart(runs):
         run(runs, other)
     assert "\n" not in str(error.value)
     assert (directory / "sweep.json").read_text() == before
+    for change in ({"baseline": "top2"}, {"match": "none"}):
+        other = dataclasses.replace(sweep(), **change)
+        [(key, value)] = change.items()
+        with pytest.raises(UsageError, match=rf"another sweep of the same name \({key}: \w+, not {value}\); rename"):
+            run(runs, other)
+    shares_an_arm = {"top1": ["model.top_k=1"], "wide": ["model.hidden=64"]}
+    with pytest.raises(UsageError, match=r"another sweep of the same name \(Which\?\); rename"):
+        run(runs, dataclasses.replace(sweep(**shares_an_arm), question="How wide?"))
+    assert (directory / "sweep.json").read_text() == before
+    run(runs, dataclasses.replace(sweep(), question="Which one?"))  # only worded anew
     with pytest.raises(UsageError, match="other settings of arm top1"):
         run(runs, sweep(top1=["model.top_k=1", "model.hidden=64"]))
 
@@ -201,6 +221,23 @@ def test_a_record_that_cannot_be_read_does_not_keep_others_from_the_tracker(runs
     mirrored = [path for path in directory.glob("*/mlflow.json") if path.parent != damaged]
     statuses = [client.get_run(read_json(path)["run_id"]).info.status for path in mirrored]
     assert statuses == ["FINISHED", "FINISHED"]
+
+
+@pytest.mark.parametrize("name", ["crashes.json", "attempt.json", "failed.json"])
+def test_a_trial_whose_books_cannot_be_read_fails_alone_until_it_is_forgiven(runs, name):
+    directory = run(runs)
+    damaged, other = records(directory).values()
+    for record in (damaged, other):
+        (record.path / "done").unlink()
+    (damaged.path / name).write_text('{"from": ')
+    with pytest.raises(RunError, match=rf"1 of 2 trials failed.*top1 s0: .*{name} cannot be read") as error:
+        run(runs)
+    assert "\n" not in str(error.value) and other.status == "done"
+    [failed] = [t for t in read_status(directory, read_plan(directory)).trials if t.state == "failed"]
+    assert failed.label == "top1 s0" and f"{name} cannot be read" in failed.note
+    damaged.forgive()
+    run(runs)
+    assert damaged.status == "done"
 
 
 def test_a_trial_whose_metrics_cannot_be_read_fails_alone(runs):

@@ -28,7 +28,7 @@ def call(tmp_path, monkeypatch):
     monkeypatch.setattr("moepp.sweeps.spec.load_sweep", lambda name: run_fake_sweep.sweep())
     monkeypatch.setattr("moepp.sweeps.launchers.crew.LOOK_SECONDS", 0.1)
     monkeypatch.setenv("SECONDS_PER_STEP", "0.05")
-    worker = [sys.executable, str(Path(run_fake_sweep.__file__)), str(tmp_path / "runs"), '{"at_once": 1}']
+    worker = [sys.executable, str(Path(run_fake_sweep.__file__)), str(tmp_path / "runs"), '{"one_share": true}']
     monkeypatch.setattr(SweepCall, "work", lambda self: worker)
     return SweepCall("toy", "smoke", overrides=[f"runs={tmp_path / 'runs'}", "trainer.steps=20"])
 

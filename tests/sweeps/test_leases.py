@@ -226,6 +226,11 @@ def test_a_trial_ends_itself_when_another_worker_has_the_lease(folder, python):
     assert trial.wait(timeout=5) == NO_LEASE
 
 
+def test_exclusive_stays_so_however_long_it_takes(folder):
+    with exclusive(folder, stale=0.8):
+        assert claimed_after(LeaseWatch(folder), 1.5) is None
+
+
 def test_exclusive_waits_for_its_turn(folder, python):
     holder = python(HOLD, folder, 60)
     assert holder.stdout.readline() == "claimed\n"

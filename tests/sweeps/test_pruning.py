@@ -73,6 +73,14 @@ def test_rivals_are_those_of_the_same_group_and_seed(plan):
     assert judge.verdict(5, 1.0) == judge.verdict(6, 3.0) == judge.verdict(12, 3.0) == ""
 
 
+def test_a_rival_that_cannot_be_read_does_not_count(plan):
+    _, directory, rival = plan
+    rival("damaged", {5: 1.0})
+    rival("better", {5: 2.0})
+    (directory.parent / "damaged" / "metrics.jsonl").write_text('{"step": 5, "ti\n{"step": 6, "time": 0}\n')
+    assert Judge.of(directory).verdict(5, 3.0) == "validation loss 3 at step 5 is number 2 of 2"
+
+
 def test_named_arms_and_single_runs_have_no_judge(plan):
     _, directory, rival = plan
     rival("named", {5: 9.0}, group="")

@@ -1,20 +1,24 @@
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 from run_fake_sweep import FAKE_TRIAL, no_preparation, sweep
 
-from moepp.errors import RunError, UsageError
+from moepp.errors import DiskFull, RunError, UsageError
 from moepp.records import RunRecord, read_json
-from moepp.sweeps import runner
+from moepp.sweeps import runner, slots
 from moepp.sweeps.job import Job
 from moepp.sweeps.leases import Heart
+from moepp.sweeps.plan import read_plan
 from moepp.sweeps.runner import run_sweep
+from moepp.sweeps.status import read_status
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -87,6 +91,14 @@ def test_each_worker_gets_its_share_of_the_cores(runs, monkeypatch):
     assert {path.read_text().split()[1] for path in directory.glob("*/attempts")} == {"3"}
 
 
+def test_workers_that_are_started_one_by_one_take_gpus_of_their_own(runs, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(runs.parent))
+    monkeypatch.setattr(slots, "_gpus", lambda: ["0", "1"])
+    with slots.own_share([{}]):  # as another worker on this machine has it
+        directory = run(runs, one_share=True)
+    assert {path.read_text().split()[2] for path in directory.glob("*/attempts")} == {"1"}
+
+
 def test_a_failing_trial_stops_no_other_and_is_retried_as_often_as_stated(runs):
     arms = {"broken": ["model.top_k=2"], "top1": ["model.top_k=1"]}
     message = r"1 of 2 trials failed; .*sweep retry toy --scale smoke.*broken s0: exit code 1; expert 3 is on fire"
@@ -139,9 +151,38 @@ def test_a_trial_that_takes_its_workers_along_ends_as_failed(runs):
     for _ in range(3 * 2):  # three count as a crash, of which the second is final
         dead_worker(job)
     assert not job.claim() and job.settled
-    assert job.failure == "its worker died with it 6 times before it reached another checkpoint"
+    assert job.failure == "it was stopped or its worker died 6 times before it reached another checkpoint"
     job.record.forgive()
     assert job.claim()
+
+
+def test_a_trial_that_is_asked_to_stop_has_not_crashed_unless_it_never_gets_any_further(runs):
+    job = Job(sweep().trials("smoke", [f"runs={runs}"])[0], retries=0, heart=Heart())
+    for end in ("raise SystemExit(130)", "import os; os.kill(os.getpid(), 15)", "raise SystemExit(130)"):
+        assert job.claim() and not job.record.crashes
+        job.start([sys.executable, "-c", end], {})
+        job.process.wait()
+        job.settle()
+    assert job.failure == "it was stopped or its worker died 3 times before it reached another checkpoint"
+
+
+def test_a_full_disk_ends_the_worker_and_counts_against_no_trial(runs):
+    full = [sys.executable, "-c", f"raise SystemExit({DiskFull.exit_code})"]
+    with pytest.raises(
+        RunError, match=r"cannot write .*toy-smoke/\w+, for the disk is full; the same command continues"
+    ):
+        run_sweep(sweep(), "smoke", 1, [f"runs={runs}"], progress=False, command=full)
+    assert len(list(runs.glob("*/*/log.txt"))) == 1 and not list(runs.glob("*/*/crashes.json"))
+    assert run(runs) == runs / "toy-smoke"
+
+
+def test_a_machine_with_no_room_for_another_process_is_one_line(runs, monkeypatch):
+    def refuse(*_, **__):
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    with pytest.raises(RunError, match=r"^cannot start .*python.*: Resource temporarily unavailable$"):
+        run(runs)
 
 
 def test_workers_that_die_between_checkpoints_cost_nothing(runs):
@@ -212,7 +253,7 @@ def each_step_once(directory) -> bool:
 
 
 def test_runners_share_a_sweep_and_run_each_trial_once(runs):
-    runners = [start_runner(runs, "0.05", arms=5, at_once=1) for _ in range(3)]
+    runners = [start_runner(runs, "0.05", arms=5, one_share=True) for _ in range(3)]
     assert [process.wait(timeout=60) for process in runners] == [0, 0, 0]
     directory = runs / "toy-smoke"
     assert list(attempts(directory).values()) == [1] * 5
@@ -253,6 +294,28 @@ def test_seeds_and_arms_may_be_added(runs):
     trials = {(t["arm"], t["seed"]) for t in read_json(directory / "sweep.json")["trials"]}
     assert trials == {("top1", 0), ("top2", 0), ("top1", 1), ("top3", 0), ("top3", 1)}
     assert list(attempts(directory).values()) == [1] * 5
+
+
+def test_what_the_newest_call_leaves_out_is_waited_for_no_longer(runs):
+    arms = {"top1": ["model.top_k=1"], "broken": ["model.top_k=2"]}
+    with pytest.raises(RunError):
+        run(runs, arms, seeds=[0, 1])
+    directory = runs / "toy-smoke"
+
+    def look():
+        status = read_status(directory, read_plan(directory))
+        return [(trial.label, trial.state) for trial in status.trials], status.left
+
+    renamed = {"top1": arms["top1"], "top2": ["model.top_k=2", "optim.lr=0.1"]}
+    run(runs, renamed, seeds=[0])
+    written = (directory / "sweep.json").read_text()
+    assert look() == ([("top1 s0", "done"), ("top2 s0", "done"), ("top1 s1", "done")], 0)
+    run(runs, renamed, seeds=[0])  # as every worker of the same call
+    assert (directory / "sweep.json").read_text() == written
+    (directory.parent.parent / "fixed").touch()
+    with pytest.raises(RunError, match="2 of 4 trials failed"):  # wanted again, they are as they were
+        run(runs, arms, seeds=[0, 1])
+    assert {("broken s0", "failed"), ("top2 s0", "done")} < set(look()[0])
 
 
 def test_other_settings_under_the_same_name_are_refused(runs):

@@ -14,6 +14,7 @@ from moepp.sweeps import commands
 from moepp.sweeps import search as searching
 from moepp.sweeps.launchers.call import SweepCall
 from moepp.sweeps.runner import run_sweep
+from moepp.sweeps.status import read_status
 
 optuna = pytest.importorskip("optuna", reason="optuna is not installed (pip install 'moepp[sweep]')")
 
@@ -172,6 +173,29 @@ def test_another_space_or_other_seeds_are_refused(runs):
     for changed, seeds in ((other, None), (toy(n=1), [7])):
         with pytest.raises(UsageError, match="another space or at other seeds"):
             run(runs, changed, seeds=seeds)
+
+
+def test_an_arm_of_a_search_may_be_renamed(runs):
+    directory = run(runs, toy(n=1))
+    (directory / proposals(directory, "moepp")[0]["path"] / "done").unlink()
+    run(runs, toy(n=1, arms={"vanilla": ARMS["vanilla"], "plus": ARMS["moepp"]}))
+    assert [trial.get("left_out") for trial in read_json(directory / "sweep.json")["trials"]] == [None, True, None]
+    assert [len(proposals(directory, arm)) for arm in ("vanilla", "plus")] == [1, 1]
+    status = read_status(directory, read_json(directory / "sweep.json"))
+    assert (status.count("done"), status.left, status.unproposed) == (2, 0, 0)
+
+
+def test_an_unknown_objective_names_the_nearest_metric(runs):
+    with pytest.raises(RunError, match=r"has no final/val_los, .* objective; did you mean final/val_loss\?$"):
+        run(runs, toy(objective="final/val_los"))
+
+
+def test_a_proposal_whose_record_is_damaged_does_not_end_the_search(runs):
+    directory = run(runs, toy(n=1))
+    (directory / proposals(directory)[0]["path"] / "metrics.jsonl").write_text('{"step": 5, "ti\n{"step": 6}\n')
+    (directory / searching.JOURNAL).unlink()
+    run(runs, toy(n=2))
+    assert study(directory).trials[0].state.name == "FAIL"
 
 
 def test_sqlite_is_for_one_worker(runs):

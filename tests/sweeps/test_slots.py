@@ -1,4 +1,5 @@
 import os
+import tempfile
 
 import pytest
 
@@ -19,6 +20,24 @@ def test_workers_share_the_cores():
 
 def test_without_gpus_there_is_one_worker_per_core():
     assert [slot["OMP_NUM_THREADS"] for slot in slots.divide(0, TrainerConfig())] == ["1"] * 8
+
+
+def test_a_worker_that_is_started_alone_has_all_cores_or_one_gpu_of_all(monkeypatch):
+    assert [slot["OMP_NUM_THREADS"] for slot in slots.divide(0, TrainerConfig(), one_share=True)] == ["8"]
+    assert [slot["OMP_NUM_THREADS"] for slot in slots.divide(0, TrainerConfig(devices=2), one_share=True)] == ["4"]
+    monkeypatch.setattr(slots, "_gpus", lambda: ["0", "1"])
+    found = slots.divide(0, TrainerConfig(), one_share=True)
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in found] == ["0", "1"]
+
+
+def test_processes_have_shares_of_their_own_while_they_last(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    shares = [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
+    with slots.own_share(shares) as first:
+        with slots.own_share(shares) as second, slots.own_share(shares) as third:
+            assert [first, second, third] == [shares[:1], shares[1:], shares[:1]]
+        with slots.own_share(shares) as again:
+            assert again == shares[1:]
 
 
 def test_a_trial_of_several_processes_takes_several_cores():

@@ -76,7 +76,7 @@ def wait(call: SweepCall, directory: Path, crew: Crew) -> Path:
 def look(directory: Path) -> tuple[SweepStatus, int]:
     """Where the sweep stands, and how many trials are left."""
     status = read_status(directory, read_plan(directory) or {"trials": []})
-    return status, status.count("running") + status.count("waiting") + status.unproposed
+    return status, status.left
 
 
 def _outcome(call: SweepCall, directory: Path, crew: Crew) -> Path:
