@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from moepp import pages
 from moepp.errors import RunError, UsageError
+from moepp.locks import locked
 from moepp.records import read_json, write_json
 from moepp.training.mlflow_views import ARMS, TRIALS, view_key
 
@@ -83,7 +84,7 @@ def store_lock(runs: Path | str) -> Iterator[None]:
     folder = Path(runs)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".mlflow.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        locked(fcntl.flock, file, fcntl.LOCK_EX)
         yield
 
 
