@@ -9,7 +9,7 @@ from experiments import discover
 from moepp.analysis.experiment import Experiment
 from moepp.analysis.study import Runs, Study, StudyContext
 from moepp.errors import RunError, UsageError
-from moepp.records import read_json
+from moepp.records import RunRecord, read_json
 
 RESULTS = Path("results")
 
@@ -121,7 +121,7 @@ def _reproduce_study(
     seeds: Sequence[int] | None,
     flags: Mapping[str, str],
 ) -> None:
-    from moepp.analysis.study_report import terminal_study, write_study
+    from moepp.analysis.study_report import study_note, terminal_study, write_study
 
     scale = study.scales[0] if len(study.scales) == 1 else scale
     if scale not in study.scales:
@@ -133,7 +133,10 @@ def _reproduce_study(
     words = [f"python run.py reproduce {study.name} --scale {scale}", *arguments]
     words += [f"--{key.replace('_', '-')} {value}" for key, value in flags.items()]
     folder = RESULTS / study.name / scale
-    write_study(study, found, folder, _provenance(" ".join(words), scale, directories))
+    command = " ".join(words)
+    files = write_study(study, found, folder, _provenance(command, scale, directories))
+    for directory in directories.values():
+        _log(directory, study.name, {}, files, study_note(study, found, command))
     print(terminal_study(found))
     print(f"\nreport: {folder / 'report.md'}")
 
@@ -170,20 +173,23 @@ def _write_comparison(experiment: Experiment, directory: Path) -> None:
     from moepp.analysis.report import report_metrics, report_note, write_report
     from moepp.analysis.results import load_sweep_results
     from moepp.analysis.tables import terminal_table
-    from moepp.config import load
-    from moepp.training.settings import RunConfig
-    from moepp.training.tracking import log_report
 
     results = load_sweep_results(directory)
     folder = RESULTS / experiment.name / results.scale
     files = write_report(experiment, results, folder)
     comparison = compare(experiment, results)
-    first = read_json(directory / "sweep.json")["trials"][0]["path"]
-    config = load(RunConfig, directory / first / "config.yaml")
-    if config.tracking.backend == "mlflow":
-        note = report_note(comparison)
-        log_report(directory, config.tracking, directory.parent, report_metrics(comparison), files, note)
+    _log(directory, experiment.name, report_metrics(comparison), files, report_note(comparison))
     print(terminal_table(comparison))
     ui = f"python run.py ui {experiment.sweep} --scale {results.scale}"
     ui += f" runs={directory.parent}" if str(directory.parent) != "runs" else ""
     print(f"\nreport: {folder / 'report.md'}    compare the runs in the browser: {ui}")
+
+
+def _log(directory: Path, experiment: str, metrics: Mapping[str, float], files: list[Path], note: str) -> None:
+    """Puts a report onto the parent run of a sweep that it read, where its runs are tracked."""
+    from moepp.training.tracking import TrackingConfig, log_report
+
+    first = read_json(directory / "sweep.json")["trials"][0]["path"]
+    tracking = TrackingConfig(**RunRecord(directory / first).read("config.yaml").get("tracking", {"backend": "jsonl"}))
+    if tracking.backend == "mlflow":
+        log_report(directory, tracking, directory.parent, experiment, metrics, files, note)
