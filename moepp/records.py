@@ -206,23 +206,24 @@ class RunRecord:
         run do not hold it. On a file system without locks nobody is kept out.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / "lock", "a+") as file:
-            self._take(file)
+        path = self.path.resolve()
+        with open(path / "lock", "a+") as file:
+            self._take(file, path)
             try:
                 file.truncate(0)
                 file.write(str(os.getpid()))
                 file.flush()
                 yield
             finally:
-                _here.discard(self.path.resolve())
+                _here.discard(path)
 
-    def _take(self, file: Any) -> None:
+    def _take(self, file: Any, path: Path) -> None:
         deadline = time.monotonic() + SECONDS_FOR_A_LOOK
         while True:
             try:
                 with _guard:
                     locked(fcntl.lockf, file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    _here.add(self.path.resolve())
+                    _here.add(path)
                 return
             except (BlockingIOError, PermissionError):
                 if time.monotonic() > deadline:

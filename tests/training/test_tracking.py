@@ -264,8 +264,12 @@ runs, tests = sys.argv[1:]
 sys.path.insert(0, tests)
 from run_fake_sweep import FAKE_TRIAL, no_preparation, run_sweep, sweep, tokens
 from moepp.training import tracking
-tracking.SECONDS_BETWEEN_PASSES = 0.1
-tokens.prepare = no_preparation
+from moepp.sweeps import runner
+def start(*arguments, real=runner.Follower, **options):
+    follower = real(*arguments, **options)
+    print("followed", flush=True)
+    return follower
+runner.Follower, tokens.prepare, tracking.SECONDS_BETWEEN_PASSES = start, no_preparation, 0.1
 options = [f"runs={runs}", "trainer.steps=5000", "tracking=mlflow"]
 run_sweep(sweep(), "smoke", 2, options, progress=False, command=FAKE_TRIAL)
 """
@@ -275,14 +279,15 @@ def test_the_runs_of_a_killed_worker_of_a_sweep_are_killed_in_mlflow(runs):
     """With the worker die its trials, by the kernel's hand; what mirrors them lives on to say so."""
     tests = Path(__file__).parents[1] / "sweeps"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "SECONDS_PER_STEP": "0.05"}
-    worker = subprocess.Popen([sys.executable, "-c", RUN_SWEEP, runs, tests], env=environment, stderr=subprocess.PIPE)
+    worker = subprocess.Popen([sys.executable, "-c", RUN_SWEEP, runs, tests], env=environment, stdout=subprocess.PIPE)
     directory = runs / "toy-smoke"
-    deadline = time.monotonic() + 60
-    while len(list(directory.glob("*/metrics.jsonl"))) < 2 or not (directory / "mirror" / "1").exists():
-        assert time.monotonic() < deadline and worker.poll() is None, "waited in vain"
-        time.sleep(0.02)
-    worker.kill()
-    worker.communicate()  # returns when all that share the pipe have left
+    try:
+        assert worker.stdout.readline() == b"followed\n"
+        while len(list(directory.glob("*/metrics.jsonl"))) < 2 and worker.poll() is None:
+            time.sleep(0.02)
+    finally:
+        worker.kill()
+    worker.communicate()  # returns when the follower, which shares the pipe, has left
     trials = [RunRecord(path.parent) for path in directory.glob("*/metrics.jsonl")]
     assert [run_of(record, runs).info.status for record in (*trials, RunRecord(directory))] == ["KILLED"] * 3
     for record in trials:
