@@ -573,15 +573,14 @@ def test_the_ui_opens_at_a_sweep(runs, monkeypatch, capsys):
 
 def test_without_a_name_the_ui_opens_at_the_newest_sweep_that_is_in_the_store(runs, monkeypatch, capsys):
     monkeypatch.setattr(os, "execv", lambda path, arguments: None)
-    ids = []
+    ids, now = [], time.time()
     for age, name in enumerate(("sweep-newest", "sweep-older")):
         directory = make_sweep(runs, name)
         FolderMirror(directory, TrackingConfig(), runs).sync()
         ids.append(read_json(directory / "mlflow.json")["run_id"])
-        when = time.time() + 100 - age
-        os.utime(directory / "sweep.json", (when, when))
+        os.utime(directory / "sweep.json", (now + 1000 - age, now + 1000 - age))
     unmirrored = make_sweep(runs, "sweep-unmirrored") / "sweep.json"
-    os.utime(unmirrored, (time.time() + 200, time.time() + 200))
+    os.utime(unmirrored, (now + 2000, now + 2000))
     mlflow_store.serve(TrackingConfig(), runs, 0)
     assert f"viewStateShareKey={ids[0]}-arms" in capsys.readouterr().out
     store(runs).delete_run(ids[0])
