@@ -137,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     rerun.add_argument("run", type=Path, help="directory of a finished run")
 
     ui = add("ui", _ui, "open the MLflow UI on the runs, on this machine only")
-    ui.add_argument("sweep", nargs="?", help="a file of sweeps/, such as tau: opens there; without it, at all runs")
+    ui.add_argument("sweep", nargs="?", help="a file of sweeps/, such as tau; without it, the newest one opens")
     ui.add_argument("--port", type=int, default=5000)
     add_scale(ui)
     add_overrides(ui)

@@ -2,15 +2,33 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from urllib.parse import quote, urlencode
 
-LOCAL = "http://127.0.0.1:5000"  # where `make ui` serves
+from moepp.records import write_text
+
+DEFAULT_PORT = 5000
+LOCAL = f"http://127.0.0.1:{DEFAULT_PORT}"  # where `make ui` serves
+PORT = ".ui_port"  # in the folder of runs
 KIND = {"workflowType": "machine_learning"}
 
 
-def address(uri: str, port: int = 5000) -> str:
+def address(uri: str, port: int = DEFAULT_PORT) -> str:
     """Where the pages of the tracker at `uri` are served: by itself, or for a database by `run.py ui`."""
-    return uri.rstrip("/") if uri.startswith("http") else LOCAL.replace("5000", str(port))
+    return uri.rstrip("/") if uri.startswith("http") else LOCAL.replace(str(DEFAULT_PORT), str(port))
+
+
+def remember_port(runs: Path | str, port: int) -> None:
+    """Keeps where `run.py ui` serves the runs, for other commands that print addresses."""
+    write_text(Path(runs) / PORT, f"{port}\n")
+
+
+def known_port(runs: Path | str) -> int:
+    """Where `run.py ui` has last served these runs; 5000 before it ever has."""
+    try:
+        return int((Path(runs) / PORT).read_text())
+    except (OSError, ValueError):
+        return DEFAULT_PORT
 
 
 def experiment_page(base: str, experiment_id: str) -> str:

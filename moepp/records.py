@@ -21,13 +21,19 @@ import hashlib
 import json
 import os
 import secrets
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from moepp.errors import RunError
+from moepp.locks import locked
+
+SECONDS_FOR_A_LOOK = 0.5  # `RunRecord.held` takes the lock for an instant, and must not turn away who comes to train
+_here: set[Path] = set()  # records whose lock this process has
+_guard = threading.Lock()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -43,6 +49,19 @@ def write_text(path: Path, text: str) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+    fsync(path.parent)
+
+
+def fsync(path: Path) -> None:
+    """Waits until a file's content, or the names in a folder, would survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # some network file systems refuse it for folders
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -123,6 +142,11 @@ class RunRecord:
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(line + "\n")
 
+    def keep_metrics(self) -> None:
+        """Brings to the disk what was logged, before anything is written that supposes it."""
+        with suppress(FileNotFoundError):
+            fsync(self.path / "metrics.jsonl")
+
     def metrics(self) -> list[dict[str, float]]:
         """All complete lines in order; a last line cut off by a crash is left out. Raises UnreadableRecord."""
         return MetricsTail(self).read()
@@ -161,6 +185,7 @@ class RunRecord:
         return read_json(self.path / name) or {}
 
     def finish(self) -> None:
+        self.keep_metrics()
         (self.path / "failed.json").unlink(missing_ok=True)
         write_text(self.path / "done", "")
 
@@ -189,20 +214,48 @@ class RunRecord:
         """Keeps every other process from working in this directory; freed with the process, however it dies.
 
         Raises RunError with the holder's process id. A POSIX lock: forked data-loading workers that outlive a killed
-        run do not hold it.
+        run do not hold it. On a file system without locks nobody is kept out.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / "lock", "a+") as file:
+        path = self.path.resolve()
+        with open(path / "lock", "a+") as file:
+            self._take(file, path)
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                file.truncate(0)
+                file.write(str(os.getpid()))
+                file.flush()
+                yield
+            finally:
+                _here.discard(path)
+
+    def _take(self, file: Any, path: Path) -> None:
+        deadline = time.monotonic() + SECONDS_FOR_A_LOOK
+        while True:
+            try:
+                with _guard:
+                    locked(fcntl.lockf, file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    _here.add(path)
+                return
             except (BlockingIOError, PermissionError):
-                file.seek(0)
-                holder = file.read() or "?"
-                raise RunError(f"{self.path} is in use by process {holder}; end it or wait for it") from None
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
-            yield
+                if time.monotonic() > deadline:
+                    file.seek(0)
+                    holder = file.read() or "?"
+                    raise RunError(f"{self.path} is in use by process {holder}; end it or wait for it") from None
+            time.sleep(0.02)
+
+    @property
+    def held(self) -> bool | None:
+        """Whether a process works in this directory; None where the file system has no locks to tell it."""
+        with _guard:  # to close any descriptor of a file frees this process's own lock on it
+            if self.path.resolve() in _here:
+                return True
+            try:
+                with open(self.path / "lock") as file:
+                    return False if locked(fcntl.lockf, file, fcntl.LOCK_SH | fcntl.LOCK_NB) else None
+            except FileNotFoundError:
+                return False
+            except (BlockingIOError, PermissionError):
+                return True
 
 
 class MetricsTail:

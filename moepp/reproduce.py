@@ -11,7 +11,7 @@ from moepp.analysis.rerun import reproduce_command
 from moepp.analysis.results import load_sweep_results
 from moepp.analysis.study import Runs, Study, StudyContext
 from moepp.errors import RunError, UsageError
-from moepp.records import read_json, write_json
+from moepp.records import RunRecord, read_json, write_json
 
 RESULTS = Path("results")
 
@@ -128,7 +128,7 @@ def _reproduce_study(
     seeds: Sequence[int] | None,
     flags: Mapping[str, str],
 ) -> None:
-    from moepp.analysis.study_report import terminal_study, write_study
+    from moepp.analysis.study_report import study_note, terminal_study, write_study
 
     scale = study.scales[0] if len(study.scales) == 1 else scale
     if scale not in study.scales:
@@ -139,7 +139,9 @@ def _reproduce_study(
     found = study.measure(StudyContext(scale, directories, options))
     command = reproduce_command(study.name, scale, arguments, seeds or (), flags)
     folder = _folder(study.name, scale, directories)
-    write_study(study, found, folder, _provenance(command, scale, directories))
+    files = write_study(study, found, folder, _provenance(command, scale, directories))
+    for directory in directories.values():
+        _log(directory, study.name, {}, files, study_note(study, found, command))
     print(terminal_study(found))
     print(f"\nreport: {folder / 'report.md'}")
 
@@ -186,20 +188,23 @@ def _write_comparison(experiment: Experiment, directory: Path) -> None:
     from moepp.analysis.comparison import compare
     from moepp.analysis.report import report_metrics, report_note, write_report
     from moepp.analysis.tables import terminal_table
-    from moepp.config import load
-    from moepp.training.settings import RunConfig
-    from moepp.training.tracking import log_report
 
     results = load_sweep_results(directory)
     folder = _folder(experiment.name, results.scale, {experiment.sweep: directory})
     files = write_report(experiment, results, folder)
     comparison = compare(experiment, results)
-    first = read_json(directory / "sweep.json")["trials"][0]["path"]
-    config = load(RunConfig, directory / first / "config.yaml")
-    if config.tracking.backend == "mlflow":
-        note = report_note(comparison)
-        log_report(directory, config.tracking, directory.parent, report_metrics(comparison), files, note)
+    _log(directory, experiment.name, report_metrics(comparison), files, report_note(comparison))
     print(terminal_table(comparison))
     ui = f"python run.py ui {experiment.sweep} --scale {results.scale}"
     ui += f" runs={directory.parent}" if str(directory.parent) != "runs" else ""
     print(f"\nreport: {folder / 'report.md'}    compare the runs in the browser: {ui}")
+
+
+def _log(directory: Path, experiment: str, metrics: Mapping[str, float], files: list[Path], note: str) -> None:
+    """Puts a report onto the parent run of a sweep that it read, where its runs are tracked."""
+    from moepp.training.tracking import TrackingConfig, log_report
+
+    first = read_json(directory / "sweep.json")["trials"][0]["path"]
+    tracking = TrackingConfig(**RunRecord(directory / first).read("config.yaml").get("tracking", {"backend": "jsonl"}))
+    if tracking.backend == "mlflow":
+        log_report(directory, tracking, directory.parent, experiment, metrics, files, note)

@@ -23,16 +23,19 @@ NO_ASSISTANT = "localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep", type=Path, help="directory of the sweep")
-    parser.add_argument("--base", default=pages.LOCAL, help="where the UI is served")
+    parser.add_argument(
+        "--base", help="where the UI is served; unless told, where `run.py ui` has last served the runs"
+    )
     parser.add_argument("--browser", default="/usr/bin/chromium")
     parser.add_argument("--out", type=Path, default=Path("docs/ui"))
     options = parser.parse_args()
+    base = options.base or pages.address("", pages.known_port(options.sweep.parent))
     options.out.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=options.browser, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1360, "height": 800})
         page.add_init_script(NO_ASSISTANT)
-        for name, address in addresses(options.base, options.sweep).items():
+        for name, address in addresses(base, options.sweep).items():
             _take(page, address, options.out / f"{name}.png")
         browser.close()
 

@@ -1,10 +1,14 @@
+import errno
+import fcntl
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from moepp.errors import RunError
-from moepp.records import MetricsTail, RunRecord
+from moepp.records import MetricsTail, RunRecord, write_text
 
 HOLDER = """
 import sys
@@ -12,6 +16,15 @@ from moepp.records import RunRecord
 with RunRecord(sys.argv[1]).lock():
     print("locked", flush=True)
     sys.stdin.read()
+"""
+
+ASKER = """
+import sys
+from moepp.records import RunRecord
+record = RunRecord(sys.argv[1])
+print("asking", flush=True)
+while True:
+    record.held
 """
 
 
@@ -58,3 +71,68 @@ def test_a_tail_reads_a_rewound_record_from_its_beginning(record):
     for step in (2, 3, 4):
         record.log(step, {"loss": 0.5})
     assert [line["step"] for line in tail.read()] == [1, 2, 3, 4]
+
+
+def test_a_record_is_held_while_a_process_works_in_it(record):
+    assert record.held is False
+    with record.lock():
+        assert record.held is True
+        holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(record.path)], stderr=subprocess.PIPE)
+        assert holder.wait() and b"in use by process" in holder.communicate()[1]  # asking gave nothing away
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(record.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "locked\n"
+    assert record.held is True
+    holder.kill()
+    holder.communicate()
+    assert record.held is False
+
+
+def test_who_asks_whether_a_record_is_held_turns_nobody_away(record):
+    (record.path / "lock").touch()
+    asker = subprocess.Popen([sys.executable, "-c", ASKER, str(record.path)], stdout=subprocess.PIPE, text=True)
+    assert asker.stdout.readline() == "asking\n"
+    try:
+        for _ in range(300):
+            with record.lock():
+                pass
+    finally:
+        asker.kill()
+        asker.communicate()
+
+
+def test_without_file_locks_a_record_is_worked_in_and_nobody_knows(record, monkeypatch):
+    def refuse(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    (record.path / "lock").touch()
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    assert record.held is None
+    with record.lock():
+        assert record.held is True
+
+
+@pytest.fixture
+def synced(monkeypatch):
+    """Names of the files and folders that were brought to the disk, in order."""
+    names, real = [], os.fsync
+
+    def fsync(descriptor):
+        names.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    return names
+
+
+def test_a_replaced_file_is_on_the_disk_and_so_is_its_name(record, synced):
+    write_text(record.path / "note.txt", "kept")
+    assert synced[0].startswith(".note.txt.") and synced[1:] == [record.path.name]
+
+
+def test_the_metrics_are_on_the_disk_before_the_marker(record, synced):
+    record.log(1, {"train/loss": 0.5})
+    assert not synced
+    record.finish()
+    assert synced[0] == "metrics.jsonl" and synced[1].startswith(".done.")

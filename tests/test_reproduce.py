@@ -5,7 +5,7 @@ from analysis.synthetic_sweep import write_sweep
 
 from experiments import discover
 from moepp import reproduce
-from moepp.analysis.study import Runs, Study, StudyReport, Table
+from moepp.analysis.study import Claim, Runs, Study, StudyReport, Table
 from moepp.errors import UsageError
 from moepp.records import read_json, write_json
 
@@ -49,6 +49,25 @@ def test_a_study_trains_the_arms_it_needs_and_takes_its_own_options(study, seen,
     report = (tmp_path / "results/demo/smoke/report.md").read_text()
     assert "Made by `python run.py reproduce demo --scale smoke --seeds 3 'pos=my words.jsonl' runs=here`" in report
     assert "report: results/demo/smoke/report.md" in capsys.readouterr().out
+
+
+def test_what_a_study_found_goes_onto_the_parents_of_the_sweeps_it_read(study, monkeypatch, tmp_path):
+    directory = write_sweep(tmp_path / "sweep", {"vanilla": {3: 3.0}})
+    config = next(directory.glob("**/config.yaml"))
+    config.write_text(
+        config.read_text() + "tracking: {backend: mlflow, uri: 'http://tracker:5000', experiment: mine}\n"
+    )
+    claims = (Claim("it is so", "holds"),)
+    measured = replace(study, measure=lambda context: replace(study.measure(context), claims=claims))
+    monkeypatch.setattr(reproduce, "discover", lambda: {"demo": measured})
+    monkeypatch.setattr("moepp.sweeps.runner.run_sweep", lambda *_: directory)
+    logged = []
+    monkeypatch.setattr("moepp.training.tracking.log_report", lambda *report: logged.append(report))
+    reproduce.reproduce("demo", "smoke", seeds=[3])
+    [(parent, tracking, runs, name, _, files, note)] = logged
+    assert (parent, runs, name, tracking.experiment) == (directory, directory.parent, "demo", "mine")
+    assert {"report.md", "runs.csv"} <= {file.name for file in files}
+    assert note.startswith("**Is it so?**") and "- **holds**: it is so." in note and "`demo/report.md`" in note
 
 
 def test_a_checkpoint_takes_the_place_of_the_runs_a_study_needs(study, seen, monkeypatch):

@@ -77,7 +77,7 @@ def provenance_of(experiment: Experiment, results: SweepResults) -> dict[str, An
 
 
 def report_metrics(comparison: Comparison) -> dict[str, float]:
-    """The few numbers worth showing on a tracker's parent run. `+` becomes `_`: trackers refuse it in names."""
+    """The few numbers worth showing on a tracker's parent run."""
     found: dict[str, float] = {}
     for arm in comparison.experiment.arms:
         difference = comparison.differences.get(arm)
@@ -86,7 +86,7 @@ def report_metrics(comparison: Comparison) -> dict[str, float]:
             "val_loss_minus_baseline": difference and difference.estimate.mean,
             "val_loss_minus_baseline_half_width": difference and difference.estimate.half_width,
         }
-        found |= {f"report/{arm.replace('+', '_')}/{name}": v for name, v in values.items() if v is not None}
+        found |= {f"report/{arm}/{name}": v for name, v in values.items() if v is not None}
     return found
 
 
@@ -94,7 +94,7 @@ def report_note(comparison: Comparison) -> str:
     """The short report for a tracker's page, in markdown: question, verdict, quality; the rest is in report.md."""
     experiment, results = comparison.experiment, comparison.results
     table = tables.markdown(tables.quality_table(comparison))
-    made = f"Made by `{_command(experiment, results)}`; the whole report is the artifact `report.md`."
+    made = f"Made by `{_command(experiment, results)}`; the whole report is the artifact `{experiment.name}/report.md`."
     return "\n\n".join([f"**{experiment.question}**", table, _bullets(verdict(comparison)), HOW_TO_READ, made])
 
 

@@ -112,7 +112,7 @@ def comparison_page(records: Iterable[RunRecord]) -> str | None:
         return None
     tracker = records[0].read("config.yaml").get("tracking", {}).get("uri") or os.environ.get("MLFLOW_TRACKING_URI", "")
     experiments = {run["run_id"]: run["experiment_id"] for run in mirrored}
-    base, runs = pages.address(tracker), list(experiments)
+    base, runs = pages.address(tracker, pages.known_port(records[0].path.parent.parent)), list(experiments)
     if len(runs) == 1:
         return pages.run_page(base, experiments[runs[0]], runs[0])
     return pages.comparison_page(base, runs, list(experiments.values()))

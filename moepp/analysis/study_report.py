@@ -42,6 +42,17 @@ def terminal_study(report: StudyReport) -> str:
     return "\n".join([*lines, "", *(f"{claim.verdict:>9}: {_plain(claim)}" for claim in report.claims)]).strip("\n")
 
 
+def study_note(study: Study, report: StudyReport, command: str) -> str:
+    """The short report for a tracker's page, in markdown: question, claims, first table; the rest is in report.md."""
+    made = f"Made by `{command}`; the whole report is the artifact `{study.name}/report.md`."
+    parts = [f"**{study.question}**", _claims(report), markdown_tables(report.tables[:1]), made]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _claims(report: StudyReport) -> str:
+    return "\n".join(f"- **{claim.verdict}**: {_plain(claim)}" for claim in report.claims)
+
+
 def _markdown(study: Study, report: StudyReport, provenance: Mapping[str, Any]) -> str:
     beside = f" Beside the paper's {study.reference} (MoE++, arXiv 2410.07348)." if study.reference else ""
     about = [
@@ -51,7 +62,7 @@ def _markdown(study: Study, report: StudyReport, provenance: Mapping[str, Any]) 
         f"Hardware: {', '.join(f'{name} {value}' for name, value in provenance['hardware'].items() if value)}.",
     ]
     sections = {
-        "Verdict": "\n".join(f"- **{claim.verdict}**: {_plain(claim)}" for claim in report.claims),
+        "Verdict": _claims(report),
         "Tables": markdown_tables(report.tables),
         "Figures": "\n\n".join(_figure(plot) for plot in report.plots),
         "The paper's numbers": markdown_tables(study.paper),

@@ -24,9 +24,10 @@ from moepp.sweeps.search import Search, refuse_storage
 from moepp.sweeps.sharing import share_finished_runs
 from moepp.sweeps.slots import Slot, own_share
 from moepp.sweeps.spec import Sweep, Trial
+from moepp.training.follower import Follower
 from moepp.training.mlflow_store import store_uri
 from moepp.training.settings import RunConfig
-from moepp.training.tracking import FolderMirror, TrackingConfig, follow
+from moepp.training.tracking import TrackingConfig, follow
 
 TRIAL_COMMAND = (sys.executable, "-m", "moepp.cli", "trial")
 SECONDS_TO_STOP = 30  # a stopped trial finishes its step and writes a checkpoint
@@ -154,29 +155,33 @@ class DataFreezer:
 
 
 class _SharedMirror:
-    """The MLflow mirror of a sweep's folder, kept by one of its runners at a time: two would send each step twice."""
+    """The MLflow mirror of a sweep's folder, kept by a process of one of its runners: two would do all work twice."""
 
     def __init__(self, directory: Path, tracking: TrackingConfig, runs: str, heart: Heart, stale: float):
         self.uri = store_uri(tracking, runs)
-        self._open = lambda: FolderMirror(directory, tracking, runs)
+        self._start = partial(Follower, directory, tracking, runs, folder=True)
         self._heart, self._watch = heart, LeaseWatch(directory / "mirror", stale)
         self._lease: Lease | None = None
 
     def sync(self, ended: bool = False) -> None:
+        """Sees to it that the folder is mirrored, by this runner where no other does."""
         if self._lease is not None and self._lease.lost:
-            self._heart.release(self._lease)
-            self._lease = None
+            self._give_up()
         if self._lease is None:
             self._lease = self._watch.claim()
             if self._lease is None:
                 return
             self._heart.add(self._lease)
-            self._mirror = self._open()  # reads what the keeper before it has sent
-        try:
-            self._mirror.sync(ended)
-        finally:
-            if ended:
-                self._heart.release(self._lease)
+            self._follower = self._start()
+        elif self._follower.gone:
+            self._follower = self._start()
+        if ended:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        self._follower.end()
+        self._heart.release(self._lease)
+        self._lease = None
 
 
 class _Runner:

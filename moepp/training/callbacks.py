@@ -4,6 +4,7 @@ import math
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ from torch import Tensor
 from moepp.errors import Interrupted, RunError
 from moepp.models.budget import forward_flops
 from moepp.process import STOP_SIGNALS
+from moepp.records import RunRecord, fsync
 from moepp.strategies.base import MoEStrategy
 from moepp.training.module import LanguageModel
 from moepp.training.ranks import largest
 from moepp.training.system_metrics import SystemMeter
 from moepp.training.throughput import StepTimer, peak_flops, peak_memory_gib
+
+PARTIAL = "saving.ckpt"  # what a checkpoint is called while it is written
 
 
 class MetricsReporter(Callback):
@@ -104,17 +108,33 @@ class MetricsReporter(Callback):
 
 
 class ResumeCheckpoint(Checkpoint):
-    """Keeps the newest full training state in `folder`, every `every` steps and when the process is asked to stop.
+    """Keeps the newest full training state in the record, every `every` steps and when the process is asked to stop.
 
     A stop signal to any of the run's processes ends the run after the step in progress, with Interrupted. Saved is
     always between two steps, and after the validation where one is due: a resumed run neither repeats nor skips
     anything.
     """
 
-    def __init__(self, folder: Path, every: int, val_every: int):
-        self.folder, self.every, self.val_every = folder, every, val_every
+    state_key = "ResumeCheckpoint"
+
+    def __init__(self, record: RunRecord, every: int, val_every: int):
+        self.record, self.every, self.val_every = record, every, val_every
         self.stopping = False
         self.previous: dict[int, Any] = {}  # handlers
+        self._began, self._before = time.perf_counter(), 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Spent on this run, with the attempts before this one as far as they were saved: what a resumed run repeats
+        counts once.
+        """
+        return self._before + time.perf_counter() - self._began
+
+    def state_dict(self) -> dict[str, float]:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        self._before = state_dict["seconds"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -148,12 +168,30 @@ class ResumeCheckpoint(Checkpoint):
         if not stopping and step % self.every:
             return
         raise_if_not_finite(trainer, pl_module)
-        trainer.save_checkpoint(self.folder / f"step-{step:08d}.ckpt")
+        save_whole(trainer, self.record, f"step-{step:08d}.ckpt")
         if trainer.is_global_zero:
-            for older in resume_points(self.folder)[:-1]:
+            for older in resume_points(self.record.checkpoints)[:-1]:
                 older.unlink()
         if stopping:
             raise Interrupted(f"stopped at step {step}; the same command continues")
+
+
+def save_whole(trainer: pl.Trainer, record: RunRecord, name: str, weights_only: bool = False) -> None:
+    """Saves `checkpoints/<name>`. It bears its name only once all of it is on the disk, after the metrics of its steps:
+    what is found there is never half of it. All ranks call it.
+    """
+    partial, path = record.checkpoints / PARTIAL, record.checkpoints / name
+    try:
+        trainer.save_checkpoint(partial, weights_only)  # returns when all ranks have written
+        if trainer.is_global_zero:
+            record.keep_metrics()
+            fsync(partial)
+            os.replace(partial, path)
+            fsync(path.parent)
+    except OSError:
+        if trainer.is_global_zero:
+            partial.unlink(missing_ok=True)
+        raise
 
 
 def resume_points(folder: Path) -> list[Path]:
@@ -167,7 +205,7 @@ def raise_if_not_finite(trainer: pl.Trainer, module: LanguageModel) -> None:
     if bad < 0:
         return
     lr = module.config.optim.lr
-    saved = resume_points(next(c.folder for c in trainer.checkpoint_callbacks if isinstance(c, ResumeCheckpoint)))
+    saved = resume_points(trainer.checkpoint_callback.record.checkpoints)
     kept = f"the last good checkpoint is {os.path.relpath(saved[-1])}" if saved else "no checkpoint was saved before it"
     scheduled = trainer.optimizers[0].param_groups[0]["lr"] if trainer.optimizers else math.nan
     raise RunError(

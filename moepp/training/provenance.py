@@ -14,6 +14,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "lightning", "torchmetrics", "omegaconf", "mlflow", "datasets", "tokenizers", "numpy")
 
+CIRCUMSTANCES = ("host", "git", "versions", "hardware", "data")  # what makes two attempts at a run comparable
+ATTEMPT = ("started", *CIRCUMSTANCES)
+
 
 def collect(data_header: Mapping[str, Any]) -> dict[str, Any]:
     """The content of provenance.json; `data_header` is the header of the prepared tokens."""
@@ -26,6 +29,24 @@ def collect(data_header: Mapping[str, Any]) -> dict[str, Any]:
         "hardware": _hardware(),
         "data": dict(data_header),
     }
+
+
+def continued(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """`now`, the provenance of an attempt that goes on with the steps of another, which had `before`. Under `earlier`
+    stand the attempts that were made with anything else, oldest first.
+    """
+    attempts = [*before.get("earlier", []), {key: before[key] for key in ATTEMPT if key in before}]
+    known = [_circumstances(now)]
+    earlier = []
+    for attempt in attempts if before else []:
+        if _circumstances(attempt) not in known:
+            known.append(_circumstances(attempt))
+            earlier.append(attempt)
+    return {**now, "earlier": earlier} if earlier else dict(now)
+
+
+def _circumstances(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: provenance.get(key) for key in CIRCUMSTANCES}
 
 
 def git(root: Path) -> dict[str, Any]:

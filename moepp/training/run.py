@@ -2,8 +2,10 @@
 
 import dataclasses
 import logging
+import os
 import socket
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -19,15 +21,15 @@ from moepp.errors import Interrupted, PeerLost, RunError, UsageError
 from moepp.layers.kernels.grouped import BackendError
 from moepp.models.budget import Budget, active_parameters, forward_flops
 from moepp.models.decoder import Decoder
-from moepp.records import RunRecord, digest_of, write_json
+from moepp.records import RunRecord, UnreadableRecord, digest_of, write_json
 from moepp.strategies import make_strategy
-from moepp.training.callbacks import MetricsReporter, ResumeCheckpoint, resume_points
+from moepp.training.callbacks import MetricsReporter, ResumeCheckpoint, resume_points, save_whole
 from moepp.training.cloze import ClozeScorer
 from moepp.training.data import TokenDataModule
 from moepp.training.initial import FINAL_WEIGHTS, checkpoint_file, initial_file, initial_weights
 from moepp.training.launch import SECONDS_TO_ARRIVE, launch
 from moepp.training.module import LanguageModel
-from moepp.training.provenance import collect
+from moepp.training.provenance import collect, continued
 from moepp.training.pruning import Judge, Pruning
 from moepp.training.ranks import Rank, from_rank_zero, is_lost_connection, process_group
 from moepp.training.record_logger import RecordLogger
@@ -63,8 +65,18 @@ def train(config: RunConfig, directory: Path, judge: Judge | None = None) -> Run
             if record.status not in ("done", "pruned"):
                 _train_or_say_why(record, config, rank, judge)
     except OSError as error:
-        raise RunError(f"cannot write the run record {directory}: {error.strerror or error}") from error
+        raise RunError(_say_what_file(error, directory)) from error
     return record
+
+
+def _say_what_file(error: OSError, directory: Path) -> str:
+    why = error.strerror or str(error)
+    if error.filename is None:  # of a write or a flush: a disk that is full, say
+        return f"cannot write the run record {directory}: {why}"
+    file = Path(os.fsdecode(error.filename))
+    if file.absolute().is_relative_to(directory.absolute()) or directory.absolute().is_relative_to(file.absolute()):
+        return f"cannot write the run record {file}: {why}"
+    return f"cannot read or write {file}: {why}; the run {directory} needs it"
 
 
 def _refuse_missing_devices(config: RunConfig) -> None:
@@ -161,21 +173,30 @@ def _train(record: RunRecord, config: RunConfig, rank: Rank, judge: Judge | None
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
     tokens = prepare(config.data, progress=False)
+    resume = from_rank_zero(_resume_point(record) if rank.rank == 0 else None)
     if rank.rank == 0:
-        write_json(record.path / "provenance.json", collect(dataclasses.asdict(tokens.header)))
+        _record_provenance(record, dataclasses.asdict(tokens.header), resumed=resume is not None)
     module = LanguageModel(config, tokens.header.end_of_text)
     data = TokenDataModule(config.data, config.seed, config.trainer.accumulate)
     trainer = _trainer(record, config, rank, judge)
-    resume = from_rank_zero(_resume_point(record) if rank.rank == 0 else None)
     if config.init_from and resume is None:
         _begin_from(config, module.model)
-    started = time.perf_counter()
     trainer.fit(module, data, ckpt_path=resume and _arrived(resume))
     if trainer.should_stop:  # pruned
         return
     if module.validated_step != trainer.global_step:
         trainer.validate(module, data, verbose=False)
-    _finish(record, config, trainer, module, tokens, time.perf_counter() - started)
+    _finish(record, config, trainer, module, tokens)
+
+
+def _record_provenance(record: RunRecord, header: dict, resumed: bool) -> None:
+    """Of this attempt, and of those whose steps it continues. What cannot be read is no reason not to train."""
+    try:
+        before = record.read("provenance.json") if resumed else {}
+    except UnreadableRecord as error:
+        print(f"warning: {error}; what the run was begun with is no longer known", file=sys.stderr)
+        before = {}
+    write_json(record.path / "provenance.json", continued(before, collect(header)))
 
 
 def _trainer(record: RunRecord, config: RunConfig, rank: Rank, judge: Judge | None) -> pl.Trainer:
@@ -200,7 +221,7 @@ def _trainer(record: RunRecord, config: RunConfig, rank: Rank, judge: Judge | No
             *([ClozeScorer()] if config.cloze.points else []),
             MetricsReporter(),
             *([Pruning(judge)] if judge else []),
-            ResumeCheckpoint(record.checkpoints, settings.checkpoint_every, settings.val_every),
+            ResumeCheckpoint(record, settings.checkpoint_every, settings.val_every),
         ],
         default_root_dir=record.path,
         use_distributed_sampler=False,
@@ -215,13 +236,21 @@ def _trainer(record: RunRecord, config: RunConfig, rank: Rank, judge: Judge | No
 
 
 def _resume_point(record: RunRecord) -> Path | None:
-    """The newest checkpoint, verified; the record's metrics are rewound to its step."""
-    points = resume_points(record.checkpoints)
-    if not points:
-        record.rewind(0)
-        return None
-    record.rewind(_load_checkpoint(points[-1])["global_step"])
-    return points[-1]
+    """The newest checkpoint that can be read; the record's metrics are rewound to its step. Damaged ones are set aside:
+    the run goes on from an older one, or anew.
+    """
+    for point in reversed(resume_points(record.checkpoints)):
+        try:
+            step = _load_checkpoint(point)["global_step"]
+        except DamagedCheckpoint as error:
+            aside = point.with_name(f"damaged-{point.name}")
+            point.replace(aside)
+            print(f"warning: {error}; it is now {aside.name}, and the run goes on without it", file=sys.stderr)
+            continue
+        record.rewind(step)
+        return point
+    record.rewind(0)
+    return None
 
 
 def _arrived(point: Path) -> Path:
@@ -234,13 +263,18 @@ def _arrived(point: Path) -> Path:
     return point
 
 
+class DamagedCheckpoint(RunError):
+    """A checkpoint that a broken disk has cut or scrambled."""
+
+
 def _load_checkpoint(path: Path) -> dict:
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (PermissionError, MemoryError):
+        raise
     except Exception as error:  # torch reports damage with whatever its zip and pickle readers raise
-        raise RunError(
-            f"checkpoint {path} cannot be read ({str(error).splitlines()[0]}); delete it to train this run anew"
-        ) from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DamagedCheckpoint(f"checkpoint {path} cannot be read ({reason})") from error
 
 
 def _finish(
@@ -249,21 +283,20 @@ def _finish(
     trainer: pl.Trainer,
     module: LanguageModel,
     tokens: TokenFiles,
-    seconds: float,
 ) -> None:
     """Writes the final weights, tables and `final/*` metrics, then the marker."""
     routing = {name: float(value) for name, value in module.val_routing.compute().items()}
     final = {f"val_{name}": value for name, value in module.validation_metrics().items()} | routing
     final["router_entropy"] = final.pop("entropy")
     final |= _speed(record)
-    final["train_seconds"] = seconds
+    final["train_seconds"] = trainer.checkpoint_callback.seconds
     if config.cloze.points and "step_time_ms" in final:
         final["cloze_share"] = _cloze_seconds(record) / (trainer.global_step * final["step_time_ms"] / 1000)
     final["active_params"] = active_parameters(config.model, routing["ffn_per_token"])
     final["flops_per_token"] = sum(forward_flops(config.model, config.data.seq_len, routing["ffn_per_token"]).values())
     if config.trainer.expert_timing and config.strategy.name in ("single", "ddp"):  # others shard what is timed
         final |= _expert_times(module, config, tokens)
-    trainer.save_checkpoint(record.checkpoints / FINAL_WEIGHTS, weights_only=True)
+    save_whole(trainer, record, FINAL_WEIGHTS, weights_only=True)
     if trainer.is_global_zero:
         module.val_routing.write_table(record.path / "tables" / "expert_load.csv")
         record.log(trainer.global_step, {f"final/{name}": value for name, value in final.items()})

@@ -23,6 +23,7 @@ from typing import Literal
 import numpy as np
 
 from moepp.errors import RunError, UsageError
+from moepp.locks import locked
 
 FORMAT = 1
 DTYPES = ("<u2", "<u4")  # of ids: the first while they fit
@@ -244,15 +245,17 @@ def _cached(config: DataConfig, progress: bool) -> Path:
     _refuse_changed(config, digest)
     folder = cache / digest
     if not folder.is_dir():
-        with _only_builder(folder):
+        with _only_builder(folder) as alone:
             if not folder.is_dir():
-                _build(config, folder, progress)
+                _build(config, folder, progress, alone)
     return folder
 
 
 @contextmanager
-def _only_builder(folder: Path) -> Iterator[None]:
-    """Holds a lock that dies with its process; waits for another process that has it."""
+def _only_builder(folder: Path) -> Iterator[bool]:
+    """Holds a lock that dies with its process; waits for another process that has it. False where there are no locks:
+    several may build at once then, and the first to end counts.
+    """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = open(folder.with_suffix(".lock"), "w")  # noqa: SIM115
@@ -261,16 +264,15 @@ def _only_builder(folder: Path) -> Iterator[None]:
             f"data.cache={folder.parent}: cannot write there ({error.strerror}); choose another folder"
         ) from None
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        yield locked(fcntl.flock, lock, fcntl.LOCK_EX)
 
 
-def _build(config: DataConfig, folder: Path, progress: bool) -> None:
+def _build(config: DataConfig, folder: Path, progress: bool, alone: bool) -> None:
     """Makes everything beside `folder` and renames it there at the end: `folder` exists whole or not at all."""
     from moepp.training import corpora
     from moepp.training.tokenizer import end_of_text, load_tokenizer, train_bpe, write_split
 
-    for abandoned in folder.parent.glob(f".{folder.name}-*"):  # by a builder that was killed: the lock is ours
+    for abandoned in folder.parent.glob(f".{folder.name}-*") if alone else ():  # by a builder that was killed
         shutil.rmtree(abandoned)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -299,6 +301,7 @@ def _build(config: DataConfig, folder: Path, progress: bool) -> None:
         (result / "header.json").write_text(json.dumps(asdict(header), indent=1) + "\n")
         os.rename(result, folder)
     except OSError as error:
-        raise RunError(f"cannot write tokens to {folder.parent}: {error}") from error
+        if alone or not folder.is_dir():
+            raise RunError(f"cannot write tokens to {folder.parent}: {error}") from error
     finally:
         shutil.rmtree(scratch)

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 from moepp.config import leaves
 from moepp.errors import RunError, UsageError
 from moepp.records import MetricsTail, RunRecord, UnreadableRecord, read_json, write_json
-from moepp.training.mlflow_store import MirroredRun, store_lock, store_uri
+from moepp.training.mlflow_store import DeletedRun, MirroredRun, store_lock, store_uri
 from moepp.training.mlflow_views import saved_views
 
 # The axes people filter runs by. The rest of the config is an artifact: a page of 80 params hides the five that differ.
@@ -31,6 +31,9 @@ BUDGETS = ("tokens", "total_params", "active_params", "flops_per_token")
 LICENCE = "Apache-2.0"  # of the code and of models trained with it; `data_terms` says what the corpus asks for
 SECONDS_BETWEEN_PASSES = 5.0  # a pass takes some 20 ms of a core, which may be the one that trains
 SECONDS_TO_END = 30.0  # how long a finished run waits for its last pass
+LOG_BYTES = 32 * 1024  # of the end of what a failed run printed
+# MLflow's errors that one run causes. After any other, such as a server that is away, the next run has no better luck.
+OF_ONE_RUN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "INVALID_STATE", "BAD_REQUEST")
 
 
 @dataclass
@@ -56,8 +59,9 @@ class Mirror:
     def sync(self, ended: bool = False) -> None:
         """One pass: brings MLflow up to the record, however often it is called.
 
-        `ended` says that nobody trains this record any more, so an unfinished one was interrupted. Raises whatever the
-        tracker raises; nothing is lost by that, the next pass makes up for it.
+        An unfinished record is RUNNING while a process holds it, else KILLED; where the file system has no locks to
+        tell, it is RUNNING until this mirror has `ended`. Raises whatever the tracker raises; nothing is lost by that,
+        the next pass makes up for it.
         """
         status = self.record.status  # read before the metrics: once it says done, they are all there
         if status == "waiting" or self.complete:
@@ -66,11 +70,21 @@ class Mirror:
         if self._run is None:
             start = self._pending[0]["time"] if self._pending else None
             self._run = MirroredRun(self.record.path, self.tracking, self.runs, self._name(), start)
-        if not self._run.state.get("complete"):
-            with store_lock(self.runs):
-                self._put(self._run, status, ended)
+        try:
+            if not self._run.state.get("complete") or not self._run.is_below(self.parent_run_id):
+                with store_lock(self.runs):
+                    self._put(self._run, status, ended)
+        except DeletedRun:
+            self._run, self._tail, self._pending = None, MetricsTail(self.record), []
+            self.sync(ended)  # into a new one
+            return
         self._pending = []
         self.complete = bool(self._run.state.get("complete"))
+
+    @property
+    def held(self) -> bool | None:
+        """As of the record."""
+        return self.record.held
 
     def _put(self, run: MirroredRun, status: str, ended: bool) -> None:
         provenance = self.record.read("provenance.json")
@@ -80,19 +94,30 @@ class Mirror:
         run.put_data(self.config.get("data", {}).get("corpus", "data"), provenance.get("data", {}))
         run.put_metrics(self._pending)
         end = int(self._pending[-1]["time"]) if self._pending else None
-        if status == "done":
-            run.put_files([self.record.path / n for n in ("config.yaml", "provenance.json", "budget.json", "tables")])
-            run.put_status("FINISHED", end)
+        run.put_status(self._status(status, ended), end)
+        run.put_texts(self._texts(status))
+        if status in ("done", "pruned"):
+            run.put_files([self.record.path / "tables"])
             run.state["complete"] = True
             run.save()
-        elif status == "failed":
-            run.put_status("FAILED", end)
-        elif status == "pruned":
-            run.put_status("KILLED", end)
-            run.state["complete"] = True
-            run.save()
-        else:
-            run.put_status("KILLED" if ended else "RUNNING", end)
+
+    def _status(self, status: str, ended: bool) -> str:
+        """MLflow's word for the record's status."""
+        if status in ("done", "failed"):
+            return {"done": "FINISHED", "failed": "FAILED"}[status]
+        held = self.held
+        trained = status == "started" and (not ended if held is None else held)
+        return "RUNNING" if trained else "KILLED"
+
+    def _texts(self, status: str) -> dict[str, str]:
+        """What a run shows from its first pass on, and the end of what a failed one printed."""
+        path = self.record.path
+        names = [name for name in ("config.yaml", "provenance.json", "budget.json") if (path / name).exists()]
+        texts = {name: (path / name).read_text(errors="replace") for name in names}
+        if status == "failed":
+            logs = [file for file in (path / "log.txt", *sorted(path.glob("ranks/*.txt"))) if file.exists()]
+            texts |= {str(file.relative_to(path)): _end_of(file) for file in logs}
+        return texts
 
     def _name(self) -> str:
         config = self.config
@@ -129,27 +154,54 @@ class Mirror:
         return {key: str(value) for key, value in tags.items() if value is not None}
 
 
+def _end_of(log: Path) -> str:
+    with open(log, "rb") as file:
+        file.seek(max(0, log.stat().st_size - LOG_BYTES))
+        return file.read().decode(errors="replace")
+
+
 class FolderMirror:
     """All records of `runs/<name>/`; those of a sweep lie under one parent run."""
 
     def __init__(self, directory: Path, tracking: TrackingConfig, runs: Path | str):
         self.directory, self.tracking, self.runs = directory, tracking, runs
         self.uri = store_uri(tracking, runs)
+        self._views: dict[str, str] = {}
+        self._begin()
+
+    def _begin(self) -> None:
         self._mirrors: dict[Path, Mirror] = {}
         self._params: dict[Path, Mapping[str, str]] = {}
         self._parent: MirroredRun | None = None
         self._stored: dict[str, dict[str, str]] = {}  # params of the children that the store had at the first pass
-        self._views: dict[str, str] = {}
+
+    @property
+    def held(self) -> bool:
+        """Whether a process works in any of the records, as far as locks tell."""
+        return any(RunRecord(path.parent).held for path in self.directory.glob("*/lock"))
 
     def sync(self, ended: bool = False) -> None:
-        """One pass over the folder, as `Mirror.sync`. Raises UnreadableRecord for the first of such records when all
+        """One pass over the folder, as `Mirror.sync`: an unfinished sweep is RUNNING until this mirror has `ended`, and
+        as long as any of its records is held. Raises the first error that one record or its run has caused when all
         others have been mirrored.
         """
-        unreadable: list[UnreadableRecord] = []
         sweep = read_json(self.directory / "sweep.json")
         if sweep and self._parent is None:
             self._parent = _open_parent(self.directory, sweep, self.tracking, self.runs)
             self._stored = self._parent.children()
+        failures = self._sync_records(ended)
+        if self._parent:
+            try:
+                self._put_parent(self._parent, sweep, ended)
+            except DeletedRun:
+                self._begin()
+                self.sync(ended)  # below a new one
+                return
+        if failures:
+            raise failures[0]
+
+    def _sync_records(self, ended: bool) -> list[Exception]:
+        failures = []
         parent_run_id = self._parent.run_id if self._parent else None
         for config in sorted(self.directory.glob("*/config.yaml")):
             path = config.parent
@@ -157,19 +209,21 @@ class FolderMirror:
                 if path not in self._mirrors:
                     self._add(path, parent_run_id)
                 self._mirrors[path].sync(ended)
-            except UnreadableRecord as error:
-                unreadable.append(error)
-        if self._parent:
-            self._put_views(self._parent)
-            self._parent.refresh()  # another worker may have closed the sweep
-            wanted = [trial for trial in sweep["trials"] if not trial.get("left_out")]  # by the newest call
-            statuses = {RunRecord(self.directory / trial["path"]).status for trial in wanted}
-            unfinished = "KILLED" if ended else "RUNNING"
-            settled = "FAILED" if "failed" in statuses else "FINISHED"
-            open_ = statuses - {"done", "failed", "pruned"} or len(wanted) < sweep.get("planned", 0)
-            self._parent.put_status(unfinished if open_ else settled)
-        if unreadable:
-            raise unreadable[0]
+            except Exception as error:
+                if not _is_of_one_run(error):
+                    raise
+                failures.append(error)
+        return failures
+
+    def _put_parent(self, parent: MirroredRun, sweep: Mapping[str, Any], ended: bool) -> None:
+        parent.refresh()  # another worker may have closed the sweep
+        self._put_views(parent)
+        wanted = [trial for trial in sweep["trials"] if not trial.get("left_out")]  # by the newest call
+        statuses = {RunRecord(self.directory / trial["path"]).status for trial in wanted}
+        settled = "FAILED" if "failed" in statuses else "FINISHED"
+        open_ = statuses - {"done", "failed", "pruned"} or len(wanted) < sweep.get("planned", 0)
+        worked_at = open_ and (not ended or self.held)
+        parent.put_status("RUNNING" if worked_at else "KILLED" if open_ else settled)
 
     def _add(self, path: Path, parent_run_id: str | None) -> None:
         """What is complete in the store is asked for in one question, not run by run: a sweep may have a thousand."""
@@ -190,6 +244,10 @@ class FolderMirror:
             self._views = views
 
 
+def _is_of_one_run(error: Exception) -> bool:
+    return isinstance(error, UnreadableRecord | PermissionError) or getattr(error, "error_code", "") in OF_ONE_RUN
+
+
 class Syncs(Protocol):
     uri: str
 
@@ -197,9 +255,9 @@ class Syncs(Protocol):
 
 
 @contextmanager
-def follow(mirror: Syncs) -> Iterator[None]:
-    """Runs `mirror.sync` every few seconds in a thread until the block ends, and a last time then. A failing tracker
-    costs one line, never the run.
+def follow(mirror: Syncs, patience: float | None = None) -> Iterator[None]:
+    """Runs `mirror.sync` every few seconds in a thread until the block ends, and a last time then, for at most
+    `patience` seconds (SECONDS_TO_END). A failing tracker costs one line, never the run.
     """
     stop = threading.Event()
     warned = threading.Event()
@@ -223,26 +281,29 @@ def follow(mirror: Syncs) -> Iterator[None]:
         yield
     finally:
         stop.set()
-        thread.join(SECONDS_TO_END)
+        patience = SECONDS_TO_END if patience is None else patience
+        thread.join(patience)
         if thread.is_alive() and not warned.is_set():
-            _warn(mirror.uri, f"no answer within {SECONDS_TO_END:.0f} s")
+            _warn(mirror.uri, f"no answer within {patience:.0f} s")
 
 
 def sync_all(runs: Path | str, tracking: TrackingConfig) -> int:
     """Mirrors every record below `runs`; returns how many there are. Raises RunError when the tracker fails."""
     if tracking.backend != "mlflow":
         raise UsageError(f"tracking.backend={tracking.backend} mirrors nothing; use tracking.backend=mlflow")
-    unreadable: list[UnreadableRecord] = []
-    try:
-        for directory in sorted(path for path in Path(runs).glob("*") if path.is_dir()):
-            try:
-                FolderMirror(directory, tracking, runs).sync()
-            except UnreadableRecord as error:
-                unreadable.append(error)
-    except Exception as error:
-        raise RunError(f"cannot mirror to {store_uri(tracking, runs)}: {_reason(error)}") from error
-    if unreadable:
-        raise unreadable[0]
+    failures: list[Exception] = []
+    for directory in sorted(path for path in Path(runs).glob("*") if path.is_dir()):
+        try:
+            FolderMirror(directory, tracking, runs).sync(ended=True)
+        except Exception as error:  # whatever a tracker raises
+            failures.append(error)
+            if not _is_of_one_run(error):
+                break
+    for error in failures:
+        if not isinstance(error, UnreadableRecord):
+            raise RunError(f"cannot mirror to {store_uri(tracking, runs)}: {_reason(error)}") from error
+    if failures:
+        raise failures[0]
     return len(list(Path(runs).glob("*/*/config.yaml")))
 
 
@@ -258,18 +319,20 @@ def log_report(
     directory: Path,
     tracking: TrackingConfig,
     runs: Path | str,
+    experiment: str,
     metrics: Mapping[str, float],
     files: list[Path],
     note: str,
 ) -> None:
-    """Puts what the analysis found onto the sweep's parent run: `metrics`, `files` as artifacts, and `note` (markdown)
-    as its description. A failing tracker costs one line: the report itself is written by then.
+    """Puts what an experiment found onto the parent run of a sweep that it read: `metrics`, `files` as artifacts in a
+    folder of its name, and `note` (markdown) as its part of the description. A failing tracker costs one line: the
+    report itself is written by then.
     """
     try:
         parent = _open_parent(directory, read_json(directory / "sweep.json"), tracking, runs)
         parent.put_values(metrics)
-        parent.put_note(note, replace=True)
-        parent.put_files(files)
+        parent.put_section(experiment, note)
+        parent.put_files(files, experiment)
     except Exception as error:  # whatever a tracker raises
         uri = store_uri(tracking, runs)
         print(f"warning: the report is not in {uri} ({_reason(error)}); `run.py report` tries again", file=sys.stderr)

@@ -5,6 +5,7 @@ import pytest
 from synthetic_sweep import write_run
 
 from moepp.analysis.repetition import compare_repetition, describe
+from moepp.errors import UsageError
 from moepp.records import write_json, write_text
 
 PROVENANCE = {
@@ -64,6 +65,30 @@ def test_what_else_differs_is_named_and_explains_other_losses(tmp_path, original
     assert list(found.differs) == [kind] and "; ".join(found.differs[kind]) == said
     assert not found.equal and not found.unexplained
     assert f"{kind:<9} {said}" in describe(found)
+
+
+def test_a_run_that_was_begun_with_other_code_is_no_run_of_its_last_code(tmp_path):
+    before = {**PROVENANCE, "git": {"sha": "old", "dirty": False}, "versions": {"torch": "2.12"}}
+    original = make(tmp_path / "original", [4.0, 3.5], provenance=PROVENANCE | {"earlier": [before]})
+    found = compare_repetition(original, make(tmp_path / "again", [4.0, 3.4]))
+    assert found.differs == {
+        "code": ["the original was begun with sha old"], "versions": ["the original was begun with torch 2.12"],
+    }  # fmt: skip
+    assert not found.unexplained
+
+
+def test_of_runs_that_did_not_finish_the_steps_count_that_both_have(tmp_path, original):
+    again = make(tmp_path / "again", [4.0])
+    (again.path / "done").unlink()
+    again.fail("expert 3 is on fire")
+    lines = [line for line in again.metrics() if "final/val_loss" not in line]
+    write_text(again.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    found = compare_repetition(original, again)
+    assert (found.equal, found.compared, found.ended) == (True, 1, "original done, repetition failed")
+    assert "ended     original done, repetition failed" in describe(found)
+    write_text(again.path / "metrics.jsonl", "")
+    with pytest.raises(UsageError, match="share no logged loss"):
+        compare_repetition(original, again)
 
 
 def test_code_with_uncommitted_changes_on_both_sides_is_not_known_to_be_the_same(tmp_path):

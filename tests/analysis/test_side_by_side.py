@@ -6,6 +6,7 @@ from urllib.parse import unquote
 import pytest
 from synthetic_sweep import write_run, write_sweep
 
+from moepp import pages
 from moepp.analysis.side_by_side import (
     comparison_page,
     config_changes,
@@ -126,6 +127,8 @@ def test_the_page_that_compares_the_runs_in_mlflow(sweep, monkeypatch):
     assert json.loads(unquote(parts["experiments"])) == ["7"]
     assert not set(query) & set('"[] ')
     assert page in side_by_side(*sides(sweep))
+    pages.remember_port(records[0].path.parent.parent, 5001)
+    assert comparison_page(records).startswith("http://127.0.0.1:5001/#/compare-runs?")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker:80/")
     assert comparison_page(records).startswith("http://tracker:80/#/compare-runs?")
     assert comparison_page([records[0], records[0]]).startswith("http://tracker:80/#/experiments/7/runs/id0?")

@@ -343,23 +343,27 @@ def test_arms_that_break_the_match_are_refused_before_anything_runs(runs):
 
 
 def test_one_runner_at_a_time_mirrors_the_sweep(runs, monkeypatch):
-    synced = []
+    events = []
 
     class Recorder:
-        def __init__(self, directory, tracking, runs):
-            self.name = f"mirror {len(synced)}"
+        def __init__(self, *_, **__):
+            self.name, self.gone = f"follower {len(events)}", False
+            events.append(f"{self.name} starts")
 
-        def sync(self, ended):
-            synced.append((self.name, ended))
+        def end(self):
+            events.append(f"{self.name} ends")
 
-    monkeypatch.setattr(runner, "FolderMirror", Recorder)
+    monkeypatch.setattr(runner, "Follower", Recorder)
     config = sweep().trials("smoke", [f"runs={runs}"])[0].config
     first, second = (runner._SharedMirror(runs / "toy", config.tracking, config.runs, Heart(), 60) for _ in range(2))
     for mirror in (first, second, first):
         mirror.sync()
+    assert events == ["follower 0 starts"]
+    first._follower.gone = True  # killed, say
+    first.sync()
     first.sync(ended=True)
     second.sync()
-    assert synced == [("mirror 0", False), ("mirror 0", False), ("mirror 0", True), ("mirror 3", False)]
+    assert events[1:] == ["follower 1 starts", "follower 1 ends", "follower 3 starts"]
 
 
 def test_an_unwritable_folder_is_one_line(tmp_path):

@@ -32,6 +32,23 @@ def test_it_is_plain_json_with_what_a_reader_asks_for():
     assert datetime.fromisoformat(found["started"]).utcoffset().total_seconds() == 0
 
 
+def test_a_continued_run_keeps_each_other_attempt_once():
+    def attempt(sha, host="here"):
+        return {"started": "then", "command": "run.py", "host": host, "git": {"sha": sha}}
+
+    first = provenance.continued({}, attempt("a"))
+    assert first == attempt("a")
+    same = provenance.continued(first, attempt("a"))
+    assert "earlier" not in same
+    moved = provenance.continued(same, attempt("a", "there"))
+    updated = provenance.continued(moved, attempt("b", "there"))
+    updated = provenance.continued(updated, attempt("b", "there"))
+    assert updated["git"] == {"sha": "b"}
+    assert [(e["host"], e["git"]["sha"]) for e in updated["earlier"]] == [("here", "a"), ("there", "a")]
+    back = provenance.continued(updated, attempt("a"))
+    assert [(e["host"], e["git"]["sha"]) for e in back["earlier"]] == [("there", "a"), ("there", "b")]
+
+
 def test_commit_and_changes_are_told(checkout):
     clean = provenance.git(checkout)
     assert len(clean["sha"]) == 40 and clean["dirty"] is False

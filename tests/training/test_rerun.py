@@ -6,7 +6,7 @@ import torch
 
 from moepp.cli import main
 from moepp.config import compose, load
-from moepp.errors import UsageError
+from moepp.errors import RunError, UsageError
 from moepp.records import RunRecord, read_json, write_json
 from moepp.training.rerun import rerun
 from moepp.training.run import freeze, train
@@ -79,8 +79,48 @@ def test_it_takes_the_threads_that_the_original_had(overrides):
     assert again.path.name == original.path.name
 
 
+def test_a_pruned_run_is_repeated_as_far_as_it_came(clean, overrides, capsys):
+    class Strict:
+        def verdict(self, step, loss):
+            return "too slow"
+
+    config = freeze(compose(RunConfig, overrides))
+    judge = Strict()
+    judge.record = RunRecord(run_directory(config))
+    pruned = train(config, run_directory(config), judge)
+    assert pruned.status == "pruned"
+    assert main(["rerun", str(pruned.path)]) == 0
+    out = capsys.readouterr().out
+    assert "ended     original pruned, repetition pruned" in out and "losses    equal, all 2 of them" in out
+
+
+def test_a_failed_run_is_repeated_and_may_fail_again(clean, overrides, monkeypatch, capsys):
+    from moepp.training import callbacks
+
+    def explode(self, trainer, pl_module, *_):
+        if trainer.global_step == 6:
+            raise RunError("expert 3 is on fire")
+
+    monkeypatch.setattr(callbacks.ResumeCheckpoint, "on_train_batch_end", explode)
+    config = freeze(compose(RunConfig, overrides))
+    with pytest.raises(RunError, match="on fire"):
+        train(config, run_directory(config))
+    assert main(["rerun", str(run_directory(config))]) == 0
+    out = capsys.readouterr().out
+    assert "ended     original failed, repetition failed" in out and "losses    equal, all 3 of them" in out
+
+
+def test_a_record_that_lacks_its_provenance_is_told_in_a_line(overrides):
+    config = freeze(compose(RunConfig, [*overrides, "trainer.threads=0", "trainer.steps=2"]))
+    record = train(config, run_directory(config))
+    (record.path / "provenance.json").unlink()
+    with pytest.raises(UsageError, match=r"provenance\.json does not say with how many threads") as error:
+        rerun(record.path)
+    assert "\n" not in str(error.value)
+
+
 def test_what_cannot_be_repeated_is_said(original, tmp_path):
-    with pytest.raises(UsageError, match="is no finished run"):
+    with pytest.raises(UsageError, match="is no run that has ended"):
         rerun(tmp_path)
     again = rerun(original.path)
     with pytest.raises(UsageError, match="name the run that it repeats"):

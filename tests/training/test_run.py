@@ -1,5 +1,7 @@
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,9 +12,9 @@ import pytest
 import torch
 
 from moepp.config import compose, save
-from moepp.errors import RunError
+from moepp.errors import RunError, UsageError
 from moepp.records import RunRecord
-from moepp.training.run import freeze, load_decoder, train
+from moepp.training.run import _say_what_file, freeze, load_decoder, train
 from moepp.training.settings import RunConfig, run_directory
 
 
@@ -159,15 +161,113 @@ def test_a_loss_that_is_not_finite_stops_with_step_rate_and_checkpoint(overrides
     assert record.status == "failed" and "step 7" in record.read("failed.json")["reason"]
 
 
-def test_a_corrupted_checkpoint_is_named_with_the_way_out(overrides):
+class Killed(BaseException):
+    pass
+
+
+def cut_at(step, config, monkeypatch):
+    """The record of a run that was killed after `step`."""
+    from moepp.training import callbacks
+
+    class Kill(callbacks.ResumeCheckpoint):
+        def on_train_batch_end(self, trainer, *arguments):
+            super().on_train_batch_end(trainer, *arguments)
+            if trainer.global_step == step:
+                raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("moepp.training.run.ResumeCheckpoint", Kill)
+        train(config, run_directory(config))
+    return RunRecord(run_directory(config))
+
+
+def test_damaged_checkpoints_are_set_aside_and_the_run_goes_on_from_the_newest_whole_one(
+    overrides, monkeypatch, capsys
+):
+    whole = run(overrides, "name=whole")
+    config = freeze(compose(RunConfig, [*overrides, "name=cut"]))
+    record = cut_at(6, config, monkeypatch)
+    for step in (5, 6):
+        (record.checkpoints / f"step-{step:08d}.ckpt").write_bytes(b"half a check")
+    train(config, record.path)
+    assert losses(record) == losses(whole)
+    assert sorted(path.name for path in record.checkpoints.iterdir()) == [
+        "damaged-step-00000005.ckpt", "damaged-step-00000006.ckpt", "final.ckpt",
+    ]  # fmt: skip
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 2 and "step-00000006.ckpt cannot be read" in warnings[0]
+    assert record.metrics()[0]["time"] < record.metrics()[-1]["time"]
+
+
+def test_a_run_whose_only_checkpoint_is_damaged_begins_anew(overrides, capsys):
     config = freeze(compose(RunConfig, overrides))
     folder = RunRecord(run_directory(config)).checkpoints
     folder.mkdir(parents=True)
     (folder / "step-00000004.ckpt").write_bytes(b"half a check")
-    with pytest.raises(RunError, match=r"step-00000004\.ckpt cannot be read .*delete it"):
+    record = train(config, run_directory(config))
+    assert losses(record) == losses(run(overrides, "name=whole"))
+    assert "step-00000004.ckpt cannot be read" in capsys.readouterr().err
+
+
+def test_a_checkpoint_gets_its_name_when_it_and_the_metrics_before_it_are_on_the_disk(overrides, monkeypatch):
+    events, fsync, replace = [], os.fsync, os.replace
+
+    def name(descriptor):
+        return os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (events.append(name(descriptor)), fsync(descriptor)))
+    monkeypatch.setattr(
+        os, "replace", lambda old, new: (events.append(f"-> {os.path.basename(new)}"), replace(old, new))
+    )
+    run(overrides, "trainer.steps=4")
+    for checkpoint in ("step-00000004.ckpt", "final.ckpt"):
+        place = events.index(f"-> {checkpoint}")
+        assert events[place - 2 : place + 2] == ["metrics.jsonl", "saving.ckpt", f"-> {checkpoint}", "checkpoints"]
+
+
+def test_a_resumed_run_counts_the_seconds_before_its_checkpoint(overrides, monkeypatch):
+    from moepp.training import callbacks
+
+    config = freeze(compose(RunConfig, overrides))
+    with monkeypatch.context() as patch:
+        real = callbacks.ResumeCheckpoint.state_dict
+        patch.setattr(callbacks.ResumeCheckpoint, "state_dict", lambda self: {"seconds": real(self)["seconds"] + 1000})
+        record = cut_at(6, config, monkeypatch)
+    assert 1000 < train(config, record.path).final()["train_seconds"] < 1600
+
+
+def test_a_resumed_run_keeps_what_its_earlier_attempts_were_made_with(overrides, monkeypatch):
+    config = freeze(compose(RunConfig, overrides))
+    with monkeypatch.context() as patch:
+        patch.setattr("moepp.training.provenance.git", lambda root: {"sha": "abc", "dirty": False})
+        record = cut_at(3, config, monkeypatch)  # nothing of this attempt is kept
+        patch.setattr("moepp.training.provenance.git", lambda root: {"sha": "def", "dirty": False})
+        record = cut_at(6, config, monkeypatch)
+        patch.setattr("moepp.training.provenance.git", lambda root: {"sha": "0123", "dirty": False})
+        train(config, record.path)
+    found = record.read("provenance.json")
+    assert found["git"]["sha"] == "0123"
+    assert [attempt["git"]["sha"] for attempt in found["earlier"]] == ["def"]
+
+
+def test_a_file_that_is_missing_is_named(overrides, token_folder, tmp_path):
+    shutil.copytree(token_folder, tmp_path / "tokens")
+    config = freeze(compose(RunConfig, [*overrides, f"data.path={tmp_path / 'tokens'}"]))
+    (tmp_path / "tokens" / "train.bin").unlink()
+    with pytest.raises((RunError, UsageError), match=r"tokens/train\.bin") as error:
         train(config, run_directory(config))
-    (folder / "step-00000004.ckpt").unlink()
-    assert train(config, run_directory(config)).status == "done"
+    assert "cannot write" not in str(error.value)
+
+
+def test_an_error_names_the_file_and_whether_it_is_of_the_record(tmp_path):
+    record = tmp_path / "runs" / "name" / "0123"
+    full = OSError(errno.ENOSPC, "No space left on device")
+    assert _say_what_file(full, record) == f"cannot write the run record {record}: No space left on device"
+    for file in (record / "lock", record.parent):
+        denied = PermissionError(errno.EACCES, "Permission denied", str(file))
+        assert _say_what_file(denied, record) == f"cannot write the run record {file}: Permission denied"
+    missing = FileNotFoundError(errno.ENOENT, "No such file or directory", "/data/train.bin")
+    assert _say_what_file(missing, record).startswith("cannot read or write /data/train.bin: No such file")
 
 
 HOLD_LOCK = """

@@ -14,6 +14,7 @@ from mlflow import MlflowClient
 
 from moepp.records import RunRecord, read_json, write_json, write_text
 from moepp.training import tracking
+from moepp.training.mlflow_store import KEY
 from moepp.training.tracking import FolderMirror, Mirror, TrackingConfig, follow, sync_all
 
 CONFIG = "name: toy\nseed: 0\nmodel: {top_k: 2}\ndata: {corpus: sotu}\noptim: {lr: 0.001}\n"
@@ -228,14 +229,55 @@ def test_a_store_that_stays_locked_does_not_keep_a_finished_run(mirrored, runs, 
     assert steps_in_store(mirrored, runs) == list(range(1, 7))
 
 
-def test_a_run_that_another_worker_closed_too_early_is_opened_again(mirrored, runs):
+def test_a_worker_that_leaves_closes_no_run_that_another_still_trains(mirrored, runs):
     """Of two workers of one sweep the first to find nothing left to do ends while the other still trains."""
-    busy, idle = (FolderMirror(mirrored.path.parent, TrackingConfig(), runs) for _ in range(2))
-    busy.sync()
-    idle.sync(ended=True)
     client = MlflowClient(tracking_uri=f"sqlite:///{runs}/mlflow.db")
+    with mirrored.lock():
+        FolderMirror(mirrored.path.parent, TrackingConfig(), runs).sync(ended=True)
     run_id = read_json(mirrored.path / "mlflow.json")["run_id"]
-    assert client.get_run(run_id).info.status == "KILLED"
-    log(mirrored, 4, 4)
-    busy.sync()
     assert client.get_run(run_id).info.status == "RUNNING"
+
+
+def lose_the_first_answer(monkeypatch):
+    real, calls = MlflowClient.create_run, []
+
+    def create_run(self, *arguments, **values):
+        run = real(self, *arguments, **values)
+        calls.append(run.info.run_id)
+        if len(calls) == 1:
+            raise ConnectionError("the answer was lost")
+        return run
+
+    monkeypatch.setattr(MlflowClient, "create_run", create_run)
+    return calls
+
+
+@pytest.mark.parametrize("of", ["a record", "a sweep"])
+def test_a_run_whose_id_was_lost_is_found_again(record, runs, of, monkeypatch):
+    log(record, 1, 3)
+    calls = lose_the_first_answer(monkeypatch)
+    path = record.path
+    if of == "a sweep":
+        path = path.parent
+        about = {"name": "toy", "question": "?", "baseline": "a", "scale": "smoke", "match": "none"}
+        write_json(path / "sweep.json", {**about, "trials": []})
+    for _ in range(2):
+        mirror = FolderMirror(record.path.parent, TrackingConfig(), runs)
+        try:
+            mirror.sync()
+        except ConnectionError:
+            continue
+    mirrored = read_json(path / "mlflow.json")["run_id"]
+    assert mirrored == calls[0] and len(calls) == (2 if of == "a sweep" else 1)
+
+
+def test_a_request_that_the_store_carries_out_late_leaves_no_second_run(mirrored, runs):
+    """A slow store may open a run after its client has given up, asked again and got another."""
+    client = MlflowClient(tracking_uri=f"sqlite:///{runs}/mlflow.db")
+    state = read_json(mirrored.path / "mlflow.json")
+    late = client.create_run(state["experiment_id"], tags={KEY: state["key"]})
+    mirrored.finish()
+    Mirror(mirrored, TrackingConfig(), runs).sync()
+    assert client.get_run(late.info.run_id).info.lifecycle_stage == "deleted"
+    kept = client.get_run(state["run_id"]).info
+    assert (kept.lifecycle_stage, kept.status) == ("active", "FINISHED")

@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
+from moepp import pages
 from moepp.errors import RunError, UsageError
 from moepp.records import RunRecord, read_json, write_json
 from moepp.training import mlflow_store, tracking
+from moepp.training.follower import Follower
 from moepp.training.mlflow_views import ARMS, TAG, TRIALS, saved_views, view_key
 from moepp.training.tracking import FolderMirror, Mirror, TrackingConfig, follow, log_report, mirror_again, sync_all
 
@@ -79,7 +83,8 @@ def log(record, first, last):
 
 def test_a_run_shows_its_axes_tags_data_and_times(record, runs):
     log(record, 1, 2)
-    Mirror(record, TrackingConfig(), runs, parent_run_id="feed").sync()
+    with record.lock():
+        Mirror(record, TrackingConfig(), runs, parent_run_id="feed").sync()
     run = run_of(record, runs)
     assert run.data.params == {
         "arm": "zero+copy", "size": "tiny", "seed": "3", "n_ffn": "4", "n_zero": "1", "n_copy": "1", "n_constant": "2",
@@ -155,7 +160,7 @@ def test_more_metrics_than_one_call_takes(record, runs, monkeypatch):
 
 def test_a_resumed_run_continues_in_its_mlflow_run(record, runs):
     log(record, 1, 2)
-    Mirror(record, TrackingConfig(), runs).sync(ended=True)
+    Mirror(record, TrackingConfig(), runs).sync()
     first = run_of(record, runs).info
     assert first.status == "KILLED"
     log(record, 3, 3)
@@ -164,7 +169,8 @@ def test_a_resumed_run_continues_in_its_mlflow_run(record, runs):
     failed = run_of(record, runs)
     assert (failed.info.status, failed.data.tags["failure"]) == ("FAILED", "expert 3 is on fire")
     (record.path / "failed.json").unlink()
-    Mirror(record, TrackingConfig(), runs).sync()
+    with record.lock():
+        Mirror(record, TrackingConfig(), runs).sync(ended=True)  # of a worker that leaves while another trains
     assert run_of(record, runs).info.status == "RUNNING"
     log(record, 4, 4)
     record.finish()
@@ -176,6 +182,13 @@ def test_a_resumed_run_continues_in_its_mlflow_run(record, runs):
     assert steps_in_store(record, runs) == [1, 2, 3, 4]
 
 
+def artifacts(record, runs):
+    """Path and text of everything that hangs on the record's run."""
+    folder = Path(run_of(record, runs).info.artifact_uri.removeprefix("file://"))
+    assert folder.is_relative_to(runs / "mlartifacts")
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_a_finished_run_carries_its_files_below_the_runs_folder(record, runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     log(record, 1, 1)
@@ -183,11 +196,35 @@ def test_a_finished_run_carries_its_files_below_the_runs_folder(record, runs, tm
     (record.path / "tables" / "expert_load.csv").write_text("layer,expert,share\n")
     record.finish()
     Mirror(record, TrackingConfig(), runs).sync()
-    artifacts = Path(run_of(record, runs).info.artifact_uri.removeprefix("file://"))
-    assert artifacts.is_relative_to(runs / "mlartifacts")
-    found = {str(path.relative_to(artifacts)) for path in artifacts.rglob("*") if path.is_file()}
-    assert found == {"config.yaml", "provenance.json", "budget.json", "tables/expert_load.csv"}
+    found = artifacts(record, runs)
+    assert set(found) == {"config.yaml", "provenance.json", "budget.json", "tables/expert_load.csv"}
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_carries_its_config_from_the_first_pass_and_its_log_once_it_failed(record, runs):
+    log(record, 1, 1)
+    mirror = Mirror(record, TrackingConfig(), runs)
+    mirror.sync()
+    assert set(artifacts(record, runs)) == {"config.yaml", "provenance.json", "budget.json"}
+    write_json(record.path / "provenance.json", {**PROVENANCE, "host": "other"})  # it was taken over
+    (record.path / "log.txt").write_text("early\n" + "x" * tracking.LOG_BYTES + "\nexpert 3 is on fire\n")
+    (record.path / "ranks").mkdir()
+    (record.path / "ranks" / "0.txt").write_text("rank 0 lost rank 1\n")
+    record.fail("expert 3 is on fire")
+    mirror.sync()
+    found = artifacts(record, runs)
+    assert found["config.yaml"] == CONFIG and '"other"' in found["provenance.json"]
+    assert found["log.txt"].endswith("expert 3 is on fire\n") and "early" not in found["log.txt"]
+    assert found["ranks/0.txt"] == "rank 0 lost rank 1\n"
+
+
+def test_small_artifacts_are_sent_when_they_change(record, runs, monkeypatch):
+    sent = []
+    monkeypatch.setattr(MlflowClient, "log_text", lambda self, run_id, text, name: sent.append(name))
+    log(record, 1, 1)
+    for _ in range(2):
+        Mirror(record, TrackingConfig(), runs).sync()
+    assert sent == ["config.yaml", "provenance.json", "budget.json"]
 
 
 def test_following_mirrors_to_the_end_and_marks_what_was_cut_short(record, runs):
@@ -219,6 +256,68 @@ def test_the_follower_of_a_killed_run_mirrors_its_last_steps_and_says_that_it_en
     run.communicate()  # returns when the follower, which shares the pipe, has left
     assert steps_in_store(record, runs) == [1, 2, 3]
     assert run_of(record, runs).info.status == "KILLED"
+
+
+RUN_SWEEP = """
+import sys
+runs, tests = sys.argv[1:]
+sys.path.insert(0, tests)
+from run_fake_sweep import FAKE_TRIAL, no_preparation, run_sweep, sweep, tokens
+from moepp.training import tracking
+from moepp.sweeps import runner
+def start(*arguments, real=runner.Follower, **options):
+    follower = real(*arguments, **options)
+    print("followed", flush=True)
+    return follower
+runner.Follower, tokens.prepare, tracking.SECONDS_BETWEEN_PASSES = start, no_preparation, 0.1
+options = [f"runs={runs}", "trainer.steps=5000", "tracking=mlflow"]
+run_sweep(sweep(), "smoke", 2, options, progress=False, command=FAKE_TRIAL)
+"""
+
+
+def test_the_runs_of_a_killed_worker_of_a_sweep_are_killed_in_mlflow(runs):
+    """With the worker die its trials, by the kernel's hand; what mirrors them lives on to say so."""
+    tests = Path(__file__).parents[1] / "sweeps"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "SECONDS_PER_STEP": "0.05"}
+    worker = subprocess.Popen([sys.executable, "-c", RUN_SWEEP, runs, tests], env=environment, stdout=subprocess.PIPE)
+    directory = runs / "toy-smoke"
+    try:
+        assert worker.stdout.readline() == b"followed\n"
+        while len(list(directory.glob("*/metrics.jsonl"))) < 2 and worker.poll() is None:
+            time.sleep(0.02)
+    finally:
+        worker.kill()
+    worker.communicate()  # returns when the follower, which shares the pipe, has left
+    trials = [RunRecord(path.parent) for path in directory.glob("*/metrics.jsonl")]
+    assert [run_of(record, runs).info.status for record in (*trials, RunRecord(directory))] == ["KILLED"] * 3
+    for record in trials:
+        assert steps_in_store(record, runs) == [line["step"] for line in record.metrics()]
+
+
+def test_a_follower_takes_the_word_of_its_end_and_leaves_a_sweep_with_true_statuses(runs):
+    directory = make_sweep(runs, "sweep-followed")
+    (directory / "bbbb" / "done").unlink()
+    with RunRecord(directory / "bbbb").lock():  # another worker's
+        follower = Follower(directory, TrackingConfig(), runs, folder=True)
+        follower.end()
+        while not follower.gone:  # on a busy machine it goes on by itself
+            time.sleep(0.1)
+    statuses = [run_of(RunRecord(directory / name), runs).info.status for name in ("", "aaaa", "bbbb")]
+    assert statuses == ["RUNNING", "FINISHED", "RUNNING"]
+
+
+def test_sync_tells_runs_that_are_trained_from_those_that_were_left(tmp_path):
+    directory = make_sweep(tmp_path, "sweep")
+    for trial in ("aaaa", "bbbb"):
+        (directory / trial / "done").unlink()
+
+    def statuses():
+        sync_all(tmp_path, TrackingConfig())
+        return [run_of(RunRecord(directory / name), tmp_path).info.status for name in ("", "aaaa", "bbbb")]
+
+    with RunRecord(directory / "bbbb").lock():
+        assert statuses() == ["RUNNING", "KILLED", "RUNNING"]
+    assert statuses() == ["KILLED", "KILLED", "KILLED"]
 
 
 def test_a_dead_tracker_costs_one_line_and_sync_catches_up(record, runs, capsys, monkeypatch):
@@ -285,12 +384,14 @@ def test_a_report_lands_on_the_parent_run(runs, tmp_path):
     directory = make_sweep(runs, "sweep-with-report")
     (tmp_path / "report.md").write_text("# Which expert?\n")
     for value in (-0.01, -0.02):
-        log_report(directory, TrackingConfig(), runs, {"zero/minus": value}, [tmp_path / "report.md"], "It earns it.")
+        report = ({"report/zero+copy,lr=0.1/minus": value}, [tmp_path / "report.md"], "It earns it.")
+        log_report(directory, TrackingConfig(), runs, "table5", *report)
+    log_report(directory, TrackingConfig(), runs, "routing", {}, [tmp_path / "report.md"], "By position.")
     FolderMirror(directory, TrackingConfig(), runs).sync()
     parent = run_of(RunRecord(directory), runs)
-    assert parent.data.metrics == {"zero/minus": -0.02}
-    assert parent.data.tags["mlflow.note.content"] == "It earns it."
-    assert [found.path for found in store(runs).list_artifacts(parent.info.run_id)] == ["report.md"]
+    assert parent.data.metrics == {"report/zero_copy_lr_0.1/minus": -0.02}
+    assert parent.data.tags["mlflow.note.content"] == "It earns it.\n\n---\n\nBy position."
+    assert set(artifacts(RunRecord(directory), runs)) == {"table5/report.md", "routing/report.md"}
 
 
 def test_a_report_that_finds_no_tracker_costs_one_line(runs, capsys):
@@ -298,7 +399,7 @@ def test_a_report_that_finds_no_tracker_costs_one_line(runs, capsys):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{unused.getsockname()[1]}"
-        log_report(directory, TrackingConfig(uri=uri), runs, {"zero/minus": 1.0}, [], "It earns it.")
+        log_report(directory, TrackingConfig(uri=uri), runs, "table5", {"zero/minus": 1.0}, [], "It earns it.")
     warning = capsys.readouterr().err
     assert warning.count("\n") == 1 and "tries again" in warning and uri in warning
 
@@ -337,6 +438,52 @@ def test_what_is_complete_is_not_asked_for_run_by_run(runs, monkeypatch):
     FolderMirror(directory, TrackingConfig(), runs).sync()
     assert asked == [directory, directory, directory / "aaaa"]
     assert steps_in_store(RunRecord(directory / "aaaa"), runs) == [1, 2]
+
+
+def test_a_run_that_somebody_deletes_is_made_anew_and_holds_up_no_other(runs):
+    directory = make_sweep(runs, "sweep-with-deletion")
+    records = [RunRecord(directory / name) for name in ("aaaa", "bbbb")]
+    for record in records:
+        (record.path / "done").unlink()
+    mirror = FolderMirror(directory, TrackingConfig(), runs)
+    mirror.sync()
+    deleted = run_of(records[0], runs).info.run_id
+    store(runs).delete_run(deleted)
+    for record in records:
+        log(record, 3, 3)
+        record.finish()
+    mirror.sync()
+    assert run_of(records[0], runs).info.run_id != deleted
+    for record in records:
+        assert steps_in_store(record, runs) == [1, 2, 3] and run_of(record, runs).info.status == "FINISHED"
+    assert run_of(RunRecord(directory), runs).info.status == "FINISHED"
+
+
+def test_a_parent_that_somebody_deletes_is_made_anew_over_its_trials(runs):
+    directory = make_sweep(runs, "sweep-with-deleted-parent")
+    mirror = FolderMirror(directory, TrackingConfig(), runs)
+    mirror.sync()
+    store(runs).delete_run(run_of(RunRecord(directory), runs).info.run_id)
+    mirror.sync()
+    parent = run_of(RunRecord(directory), runs)
+    assert (parent.info.lifecycle_stage, parent.info.status) == ("active", "FINISHED")
+    for name in ("aaaa", "bbbb"):
+        assert run_of(RunRecord(directory / name), runs).data.tags["mlflow.parentRunId"] == parent.info.run_id
+
+
+def test_a_run_that_the_store_refuses_is_told_after_all_others_were_mirrored(runs, monkeypatch):
+    directory, real = make_sweep(runs, "sweep-with-refusal"), Mirror._put
+
+    def refuse(self, *arguments):
+        if self.record.path.name == "aaaa":
+            raise MlflowException("no", error_code=INVALID_PARAMETER_VALUE)
+        real(self, *arguments)
+
+    monkeypatch.setattr(Mirror, "_put", refuse)
+    with pytest.raises(MlflowException, match="no"):
+        FolderMirror(directory, TrackingConfig(), runs).sync()
+    assert run_of(RunRecord(directory / "bbbb"), runs).info.status == "FINISHED"
+    assert run_of(RunRecord(directory), runs).info.status == "FINISHED"
 
 
 def test_a_sweep_brings_its_saved_views(runs):
@@ -403,6 +550,7 @@ def test_the_server_is_for_this_machine_only(runs, monkeypatch, capsys):
     assert command[command.index("--host") + 1] == "127.0.0.1"
     assert command[command.index("--backend-store-uri") + 1] == f"sqlite:///{runs}/mlflow.db"
     assert f"http://127.0.0.1:{port}" in capsys.readouterr().out
+    assert pages.known_port(runs) == port  # `run.py compare` prints it
     assert capsys.readouterr().out == ""
 
 
@@ -417,10 +565,27 @@ def test_the_ui_opens_at_a_sweep(runs, monkeypatch, capsys):
     mlflow_store.serve(TrackingConfig(), runs, 0, directory)
     lines = capsys.readouterr().out.splitlines()
     run_id = read_json(directory / "mlflow.json")["run_id"]
-    assert [line.split()[0] for line in lines[:3]] == ["arms", "trials", "report"]
+    assert [line.split()[0] for line in lines[:4]] == ["arms", "trials", "report", "runs"]
     assert f"?viewStateShareKey={run_id}-arms&compareRunsMode=CHART" in lines[0]
     assert f"/runs/{run_id}?" in lines[2]
     assert opened == [lines[0].split()[1]]
+
+
+def test_without_a_name_the_ui_opens_at_the_newest_sweep_that_is_in_the_store(runs, monkeypatch, capsys):
+    monkeypatch.setattr(os, "execv", lambda path, arguments: None)
+    ids, now = [], time.time()
+    for age, name in enumerate(("sweep-newest", "sweep-older")):
+        directory = make_sweep(runs, name)
+        FolderMirror(directory, TrackingConfig(), runs).sync()
+        ids.append(read_json(directory / "mlflow.json")["run_id"])
+        os.utime(directory / "sweep.json", (now + 1000 - age, now + 1000 - age))
+    unmirrored = make_sweep(runs, "sweep-unmirrored") / "sweep.json"
+    os.utime(unmirrored, (now + 2000, now + 2000))
+    mlflow_store.serve(TrackingConfig(), runs, 0)
+    assert f"viewStateShareKey={ids[0]}-arms" in capsys.readouterr().out
+    store(runs).delete_run(ids[0])
+    mlflow_store.serve(TrackingConfig(), runs, 0)
+    assert f"viewStateShareKey={ids[1]}-arms" in capsys.readouterr().out
 
 
 def test_no_browser_is_opened_without_a_display(monkeypatch):
