@@ -21,7 +21,7 @@ from moepp.models.budget import Budget, active_parameters, forward_flops
 from moepp.models.decoder import Decoder
 from moepp.records import RunRecord, write_json
 from moepp.strategies import make_strategy
-from moepp.training.callbacks import MetricsReporter, ResumeCheckpoint, resume_points
+from moepp.training.callbacks import MetricsReporter, ResumeCheckpoint, remove, resume_points, step_of
 from moepp.training.cloze import ClozeScorer
 from moepp.training.data import TokenDataModule
 from moepp.training.launch import SECONDS_TO_ARRIVE, launch
@@ -156,7 +156,7 @@ def _train(record: RunRecord, config: RunConfig, rank: Rank, judge: Judge | None
 def _trainer(record: RunRecord, config: RunConfig, rank: Rank, judge: Judge | None) -> pl.Trainer:
     settings = config.trainer
     trainer = pl.Trainer(
-        strategy=make_strategy(config.strategy),
+        strategy=make_strategy(**dataclasses.asdict(config.strategy)),
         plugins=[TorchElasticEnvironment() if rank.started_by else LightningEnvironment()],
         accelerator=settings.accelerator,
         devices=settings.devices,
@@ -190,13 +190,14 @@ def _trainer(record: RunRecord, config: RunConfig, rank: Rank, judge: Judge | No
 
 
 def _resume_point(record: RunRecord) -> Path | None:
-    """The newest checkpoint, verified; the record's metrics are rewound to its step."""
+    """The newest checkpoint, verified (but for DeepSpeed's folders); the record's metrics are rewound to its step."""
     points = resume_points(record.checkpoints)
     if not points:
         record.rewind(0)
         return None
-    record.rewind(_load_checkpoint(points[-1])["global_step"])
-    return points[-1]
+    newest = points[-1]
+    record.rewind(step_of(newest) if newest.is_dir() else _load_checkpoint(newest)["global_step"])
+    return newest
 
 
 def _arrived(point: Path) -> Path:
@@ -237,6 +238,7 @@ def _finish(
     final["active_params"] = active_parameters(config.model, routing["ffn_per_token"])
     final["flops_per_token"] = sum(forward_flops(config.model, config.data.seq_len, routing["ffn_per_token"]).values())
     if config.trainer.expert_timing and config.strategy.name in ("single", "ddp"):  # others shard what is timed
+        module.to(trainer.strategy.root_device)  # from the CPU, where Lightning leaves it
         final |= _expert_times(module, config, tokens)
     trainer.save_checkpoint(record.checkpoints / FINAL_WEIGHTS, weights_only=True)
     if trainer.is_global_zero:
@@ -244,7 +246,7 @@ def _finish(
         record.log(trainer.global_step, {f"final/{name}": value for name, value in final.items()})
         record.finish()
         for point in resume_points(record.checkpoints):
-            point.unlink()
+            remove(point)
 
 
 def _speed(record: RunRecord) -> dict[str, float]:
