@@ -84,7 +84,8 @@ def run(benchmark: ParallelBenchmark, out: Path) -> list[Row]:
     rows, exchanges = measure(benchmark)
     found = collect({}) | {"benchmark": asdict(benchmark), "date": datetime.now(UTC).date().isoformat()}
     _write_csv(rows, out / "table.csv")
-    _write_csv(exchanges, out / "exchanges.csv")
+    if exchanges:  # one device has none
+        _write_csv(exchanges, out / "exchanges.csv")
     write_json(out / "provenance.json", found)
     hardware = found["hardware"]
     machine = hardware["gpus"][0] if hardware["gpus"] else f"{hardware['cpu']}, {hardware['cores']} cores, gloo"
@@ -106,7 +107,7 @@ def measure(benchmark: ParallelBenchmark) -> tuple[list[Row], list[Row]]:
     dies.
     """
     gpus = torch.cuda.device_count()
-    if benchmark.groups == [1]:
+    if benchmark.groups == [1] and benchmark.devices > 1:
         raise UsageError(f"{benchmark.devices} devices cannot share {benchmark.ffn} FFN experts; use 2, 4 or 8")
     if gpus and benchmark.devices > gpus:
         raise UsageError(f"--devices {benchmark.devices}, but {gpus} GPUs are visible on this machine")

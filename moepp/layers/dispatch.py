@@ -3,7 +3,8 @@
 A dispatcher maps `(w_in [E,2F,D], w_out [E,D,F], x [T,D], expert ids [T,K], gates [T,K], others)` to the gated sum over
 each token's experts, [T,D] in the gates' dtype. Rows are multiplied in the weights' dtype. Slots whose id is E or more
 (zero-computation experts, dropped rows) never reach an FFN expert; `others`, an `experts.Affine` or None, is what the
-zero-computation experts add. Every backend is such a function, and raises `grouped.BackendError` where it cannot run.
+zero-computation experts add. Every backend is such a function, and raises `grouped.BackendError` where it cannot run;
+the slots of each expert, `sizes`, come last where the host knows them, for the backend that would have to ask.
 
 A dispatcher also knows the rest of the batch: its `share` turns one device's slot counts into those of all devices.
 Shape suffixes as in experts.py; W devices that share a batch, N all experts.
@@ -41,11 +42,13 @@ class SlotCounts:
     """How many slots of a batch chose each expert, [W, K, N] by device, choice and expert.
 
     `device` is this device's row. While `pending`, which has a `wait()`, the rows of the others are on their way.
+    `sent` is kept while that may still read it: on GPUs a wait orders streams and returns before it is done.
     """
 
     count_WKN: Tensor
     device: int = 0
     pending: Any = None
+    sent: Tensor | None = None
 
     def wait(self) -> Tensor:
         """`count_WKN`, complete."""
@@ -76,6 +79,21 @@ class LocalDispatcher:
         counts: SlotCounts | None = None,
     ) -> Tensor:
         """`counts` of the slots in `expert_TK`, where known, spare a dispatcher that exchanges rows its own."""
+        return self.compute(w_in, w_out, x_TD, expert_TK, gate_TK, others)
+
+    def compute(
+        self,
+        w_in: Tensor,
+        w_out: Tensor,
+        x_TD: Tensor,
+        expert_TK: Tensor,
+        gate_TK: Tensor,
+        others: "Affine | None",
+        sizes: list[int] | None = None,
+    ) -> Tensor:
+        """By the backend's kernel. `sizes`, the slots of each expert, spare one that needs them its wait for the
+        device.
+        """
         dtype = compute_dtype(x_TD)
         w_in, w_out = w_in.to(dtype), w_out.to(dtype)
         backend = choose_backend(w_out) if self.backend == "auto" else self.backend
@@ -83,7 +101,7 @@ class LocalDispatcher:
         if torch.compiler.is_compiling() and backend not in TRACEABLE:
             kernel = torch.compiler.disable(kernel)  # here and not above: it imports the compiler, which takes seconds
         with torch.autocast(x_TD.device.type, enabled=False):
-            return kernel(w_in, w_out, x_TD, expert_TK, gate_TK, others)
+            return kernel(w_in, w_out, x_TD, expert_TK, gate_TK, others, sizes)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

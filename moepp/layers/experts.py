@@ -107,13 +107,19 @@ class ZeroComputationExperts(nn.Module):
             self.w_mix = nn.Parameter(torch.empty(2 * counts.constant, dim))  # W_c of Eq. 5, two rows per expert
             self.vectors = nn.Parameter(torch.empty(counts.constant, dim))  # v of Eq. 5
 
-    def forward(self, x_TD: Tensor, gate_TZ: Tensor) -> Affine:
+    def mix(self, x_TD: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """[a_j1, a_j2] of every token and constant expert, chosen or not, [T, C, 2]; None without constant experts."""
+        if not self.counts.constant:
+            return None
+        mix_TC2 = F.linear(x_TD.to(dtype), self.w_mix.to(dtype)).unflatten(1, (self.counts.constant, 2))
+        return mix_TC2.softmax(-1)
+
+    def forward(self, gate_TZ: Tensor, mix_TC2: Tensor | None) -> Affine:
         """`gate_TZ` holds a token's gate for every zero-computation expert, 0 where not chosen, in expert order."""
-        counts, dtype = self.counts, gate_TZ.dtype
+        counts = self.counts
         gate_TC, gate_copies, _ = gate_TZ.split([counts.constant, counts.copy, counts.zero], 1)
         scale_T = gate_copies.sum(1)
-        if not counts.constant:
+        if mix_TC2 is None:
             return Affine(scale_T, None, None)
-        mix_TC2 = F.linear(x_TD.to(dtype), self.w_mix.to(dtype)).unflatten(1, (counts.constant, 2)).softmax(-1)
         scale_T = scale_T + (gate_TC * mix_TC2[..., 0]).sum(1)
-        return Affine(scale_T, gate_TC * mix_TC2[..., 1], self.vectors.to(dtype))
+        return Affine(scale_T, gate_TC * mix_TC2[..., 1], self.vectors.to(gate_TZ.dtype))

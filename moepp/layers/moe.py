@@ -172,10 +172,11 @@ class MoELayer(nn.Module):
         logits_TN, carried = self.router(x_TD, previous)
         routing = self.route(logits_TN)
         counts = self.count(routing)
+        mix_TC2 = self.mix(self.expert_input(x_TD), routing)  # before the wait for counts of other devices
         kept, accepted = routing, counts
         if self.training and self.config.capacity_factor is not None:
             kept, accepted = self.drop_over_capacity(routing, counts)
-        y_TD = self.expert_forward(x_TD, kept, accepted)
+        y_TD = self.expert_forward(x_TD, kept, accepted, mix_TC2)
         # After the experts: where counts come from other devices, nothing before this needs to wait for them.
         return y_TD.view_as(x_BSD), self.statistics(logits_TN, carried, routing, counts, accepted)
 
@@ -209,25 +210,38 @@ class MoELayer(nn.Module):
         kept = Routing(expert_TK, routing.gate_TK * kept_TK, routing.probs_TN)
         return kept, SlotCounts(accepted_WKN, counts.device)
 
-    def expert_forward(self, x_TD: Tensor, routing: Routing, counts: SlotCounts | None = None) -> Tensor:
+    def expert_input(self, x_TD: Tensor) -> Tensor:
+        return x_TD * self.config.top_k if self.config.multiply_by_top_k else x_TD
+
+    def mix(self, x_TD: Tensor, routing: Routing) -> Tensor | None:
+        """`ZeroComputationExperts.mix` in the gates' dtype: it does not depend on which slots are kept."""
+        if self.zero_computation is None:
+            return None
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return self.zero_computation.mix(x_TD, routing.gate_TK.dtype)
+
+    def expert_forward(
+        self, x_TD: Tensor, routing: Routing, counts: SlotCounts | None = None, mix_TC2: Tensor | None = None
+    ) -> Tensor:
         """The gated sum of the chosen experts, and the shared ones, [T, D] in x_TD's dtype: all of the layer but the
-        router. `counts` are the routing's, where they are known.
+        router. `counts` and `mix_TC2` are the routing's, where they are known.
         """
-        if self.config.multiply_by_top_k:
-            x_TD = x_TD * self.config.top_k
-        others = self.zero_computation_terms(x_TD, routing)
+        x_TD = self.expert_input(x_TD)
+        others = self.zero_computation_terms(x_TD, routing, mix_TC2)
         y_TD = self.ffn(x_TD, routing.expert_TK, routing.gate_TK, others, counts).to(x_TD.dtype)
         return y_TD if self.shared is None else y_TD + self.shared(x_TD)
 
-    def zero_computation_terms(self, x_TD: Tensor, routing: Routing) -> Affine | None:
+    def zero_computation_terms(self, x_TD: Tensor, routing: Routing, mix_TC2: Tensor | None = None) -> Affine | None:
         """What the zero-computation experts add for these tokens, not yet evaluated; None where there are none."""
         if self.zero_computation is None:
             return None
+        if mix_TC2 is None:
+            mix_TC2 = self.mix(x_TD, routing)
         total, ffn = self.config.experts.total, self.config.experts.ffn
         gate_TN = routing.gate_TK.new_zeros(len(x_TD), total + 1)  # column N takes dropped slots
         gate_TN = gate_TN.scatter_add(1, routing.expert_TK, routing.gate_TK)
         with torch.autocast(x_TD.device.type, enabled=False):
-            return self.zero_computation(x_TD, gate_TN[:, ffn:total])
+            return self.zero_computation(gate_TN[:, ffn:total], mix_TC2)
 
     def statistics(
         self, logits_TN: Tensor, carried: Tensor, routing: Routing, counts: SlotCounts, accepted: SlotCounts

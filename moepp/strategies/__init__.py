@@ -1,11 +1,9 @@
-"""Lightning strategies for MoE++ over many devices (docs/strategies.md).
+"""Lightning strategies for MoE++ over many devices (docs/strategies.md), registered with Lightning by name."""
 
-`from moepp.strategies import ...` of any of them registers all with Lightning by name. The schema, in `settings`, must
-load without Lightning, which takes seconds.
-"""
-
-from importlib import import_module
-from typing import Any
+from moepp.strategies.ddp import ExpertParallelStrategy, MoEDDPStrategy
+from moepp.strategies.deepspeed import MoEDeepSpeedStrategy
+from moepp.strategies.fsdp import ExpertParallelFSDPStrategy, MoEFSDPStrategy
+from moepp.strategies.registry import make_strategy
 
 __all__ = [
     "ExpertParallelFSDPStrategy",
@@ -15,9 +13,3 @@ __all__ = [
     "MoEFSDPStrategy",
     "make_strategy",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        return getattr(import_module("moepp.strategies.registry"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
@@ -65,6 +66,11 @@ class MoEStrategy:
             raise UsageError(f"{name} needs a model with MoE layers; strategy=ddp or fsdp train others")
         if not self.lightning_module.automatic_optimization:
             raise UsageError(f"{name} reduces the experts' gradients in the optimizer's step: no manual optimization")
+        if is_overridden("configure_gradient_clipping", self.lightning_module, pl.LightningModule):
+            raise UsageError(
+                f"{name} clips by the norm of all devices: leave configure_gradient_clipping as it is, and give the "
+                "Trainer a gradient_clip_val"
+            )
         if getattr(self.precision_plugin, "scaler", None) is not None:
             raise UsageError(
                 f"{name} cannot scale a float16 loss, for devices with other experts would skip other steps; "
@@ -106,13 +112,15 @@ class MoEStrategy:
             self.reduce_expert_gradients()
             return loss
 
-        self.traffic.steps += 1
+        self.traffic.count_step()
         return super().optimizer_step(optimizer, closure_with_all_gradients, model, **options)
 
     def reduce_expert_gradients(self) -> None:
         """Turns the experts' gradients, sums over the tokens of their expert group, into means over all devices."""
         world, pending = dist.get_world_size(), []
         for parameter in self.sharding.experts:
+            if not parameter.requires_grad:
+                continue
             if parameter.grad is None:  # one device would have taken a step with gradient 0
                 parameter.grad = torch.zeros_like(parameter)
             parameter.grad.div_(world)

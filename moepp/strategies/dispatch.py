@@ -25,7 +25,7 @@ class SharedBatchDispatcher(LocalDispatcher):
         """Counts that are under way: on GPUs, what follows on the device's stream runs meanwhile."""
         count_WKN = count_KN.new_empty(dist.get_world_size(), *count_KN.shape)
         pending = dist.all_gather_into_tensor(count_WKN, count_KN[None], async_op=True)
-        return SlotCounts(count_WKN, dist.get_rank(), pending)
+        return SlotCounts(count_WKN, dist.get_rank(), pending, sent=count_KN)
 
 
 @dataclass
@@ -70,12 +70,14 @@ class AllToAllDispatcher(SharedBatchDispatcher):
             # Needs no counts: GPUs do it while these travel to all devices and to the host.
             y_TD = others(x_TD) if others is not None else gate_TK.new_zeros(x_TD.shape)
             slot_S = expert_TK.reshape(-1).clamp(max=experts).argsort(stable=True)  # by expert, so by device
-            exchange = self._plan(rows.on_host(), experts)
+            count_WN = rows.on_host()
+            exchange = self._plan(count_WN, experts)
             slot_R = slot_S[: sum(exchange.send)]
             token_R = slot_R // top_k
             x_RD = ExchangeRows.apply(x_TD.to(dtype)[token_R], exchange, self.groups, self.traffic)
-            expert_R = self._received_experts(rows.count_WN, local, len(x_RD))
-            y_RD = super().__call__(w_in, w_out, x_RD, expert_R[:, None], x_RD.new_ones(len(x_RD), 1), None)
+            expert_R = experts_of_rows(self._received(rows.count_WN, local), len(x_RD))
+            sizes = self._received(count_WN, local).sum(0).tolist()
+            y_RD = self.compute(w_in, w_out, x_RD, expert_R[:, None], x_RD.new_ones(len(x_RD), 1), None, sizes)
             y_RD = ExchangeRows.apply(y_RD, exchange.reversed(), self.groups, self.traffic)
             gate_R = gate_TK.reshape(-1)[slot_R]
             return y_TD.index_add_(0, token_R, y_RD * gate_R[:, None])
@@ -86,27 +88,34 @@ class AllToAllDispatcher(SharedBatchDispatcher):
         rows_GG = rows_WE[groups.first :][: groups.size].unflatten(1, (groups.size, -1)).sum(2)  # from, to
         return Exchange(rows_GG[groups.rank].tolist(), rows_GG[:, groups.rank].tolist(), remote)
 
-    def _received_experts(self, count_WN: Tensor, local: int, received: int) -> Tensor:
-        """The expert of each received row, [R] in 0..L-1: rows come by device, and by expert from each."""
+    def _received(self, count_WN: Tensor, local: int) -> Tensor:
+        """How many rows this device's experts get from each device of the expert group, [G, L]."""
         groups = self.groups
-        rows_GL = count_WN[groups.first :][: groups.size, groups.rank * local :][:, :local]
-        expert_GL = torch.arange(local, device=rows_GL.device).expand_as(rows_GL)
-        return expert_GL.flatten().repeat_interleave(rows_GL.flatten(), output_size=received)
+        return count_WN[groups.first :][: groups.size, groups.rank * local :][:, :local]
+
+
+def experts_of_rows(rows_GL: Tensor, received: int) -> Tensor:
+    """The expert of each received row, [R] in 0..L-1: rows come by device, and by expert from each."""
+    expert_GL = torch.arange(rows_GL.shape[1], device=rows_GL.device).expand_as(rows_GL)
+    return expert_GL.flatten().repeat_interleave(rows_GL.flatten(), output_size=received)
 
 
 class CountsOnTheWay:
     """Slots by device and expert, [W, N], and their copy on the host: the only one a layer waits for.
 
-    On GPUs the copy has a stream of its own, so that the compute stream waits for nothing.
+    On GPUs the copy has a stream of its own, so that the compute stream waits for nothing. That stream waits for counts
+    under way alone, which left after all that came before them; for others, which the compute stream made, it follows
+    that.
     """
 
     def __init__(self, counts: SlotCounts):
-        device, self.copied = counts.count_WKN.device, None
+        device, self.copied, self.counts = counts.count_WKN.device, None, counts  # kept until the copy is done
         if device.type != "cuda":
             self.count_WN = self.host_WN = counts.wait().sum(1)
             return
         stream = _copy_stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
+        if counts.pending is None:
+            stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             self.count_WN = counts.wait().sum(1)
             self.host_WN = self.count_WN.to("cpu", non_blocking=True)  # into pinned memory

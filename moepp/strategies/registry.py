@@ -1,11 +1,10 @@
-"""Strategies by name: for configs, and for `Trainer(strategy=...)` once this module is imported."""
+"""Strategies by name: for configs, and for `Trainer(strategy=...)` once this package is imported."""
 
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
 from moepp.strategies.ddp import ExpertParallelStrategy, MoEDDPStrategy
 from moepp.strategies.deepspeed import MoEDeepSpeedStrategy
 from moepp.strategies.fsdp import ExpertParallelFSDPStrategy, MoEFSDPStrategy
-from moepp.strategies.settings import StrategyConfig
 
 # Lightning has a "ddp", an "fsdp" and a "deepspeed" of its own, which know nothing of experts.
 for name, strategy, description in (
@@ -18,18 +17,18 @@ for name, strategy, description in (
     StrategyRegistry.register(name, strategy, description)
 
 
-def make_strategy(settings: StrategyConfig) -> Strategy | str:
+def make_strategy(name: str, expert_parallel_size: int = 0, timeout_s: float = 600.0) -> Strategy | str:
     """What `Trainer(strategy=...)` takes for these settings. Raises UsageError for what this machine cannot run."""
-    match settings.name:
+    match name:
         case "single":
             return "auto"
         case "ddp":
-            return MoEDDPStrategy(settings.timeout_s)
+            return MoEDDPStrategy(timeout_s)
         case "fsdp":
-            return MoEFSDPStrategy(settings.timeout_s)
+            return MoEFSDPStrategy(timeout_s)
         case "expert_parallel":
-            return ExpertParallelStrategy(settings.expert_parallel_size, settings.timeout_s)
+            return ExpertParallelStrategy(expert_parallel_size, timeout_s)
         case "expert_parallel_fsdp":
-            return ExpertParallelFSDPStrategy(settings.expert_parallel_size, settings.timeout_s)
+            return ExpertParallelFSDPStrategy(expert_parallel_size, timeout_s)
         case "deepspeed":
-            return MoEDeepSpeedStrategy(settings.timeout_s)
+            return MoEDeepSpeedStrategy(timeout_s)

@@ -41,6 +41,11 @@ def slice_experts(module: nn.Module, groups: ExpertGroups) -> None:
             parameter.data = parameter.data.chunk(groups.size)[groups.rank].clone()  # a view would keep the whole
 
 
+def dividing_dimension(shape: torch.Size, devices: int) -> int:
+    """The first dimension that `devices` divide evenly; 0, where some hold less than others, if none is."""
+    return next((dimension for dimension, size in enumerate(shape) if size % devices == 0), 0)
+
+
 def local(tensor: Tensor) -> Tensor:
     """What this device holds of it; shares memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -48,11 +53,11 @@ def local(tensor: Tensor) -> Tensor:
 
 class Sharding:
     """How the parameters of a module lie over devices: `experts` are sliced over the groups' expert group, where there
-    is one, and DTensors as FSDP sharded them.
+    is one, and DTensors as FSDP sharded them. Collectives run on `device`.
     """
 
-    def __init__(self, module: nn.Module, groups: ExpertGroups | None):
-        self.groups = groups
+    def __init__(self, module: nn.Module, groups: ExpertGroups | None, device: torch.device):
+        self.groups, self.device = groups, device
         self.experts = [p for bank in expert_banks(module) for p in bank.parameters()] if groups else []
         self.sliced = {id(p) for p in self.experts}
 
@@ -68,8 +73,9 @@ class Sharding:
         if isinstance(value, DTensor):
             value = value.full_tensor()
         if id(parameter) in self.sliced and self.groups.first == 0:
+            value = value.to(self.device).contiguous()  # from the CPU, where Lightning leaves a finished model
             parts = [torch.empty_like(value) for _ in range(self.groups.size)] if first else None
-            dist.gather(value.contiguous(), parts, 0, group=self.groups.expert)
+            dist.gather(value, parts, 0, group=self.groups.expert)
             value = torch.cat([part.cpu() for part in parts]) if first else value
         if not first:
             return None
@@ -81,10 +87,11 @@ class Sharding:
             whole = whole.chunk(self.groups.size)[self.groups.rank]
         if not isinstance(parameter, DTensor):
             return whole.to(parameter.device, copy=True)
-        mesh = parameter.device_mesh
-        pieces = whole.chunk(mesh.size())  # as FSDP shards: the last devices may hold less, or nothing
-        piece = pieces[mesh.get_local_rank()] if mesh.get_local_rank() < len(pieces) else whole[:0]
-        piece = piece.to(parameter.device, copy=True)
+        mesh, (placement,) = parameter.device_mesh, parameter.placements
+        pieces = whole.chunk(mesh.size(), placement.dim)  # as FSDP shards: the last devices may hold less, or nothing
+        rank = mesh.get_local_rank()
+        piece = pieces[rank] if rank < len(pieces) else whole.narrow(placement.dim, 0, 0)
+        piece = piece.to(parameter.device, copy=True, memory_format=torch.contiguous_format)
         return DTensor.from_local(
             piece, mesh, parameter.placements, run_check=False, shape=whole.shape, stride=whole.stride()
         )

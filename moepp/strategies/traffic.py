@@ -1,6 +1,7 @@
 """What expert parallelism sends, and how long that takes. Reads host-side numbers only: no layer waits for it."""
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,7 +21,17 @@ class Traffic:
     def reset(self) -> None:
         self.steps = self.layers = self.slots = self.rows_sent = self.bytes = 0
         self.imbalance = self.seconds = 0.0
-        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # of exchanges not yet seen to end
+
+    def count_step(self) -> None:
+        """At every optimizer step; also adds up the exchanges that have ended, so that `events` stays short."""
+        self.steps += 1
+        while self.events and self.events[0][1].query():
+            self._add_first()
+
+    def _add_first(self) -> None:
+        start, end = self.events.popleft()
+        self.seconds += start.elapsed_time(end) / 1000
 
     def routed(self, rows_WE: Tensor, group_size: int, slots: int) -> int:
         """One layer's rows, by the device of their token and by expert, of `slots` slots that any expert serves.
@@ -66,12 +77,13 @@ class Traffic:
             return {}
         if self.events:
             self.events[-1][1].synchronize()
-        milliseconds = self.seconds * 1000 + sum(start.elapsed_time(end) for start, end in self.events)
+        while self.events:
+            self._add_first()
         metrics = {
             "ep/bytes_per_step": self.bytes / self.steps,
             "ep/rows_sent_share": self.rows_sent / self.slots,
             "ep/device_load_max_over_mean": self.imbalance / self.layers,
-            "ep/all_to_all_ms": milliseconds / self.steps,
+            "ep/all_to_all_ms": self.seconds * 1000 / self.steps,
         }
         self.reset()
         return metrics

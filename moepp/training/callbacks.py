@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import signal
 import threading
 import time
@@ -44,10 +45,10 @@ class MetricsReporter(Callback):
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: LanguageModel, optimizer: Any) -> None:
         if self._due(trainer.global_step + 1):
-            parameters = [p for p in pl_module.parameters() if p.grad is not None]
+            parameters = [p for p in pl_module.parameters() if p.grad is not None]  # none where DeepSpeed keeps them
             if isinstance(trainer.strategy, MoEStrategy):
                 self.grad_norm = trainer.strategy.gradient_norm(parameters)
-            else:
+            elif parameters:
                 self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LanguageModel, *_: Any) -> None:
@@ -60,7 +61,10 @@ class MetricsReporter(Callback):
             losses, reduce_op="mean"
         ).tolist()  # of all ranks, which have equally many tokens
         metrics = dict(zip(pl_module.train_losses, losses, strict=True))
-        metrics["train/grad_norm"] = float(self.grad_norm)
+        # Not by `self.log`, for which Lightning would fetch the loss from the device in every step.
+        trainer.progress_bar_metrics["loss"] = metrics["train/loss"]
+        if self.grad_norm is not None:
+            metrics["train/grad_norm"] = float(self.grad_norm)
         metrics["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         metrics["train/tokens"] = step * self._tokens_per_step()
         routing = {name: float(value) for name, value in pl_module.train_routing.compute().items()}
@@ -171,7 +175,7 @@ class ResumeCheckpoint(Checkpoint):
         save_whole(trainer, self.record, f"step-{step:08d}.ckpt")
         if trainer.is_global_zero:
             for older in resume_points(self.record.checkpoints)[:-1]:
-                older.unlink()
+                remove(older)
         if stopping:
             raise Interrupted(f"stopped at step {step}; the same command continues")
 
@@ -189,14 +193,26 @@ def save_whole(trainer: pl.Trainer, record: RunRecord, name: str, weights_only: 
             os.replace(partial, path)
             fsync(path.parent)
     except OSError:
-        if trainer.is_global_zero:
-            partial.unlink(missing_ok=True)
+        if trainer.is_global_zero and partial.exists():
+            remove(partial)
         raise
 
 
 def resume_points(folder: Path) -> list[Path]:
     """The training checkpoints in `folder`, oldest first."""
     return sorted(folder.glob("step-*.ckpt"))
+
+
+def step_of(point: Path) -> int:
+    return int(point.stem.removeprefix("step-"))
+
+
+def remove(point: Path) -> None:
+    """Deletes a checkpoint: a file, or one of DeepSpeed's folders."""
+    if point.is_dir():
+        shutil.rmtree(point)
+    else:
+        point.unlink()
 
 
 def raise_if_not_finite(trainer: pl.Trainer, module: LanguageModel) -> None:

@@ -95,7 +95,8 @@ class ClozeScorer(Callback):
             return
 
         def logits_of(ids_BS: Tensor) -> Tensor:
-            with torch.inference_mode(), trainer.precision_plugin.forward_context():
+            # Not inference_mode: FSDP would train on what it gathers here.
+            with torch.no_grad(), trainer.precision_plugin.forward_context():
                 return pl_module.model(ids_BS).logits
 
         timer = StepTimer(pl_module.device)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 RANK_COMMAND = (sys.executable, "-m", "moepp.cli", "trial")
 POLL_SECONDS = 0.1
 SECONDS_TO_FOLLOW = 3.0  # for the other ranks to end by themselves, and say why, once one has ended
-SECONDS_TO_STOP = 30.0  # for the ranks to finish their step and save it
+SECONDS_TO_LOOK = 1.0  # between two looks at whether another node has failed
 SECONDS_TO_ARRIVE = 60.0  # for a file that another node has written
 ERROR = "error: "  # how a command's last line begins when it says why it ended
 FINISHED = ("done", "pruned")
@@ -51,6 +51,13 @@ class _Process:
     @property
     def code(self) -> int | None:
         return self.process.poll()
+
+    @property
+    def lost_another(self) -> bool:
+        """Whether it ended because another rank did, or did not answer: NCCL's watchdog aborts a rank that waits."""
+        if self.code == -signal.SIGABRT:
+            return any("ProcessGroupNCCL" in line or "atchdog" in line for line in last_lines(self.log, 100))
+        return self.code == PeerLost.exit_code
 
     def signal(self, number: int) -> None:
         """Signals the rank and the processes that load its data."""
@@ -73,13 +80,13 @@ def launch(record: RunRecord, config: "RunConfig") -> None:
             for local in range(devices):
                 place = {"RANK": str(node * devices + local), "LOCAL_RANK": str(local)}
                 processes.append(_start(record, variables | place, show=node == local == 0))
-            elsewhere = _watch(processes, stop, store if config.trainer.num_nodes > 1 else None)
-            if record.status in ("done", "pruned"):
+            others = store if config.trainer.num_nodes > 1 else None
+            elsewhere = _watch(processes, stop, others, config.strategy.timeout_s)
+            if _done(record, processes, config.trainer.num_nodes):
                 return
             error = _reason(processes, stop.is_set(), elsewhere, config, record)
-            with suppress(Exception):  # the first node's starter, which keeps the store, may be gone
-                if not elsewhere:
-                    store.set(FAILED, f"node {node}: {error}")
+            if others and not elsewhere and not isinstance(error, Interrupted):
+                _tell(others, f"node {node}: {error}")
             raise error
         finally:
             for each in processes:
@@ -138,11 +145,13 @@ def _start(record: RunRecord, variables: dict[str, str], show: bool) -> _Process
     return _Process(int(variables["RANK"]), process, log)
 
 
-def _watch(processes: Sequence[_Process], stop: threading.Event, store: "TCPStore | None") -> str:
+def _watch(processes: Sequence[_Process], stop: threading.Event, store: "TCPStore | None", timeout_s: float) -> str:
     """Returns once all ranks have ended, or when it is time to end those that have not. Returns another node's failure,
     or nothing.
+
+    Ranks that are asked to stop have `timeout_s` to finish their step and save it: as long as they wait for each other.
     """
-    deadline, asked, looked = float("inf"), False, time.monotonic()
+    deadline, asked, looked, elsewhere = float("inf"), False, time.monotonic(), ""
     while True:
         time.sleep(POLL_SECONDS)
         now = time.monotonic()
@@ -151,18 +160,22 @@ def _watch(processes: Sequence[_Process], stop: threading.Event, store: "TCPStor
                 each.ended_at = now
                 deadline = min(deadline, now + SECONDS_TO_FOLLOW)
         if stop.is_set() and not asked:
-            asked, deadline = True, min(deadline, now + SECONDS_TO_STOP)
+            asked, deadline = True, min(deadline, now + timeout_s)
             for each in processes:
                 each.process.send_signal(signal.SIGTERM)
-        if now > deadline or all(each.code is not None for each in processes):
-            return ""
-        if store is not None and now > looked + 1:
+        ended = all(each.code is not None for each in processes)
+        unexplained = ended and store is not None and all(each.lost_another for each in processes)
+        # Where all ranks here lost one of another node, that node will say why.
+        if now > deadline + (3 * SECONDS_TO_LOOK if unexplained else 0) or (ended and not unexplained):
+            return elsewhere
+        if store is not None and now > looked + SECONDS_TO_LOOK:
             looked = now
             try:
                 if store.check([FAILED]):
                     return store.get(FAILED).decode()
-            except RuntimeError:
-                return "node 0: its starter is gone"
+            except RuntimeError:  # also where it finished its part of the run, as the ranks here are about to
+                store, elsewhere = None, "node 0: its starter is gone"
+                deadline = min(deadline, now + SECONDS_TO_FOLLOW)
 
 
 def _done(record: RunRecord, processes: Sequence[_Process], nodes: int) -> bool:
@@ -179,7 +192,7 @@ def _done(record: RunRecord, processes: Sequence[_Process], nodes: int) -> bool:
 def _tell(store: "TCPStore", failure: str) -> None:
     with suppress(RuntimeError):  # the first node's starter, which keeps the store, may be gone
         store.set(FAILED, failure)
-        time.sleep(SECONDS_TO_FOLLOW)  # this may be the one that keeps it, and the others look every second
+        time.sleep(3 * SECONDS_TO_LOOK)  # this may be the one that keeps it
 
 
 def _reason(
@@ -190,7 +203,7 @@ def _reason(
     ended = sorted((each for each in processes if each.ended_at is not None), key=lambda each: each.ended_at)
     if stopped or any(each.code == Interrupted.exit_code for each in ended):
         return Interrupted(f"stopped; {next_time}")
-    culprit = next((each for each in ended if each.code != PeerLost.exit_code), None)
+    culprit = next((each for each in ended if not each.lost_another), None)
     if culprit is None and elsewhere:
         return RunError(elsewhere)
     if culprit is None:

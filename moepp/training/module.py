@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
@@ -71,7 +72,6 @@ class LanguageModel(pl.LightningModule):
         self._count(output.stats)
         bad = ~torch.isfinite(loss.detach()) & (self.first_bad_step < 0)
         self.first_bad_step = torch.where(bad, self.global_step, self.first_bad_step)
-        self.log("loss", cross_entropy, prog_bar=True, logger=False)
         return loss
 
     def _count(self, stats: list[MoEStats]) -> None:
@@ -88,8 +88,9 @@ class LanguageModel(pl.LightningModule):
         """The update, which runs the step's last micro-batch first, then that of the layers' control."""
         super().optimizer_step(*arguments, **options)
         if self.step_chosen_LN is not None:
-            chosen_LN = self.trainer.strategy.reduce(self.step_chosen_LN, reduce_op="sum")
-            self.model.step_control(chosen_LN, self.step_tokens * self.trainer.world_size)
+            if dist.is_initialized():  # without the barrier of Lightning's `reduce`
+                dist.all_reduce(self.step_chosen_LN)
+            self.model.step_control(self.step_chosen_LN, self.step_tokens * self.trainer.world_size)
             self.step_chosen_LN, self.step_tokens = None, 0
 
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:

@@ -1,6 +1,7 @@
 """Which process of its run this one is, and what the processes agree on."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,7 +9,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
-from moepp.errors import UsageError
+from moepp.errors import Interrupted, UsageError
+from moepp.process import STOP_SIGNALS
 
 if TYPE_CHECKING:
     from moepp.training.settings import RunConfig
@@ -113,7 +115,12 @@ def process_group(rank: Rank, timeout_s: float, cuda: bool) -> Iterator[None]:
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s), device_id=device
     )
-    yield
+    try:
+        yield
+    except Interrupted:  # all have saved; srun and torchrun end the others by a signal as soon as one has left
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        raise
     largest(0)  # nobody leaves with success before everybody has it
     dist.destroy_process_group()
 

@@ -23,7 +23,7 @@ from moepp.models.budget import Budget, active_parameters, forward_flops
 from moepp.models.decoder import Decoder
 from moepp.records import RunRecord, UnreadableRecord, digest_of, write_json
 from moepp.strategies import make_strategy
-from moepp.training.callbacks import MetricsReporter, ResumeCheckpoint, resume_points, save_whole
+from moepp.training.callbacks import MetricsReporter, ResumeCheckpoint, remove, resume_points, save_whole, step_of
 from moepp.training.cloze import ClozeScorer
 from moepp.training.data import TokenDataModule
 from moepp.training.initial import FINAL_WEIGHTS, checkpoint_file, initial_file, initial_weights
@@ -202,7 +202,7 @@ def _record_provenance(record: RunRecord, header: dict, resumed: bool) -> None:
 def _trainer(record: RunRecord, config: RunConfig, rank: Rank, judge: Judge | None) -> pl.Trainer:
     settings = config.trainer
     trainer = pl.Trainer(
-        strategy=make_strategy(config.strategy),
+        strategy=make_strategy(**dataclasses.asdict(config.strategy)),
         plugins=[TorchElasticEnvironment() if rank.started_by else LightningEnvironment()],
         accelerator=settings.accelerator,
         devices=settings.devices,
@@ -237,11 +237,11 @@ def _trainer(record: RunRecord, config: RunConfig, rank: Rank, judge: Judge | No
 
 def _resume_point(record: RunRecord) -> Path | None:
     """The newest checkpoint that can be read; the record's metrics are rewound to its step. Damaged ones are set aside:
-    the run goes on from an older one, or anew.
+    the run goes on from an older one, or anew. DeepSpeed's folders are taken as they are.
     """
     for point in reversed(resume_points(record.checkpoints)):
         try:
-            step = _load_checkpoint(point)["global_step"]
+            step = step_of(point) if point.is_dir() else _load_checkpoint(point)["global_step"]
         except DamagedCheckpoint as error:
             aside = point.with_name(f"damaged-{point.name}")
             point.replace(aside)
@@ -295,6 +295,7 @@ def _finish(
     final["active_params"] = active_parameters(config.model, routing["ffn_per_token"])
     final["flops_per_token"] = sum(forward_flops(config.model, config.data.seq_len, routing["ffn_per_token"]).values())
     if config.trainer.expert_timing and config.strategy.name in ("single", "ddp"):  # others shard what is timed
+        module.to(trainer.strategy.root_device)  # from the CPU, where Lightning leaves it
         final |= _expert_times(module, config, tokens)
     save_whole(trainer, record, FINAL_WEIGHTS, weights_only=True)
     if trainer.is_global_zero:
@@ -302,7 +303,7 @@ def _finish(
         record.log(trainer.global_step, {f"final/{name}": value for name, value in final.items()})
         record.finish()
         for point in resume_points(record.checkpoints):
-            point.unlink()
+            remove(point)
 
 
 def _speed(record: RunRecord) -> dict[str, float]:

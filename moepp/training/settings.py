@@ -6,7 +6,6 @@ from typing import Literal
 
 from moepp.config import identity
 from moepp.models.decoder import DecoderConfig
-from moepp.strategies.settings import StrategyConfig
 from moepp.training.cloze import ClozeConfig
 from moepp.training.optim import OptimConfig
 from moepp.training.tokens import DataConfig
@@ -34,6 +33,29 @@ class TrainerConfig:
         for name in ("steps", "accumulate", "val_every", "log_every", "checkpoint_every", "devices", "num_nodes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"trainer.{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass
+class StrategyConfig:
+    """How parameters and tokens are spread over devices; docs/strategies.md says which is for what.
+
+    Not beside the strategies, whose package registers them with Lightning: a config is read without it.
+    """
+
+    name: Literal["single", "ddp", "fsdp", "expert_parallel", "expert_parallel_fsdp", "deepspeed"] = "single"
+    expert_parallel_size: int = 0  # consecutive devices that share one copy of the experts; 0: all devices
+    timeout_s: float = 600.0  # how long a device waits for the others before the run fails
+
+    def __post_init__(self) -> None:
+        if self.expert_parallel_size < 0:
+            raise ValueError(f"strategy.expert_parallel_size={self.expert_parallel_size} must not be negative")
+        if self.expert_parallel_size and not self.name.startswith("expert_parallel"):
+            raise ValueError(
+                f"strategy={self.name} divides no experts: leave strategy.expert_parallel_size out, or choose "
+                "strategy=expert_parallel or expert_parallel_fsdp"
+            )
+        if self.timeout_s <= 0:
+            raise ValueError(f"strategy.timeout_s={self.timeout_s} must be positive")
 
 
 @dataclass

@@ -3,7 +3,9 @@
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -15,7 +17,8 @@ from moepp.config import compose
 from moepp.layers.moe import MoELayer
 from moepp.strategies.ddp import ExpertParallelStrategy
 from moepp.strategies.registry import make_strategy
-from moepp.strategies.settings import StrategyConfig
+from moepp.strategies.sharding import expert_banks, local
+from moepp.training.cloze import ClozeScorer
 from moepp.training.data import TokenDataModule
 from moepp.training.module import LanguageModel
 from moepp.training.settings import RunConfig
@@ -29,6 +32,7 @@ MODELS = {
     "vanilla_tight": ["model=vanilla", "model.capacity_factor=0.6"],
     "loss_free": ["model=loss_free"],
     "remoe": ["model=remoe"],
+    "few_experts": ["model.experts.ffn=2"],
 }
 
 
@@ -41,6 +45,7 @@ class Scenario:
     expert_parallel_size: int = 0
     accumulate: int = 1
     precision: str = "32-true"
+    optimizer: str = "sgd"  # or adamw, the product's own
     banned: dict[int, list[int]] = field(default_factory=dict)  # by layer: experts that no token chooses
     resume: str = ""
     wrong_scale: bool = False
@@ -48,6 +53,7 @@ class Scenario:
     @property
     def name(self) -> str:
         parts = [self.model, self.strategy, self.expert_parallel_size or "", self.precision]
+        parts += [self.optimizer if self.optimizer != "sgd" else ""]
         parts += [f"accumulate{self.accumulate}" if self.accumulate > 1 else ""]
         parts += [f"without{layer}:{len(experts)}" for layer, experts in self.banned.items()]
         parts += [f"after-{self.resume.replace('/', '-')}" if self.resume else "", "wrong" if self.wrong_scale else ""]
@@ -64,30 +70,46 @@ SHARDED_EXPERTS = STRATEGIES[2:]
 NO_TOKENS = {0: [2, 3], 1: [0, 1, 2, 3]}  # for the second of two devices in one layer, for any FFN expert in the other
 
 
-def middle(devices: str, strategy: str) -> str:
-    return f"{devices}/{Scenario(strategy=strategy).name}"
+def middle(devices: str, strategy: str, **options) -> str:
+    return f"{devices}/{Scenario(strategy=strategy, **options).name}"
+
+
+def adamw(strategy: str, after: str = "") -> Scenario:
+    """`after` is the strategy, on one device or two, under which it was begun."""
+    begun = after and middle("one" if after == "single" else "two", after, optimizer="adamw")
+    return Scenario(strategy=strategy, optimizer="adamw", resume=begun)
 
 
 TWO_DEVICES = [
     *(Scenario(strategy=strategy) for strategy in STRATEGIES),
     *(Scenario("tight", strategy) for strategy in ("ddp", "expert_parallel", "expert_parallel_fsdp")),
-    *(Scenario(model, "expert_parallel") for model in ("dropless", "vanilla", "loss_free", "remoe")),
+    *(Scenario(model, "expert_parallel") for model in ("loss_free", "remoe")),
+    *(Scenario(model, strategy) for model in ("dropless", "vanilla") for strategy in STRATEGIES),
     *(Scenario("vanilla_tight", strategy) for strategy in ("fsdp", "expert_parallel")),
     *(Scenario(strategy=strategy, accumulate=2) for strategy in STRATEGIES),
     *(Scenario(strategy=strategy, banned=NO_TOKENS) for strategy in SHARDED_EXPERTS),
-    *(Scenario(strategy=strategy, precision="bf16-mixed") for strategy in ("ddp", "expert_parallel")),
+    *(Scenario(strategy=strategy, precision="bf16-mixed") for strategy in STRATEGIES),
     Scenario(strategy="expert_parallel", wrong_scale=True),
     *(Scenario(strategy=strategy, resume=middle("one", "single")) for strategy in STRATEGIES),
     *(Scenario(strategy=later, resume=middle("two", first)) for first in STRATEGIES for later in STRATEGIES),
+    *(adamw(strategy) for strategy in SHARDED_EXPERTS),
+    *(adamw(strategy, after="single") for strategy in SHARDED_EXPERTS),
+    *(adamw(strategy, after=other) for strategy, other in (SHARDED_EXPERTS, SHARDED_EXPERTS[::-1])),
 ]
 FOUR_DEVICES = [
-    *(Scenario(strategy=strategy) for strategy in ("fsdp", "expert_parallel")),
+    *(Scenario(strategy=strategy) for strategy in STRATEGIES[1:]),
+    *(Scenario(model, "expert_parallel") for model in ("dropless", "vanilla")),
+    Scenario("few_experts", "fsdp"),
+    Scenario("few_experts", "expert_parallel_fsdp", 2),
     *(Scenario(strategy=strategy, expert_parallel_size=2) for strategy in SHARDED_EXPERTS),
     Scenario("vanilla_tight", "expert_parallel", 2),
     Scenario(strategy="expert_parallel", expert_parallel_size=2, accumulate=2),
     *(Scenario(strategy=s, expert_parallel_size=2, resume=middle("two", s)) for s in SHARDED_EXPERTS),
 ]
-ONE_DEVICE = [Scenario(strategy="single", resume=middle("two", strategy)) for strategy in STRATEGIES]
+ONE_DEVICE = [
+    *(Scenario(strategy="single", resume=middle("two", strategy)) for strategy in STRATEGIES),
+    *(adamw("single", after=strategy) for strategy in SHARDED_EXPERTS),
+]
 
 
 class SGDLanguageModel(LanguageModel):
@@ -143,14 +165,14 @@ class Rows:
     def counting(self, layer: MoELayer):
         forward, experts = layer.expert_forward, layer.config.experts.ffn
 
-        def count(x_TD, routing, counts=None):
+        def count(x_TD, routing, *known):
             if layer.training:
                 ids = routing.expert_TK[routing.expert_TK < experts]
                 groups = self.strategy.groups
                 away = ids // (experts // groups.size) != groups.rank
                 self.remote += int(away.sum())
                 self.local += int((~away).sum())
-            return forward(x_TD, routing, counts)
+            return forward(x_TD, routing, *known)
 
         return count
 
@@ -184,37 +206,46 @@ def ban(module: LanguageModel, banned: dict[int, list[int]]) -> None:
         layer.route = route
 
 
-def run_scenario(scenario: Scenario, tokens: str, folder: Path, accelerator: str = "cpu", *more: str) -> dict:
-    """Trains, saves `<name>.middle.ckpt` and `<name>.ckpt` in `folder`, and returns what it saw."""
+def run_scenario(
+    scenario: Scenario, tokens: str, folder: Path, accelerator: str = "cpu", *more: str, first: Callable | None = None
+) -> dict:
+    """Trains, saves `<name>.middle.ckpt` and `<name>.ckpt` in `folder`, and returns what it saw. `first` is called with
+    the trainer, the module and its data.
+    """
     overrides = ["size=smoke", "tracking=jsonl", "data=tokens", f"data.path={tokens}", "model.vocab_size=64"]
     config = compose(RunConfig, [*overrides, *MODELS[scenario.model], *more])
-    settings = StrategyConfig(
-        "expert_parallel" if scenario.wrong_scale else scenario.strategy, scenario.expert_parallel_size, 60
-    )
-    strategy = WrongScale(scenario.expert_parallel_size, 60) if scenario.wrong_scale else make_strategy(settings)
-    module = SGDLanguageModel(config, 0)
+    made_by = WrongScale if scenario.wrong_scale else partial(make_strategy, scenario.strategy)
+    strategy = made_by(expert_parallel_size=scenario.expert_parallel_size, timeout_s=60)
+    module = (SGDLanguageModel if scenario.optimizer == "sgd" else LanguageModel)(config, 0)
     ban(module, scenario.banned)
     watch = Watch(folder / f"{scenario.name}.middle.ckpt")
+    cloze = [ClozeScorer()] if config.cloze.points else []
     trainer = pl.Trainer(
         accelerator=accelerator, devices=int(os.environ.get("WORLD_SIZE", 1)), strategy=strategy,
         precision=scenario.precision, max_steps=20, max_epochs=-1, gradient_clip_val=CLIP,
         accumulate_grad_batches=scenario.accumulate, val_check_interval=10 * scenario.accumulate,
-        check_val_every_n_epoch=None, num_sanity_val_steps=0, logger=False, callbacks=[watch],
+        check_val_every_n_epoch=None, num_sanity_val_steps=0, logger=False, callbacks=[watch, *cloze],
         enable_checkpointing=False, use_distributed_sampler=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=folder,
     )  # fmt: skip
     data = TokenDataModule(config.data, config.seed, scenario.accumulate)
+    if first:
+        first(trainer, module, data)
     resume_from = folder.parent / f"{scenario.resume}.middle.ckpt" if scenario.resume else None
     result = {}
     if scenario.strategy.startswith("expert_parallel"):
         with Rows(module, strategy) as rows:
             trainer.fit(module, data, ckpt_path=resume_from)
-        totals = torch.tensor([rows.local, rows.remote, rows.wire])
+        totals = torch.tensor([rows.local, rows.remote, rows.wire], device=strategy.root_device)
         dist.all_reduce(totals)
         result = dict(zip(("local", "remote", "wire"), totals.tolist(), strict=True))
     else:
         trainer.fit(module, data, ckpt_path=resume_from)
     trainer.save_checkpoint(folder / f"{scenario.name}.ckpt", weights_only=True)
+    if scenario.strategy != "single":
+        held = sum(local(p).numel() for bank in expert_banks(module) for p in bank.parameters())
+        least = strategy.reduce(torch.tensor(-held, device=strategy.root_device), reduce_op="max")
+        result["least_held"] = -int(least)  # numbers of experts on the device that has fewest
     watched = {name: getattr(watch, name) for name in ("losses", "norms", "validations", "communication")}
     return result | watched
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from scenarios import FOUR_DEVICES, ONE_DEVICE, SHARDED_EXPERTS, TWO_DEVICES, Scenario, run_scenario
+from scenarios import FOUR_DEVICES, ONE_DEVICE, SHARDED_EXPERTS, TWO_DEVICES, Scenario, adamw, run_scenario
 
 RUNS = [(devices, s) for devices, runs in (("two", TWO_DEVICES), ("four", FOUR_DEVICES)) for s in runs]
 RUNS += [("one", scenario) for scenario in ONE_DEVICE]
@@ -64,7 +64,8 @@ def results(token_folder, tmp_path_factory):
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
 
-    here(Scenario())  # others continue from its middle
+    for begun in (Scenario(), adamw("single")):  # others continue from their middle
+        here(begun)
     for devices, processes in (("two", 2), ("four", 4)):
         running = launch(devices, processes)
         for of, scenario in RUNS:
@@ -100,6 +101,12 @@ def test_gradient_norms_and_validation_are_those_of_one_device(results, devices,
             found["validations"], wanted["validations"][-len(found["validations"]) :], strict=True
         ):
             assert metrics == pytest.approx(reference, abs=5e-6)
+
+
+@pytest.mark.parametrize("scenario", [s for s in FOUR_DEVICES if s.model == "few_experts"], ids=lambda s: s.name)
+def test_more_devices_than_experts_hold_equal_parts_of_them(results, scenario):
+    layers, experts, width, hidden = 2, 2, 32, 48
+    assert 4 * results("four", scenario)["least_held"] == layers * experts * 3 * width * hidden
 
 
 def test_a_wrong_gradient_scale_is_seen(results):

@@ -1,17 +1,21 @@
 """Strategies in this process: world size 1, refusals, names."""
 
 import os
+import subprocess
 import sys
 from types import SimpleNamespace
 from unittest import mock
 
 import lightning.pytorch as pl
 import pytest
+import scenarios
 import torch
 import torch.distributed as dist
-from scenarios import STRATEGIES, Scenario, run_scenario
+from scenarios import STRATEGIES, Scenario, SGDLanguageModel, run_scenario
 
+from moepp.config import CONF
 from moepp.errors import UsageError
+from moepp.layers.dispatch import SlotCounts
 from moepp.layers.experts import FFNExperts
 from moepp.models.decoder import Decoder, DecoderConfig
 from moepp.strategies import (
@@ -21,10 +25,11 @@ from moepp.strategies import (
     MoEFSDPStrategy,
     make_strategy,
 )
+from moepp.strategies.dispatch import AllToAllDispatcher, CountsOnTheWay, SharedBatchDispatcher
 from moepp.strategies.groups import ExpertGroups
-from moepp.strategies.settings import StrategyConfig
-from moepp.strategies.sharding import slice_experts
+from moepp.strategies.sharding import Sharding, dividing_dimension, slice_experts
 from moepp.strategies.traffic import Traffic
+from moepp.training.settings import StrategyConfig
 
 
 @pytest.fixture
@@ -69,11 +74,21 @@ def test_names_work_in_any_trainer(name, strategy):
     assert trainer.strategy._timeout.total_seconds() == 600
 
 
+def test_importing_the_package_registers_the_names():
+    script = (
+        "import moepp.strategies\n"
+        "from lightning.pytorch.strategies import StrategyRegistry as registry\n"
+        "assert {'moe_ddp', 'moe_fsdp', 'moe_deepspeed', 'expert_parallel', 'expert_parallel_fsdp'} <= set(registry)"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=CONF.parent, check=True)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"expert_parallel_size": -1}, r"expert_parallel_size=-1 must not be negative"),
         ({"timeout_s": 0}, r"timeout_s=0 must be positive"),
+        ({"name": "ddp", "expert_parallel_size": 2}, r"strategy=ddp divides no experts: leave strategy\.expert"),
     ],
 )
 def test_impossible_settings_are_refused(values, message):
@@ -82,8 +97,8 @@ def test_impossible_settings_are_refused(values, message):
 
 
 def test_settings_make_the_strategy():
-    assert make_strategy(StrategyConfig()) == "auto"
-    made = make_strategy(StrategyConfig("expert_parallel_fsdp", expert_parallel_size=4, timeout_s=60))
+    assert make_strategy(StrategyConfig().name) == "auto"
+    made = make_strategy("expert_parallel_fsdp", expert_parallel_size=4, timeout_s=60)
     assert type(made) is ExpertParallelFSDPStrategy
     assert made.expert_parallel_size == 4 and made._timeout.total_seconds() == 60
 
@@ -114,11 +129,93 @@ def tiny(**changes) -> Decoder:
 )
 def test_what_sharded_experts_cannot_do_is_refused(decoder, automatic, scaler, message):
     strategy = ExpertParallelStrategy()
-    strategy._lightning_module = SimpleNamespace(automatic_optimization=automatic)
+    strategy._lightning_module = pl.LightningModule()
+    strategy._lightning_module.automatic_optimization = automatic
     strategy._precision_plugin = SimpleNamespace(scaler=scaler)
     strategy.groups = SimpleNamespace(size=2, rank=0)
     with pytest.raises(UsageError, match=message):
         strategy.shard_experts(tiny(**decoder))
+
+
+def test_a_clip_of_the_modules_own_is_refused():
+    class Clipping(pl.LightningModule):
+        def configure_gradient_clipping(self, *_):
+            torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
+
+    strategy = ExpertParallelStrategy()
+    strategy._lightning_module = Clipping()
+    strategy.groups = SimpleNamespace(size=2, rank=0)
+    with pytest.raises(UsageError, match="leave configure_gradient_clipping as it is"):
+        strategy.shard_experts(tiny())
+
+
+def test_parameters_of_the_module_itself_are_refused_where_they_would_drift_apart():
+    module = pl.LightningModule()
+    module.model, module.scale = tiny(), torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(UsageError, match="scale of LightningModule would drift apart"):
+        MoEFSDPStrategy()._shard(module)
+
+
+class FrozenExperts(SGDLanguageModel):
+    def configure_model(self):
+        for layer in self.model.moe_layers():
+            layer.ffn.requires_grad_(False)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.3, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_frozen_experts_stay_as_they_are(token_folder, tmp_path, one_process_group, monkeypatch, strategy):
+    monkeypatch.setattr(scenarios, "SGDLanguageModel", FrozenExperts)
+    scenario = Scenario(strategy=strategy)
+    run_scenario(scenario, str(token_folder), tmp_path)
+    states = [torch.load(tmp_path / f"{scenario.name}{part}.ckpt")["state_dict"] for part in (".middle", "")]
+    changed = {name for name in states[0] if not torch.equal(states[0][name], states[1][name])}
+    assert changed and not any(".ffn.w_" in name for name in changed)
+
+
+def test_fsdp_trains_after_a_validation_in_inference_mode(token_folder, tmp_path, one_process_group, monkeypatch):
+    # As on GPUs: with gloo Lightning validates without it.
+    monkeypatch.setattr("lightning.pytorch.loops.utilities._distributed_is_initialized", lambda: False)
+    points = ("cloze.points=2", "trainer.steps=20", "trainer.val_every=10")
+    found = run_scenario(Scenario(strategy="fsdp"), str(token_folder), tmp_path, "cpu", *points, first=validate)
+    assert len(found["losses"]) == 20
+
+
+def validate(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule) -> None:
+    trainer.validate(module, data, verbose=False)
+
+
+def test_parts_are_gathered_on_the_device_of_the_collectives(monkeypatch):
+    """Lightning moves a finished module to the CPU, from which NCCL takes nothing."""
+    bank, seen = FFNExperts(2, 8, 8), []
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "gather", lambda value, *_, group: seen.append(value.device.type))
+    groups = SimpleNamespace(first=0, size=2, expert=None)
+    assert Sharding(bank, groups, torch.device("meta")).whole(bank.w_in, bank.w_in.detach()) is None
+    assert seen == ["meta"]
+
+
+def test_shared_counts_are_kept_until_they_have_left(monkeypatch):
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "all_gather_into_tensor", lambda *_, async_op: mock.Mock())
+    count_KN = torch.ones(2, 3, dtype=torch.int64)
+    counts = SharedBatchDispatcher().share(count_KN)
+    counts.wait()
+    assert counts.sent is count_KN and CountsOnTheWay(counts).counts is counts
+
+
+def test_received_rows_are_not_counted_again(one_process_group, tmp_path, monkeypatch):
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    bank, expert_TK = FFNExperts(4, 8, 8), torch.tensor([[0, 3], [5, 1], [3, 4]])
+    torch.nn.init.normal_(bank.w_in), torch.nn.init.normal_(bank.w_out)
+    arguments = torch.randn(3, 8), expert_TK, torch.rand(3, 2), None
+    wanted = bank(*arguments)
+    bank.dispatcher = AllToAllDispatcher("sorted", ExpertGroups.create(0, None), Traffic())
+    monkeypatch.setattr(torch, "bincount", None)  # which would wait for a GPU
+    torch.testing.assert_close(bank(*arguments), wanted)
 
 
 def test_spawned_processes_are_refused():
@@ -129,11 +226,11 @@ def test_spawned_processes_are_refused():
 def test_deepspeed_needs_its_package_and_cuda(monkeypatch):
     monkeypatch.setattr("moepp.strategies.deepspeed.find_spec", lambda name: None)
     with pytest.raises(UsageError, match="pip install deepspeed"):
-        make_strategy(StrategyConfig("deepspeed"))
+        make_strategy("deepspeed")
     monkeypatch.setattr("moepp.strategies.deepspeed.find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError, match="needs CUDA devices"):
-        make_strategy(StrategyConfig("deepspeed"))
+        make_strategy("deepspeed")
 
 
 def test_deepspeed_is_configured_for_whole_experts(monkeypatch):
@@ -144,7 +241,7 @@ def test_deepspeed_is_configured_for_whole_experts(monkeypatch):
     monkeypatch.setattr(deepspeed, "_DEEPSPEED_AVAILABLE", True)
     monkeypatch.setattr(deepspeed, "_DEEPSPEED_GREATER_EQUAL_0_16", True)
     monkeypatch.setitem(sys.modules, "deepspeed", mock.MagicMock())
-    made = make_strategy(StrategyConfig("deepspeed", timeout_s=60))
+    made = make_strategy("deepspeed", timeout_s=60)
     assert made.config["zero_optimization"]["stage"] == 2
     assert made._timeout.total_seconds() == 60
 
@@ -165,6 +262,23 @@ def test_traffic_counts_what_leaves_each_device():
     assert traffic.read() == {}
 
 
+def test_ended_exchanges_are_added_up_at_every_step():
+    traffic, begin, end = Traffic(), mock.Mock(), mock.Mock()
+    begin.elapsed_time.return_value, end.query.return_value = 5.0, True
+    traffic.events.extend([(begin, end)] * 3 + [(begin, mock.Mock(**{"query.return_value": False}))])
+    traffic.count_step()
+    assert traffic.seconds == pytest.approx(0.015) and len(traffic.events) == 1
+    traffic.layers = traffic.slots = 1
+    assert traffic.read()["ep/all_to_all_ms"] == pytest.approx(20) and not traffic.events
+
+
+@pytest.mark.parametrize(
+    ("shape", "devices", "dimension"), [((8, 6), 4, 0), ((2, 6), 3, 1), ((2, 5, 8), 4, 2), ((2, 5), 4, 0)]
+)
+def test_experts_are_sharded_where_devices_divide_them(shape, devices, dimension):
+    assert dividing_dimension(torch.Size(shape), devices) == dimension
+
+
 def test_validation_passes_are_not_counted():
     traffic = Traffic()
     with torch.no_grad():
@@ -172,3 +286,13 @@ def test_validation_passes_are_not_counted():
     with traffic.exchange(torch.zeros(1, 4), 1, counted=False):
         pass
     assert (traffic.layers, traffic.bytes) == (0, 0)
+
+
+def test_what_needs_no_counts_comes_before_the_wait_for_them(monkeypatch):
+    layer, happened = tiny().train().moe_layers()[0], []
+    pending, mix = SimpleNamespace(wait=lambda: happened.append("wait")), layer.zero_computation.mix
+    monkeypatch.setattr(layer.ffn.dispatcher, "share", lambda count_KN: SlotCounts(count_KN[None], 0, pending))
+    monkeypatch.setattr(layer.zero_computation, "mix", lambda *given: (happened.append("mix"), mix(*given))[1])
+    assert layer.config.capacity_factor is not None
+    layer(torch.randn(1, 4, 8))
+    assert happened == ["mix", "wait"]

@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -97,23 +98,56 @@ def test_a_stopped_launch_saves_and_continues_under_torchrun(overrides, whole):
         assert ours == pytest.approx(theirs, abs=2e-5)
 
 
-def test_a_killed_rank_ends_the_run_with_its_name(overrides):
-    config, directory = frozen(overrides, "name=killed", *TWO, "trainer.steps=100000", "trainer.val_every=100000")
-    record = RunRecord(directory)
-    killed = []
+DYING_RANK = """
+import os, sys
+from moepp.cli import main
+from moepp.training.module import LanguageModel
 
-    def kill():
-        killed.append((time.monotonic(), os.kill(min(children()), signal.SIGKILL)))
+step = LanguageModel.training_step
+def dying_step(module, tokens):
+    if module.global_step == 6 and os.environ["RANK"] == "1":
+        {death}
+    return step(module, tokens)
+LanguageModel.training_step = dying_step
+sys.exit(main(sys.argv[1:]))
+"""
 
-    at_step(record, 6, kill)
-    with pytest.raises(RunError, match=r"rank 0 of 2 .*SIGKILL.*the same command continues from step \d+") as caught:
+
+@pytest.mark.parametrize(
+    ("strategy", "death", "message"),
+    [
+        ("ddp", "os.kill(os.getpid(), 9)", "ended: killed by SIGKILL"),
+        ("expert_parallel", "os.kill(os.getpid(), 9)", "ended: killed by SIGKILL"),
+        ("expert_parallel", "raise ValueError('a bug')", "ended: exit code 1; ValueError: a bug"),
+        ("expert_parallel", "os._exit(0)", "left before the run was done, with exit code 0"),
+    ],
+)
+def test_a_rank_that_dies_while_training_ends_the_run_with_its_name(
+    overrides, monkeypatch, tmp_path, strategy, death, message
+):
+    (tmp_path / "rank.py").write_text(DYING_RANK.format(death=death))
+    monkeypatch.setattr(launching, "RANK_COMMAND", (sys.executable, str(tmp_path / "rank.py"), "trial"))
+    more = ["trainer.steps=100000", "trainer.val_every=100000"]
+    config, directory = frozen(overrides, *TWO, f"strategy={strategy}", *more)
+    record, times = RunRecord(directory), []
+    at_step(record, 6, lambda: times.append(time.monotonic()))
+    with pytest.raises(RunError, match=rf"rank 1 of 2 {message}.*the same command continues from step 4") as caught:
         train(config, directory)
-    assert time.monotonic() - killed[0][0] < 10 and not children()
+    assert time.monotonic() - times[0] < 10 and not children()
     assert record.read("failed.json")["reason"] == str(caught.value)
-    assert "rank 1 lost another rank" in (directory / "ranks" / "1.txt").read_text()
+    assert "rank 0 lost another rank" in (directory / "ranks" / "0.txt").read_text()
 
 
 # What follows watches processes that only behave as ranks do, in a fraction of the time.
+BEFORE = """
+import os, signal, sys, time
+RANK, DONE = int(os.environ['RANK']), {done!r}
+def abort(reason):
+    print(reason, file=sys.stderr, flush=True)
+    os.abort()
+"""
+
+
 @pytest.fixture
 def pretended(overrides, monkeypatch, tmp_path):
     """Launches two ranks that run the given lines of Python, with RANK, LOG and DONE set."""
@@ -125,8 +159,7 @@ def pretended(overrides, monkeypatch, tmp_path):
 
     def run(script, config=config):
         file = tmp_path / "rank.py"
-        done = f"import os, sys, time, signal\nRANK, DONE = int(os.environ['RANK']), {str(directory / 'done')!r}\n"
-        file.write_text(done + script)
+        file.write_text(BEFORE.format(done=str(directory / "done")) + script)
         monkeypatch.setattr(launching, "RANK_COMMAND", (sys.executable, str(file), "trial"))
         begun = time.monotonic()
         try:
@@ -148,6 +181,8 @@ def pretended(overrides, monkeypatch, tmp_path):
         ("os.kill(os.getpid(), signal.SIGSTOP) if RANK else sys.exit(3)", RunError, r"rank 1 \(.*did not answer"),
         ("sys.stderr.write('error: no such kernel'); sys.exit(2)", UsageError, "^no such kernel$"),
         ("sys.exit(130)", Interrupted, "stopped; the same command begins anew"),
+        ("time.sleep(60) if RANK else abort('ProcessGroupNCCL timeout')", RunError, "rank 1 .*did not answer"),
+        ("time.sleep(60) if RANK else abort('double free')", RunError, "rank 0 of 2 .*SIGABRT; double free"),
     ],
 )  # fmt: skip
 def test_the_rank_that_failed_by_itself_is_named(pretended, script, error, message):
@@ -157,6 +192,29 @@ def test_the_rank_that_failed_by_itself_is_named(pretended, script, error, messa
 
 def test_a_finished_run_needs_no_exit_code(pretended):
     pretended("open(DONE, 'w').close(); time.sleep(60 * RANK)")
+
+
+def two_nodes(monkeypatch, node):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(port)), ("NODE_RANK", str(node))):
+        monkeypatch.setenv(name, value)
+
+
+def test_another_nodes_file_system_may_show_the_end_late(pretended, overrides, monkeypatch):
+    two_nodes(monkeypatch, 0)
+    config, _ = frozen(overrides, "strategy=ddp", "trainer.num_nodes=2")
+    pretended("if os.fork() == 0: time.sleep(1); open(DONE, 'w').close()", config)
+
+
+def test_ranks_that_are_stopped_have_the_timeout_to_save(pretended, overrides):
+    config, _ = frozen(overrides, *TWO, "strategy.timeout_s=2")
+    signals = "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    begun = time.monotonic()
+    with pytest.raises(Interrupted, match="stopped"):
+        pretended(signals, config)
+    assert 3 <= time.monotonic() - begun < 20
 
 
 def test_sigterm_reaches_every_rank(pretended):
@@ -175,6 +233,14 @@ def test_ranks_share_the_cores(pretended, monkeypatch):
         pretended("sys.exit('error: threads ' + os.environ['OMP_NUM_THREADS'])", config)
 
 
+TOGETHER = """
+open(f"{DONE}.{RANK}", "w").close()
+while not os.path.exists(f"{DONE}.{1 - RANK}"):
+    time.sleep(0.05)
+if RANK == FAILING:
+    sys.exit("ValueError: a bug")
+time.sleep(60)
+"""
 OTHER_NODE = """
 import sys
 from pathlib import Path
@@ -189,16 +255,19 @@ launch.launch(RunRecord(Path(config).parent), load(RunConfig, Path(config)))
 """
 
 
-def test_a_failure_on_another_node_arrives_with_its_reason(pretended, overrides, monkeypatch, tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_failure_on_one_node_arrives_on_the_other_with_its_reason(
+    pretended, overrides, monkeypatch, tmp_path, failing
+):
+    two_nodes(monkeypatch, 0)
     config, directory = frozen(overrides, "strategy=ddp", "trainer.num_nodes=2")
     save(config, directory / "config.yaml")
-    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(port)), ("NODE_RANK", "0")):
-        monkeypatch.setenv(name, value)
     command = [sys.executable, "-c", OTHER_NODE, str(tmp_path / "rank.py"), str(directory / "config.yaml")]
     environment = {**os.environ, "NODE_RANK": "1", "PYTHONPATH": str(CONF.parent)}
-    other = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    with pytest.raises(RunError, match=r"^node 1: rank 1 of 2 ended: exit code 1; ValueError: a bug .*begins anew$"):
-        pretended("sys.exit('ValueError: a bug') if RANK else time.sleep(60)", config)
-    assert other.wait(timeout=30) == 1
+    other = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    reason = rf"rank {failing} of 2 ended: exit code 1; ValueError: a bug .*begins anew$"
+    with pytest.raises(RunError, match=rf"^node 1: {reason}" if failing else f"^{reason}"):
+        pretended(f"FAILING = {failing}\n{TOGETHER}", config)
+    _, errors = other.communicate(timeout=30)
+    assert other.returncode == 1
+    assert re.search(reason if failing else f"RunError: node 0: {reason}", errors.strip())

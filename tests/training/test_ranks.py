@@ -1,12 +1,16 @@
+import signal
+from functools import partial
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from moepp.cli import main
 from moepp.config import compose
-from moepp.errors import UsageError
-from moepp.process import RANK_VARIABLES
+from moepp.errors import Interrupted, UsageError
+from moepp.process import RANK_VARIABLES, STOP_SIGNALS
 from moepp.training import run as running
-from moepp.training.ranks import STARTER, Rank, from_rank_zero, largest
+from moepp.training.ranks import STARTER, Rank, from_rank_zero, largest, process_group
 from moepp.training.settings import RunConfig, run_directory
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "job", "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
@@ -46,6 +50,21 @@ def test_srun_is_recognised_and_told_to_torch_as_torchrun_would(monkeypatch):
 
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("gpu07", "19567")
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["GROUP_RANK"]) == ("3", "4", "1")
+
+
+def test_a_rank_that_leaves_after_a_stop_is_not_killed_on_its_way(monkeypatch, tmp_path):
+    """Slurm signals the others when one has left with another code than 0."""
+    joined = {"init_method": f"file://{tmp_path / 'meeting'}", "rank": 0, "world_size": 1}
+    monkeypatch.setattr(dist, "init_process_group", partial(dist.init_process_group, **joined))
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        with pytest.raises(Interrupted), process_group(Rank(0, 0, 1, 1, "srun"), 60, cuda=False):
+            raise Interrupted("stopped")
+        assert {signal.getsignal(number) for number in STOP_SIGNALS} == {signal.SIG_IGN}
+    finally:
+        dist.destroy_process_group()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_one_task_of_srun_is_alone(monkeypatch):

@@ -48,8 +48,9 @@ def plan_slots(expert_TK: Tensor, experts: int) -> SlotPlan:
 
 
 def dispatch(
-    w_in: Tensor, w_out: Tensor, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, others: "Affine | None"
-) -> Tensor:
+    w_in: Tensor, w_out: Tensor, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, others: "Affine | None",
+    sizes: list[int] | None = None,
+) -> Tensor:  # fmt: skip
     """The dispatcher's map (dispatch.py); rows are multiplied in the weights' dtype, summed in the gates'."""
     refuse_unsupported(w_out)
     plan = plan_slots(expert_TK, len(w_in))

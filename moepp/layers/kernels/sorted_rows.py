@@ -30,14 +30,19 @@ class RowPlan:
     sizes: list[int]
 
 
-def plan_rows(expert_TK: Tensor, experts: int, bucket: int = 1) -> RowPlan:
-    """Sorts the FFN experts' slots, in token order within each, and pads each share to a multiple of `bucket`."""
+def plan_rows(expert_TK: Tensor, experts: int, bucket: int = 1, sizes: list[int] | None = None) -> RowPlan:
+    """Sorts the FFN experts' slots, in token order within each, and pads each share to a multiple of `bucket`.
+
+    Waits for the device where the `sizes` of the shares are not given.
+    """
     expert_S = expert_TK.reshape(-1).clamp(max=experts)
     order_S = expert_S.argsort(stable=True)
-    count_E = torch.bincount(expert_S, minlength=experts + 1)[:experts]
-    kept_R = order_S[: int(count_E.sum())]
+    if sizes is None:
+        sizes = torch.bincount(expert_S, minlength=experts + 1)[:experts].tolist()
+    kept_R = order_S[: sum(sizes)]
     if bucket == 1:
-        return RowPlan(kept_R, count_E.tolist())
+        return RowPlan(kept_R, sizes)
+    count_E = torch.tensor(sizes, device=kept_R.device)
     padded_E = (count_E + bucket - 1) // bucket * bucket
     shift_E = (padded_E.cumsum(0) - padded_E) - (count_E.cumsum(0) - count_E)  # how far each expert's rows move
     rows = torch.arange(len(kept_R), device=kept_R.device) + shift_E.repeat_interleave(count_E)
@@ -47,11 +52,12 @@ def plan_rows(expert_TK: Tensor, experts: int, bucket: int = 1) -> RowPlan:
 
 
 def dispatch(
-    w_in: Tensor, w_out: Tensor, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, others: "Affine | None"
-) -> Tensor:
+    w_in: Tensor, w_out: Tensor, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, others: "Affine | None",
+    sizes: list[int] | None = None,
+) -> Tensor:  # fmt: skip
     """The dispatcher's map (dispatch.py); rows are multiplied in the weights' dtype, summed in the gates'."""
     dtype = w_in.dtype
-    plan = plan_rows(expert_TK, len(w_in), ROW_BUCKET if dtype == torch.bfloat16 and x_TD.is_cpu else 1)
+    plan = plan_rows(expert_TK, len(w_in), ROW_BUCKET if dtype == torch.bfloat16 and x_TD.is_cpu else 1, sizes)
     top_k, tokens = expert_TK.shape[1], len(x_TD)
     token_R = (plan.slot_R // top_k).remainder(tokens)  # padding rows read token 0
     gate_R = F.pad(gate_TK.reshape(-1), (0, 1))[plan.slot_R]  # padding rows weigh 0

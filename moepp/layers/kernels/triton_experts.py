@@ -49,8 +49,9 @@ def plan_tiles(plan: SlotPlan) -> TilePlan:
 
 
 def dispatch(
-    w_in: Tensor, w_out: Tensor, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, others: "Affine | None"
-) -> Tensor:
+    w_in: Tensor, w_out: Tensor, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, others: "Affine | None",
+    sizes: list[int] | None = None,
+) -> Tensor:  # fmt: skip
     """The dispatcher's map (dispatch.py); rows are multiplied in the weights' dtype, summed in the gates'."""
     kernels = load_kernels(w_in)
     affine = (None, None, None) if others is None else (others.scale_T, others.mix_TC, others.vectors_CD)

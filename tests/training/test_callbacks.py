@@ -1,0 +1,60 @@
+from types import SimpleNamespace
+
+import torch
+
+from moepp.config import compose
+from moepp.records import RunRecord
+from moepp.training import run as running
+from moepp.training.callbacks import ResumeCheckpoint
+from moepp.training.module import LanguageModel
+from moepp.training.run import freeze, train
+from moepp.training.settings import RunConfig, run_directory
+
+
+def test_the_progress_bar_shows_the_loss_without_asking_the_device_in_every_step(overrides, monkeypatch, capfd):
+    monkeypatch.setattr(LanguageModel, "log", None)  # of which Lightning fetches the value after every batch
+    config = freeze(compose(RunConfig, [*overrides, "trainer.progress=true"]))
+    record = train(config, run_directory(config))
+    shown = capfd.readouterr()
+    (last,) = (line["train/loss"] for line in record.metrics() if line["step"] == 12 and "train/loss" in line)
+    assert f"loss={last:.3g}" in shown.out + shown.err or f"loss: {last:.3f}" in shown.out + shown.err
+
+
+def test_checkpoints_that_are_folders_are_replaced_and_continued(tmp_path):
+    record, module = RunRecord(tmp_path), SimpleNamespace(first_bad_step=torch.tensor(-1))
+    keeper = ResumeCheckpoint(record.checkpoints, every=1, val_every=100)
+    for step in (1, 2):
+        trainer = SimpleNamespace(
+            global_step=step, is_global_zero=True, fit_loop=SimpleNamespace(_should_accumulate=lambda: False)
+        )
+        trainer.save_checkpoint = lambda path: (path / "checkpoint").mkdir(parents=True)
+        keeper.on_train_batch_end(trainer, module)
+    (left,) = record.checkpoints.iterdir()
+    assert left.name == "step-00000002.ckpt"
+    record.log(2, {"train/loss": 1.0})
+    record.log(3, {"train/loss": 1.0})
+    assert running._resume_point(record) == left
+    assert [line["step"] for line in record.metrics()] == [2]
+
+
+def test_experts_are_timed_on_the_device_of_training(overrides, monkeypatch):
+    """Lightning moves the module to the CPU when it has trained."""
+    happened = []
+    times = [{"routing": routing, "median_ms": 1.0} for routing in ("learned", "balanced")]
+    cpu, to = LanguageModel.cpu, LanguageModel.to
+    monkeypatch.setattr(LanguageModel, "cpu", lambda module: (happened.append("cpu"), cpu(module))[1])
+    monkeypatch.setattr(LanguageModel, "to", lambda module, device: (happened.append(device), to(module, device))[1])
+    monkeypatch.setattr(running, "expert_forward_times", lambda *_: (happened.append("timed"), times)[1])
+    config = freeze(compose(RunConfig, [*overrides, "trainer.expert_timing=true"]))
+    train(config, run_directory(config))
+    assert happened[-3:] == ["cpu", torch.device("cpu"), "timed"]
+
+
+def test_counts_for_the_control_are_summed_without_a_barrier(overrides):
+    module = LanguageModel(compose(RunConfig, [*overrides, "model=loss_free"]), 0)
+    module._trainer = SimpleNamespace(world_size=1, strategy=None)  # whose `reduce` has one
+    layers, experts = len(module.model.moe_layers()), module.config.model.experts.total
+    module.step_chosen_LN, module.step_tokens = torch.ones(layers, experts, dtype=torch.int64), experts // 2
+    module.optimizer_step(0, 0, SimpleNamespace(step=lambda closure: None), None)
+    assert module.step_chosen_LN is None
+    assert all(layer.control.bias_N.any() for layer in module.model.moe_layers())
