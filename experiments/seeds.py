@@ -9,8 +9,13 @@ import math
 import statistics
 
 from moepp.analysis import style
-from moepp.analysis.comparison import POWER, SIGNIFICANCE
-from moepp.analysis.statistics import mean_interval, minimal_detectable_difference, variance_ratio_interval
+from moepp.analysis.statistics import (
+    POWER,
+    SIGNIFICANCE,
+    mean_interval,
+    minimal_detectable_difference,
+    variance_ratio_interval,
+)
 from moepp.analysis.study import Claim, Plot, Runs, Study, StudyContext, StudyReport, Table, judge
 
 COUNTS = (2, 3, 4, 5, 7, 10, 15, 20)  # of seeds

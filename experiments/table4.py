@@ -7,8 +7,7 @@ agree.
 
 import statistics
 
-from moepp.analysis.claims import SIGNIFICANCE
-from moepp.analysis.statistics import holm, share_interval, share_tests
+from moepp.analysis.statistics import SIGNIFICANCE, holm, share_interval, share_tests
 from moepp.analysis.study import Claim, Study, StudyContext, StudyReport, Table
 from moepp.errors import UsageError
 

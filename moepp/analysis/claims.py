@@ -10,10 +10,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moepp.analysis.resampling import Interval, bootstrap_chance, percentile_interval
-from moepp.analysis.statistics import holm, mean_interval
+from moepp.analysis.statistics import SIGNIFICANCE, holm, mean_interval
 from moepp.analysis.study import Claim, judge
-
-SIGNIFICANCE = 0.05
 
 
 @dataclass(frozen=True)

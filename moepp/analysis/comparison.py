@@ -9,12 +9,18 @@ from typing import TypeVar
 
 from moepp.analysis.experiment import Contrast, Experiment
 from moepp.analysis.results import SweepResults
-from moepp.analysis.statistics import Estimate, holm, mean_interval, minimal_detectable_difference, paired_difference
+from moepp.analysis.statistics import (
+    POWER,
+    SIGNIFICANCE,
+    Estimate,
+    holm,
+    mean_interval,
+    minimal_detectable_difference,
+    paired_difference,
+)
 from moepp.errors import UsageError
 
 OBJECTIVE = "val_loss"  # nats per token: continuous, so it decides; accuracy illustrates
-SIGNIFICANCE = 0.05
-POWER = 0.8
 BUDGETS = {
     "total_params": "total parameters",
     "active_params": "activated parameters",

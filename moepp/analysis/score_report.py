@@ -8,7 +8,7 @@ import numpy as np
 
 from moepp.analysis.resampling import Interval
 from moepp.analysis.routing_scores import MODE_BINS, RoutingScores
-from moepp.analysis.statistics import holm, mean_interval, paired_difference
+from moepp.analysis.statistics import SIGNIFICANCE, holm, mean_interval, paired_difference
 from moepp.analysis.study import Claim, Plot, Table, Verdict, judge
 from moepp.analysis.style import BLUE, COLOURS, axes_of
 
@@ -19,7 +19,6 @@ Scores = Mapping[str, Mapping[str, RoutingScores]]  # arm -> model ("seed 0") ->
 RANKS = ("highest", "second")
 STATISTICS = ("mean", "variance", "range", "range98", "mode")
 MARGIN = 0.10  # a mean or range within 10 % of the other arm's counts as unchanged
-SIGNIFICANCE = 0.05
 
 
 def score_table(scores: Scores, paper: Mapping[str, Sequence[float]]) -> Table:

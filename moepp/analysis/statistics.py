@@ -5,6 +5,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+SIGNIFICANCE = 0.05  # level of every test and report
+POWER = 0.8  # with which a detectable difference would be found
+
 
 @dataclass(frozen=True)
 class Estimate:

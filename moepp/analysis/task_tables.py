@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from moepp.analysis.comparison import SIGNIFICANCE
 from moepp.analysis.experiment import Experiment
 from moepp.analysis.resampling import Interval, bootstrap_chance, paired_bootstrap, percentile_interval
 from moepp.analysis.results import SweepResults
-from moepp.analysis.statistics import Estimate, holm, mean_interval, paired_difference
+from moepp.analysis.statistics import SIGNIFICANCE, Estimate, holm, mean_interval, paired_difference
 from moepp.analysis.tables import ALONE, CORRECTED, NONE, Rows, markdown, number
 from moepp.evaluation.results import GOLD, NOISY_TASK, TaskResult, load_task_results
 

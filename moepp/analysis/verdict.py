@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 
-from moepp.analysis.comparison import BUDGETS, EQUAL_WITHIN, POWER, SIGNIFICANCE, Comparison, Difference
+from moepp.analysis.comparison import BUDGETS, EQUAL_WITHIN, Comparison, Difference
 from moepp.analysis.experiment import Experiment
 from moepp.analysis.results import SweepResults
+from moepp.analysis.statistics import POWER, SIGNIFICANCE
 from moepp.analysis.tables import quantity, signed, speedups
 
 
