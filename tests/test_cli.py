@@ -78,7 +78,7 @@ def test_run_py_is_the_same_entry_point():
         (["sweep", "status", "routers", "runs=nowhere"], "nowhere/routers-laptop holds no sweep; `python run.py"),
         (["report", "table5", "--runs", "nowhere"], "nowhere/zero_computation_experts-laptop holds no finished run"),
         (["compare", "nowhere", "nowhere"], "nowhere is neither a run directory nor <sweep directory>:<arm>"),
-        (["rerun", "nowhere"], "nowhere is no finished run; only a finished run can be repeated"),
+        (["rerun", "nowhere"], "nowhere is no run that has ended; only what is done, pruned or failed can be repeated"),
         (["trial", "nowhere/config.yaml"], "no config file nowhere/config.yaml"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -154,4 +154,4 @@ def test_generate_continues_a_prompt(capsys, tmp_path):
     assert code == 0 and first.startswith("the union")
     assert cli(capsys, "generate", run, "--prompt", "the union", "--tokens", "5", "--temperature", "0")[1] == first
     code, _, err = cli(capsys, "generate", str(tmp_path / "runs"))
-    assert code == 2 and "no config file" in err
+    assert code == 2 and "is no run: it has no config.yaml" in err

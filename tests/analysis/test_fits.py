@@ -25,10 +25,11 @@ def test_too_little_for_a_line_is_refused(x, y):
 
 def test_the_papers_times_are_nearly_a_line_with_a_fixed_part():
     """Table 3 at 1B: the fixed part is a quarter of vanilla MoE's time, no residual is above 10 ms."""
-    from experiments.table1 import MS, TAUS, paper_points, target_share
+    from experiments.table1 import paper_points
+    from experiments.table3 import PAPER
 
     line = fit_line(*paper_points()["paper, 1B"])
-    times, experts = MS["1B"]
+    rows = PAPER["1b"].values()
+    times, shares = [row.expert_forward_ms for row in rows], [row.ffn_share for row in rows]
     assert (line.intercept * times[0], line.slope * times[0]) == pytest.approx((160.5, 455.3), abs=0.1)
-    shares = [1.0, *(target_share(tau, *experts) for tau in TAUS.values())]
     assert all(abs(t - times[0] * line.at(s)) < 10 for t, s in zip(times, shares, strict=True))

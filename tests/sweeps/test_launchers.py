@@ -132,7 +132,10 @@ def test_workers_that_end_early_are_reported_with_their_logs(call):
 def test_failed_trials_end_the_call_as_on_this_machine(call):
     directory, _, _ = begin_elsewhere(call)
     for trial in read_json(directory / "sweep.json")["trials"]:
-        RunRecord(directory / trial["path"]).fail("no memory")
+        record = RunRecord(directory / trial["path"])
+        for _ in range(2):  # once more than it is tried again
+            record.crash("no memory")
+        record.fail("no memory")
     crew = FakeCrew(directory, looks=3)
     with pytest.raises(RunError, match=r"2 of 2 trials failed; .*sweep retry toy.*top1 s0: no memory"):
         wait(call, directory, crew)

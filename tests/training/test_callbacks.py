@@ -22,12 +22,12 @@ def test_the_progress_bar_shows_the_loss_without_asking_the_device_in_every_step
 
 def test_checkpoints_that_are_folders_are_replaced_and_continued(tmp_path):
     record, module = RunRecord(tmp_path), SimpleNamespace(first_bad_step=torch.tensor(-1))
-    keeper = ResumeCheckpoint(record.checkpoints, every=1, val_every=100)
+    keeper = ResumeCheckpoint(record, every=1, val_every=100)
     for step in (1, 2):
         trainer = SimpleNamespace(
             global_step=step, is_global_zero=True, fit_loop=SimpleNamespace(_should_accumulate=lambda: False)
         )
-        trainer.save_checkpoint = lambda path: (path / "checkpoint").mkdir(parents=True)
+        trainer.save_checkpoint = lambda path, _: (path / "checkpoint").mkdir(parents=True)
         keeper.on_train_batch_end(trainer, module)
     (left,) = record.checkpoints.iterdir()
     assert left.name == "step-00000002.ckpt"
