@@ -168,7 +168,7 @@ def test_jobs_run_a_sweep_and_one_that_is_preempted_is_queued_again(call, tmp_pa
     assert "Requeued job" in "".join(path.read_text() for path in (directory / "slurm").glob("*_log.out"))
     began = time.monotonic()
     assert launch(call, LOCAL_JOBS) == directory  # nothing is left, so no job is started
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 10
 
 
 @pytest.fixture
