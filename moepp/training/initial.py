@@ -10,10 +10,8 @@ FINAL_WEIGHTS = "final.ckpt"  # weights only: a finished run needs no optimizer 
 
 def checkpoint_file(source: Path) -> Path:
     """The file with a finished run's final weights, or `source` itself where that is a checkpoint file. Raises RunError
-    where it is not there, UsageError where `source` is no run.
+    where it is not there.
     """
-    if source.suffix != ".ckpt" and not (source / "config.yaml").is_file():
-        raise UsageError(f"{source} is no run: it has no config.yaml")
     file = source if source.suffix == ".ckpt" else RunRecord(source).checkpoints / FINAL_WEIGHTS
     if not file.is_file():
         raise RunError(f"there is no checkpoint {file}" + ("; the run is not finished" if file != source else ""))
