@@ -124,7 +124,7 @@ def _train_as(rank: Rank, record: RunRecord, config: RunConfig, judge: Judge | N
 
 def load_decoder(source: Path) -> tuple[Decoder, RunConfig]:
     """The trained model of a finished run, or of one of a run's checkpoint files, on the CPU, and its config."""
-    run = source.resolve().parent.parent if source.suffix == ".ckpt" else source
+    run = checkpoint_file(source).resolve().parent.parent if source.suffix == ".ckpt" else source
     config = configs.load(RunConfig, run / "config.yaml")
     file = checkpoint_file(source)
     model = Decoder(config.model)
