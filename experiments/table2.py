@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from moepp.analysis.study import Claim, Study, StudyContext, StudyReport, Table
 
 if TYPE_CHECKING:
-    from moepp.models.decoder import DecoderConfig
+    from moepp.models.settings import DecoderConfig
 
 PAPER = {  # size -> (activated, total) as printed, in billions
     "0.6b": ("0.2", "0.6"),

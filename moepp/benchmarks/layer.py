@@ -17,10 +17,9 @@ import torch
 from tqdm import tqdm
 
 from moepp.benchmarks.peers import Forward, available
-from moepp.layers.balance import BalanceConfig, ffn_share
-from moepp.layers.experts import ExpertCounts
-from moepp.layers.moe import MoEConfig, MoELayer
+from moepp.layers.moe import MoELayer
 from moepp.layers.router import Routing
+from moepp.layers.settings import BalanceConfig, ExpertCounts, MoEConfig, ffn_share
 from moepp.records import write_json, write_text
 from moepp.training.provenance import collect
 from moepp.training.throughput import balanced_routing

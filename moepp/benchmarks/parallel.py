@@ -26,10 +26,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from moepp.benchmarks.layer import SETS, learned_like_routing
 from moepp.errors import RunError, UsageError
-from moepp.layers.balance import BalanceConfig, ffn_share
-from moepp.layers.experts import ExpertCounts
-from moepp.layers.moe import MoEConfig, MoELayer
+from moepp.layers.moe import MoELayer
 from moepp.layers.router import Routing
+from moepp.layers.settings import BalanceConfig, ExpertCounts, MoEConfig, ffn_share
 from moepp.records import write_json, write_text
 from moepp.strategies.dispatch import AllToAllDispatcher
 from moepp.strategies.groups import ExpertGroups

@@ -4,53 +4,11 @@ Shape suffixes: T tokens, K slots of a token, N all experts (FFN, constant, copy
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from moepp.layers.experts import ExpertCounts
-
-
-@dataclass
-class BalanceConfig:
-    """How the load is balanced. `tau` in (0, 1] is the weight of a zero-computation expert against 1 for an FFN
-    expert; docs/methods.md says which keys make which published method.
-    """
-
-    tau: float = 0.75
-    beta: float = 0.01
-    form: Literal["paper", "switch", "null_averaged", "grouped"] = "switch"
-    expected_ffn: float | None = None  # FFN experts per token that `grouped`, `longcat` and `remoe` aim at
-    z_loss: float = 0.0  # weight of the mean squared log-sum-exp of the logits
-    entropy_loss: float = 0.0  # weight of the router's mean entropy
-    control: Literal["loss_free", "longcat", "remoe"] | None = None  # acts beside the gradient, see control.py
-    control_rate: float = 1e-3
-    control_decay: float = 1.0  # factor on a bias's rate after every optimizer step
-
-    def __post_init__(self) -> None:
-        if not 0 < self.tau <= 1:
-            raise ValueError(f"balance.tau={self.tau} must lie in (0, 1]")
-        for name in ("beta", "z_loss", "entropy_loss", "control_rate"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"balance.{name}={getattr(self, name)} must not be negative")
-        if not 0 < self.control_decay <= 1:
-            raise ValueError(f"balance.control_decay={self.control_decay} must lie in (0, 1]")
-        if self.aims_at_expected_ffn and not (self.expected_ffn and self.expected_ffn > 0):
-            user = self.control if self.control in ("longcat", "remoe") else self.form
-            raise ValueError(f"balance.expected_ffn={self.expected_ffn}: {user} aims at it, set it above 0")
-
-    @property
-    def aims_at_expected_ffn(self) -> bool:
-        return self.form == "grouped" or self.control in ("longcat", "remoe")
-
-
-def ffn_share(counts: ExpertCounts, tau: float) -> float:
-    """The share of all routed slots that a balanced layer sends to FFN experts: tau N_FFN / (tau N_FFN + N_ZC) (Table
-    1).
-    """
-    return tau * counts.ffn / (tau * counts.ffn + counts.zero_computation)
+from moepp.layers.settings import BalanceConfig, ExpertCounts
 
 
 def load_targets(counts: ExpertCounts, tau: float) -> Tensor:

@@ -7,8 +7,8 @@ its micro-batches and devices. Shape suffixes: N all experts.
 import torch
 from torch import Tensor, nn
 
-from moepp.layers.balance import BalanceConfig, load_targets
-from moepp.layers.experts import ExpertCounts
+from moepp.layers.balance import load_targets
+from moepp.layers.settings import BalanceConfig, ExpertCounts
 
 
 class SelectionBias(nn.Module):

@@ -11,17 +11,17 @@ Shape suffixes as in experts.py; W devices that share a batch, N all experts.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from moepp.layers.kernels import grouped, sorted_rows, triton_experts
+from moepp.layers.settings import Backend
 
 if TYPE_CHECKING:
     from moepp.layers.experts import Affine
 
-Backend = Literal["auto", "sorted", "grouped", "triton"]
 BACKENDS = {"sorted": sorted_rows.dispatch, "grouped": grouped.dispatch, "triton": triton_experts.dispatch}
 TRACEABLE = ("grouped",)  # the others leave torch.compile's graph: host-side sizes, kernels of their own
 

@@ -11,37 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moepp.layers.dispatch import Backend, LocalDispatcher, SlotCounts
-
-
-@dataclass
-class ExpertCounts:
-    """How many experts of each type a layer has. All three zero-computation counts at 0 is a vanilla MoE."""
-
-    ffn: int = 8
-    zero: int = 1
-    copy: int = 1
-    constant: int = 2
-    shared: int = 0  # FFN experts that every token passes, outside routing (DeepSeekMoE); not in `total`
-
-    def __post_init__(self) -> None:
-        for name in ("ffn", "zero", "copy", "constant", "shared"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"experts.{name}={getattr(self, name)} must not be negative")
-        if self.ffn < 1:
-            raise ValueError("experts.ffn must be at least 1")
-
-    @property
-    def zero_computation(self) -> int:
-        return self.zero + self.copy + self.constant
-
-    @property
-    def total(self) -> int:
-        return self.ffn + self.zero_computation
-
-    def kinds(self) -> list[str]:
-        """The type of every expert, in expert order."""
-        return ["ffn"] * self.ffn + ["constant"] * self.constant + ["copy"] * self.copy + ["zero"] * self.zero
+from moepp.layers.dispatch import LocalDispatcher, SlotCounts
+from moepp.layers.settings import Backend, ExpertCounts
 
 
 @dataclass

@@ -5,14 +5,13 @@ Shape suffixes: B batch, S sequence, T = B*S tokens, K slots of a token (top-k),
 constant, copy, zero), W devices that share a batch.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moepp.layers.balance import (
-    BalanceConfig,
     accepted_counts,
     accepted_slots,
     capacities,
@@ -22,108 +21,19 @@ from moepp.layers.balance import (
 )
 from moepp.layers.control import SelectionBias, SparsityControl, build_control
 from moepp.layers.dense import DenseFFN
-from moepp.layers.dispatch import Backend, SlotCounts
-from moepp.layers.experts import Affine, ExpertCounts, FFNExperts, ZeroComputationExperts
+from moepp.layers.dispatch import SlotCounts
+from moepp.layers.experts import Affine, FFNExperts, ZeroComputationExperts
 from moepp.layers.rival_routers import RecurrentRouter, SharedNullRouter
 from moepp.layers.router import (
-    GateForm,
     Router,
-    RouterForm,
     Routing,
-    SelectionForm,
     form_gates,
     normalize_logits,
     select_positive,
     select_top_k,
     select_top_p,
 )
-
-
-@dataclass
-class MoEConfig:
-    """One MoE++ layer, or that of another method: docs/methods.md says which keys make which."""
-
-    dim: int = 128
-    hidden: int = 256  # of each FFN expert; a SwiGLU expert has 3 * dim * hidden parameters
-    experts: ExpertCounts = field(default_factory=ExpertCounts)
-    selection: SelectionForm = "top_k"  # top_p and relu choose a variable number of experts
-    top_k: int = 2
-    top_p: float = 0.4  # cumulative probability that selection=top_p reaches
-    gate: GateForm = "released"
-    logits_norm: float | None = None  # std to which a token's logits are scaled before the softmax; released 7B: 1.0
-    gating_residual: bool = True
-    balance: BalanceConfig = field(default_factory=BalanceConfig)
-    capacity_factor: float | None = 1.1  # in training only; null is dropless
-    router: RouterForm = "linear"
-    router_width: int = 128  # of the recurrent router's state
-    multiply_by_top_k: bool = False  # experts see top_k * x, as released code does without its no_mul_topk flag
-    backend: Backend = "auto"  # kernel of the FFN experts; changes speed and rounding, nothing else
-
-    def __post_init__(self) -> None:
-        experts = self.experts
-        if not 1 <= self.top_k <= experts.total:
-            raise ValueError(
-                f"top_k={self.top_k} must lie between 1 and the {experts.total} experts (ffn {experts.ffn}, "
-                f"constant {experts.constant}, copy {experts.copy}, zero {experts.zero})"
-            )
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
-        if self.capacity_factor is not None and self.capacity_factor <= 0:
-            raise ValueError(f"capacity_factor={self.capacity_factor} must be positive, or null for dropless")
-        if self.logits_norm is not None and self.logits_norm <= 0:
-            raise ValueError(f"logits_norm={self.logits_norm} must be positive, or null for plain logits")
-        if self.router_width < 1:
-            raise ValueError(f"router_width={self.router_width} must be at least 1")
-        for impossible, reason in _conflicts(self):
-            if impossible:
-                raise ValueError(reason)
-
-
-def _conflicts(config: MoEConfig) -> list[tuple[bool, str]]:
-    """Every pair of keys that cannot go together: whether it does, and what to change."""
-    experts, balance = config.experts, config.balance
-    variable, shared_null = config.selection != "top_k", config.router == "shared_null"
-    no_zero_computation = experts.zero_computation == 0
-    return [
-        (
-            config.gating_residual and config.router in ("shared_null", "recurrent"),
-            f"router={config.router} carries no logits from layer to layer: set gating_residual=false",
-        ),
-        (shared_null and not experts.zero, "router=shared_null needs null experts: set experts.zero above 0"),
-        (
-            config.capacity_factor is not None and (variable or shared_null),
-            f"{'selection=' + config.selection if variable else 'router=shared_null'} gives experts no fixed share of"
-            " slots, so Eq. 8 gives no capacity: set capacity_factor=null",
-        ),
-        (
-            balance.form in ("null_averaged", "grouped") and no_zero_computation,
-            f"balance.form={balance.form} needs zero-computation experts: set experts.zero, copy or constant above 0",
-        ),
-        (
-            balance.control == "longcat" and no_zero_computation,
-            "balance.control=longcat needs zero-computation experts: set experts.zero, copy or constant above 0",
-        ),
-        (
-            balance.control in ("loss_free", "longcat") and variable,
-            f"balance.control={balance.control} biases a top-k choice: set selection=top_k",
-        ),
-        (
-            balance.form == "grouped" and variable,
-            "balance.form=grouped shares out a fixed number of slots: set selection=top_k",
-        ),
-        (
-            balance.aims_at_expected_ffn and not variable and balance.expected_ffn >= config.top_k,
-            f"balance.expected_ffn={balance.expected_ffn} must be less than top_k={config.top_k}",
-        ),
-        (
-            balance.control == "remoe" and config.selection != "relu",
-            "balance.control=remoe steers how many ReLU scores are positive: set selection=relu",
-        ),
-        (
-            config.selection == "relu" and balance.entropy_loss > 0,
-            "selection=relu has no probabilities: set balance.entropy_loss=0",
-        ),
-    ]
+from moepp.layers.settings import MoEConfig
 
 
 @dataclass

@@ -4,15 +4,12 @@ Shape suffixes: T tokens, K slots of a token, D model width, N all experts (FFN,
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-GateForm = Literal["released", "softmax", "renormalized"]
-RouterForm = Literal["linear", "two_layer", "shared_null", "recurrent"]
-SelectionForm = Literal["top_k", "top_p", "relu"]
+from moepp.layers.settings import GateForm, RouterForm
 
 
 class Router(nn.Module):

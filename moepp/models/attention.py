@@ -5,13 +5,12 @@ width.
 """
 
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-AttentionKernel = Literal["fused", "plain"]
+from moepp.models.settings import AttentionKernel
 
 
 class KeyValueCache:

@@ -3,9 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from moepp.layers.balance import ffn_share
-from moepp.layers.moe import MoEConfig
-from moepp.models.decoder import DecoderConfig
+from moepp.layers.settings import MoEConfig, ffn_share
+from moepp.models.settings import DecoderConfig
 
 
 def expected_ffn_per_token(config: MoEConfig) -> float:

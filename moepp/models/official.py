@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from moepp.errors import UsageError
-from moepp.layers.experts import ExpertCounts
 from moepp.layers.moe import MoELayer
-from moepp.models.attention import AttentionKernel
-from moepp.models.decoder import Block, Decoder, DecoderConfig
+from moepp.layers.settings import ExpertCounts
+from moepp.models.decoder import Block, Decoder
+from moepp.models.settings import AttentionKernel, DecoderConfig
 from moepp.models.weight_files import (
     CHECKPOINT_FILES,
     find_folder,

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moepp.layers.balance import selection_counts
-from moepp.layers.dispatch import Backend, LocalDispatcher, SlotCounts, compute_dtype
+from moepp.layers.dispatch import LocalDispatcher, SlotCounts, compute_dtype
 from moepp.layers.experts import Affine
+from moepp.layers.settings import Backend
 from moepp.strategies.groups import ExpertGroups
 from moepp.strategies.traffic import Traffic
 

@@ -1,6 +1,7 @@
 """Which share of this machine each of the trials that run at the same time may use."""
 
 import fcntl
+import glob
 import itertools
 import os
 import tempfile
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from moepp.training.settings import TrainerConfig
 
 Slot = dict[str, str]  # environment variables of a trial
+GPU_NODES = ("nvidia*", "nvhost*", "kfd", "dxg")  # in /dev; where there is none, torch need not be loaded to be asked
 
 
 def divide(workers: int, trainer: "TrainerConfig", one_share: bool = False) -> list[Slot]:
@@ -69,6 +71,8 @@ def _cores() -> int:
 
 def _gpus() -> list[str]:
     """The GPUs this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    if not any(glob.glob(f"/dev/{node}") for node in GPU_NODES):
+        return []
     import torch
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

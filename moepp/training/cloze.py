@@ -17,28 +17,14 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from moepp.training.settings import CLOZE_CHOICES
 from moepp.training.throughput import StepTimer
 
 if TYPE_CHECKING:
     from moepp.training.module import LanguageModel
     from moepp.training.tokens import TokenFiles
 
-CHOICES = 4
 CONTEXT, ANSWER = 32, 8  # tokens, less where a training sequence is short
-
-
-@dataclass
-class ClozeConfig:
-    """Held-out cloze questions at some of the validations: val/cloze_accuracy, val/cloze_bits_per_byte, and what they
-    took, perf/cloze_seconds; final/cloze_share is the sum of these over the time of all training steps.
-    """
-
-    points: int = 0  # how many validations, evenly spread over the schedule; 0: never
-    questions: int = 32
-
-    def __post_init__(self) -> None:
-        if self.points < 0 or self.questions < CHOICES:
-            raise ValueError(f"cloze.points must not be negative, and cloze.questions at least {CHOICES}")
 
 
 @dataclass(frozen=True)
@@ -59,9 +45,9 @@ def questions(tokens: "TokenFiles", seq_len: int, count: int) -> Questions:
     places_QL = starts_Q[:, None] + np.arange(length)
     ids_QL = torch.from_numpy(tokens.val[places_QL].astype(np.int64))
     bytes_QL = torch.from_numpy(tokens.val_lengths[places_QL].astype(np.int64))
-    ids_QCL = ids_QL[:, None].repeat(1, CHOICES, 1)
-    for choice in range(1, CHOICES):
-        ids_QCL[:, choice, -answer:] = ids_QL.roll(choice * count // CHOICES, 0)[:, -answer:]
+    ids_QCL = ids_QL[:, None].repeat(1, CLOZE_CHOICES, 1)
+    for choice in range(1, CLOZE_CHOICES):
+        ids_QCL[:, choice, -answer:] = ids_QL.roll(choice * count // CLOZE_CHOICES, 0)[:, -answer:]
     return Questions(ids_QCL, bytes_QL[:, -answer:].sum(1), answer)
 
 

@@ -1,7 +1,7 @@
 """What a run would take, from its config alone: nothing is read, tokenised or trained."""
 
 from moepp.models.budget import Budget, active_parameters, expected_ffn_per_token, forward_flops, parameters
-from moepp.models.decoder import DecoderConfig
+from moepp.models.settings import DecoderConfig
 from moepp.training.settings import RunConfig
 
 MFU = 0.3  # assumed share of the peak; mixtures of this size reach 0.15 (learned routing) to 0.4

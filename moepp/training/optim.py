@@ -1,35 +1,11 @@
 """AdamW and the learning-rate schedules."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
 
-
-@dataclass
-class OptimConfig:
-    """AdamW and its schedule, by optimizer steps. Paper, Table B: lr 5e-4 -> 5e-5, decay 0.1, clip 1.0; betas are not
-    stated there.
-    """
-
-    lr: float = 5e-4
-    final_lr_share: float = 0.1  # of lr, reached at the last step
-    schedule: Literal["cosine", "wsd"] = "cosine"
-    warmup_steps: int = 100
-    decay_share: float = 0.2  # wsd: share of all steps spent in the linear decay
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    grad_clip: float = 1.0  # global norm; 0 switches clipping off
-
-    def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise ValueError(f"optim.lr={self.lr} must be positive")
-        if not 0 < self.decay_share <= 1:
-            raise ValueError(f"optim.decay_share={self.decay_share} must lie in (0, 1]")
+from moepp.training.settings import OptimConfig
 
 
 def learning_rate_scale(step: int, steps: int, config: OptimConfig) -> float:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from moepp.layers.moe import MoEConfig, MoEStats
+from moepp.layers.moe import MoEStats
+from moepp.layers.settings import MoEConfig
 
 
 class RoutingStatistics(Metric):

@@ -5,11 +5,49 @@ from pathlib import Path
 from typing import Literal
 
 from moepp.config import identity
-from moepp.models.decoder import DecoderConfig
-from moepp.training.cloze import ClozeConfig
-from moepp.training.optim import OptimConfig
+from moepp.models.settings import DecoderConfig
 from moepp.training.tokens import DataConfig
 from moepp.training.tracking import TrackingConfig
+
+CLOZE_CHOICES = 4
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its schedule, by optimizer steps. Paper, Table B: lr 5e-4 -> 5e-5, decay 0.1, clip 1.0; betas are not
+    stated there.
+    """
+
+    lr: float = 5e-4
+    final_lr_share: float = 0.1  # of lr, reached at the last step
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    warmup_steps: int = 100
+    decay_share: float = 0.2  # wsd: share of all steps spent in the linear decay
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0  # global norm; 0 switches clipping off
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"optim.lr={self.lr} must be positive")
+        if not 0 < self.decay_share <= 1:
+            raise ValueError(f"optim.decay_share={self.decay_share} must lie in (0, 1]")
+
+
+@dataclass
+class ClozeConfig:
+    """Held-out cloze questions at some of the validations: val/cloze_accuracy, val/cloze_bits_per_byte, and what they
+    took, perf/cloze_seconds; final/cloze_share is the sum of these over the time of all training steps.
+    """
+
+    points: int = 0  # how many validations, evenly spread over the schedule; 0: never
+    questions: int = 32
+
+    def __post_init__(self) -> None:
+        if self.points < 0 or self.questions < CLOZE_CHOICES:
+            raise ValueError(f"cloze.points must not be negative, and cloze.questions at least {CLOZE_CHOICES}")
 
 
 @dataclass

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from moepp.layers.dense import DenseFFN
-from moepp.layers.moe import MoEConfig, MoELayer
+from moepp.layers.moe import MoELayer
 from moepp.layers.router import Routing
+from moepp.layers.settings import MoEConfig
 from moepp.models.budget import expected_ffn_per_token
 from moepp.models.decoder import Decoder
 

@@ -8,9 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moepp.benchmarks import peers
 from moepp.benchmarks.layer import SETS, LayerBenchmark, learned_like_routing, run
-from moepp.layers.balance import BalanceConfig, ffn_share
-from moepp.layers.experts import ExpertCounts
-from moepp.layers.moe import MoEConfig, MoELayer
+from moepp.layers.moe import MoELayer
+from moepp.layers.settings import BalanceConfig, ExpertCounts, MoEConfig, ffn_share
 
 CPU = torch.device("cpu")
 

@@ -5,8 +5,9 @@ import torch
 from moepp.errors import UsageError
 from moepp.evaluation import routing
 from moepp.evaluation.texts import Text
-from moepp.layers.experts import ExpertCounts
-from moepp.models.decoder import Decoder, DecoderConfig
+from moepp.layers.settings import ExpertCounts
+from moepp.models.decoder import Decoder
+from moepp.models.settings import DecoderConfig
 
 END, CONTEXT = 0, 16
 

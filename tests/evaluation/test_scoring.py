@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from moepp.evaluation.scoring import Window, batches, log_likelihoods, windows
-from moepp.layers.experts import ExpertCounts
-from moepp.models.decoder import Decoder, DecoderConfig
+from moepp.layers.settings import ExpertCounts
+from moepp.models.decoder import Decoder
+from moepp.models.settings import DecoderConfig
 
 CPU = torch.device("cpu")
 

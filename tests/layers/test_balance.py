@@ -2,16 +2,14 @@ import pytest
 import torch
 
 from moepp.layers.balance import (
-    BalanceConfig,
     accepted_counts,
     accepted_slots,
     capacities,
     combine_layers,
-    ffn_share,
     load_balance_loss,
     selection_counts,
 )
-from moepp.layers.experts import ExpertCounts
+from moepp.layers.settings import BalanceConfig, ExpertCounts, ffn_share
 
 COUNTS = ExpertCounts(ffn=8, zero=1, copy=1, constant=2)
 

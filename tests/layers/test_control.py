@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from moepp.layers.balance import BalanceConfig, ffn_share, load_targets
+from moepp.layers.balance import load_targets
 from moepp.layers.control import SelectionBias, SparsityControl, build_control
-from moepp.layers.experts import ExpertCounts
+from moepp.layers.settings import BalanceConfig, ExpertCounts, ffn_share
 
 COUNTS = ExpertCounts(ffn=2, zero=0, copy=1, constant=0)
 

@@ -12,10 +12,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moepp.layers.dispatch import BACKENDS, LocalDispatcher, choose_backend
-from moepp.layers.experts import Affine, ExpertCounts
+from moepp.layers.experts import Affine
 from moepp.layers.kernels import triton_experts
 from moepp.layers.kernels.grouped import BackendError, plan_slots
-from moepp.layers.moe import MoEConfig, MoELayer
+from moepp.layers.moe import MoELayer
+from moepp.layers.settings import ExpertCounts, MoEConfig
 
 GPU = torch.cuda.is_available()
 

@@ -6,9 +6,8 @@ import torch
 from torch import nn
 
 from moepp.config import compose
-from moepp.layers.balance import BalanceConfig
-from moepp.layers.experts import ExpertCounts
-from moepp.layers.moe import MoEConfig, MoELayer
+from moepp.layers.moe import MoELayer
+from moepp.layers.settings import BalanceConfig, ExpertCounts, MoEConfig
 from moepp.training.settings import RunConfig
 
 TOKENS = 23

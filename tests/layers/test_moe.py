@@ -5,9 +5,8 @@ import reference
 import torch
 from torch import nn
 
-from moepp.layers.balance import BalanceConfig
-from moepp.layers.experts import ExpertCounts
-from moepp.layers.moe import MoEConfig, MoELayer
+from moepp.layers.moe import MoELayer
+from moepp.layers.settings import BalanceConfig, ExpertCounts, MoEConfig
 
 TOKENS, DIM = 17, 6
 KINDS = [ExpertCounts(ffn=4, zero=z, copy=p, constant=c) for z, p, c in itertools.product((0, 1), (0, 1), (0, 2))]

@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from moepp.config import compose
-from moepp.layers.experts import ExpertCounts
+from moepp.layers.settings import ExpertCounts
 from moepp.models.budget import active_parameters, expected_ffn_per_token, forward_flops, parameters
-from moepp.models.decoder import Decoder, DecoderConfig
+from moepp.models.decoder import Decoder
+from moepp.models.settings import DecoderConfig
 from moepp.training.settings import RunConfig
 
 # Table 2 with a vocabulary of 65,536 and untied embeddings, in billions: total, activated with and without the input

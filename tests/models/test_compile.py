@@ -3,8 +3,9 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from moepp.layers.experts import ExpertCounts
-from moepp.models.decoder import Decoder, DecoderConfig
+from moepp.layers.settings import ExpertCounts
+from moepp.models.decoder import Decoder
+from moepp.models.settings import DecoderConfig
 
 BATCHES = 3  # each routes otherwise, so a graph that depends on the sizes would be compiled again
 

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from moepp.layers.balance import BalanceConfig
-from moepp.layers.experts import ExpertCounts
-from moepp.models.decoder import Decoder, DecoderConfig
+from moepp.layers.settings import BalanceConfig, ExpertCounts
+from moepp.models.decoder import Decoder
+from moepp.models.settings import DecoderConfig
 
 SMALL = {"dim": 32, "hidden": 24, "layers": 3, "heads": 4, "vocab_size": 61, "experts": ExpertCounts(ffn=4)}
 

@@ -9,9 +9,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from moepp.errors import UsageError
-from moepp.layers.experts import ExpertCounts
-from moepp.models.decoder import Decoder, DecoderConfig
+from moepp.layers.settings import ExpertCounts
+from moepp.models.decoder import Decoder
 from moepp.models.official import load_official, official_tensors, save_official
+from moepp.models.settings import DecoderConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FOLDERS = ["released_7b_flags", "plain_softmax", "mixtral_gating", "two_layer_gate_mul_topk"]

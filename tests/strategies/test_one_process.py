@@ -17,7 +17,8 @@ from moepp.config import CONF
 from moepp.errors import UsageError
 from moepp.layers.dispatch import SlotCounts
 from moepp.layers.experts import FFNExperts
-from moepp.models.decoder import Decoder, DecoderConfig
+from moepp.models.decoder import Decoder
+from moepp.models.settings import DecoderConfig
 from moepp.strategies import (
     ExpertParallelFSDPStrategy,
     ExpertParallelStrategy,

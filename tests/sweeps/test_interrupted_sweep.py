@@ -1,4 +1,4 @@
-"""Real trials, killed: the table of a sweep that died is the table of one that did not."""
+"""A real trial, killed with its sweep: its scores are those of a run that nobody disturbed."""
 
 import os
 import signal
@@ -16,19 +16,19 @@ from moepp.training.settings import RunConfig
 
 SWEEP = """
 name: toy
-question: Does the zero expert matter?
+question: What does it reach?
 base: [size=smoke, tracking=jsonl, trainer.expert_timing=false, trainer.val_every=30, trainer.log_every=1,
        trainer.steps=90, trainer.checkpoint_every=20, data=tokens]
 scales: {smoke: {set: []}}
-baseline: vanilla
-arms: {vanilla: [model=vanilla], moepp: []}
+baseline: moepp
+arms: {moepp: []}
 seeds: [0]
 """
 SCRIPT = """
 import sys
 from moepp.sweeps.runner import run_sweep
 from moepp.sweeps.spec import load_sweep
-run_sweep(load_sweep(sys.argv[1]), "smoke", workers=2, extra=sys.argv[2:], progress=False)
+run_sweep(load_sweep(sys.argv[1]), "smoke", workers=1, extra=sys.argv[2:], progress=False)
 """
 
 
@@ -60,9 +60,8 @@ def test_a_sweep_killed_again_and_again_ends_as_an_undisturbed_one(start, tmp_pa
         assert not list((tmp_path / "cut").glob("toy-smoke/*/done"))
     assert start(tmp_path / "cut").wait(timeout=120) == 0
     directory = tmp_path / "cut" / "toy-smoke"
-    trials = [directory / trial["path"] for trial in read_json(directory / "sweep.json")["trials"]]
-    assert len(trials) == 2 and {RunRecord(trial).status for trial in trials} == {"done"}
-    for trial in trials:
-        undisturbed = train(load(RunConfig, trial / "config.yaml"), tmp_path / "whole" / trial.name)
-        for name in ("val_loss", "val_bits_per_byte"):
-            assert undisturbed.final()[name] == RunRecord(trial).final()[name]
+    [trial] = [directory / trial["path"] for trial in read_json(directory / "sweep.json")["trials"]]
+    assert RunRecord(trial).status == "done"
+    undisturbed = train(load(RunConfig, trial / "config.yaml"), tmp_path / "whole")
+    for name in ("val_loss", "val_bits_per_byte"):
+        assert undisturbed.final()[name] == RunRecord(trial).final()[name]

@@ -112,6 +112,14 @@ def test_a_run_that_falls_behind_stops_at_its_rung(plan):
     assert (status.state, status.step) == ("pruned", 10) and "number 2 of 2" in status.note
 
 
+def test_ranks_stop_at_the_same_rung_by_the_verdict_of_one(plan, overrides):
+    _, directory, rival = plan
+    rival("better_later", {5: 99.0, 10: 0.0})
+    config = freeze(compose(RunConfig, [*overrides, "strategy=ddp", "trainer.devices=2", "strategy.timeout_s=20"]))
+    record = train(config, directory, Judge.of(directory))  # a rank that went on alone would wait until the timeout
+    assert record.status == "pruned" and record.read("pruned.json")["step"] == record.metrics()[-1]["step"] == 10
+
+
 def test_a_run_among_the_best_is_the_run_without_a_pruner(plan, tmp_path):
     config, directory, rival = plan
     rival("worse", {5: 99.0, 10: 99.0})

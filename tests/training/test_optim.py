@@ -3,9 +3,11 @@ from itertools import pairwise
 import pytest
 import torch
 
-from moepp.layers.experts import ExpertCounts
-from moepp.models.decoder import Decoder, DecoderConfig
-from moepp.training.optim import OptimConfig, build_optimizer, learning_rate_scale
+from moepp.layers.settings import ExpertCounts
+from moepp.models.decoder import Decoder
+from moepp.models.settings import DecoderConfig
+from moepp.training.optim import build_optimizer, learning_rate_scale
+from moepp.training.settings import OptimConfig
 
 
 def scales(steps=100, **changes):

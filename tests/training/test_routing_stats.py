@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from moepp.layers.experts import ExpertCounts
-from moepp.layers.moe import MoEConfig, MoEStats
+from moepp.layers.moe import MoEStats
+from moepp.layers.settings import ExpertCounts, MoEConfig
 from moepp.training.routing_stats import RoutingStatistics
 
 CONFIG = MoEConfig(experts=ExpertCounts(ffn=2, zero=1, copy=1, constant=0))
