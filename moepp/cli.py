@@ -172,8 +172,11 @@ def _train(options: argparse.Namespace) -> None:
 
         print("\n".join(estimate(config)))
         return
-    from moepp.training.ranks import Rank
-    from moepp.training.run import freeze, train
+    from moepp.process import no_collections
+
+    with no_collections():
+        from moepp.training.ranks import Rank
+        from moepp.training.run import freeze, train
 
     config = freeze(config)
     directory = run_directory(config)

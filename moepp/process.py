@@ -1,6 +1,7 @@
 """Child processes (workers, trials of a sweep, ranks of a run): given what is theirs, never outliving their parent."""
 
 import ctypes
+import gc
 import os
 import signal
 import subprocess
@@ -65,6 +66,19 @@ def start(command: Sequence[str], log: Path, environment: Mapping[str, str], sho
             )
         except OSError as error:
             raise RunError(f"cannot start {command[0]}: {reason(error)}") from error
+
+
+@contextmanager
+def no_collections() -> Iterator[None]:
+    """For large imports: what they make stays, and to look for garbage in it again and again takes a quarter of their
+    time. Later collections pass over it, too.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def die_with_parent() -> None:

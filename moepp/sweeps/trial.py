@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from moepp.errors import DiskFull, RunError
-from moepp.process import die_with_parent
+from moepp.process import die_with_parent, no_collections
 from moepp.records import RunRecord
 from moepp.sweeps.leases import NO_LEASE, end_without_lease
 
@@ -21,11 +21,12 @@ def run_trial(path: Path) -> None:
     """
     die_with_parent()
     stale = end_without_lease()
-    from moepp.config import load
-    from moepp.sweeps.pruning import Judge
-    from moepp.training.ranks import Rank
-    from moepp.training.run import train
-    from moepp.training.settings import RunConfig, run_directory
+    with no_collections():
+        from moepp.config import load
+        from moepp.sweeps.pruning import Judge
+        from moepp.training.ranks import Rank
+        from moepp.training.run import train
+        from moepp.training.settings import RunConfig, run_directory
 
     config, folder = load(RunConfig, path), path.parent
     if not Rank.here().started_by and run_directory(config).name != folder.resolve().name:

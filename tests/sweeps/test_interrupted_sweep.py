@@ -18,7 +18,7 @@ SWEEP = """
 name: toy
 question: What does it reach?
 base: [size=smoke, tracking=jsonl, trainer.expert_timing=false, trainer.val_every=30, trainer.log_every=1,
-       trainer.steps=90, trainer.checkpoint_every=20, data=tokens]
+       trainer.steps=90, trainer.checkpoint_every=20, trainer.threads=1, data=tokens]
 scales: {smoke: {set: []}}
 baseline: moepp
 arms: {moepp: []}

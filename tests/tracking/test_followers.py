@@ -1,0 +1,104 @@
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from mirrored import log, make_sweep, run_of, steps_in_store
+
+from moepp.records import RunRecord
+from moepp.training.follower import Follower
+from moepp.training.tracking import Mirror, TrackingConfig, follow, sync_all
+
+
+def test_following_mirrors_to_the_end_and_marks_what_was_cut_short(record, runs):
+    with follow(Mirror(record, TrackingConfig(), runs)):
+        log(record, 1, 3)
+    assert steps_in_store(record, runs) == [1, 2, 3]
+    assert run_of(record, runs).info.status == "KILLED"
+
+
+TRAIN_AND_HANG = """
+import sys, time
+from pathlib import Path
+from moepp.records import RunRecord
+from moepp.training.follower import followed
+from moepp.training.tracking import TrackingConfig
+record, runs = sys.argv[1:]
+with followed(Path(record), TrackingConfig(), runs):
+    for step in (1, 2, 3):
+        RunRecord(record).log(step, {"train/loss": 1.0 / step})
+    print("logged", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_the_follower_of_a_killed_run_mirrors_its_last_steps_and_says_that_it_ended(record, runs):
+    run = subprocess.Popen([sys.executable, "-c", TRAIN_AND_HANG, record.path, runs], stdout=subprocess.PIPE)
+    assert run.stdout.readline() == b"logged\n"
+    run.kill()
+    run.communicate()  # returns when the follower, which shares the pipe, has left
+    assert steps_in_store(record, runs) == [1, 2, 3]
+    assert run_of(record, runs).info.status == "KILLED"
+
+
+RUN_SWEEP = """
+import sys
+runs, tests = sys.argv[1:]
+sys.path.insert(0, tests)
+from run_fake_sweep import FAKE_TRIAL, no_preparation, run_sweep, sweep, tokens
+from moepp.training import tracking
+from moepp.sweeps import runner
+def start(*arguments, real=runner.Follower, **options):
+    follower = real(*arguments, **options)
+    print("followed", flush=True)
+    return follower
+runner.Follower, tokens.prepare, tracking.SECONDS_BETWEEN_PASSES = start, no_preparation, 0.1
+options = [f"runs={runs}", "trainer.steps=5000", "tracking=mlflow"]
+run_sweep(sweep(), "smoke", 2, options, progress=False, command=FAKE_TRIAL)
+"""
+
+
+def test_the_runs_of_a_killed_worker_of_a_sweep_are_killed_in_mlflow(runs):
+    """With the worker die its trials, by the kernel's hand; what mirrors them lives on to say so."""
+    tests = Path(__file__).parents[1] / "sweeps"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "SECONDS_PER_STEP": "0.05"}
+    worker = subprocess.Popen([sys.executable, "-c", RUN_SWEEP, runs, tests], env=environment, stdout=subprocess.PIPE)
+    directory = runs / "toy-smoke"
+    try:
+        assert worker.stdout.readline() == b"followed\n"
+        while len(list(directory.glob("*/metrics.jsonl"))) < 2 and worker.poll() is None:
+            time.sleep(0.02)
+    finally:
+        worker.kill()
+    worker.communicate()  # returns when the follower, which shares the pipe, has left
+    trials = [RunRecord(path.parent) for path in directory.glob("*/metrics.jsonl")]
+    assert [run_of(record, runs).info.status for record in (*trials, RunRecord(directory))] == ["KILLED"] * 3
+    for record in trials:
+        assert steps_in_store(record, runs) == [line["step"] for line in record.metrics()]
+
+
+def test_a_follower_takes_the_word_of_its_end_and_leaves_a_sweep_with_true_statuses(runs):
+    directory = make_sweep(runs, "sweep-followed")
+    (directory / "bbbb" / "done").unlink()
+    with RunRecord(directory / "bbbb").lock():  # another worker's
+        follower = Follower(directory, TrackingConfig(), runs, folder=True)
+        follower.end()
+        while not follower.gone:  # on a busy machine it goes on by itself
+            time.sleep(0.1)
+    statuses = [run_of(RunRecord(directory / name), runs).info.status for name in ("", "aaaa", "bbbb")]
+    assert statuses == ["RUNNING", "FINISHED", "RUNNING"]
+
+
+def test_sync_tells_runs_that_are_trained_from_those_that_were_left(tmp_path):
+    directory = make_sweep(tmp_path, "sweep")
+    for trial in ("aaaa", "bbbb"):
+        (directory / trial / "done").unlink()
+
+    def statuses():
+        sync_all(tmp_path, TrackingConfig())
+        return [run_of(RunRecord(directory / name), tmp_path).info.status for name in ("", "aaaa", "bbbb")]
+
+    with RunRecord(directory / "bbbb").lock():
+        assert statuses() == ["RUNNING", "KILLED", "RUNNING"]
+    assert statuses() == ["KILLED", "KILLED", "KILLED"]

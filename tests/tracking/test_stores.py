@@ -1,0 +1,55 @@
+import subprocess
+import sys
+import time
+
+import pytest
+
+from moepp.errors import UsageError
+from moepp.training import mlflow_store
+from moepp.training.tracking import Mirror, TrackingConfig, sync_all
+
+
+def test_the_store_is_that_of_the_config_then_the_environment_then_the_runs_folder(runs, monkeypatch):
+    assert mlflow_store.store_uri(TrackingConfig(), runs) == f"sqlite:///{runs}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker:5000")
+    assert mlflow_store.store_uri(TrackingConfig(), runs) == "http://tracker:5000"
+    assert mlflow_store.store_uri(TrackingConfig(uri="sqlite:///a.db"), runs) == "sqlite:///a.db"
+
+
+@pytest.mark.parametrize("uri", ["mlruns", "file:./mlruns", "file:///tmp/mlruns"])
+def test_a_folder_as_a_store_is_refused(record, runs, uri):
+    with pytest.raises(UsageError, match=r"tracking\.uri=sqlite:///"):
+        Mirror(record, TrackingConfig(uri=uri), runs)
+
+
+def test_sync_without_a_tracker_says_so(runs):
+    with pytest.raises(UsageError, match=r"tracking\.backend=mlflow"):
+        sync_all(runs, TrackingConfig(backend="jsonl"))
+
+
+CREATE_STORE = """
+import sys
+from moepp.training.tracking import TrackingConfig
+assert not {"mlflow", "torch", "lightning"} & set(sys.modules)
+import mlflow
+from moepp.training.mlflow_store import connect
+sys.stdin.readline()
+print(connect(TrackingConfig(), sys.argv[1])[1])
+"""
+
+
+def test_processes_that_start_at_once_create_one_store_without_chatter(tmp_path):
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", CREATE_STORE, str(tmp_path)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    time.sleep(3)  # until all have imported mlflow, so that they really meet
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    outputs = [process.communicate() for process in processes]
+    assert outputs == [outputs[0]] * 2
+    assert outputs[0][0].strip().isdigit() and outputs[0][1] == ""
