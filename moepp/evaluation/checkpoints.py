@@ -16,9 +16,10 @@ from moepp.models.official import load_official
 from moepp.models.weight_files import find_weights, read_json
 from moepp.records import digest_of
 from moepp.training.initial import checkpoint_file
-from moepp.training.run import autocast_of, load_decoder
+from moepp.training.throughput import autocast_of
 from moepp.training.tokenizer import end_of_text, load_tokenizer
 from moepp.training.tokens import DataConfig, TokenFiles, prepare
+from moepp.training.weights import load_decoder
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def _step(config: "RunConfig") -> Callable[[], None]:
 
     from moepp.training.module import LanguageModel
     from moepp.training.optim import build_optimizer
-    from moepp.training.run import autocast_of
+    from moepp.training.throughput import autocast_of
 
     gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")

@@ -26,9 +26,9 @@ def time_arms(directory: Path, repeats: int = 15) -> dict[str, Any]:
     import torch
 
     from moepp.training.provenance import collect
-    from moepp.training.run import autocast_of, load_decoder, validation_ids
-    from moepp.training.throughput import expert_forward_times
+    from moepp.training.throughput import autocast_of, expert_forward_times, validation_ids
     from moepp.training.tokens import prepare
+    from moepp.training.weights import load_decoder
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(len(os.sched_getaffinity(0)))

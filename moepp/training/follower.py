@@ -70,7 +70,7 @@ def followed(directory: Path, tracking: TrackingConfig, runs: Path | str) -> Ite
 
 
 def main() -> None:
-    os.nice(NICE)
+    _yield_cores()
     for number in (signal.SIGINT, *STOP_SIGNALS):  # the end of the run ends this process too, after the last pass
         signal.signal(number, signal.SIG_IGN)
     about = json.loads(sys.stdin.readline())
@@ -80,6 +80,14 @@ def main() -> None:
     with follow(mirror, PATIENCE):
         if not sys.stdin.read():  # killed without a word, and its children are about to be
             _outlast(mirror)
+
+
+def _yield_cores() -> None:
+    os.nice(NICE)
+    with suppress(
+        OSError
+    ):  # where Linux shares cores among sessions, of which this process has its own, nice is not heard
+        Path("/proc/self/autogroup").write_text(str(NICE))
 
 
 def _outlast(mirror: Mirror | FolderMirror) -> None:

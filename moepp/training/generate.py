@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 from moepp.errors import UsageError
-from moepp.training.run import load_decoder
 from moepp.training.tokens import prepare
+from moepp.training.weights import load_decoder
 
 
 def continue_text(directory: Path, prompt: str, tokens: int, temperature: float, seed: int) -> str:

@@ -8,8 +8,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -20,13 +19,12 @@ from moepp import config as configs
 from moepp.errors import Interrupted, PeerLost, RunError, UsageError
 from moepp.layers.kernels.grouped import BackendError
 from moepp.models.budget import Budget, active_parameters, forward_flops
-from moepp.models.decoder import Decoder
-from moepp.records import RunRecord, UnreadableRecord, digest_of, write_json
+from moepp.records import RunRecord, UnreadableRecord, write_json
 from moepp.strategies import make_strategy
 from moepp.training.callbacks import MetricsReporter, ResumeCheckpoint, remove, resume_points, save_whole, step_of
 from moepp.training.cloze import ClozeScorer
 from moepp.training.data import TokenDataModule
-from moepp.training.initial import FINAL_WEIGHTS, checkpoint_file, initial_file, initial_weights
+from moepp.training.initial import FINAL_WEIGHTS, initial_weights
 from moepp.training.launch import SECONDS_TO_ARRIVE, launch
 from moepp.training.module import LanguageModel
 from moepp.training.provenance import collect, continued
@@ -34,10 +32,9 @@ from moepp.training.pruning import Judge, Pruning
 from moepp.training.ranks import Rank, from_rank_zero, is_lost_connection, process_group
 from moepp.training.record_logger import RecordLogger
 from moepp.training.settings import RunConfig
-from moepp.training.throughput import expert_forward_times
+from moepp.training.throughput import autocast_of, expert_forward_times, validation_ids
 from moepp.training.tokens import TokenFiles, prepare
-
-TIMED_TOKENS = 4096  # in one expert-forward measurement
+from moepp.training.weights import DamagedCheckpoint, begin_from, load_checkpoint
 
 
 def freeze(config: RunConfig) -> RunConfig:
@@ -122,46 +119,6 @@ def _train_as(rank: Rank, record: RunRecord, config: RunConfig, judge: Judge | N
         raise
 
 
-def load_decoder(source: Path) -> tuple[Decoder, RunConfig]:
-    """The trained model of a finished run, or of one of a run's checkpoint files, on the CPU, and its config."""
-    run = checkpoint_file(source).resolve().parent.parent if source.suffix == ".ckpt" else source
-    config = configs.load(RunConfig, run / "config.yaml")
-    file = checkpoint_file(source)
-    model = Decoder(config.model)
-    model.load_state_dict(_weights(file))
-    return model.eval(), config
-
-
-def _begin_from(config: RunConfig, model: Decoder) -> None:
-    """Gives the model the weights of `init_from`, whole and before any strategy takes its part of them. Raises
-    UsageError where they do not fit or have changed since the run was frozen.
-    """
-    file = initial_file(config.init_from)
-    if digest_of(file) != config.init_weights.get("digest"):
-        raise UsageError(f"init_from={config.init_from}: {file} has changed since this run was frozen")
-    found, wanted = _weights(file), model.state_dict()
-    for name in sorted(found.keys() | wanted.keys()):
-        shapes = [tuple(state[name].shape) if name in state else "none" for state in (found, wanted)]
-        if shapes[0] != shapes[1]:
-            raise UsageError(
-                f"init_from={config.init_from} does not fit: {name} is {shapes[0]} there, {shapes[1]} here"
-            )
-    model.load_state_dict(found)
-
-
-def _weights(file: Path) -> dict[str, torch.Tensor]:
-    """The decoder's state, without what else a checkpoint holds."""
-    state = _load_checkpoint(file)["state_dict"]
-    return {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
-
-
-def autocast_of(config: RunConfig, device: torch.device) -> Callable[[], AbstractContextManager]:
-    """The precision context in which a run's forward passes are computed."""
-    if config.trainer.precision == "bf16-mixed":
-        return lambda: torch.autocast(device.type, torch.bfloat16)
-    return nullcontext
-
-
 def _open_record(record: RunRecord, config: RunConfig) -> None:
     tokens = config.trainer.steps * config.data.batch_size * config.data.seq_len
     configs.save(config, record.path / "config.yaml")
@@ -181,7 +138,7 @@ def _train(record: RunRecord, config: RunConfig, rank: Rank, judge: Judge | None
     data = TokenDataModule(config.data, config.seed, config.trainer.accumulate)
     trainer = _trainer(record, config, rank, judge)
     if config.init_from and resume is None:
-        _begin_from(config, module.model)
+        begin_from(config, module.model)
     trainer.fit(module, data, ckpt_path=resume and _arrived(resume))
     if trainer.should_stop:  # pruned
         return
@@ -242,7 +199,7 @@ def _resume_point(record: RunRecord) -> Path | None:
     """
     for point in reversed(resume_points(record.checkpoints)):
         try:
-            step = step_of(point) if point.is_dir() else _load_checkpoint(point)["global_step"]
+            step = step_of(point) if point.is_dir() else load_checkpoint(point)["global_step"]
         except DamagedCheckpoint as error:
             aside = point.with_name(f"damaged-{point.name}")
             point.replace(aside)
@@ -262,20 +219,6 @@ def _arrived(point: Path) -> Path:
             raise RunError(f"{point} is not on {socket.gethostname()}; all nodes must share the folder of runs")
         time.sleep(0.2)
     return point
-
-
-class DamagedCheckpoint(RunError):
-    """A checkpoint that a broken disk has cut or scrambled."""
-
-
-def _load_checkpoint(path: Path) -> dict:
-    try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (PermissionError, MemoryError):
-        raise
-    except Exception as error:  # torch reports damage with whatever its zip and pickle readers raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DamagedCheckpoint(f"checkpoint {path} cannot be read ({reason})") from error
 
 
 def _finish(
@@ -328,12 +271,6 @@ def _expert_times(module: LanguageModel, config: RunConfig, tokens: TokenFiles) 
     rows = expert_forward_times({"run": module.model}, ids, autocast_of(config, module.device))
     by_routing = {row["routing"]: row["median_ms"] for row in rows}
     return {"expert_forward_ms": by_routing["learned"], "expert_forward_ms_balanced": by_routing["balanced"]}
-
-
-def validation_ids(tokens: TokenFiles, seq_len: int) -> torch.Tensor:
-    """The first held-out sequences, about TIMED_TOKENS in all, [B, S] int64: what expert forward times are taken on."""
-    sequences = max(1, min(TIMED_TOKENS, len(tokens.val)) // seq_len)
-    return torch.from_numpy(tokens.val[: sequences * seq_len].astype("int64")).view(sequences, seq_len)
 
 
 def _quiet() -> None:

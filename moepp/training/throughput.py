@@ -11,7 +11,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -22,6 +22,10 @@ from moepp.layers.router import Routing
 from moepp.layers.settings import MoEConfig
 from moepp.models.budget import expected_ffn_per_token
 from moepp.models.decoder import Decoder
+from moepp.training.settings import RunConfig
+from moepp.training.tokens import TokenFiles
+
+TIMED_TOKENS = 4096  # in one expert-forward measurement
 
 # Dense bf16 matrix-product peaks in FLOP/s, without sparsity (vendors' data sheets), by a piece of the device's name.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
@@ -199,3 +203,16 @@ def _ffn_width(layer: MoELayer | DenseFFN, x_TD: Tensor, routing: Routing | None
         return layer.w_out.in_features
     rows = int((routing.expert_TK < layer.config.experts.ffn).sum())
     return (rows / len(x_TD) + layer.config.experts.shared) * layer.config.hidden
+
+
+def autocast_of(config: RunConfig, device: torch.device) -> Callable[[], AbstractContextManager]:
+    """The precision context in which a run's forward passes are computed."""
+    if config.trainer.precision == "bf16-mixed":
+        return lambda: torch.autocast(device.type, torch.bfloat16)
+    return nullcontext
+
+
+def validation_ids(tokens: TokenFiles, seq_len: int) -> torch.Tensor:
+    """The first held-out sequences, about TIMED_TOKENS in all, [B, S] int64: what expert forward times are taken on."""
+    sequences = max(1, min(TIMED_TOKENS, len(tokens.val)) // seq_len)
+    return torch.from_numpy(tokens.val[: sequences * seq_len].astype("int64")).view(sequences, seq_len)

@@ -15,9 +15,10 @@ from moepp.errors import UsageError
 from moepp.evaluation import measure as measured
 from moepp.models.official import save_official
 from moepp.records import write_json
-from moepp.training.run import freeze, load_decoder, train
+from moepp.training.run import freeze, train
 from moepp.training.settings import RunConfig, run_directory
 from moepp.training.tokens import prepare
+from moepp.training.weights import load_decoder
 
 ARMS = {"moepp": "true", "moepp_no_residual": "false"}
 WORDS = [

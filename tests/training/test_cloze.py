@@ -7,7 +7,8 @@ import torch
 from moepp.config import compose
 from moepp.errors import UsageError
 from moepp.training.cloze import Questions, questions, score
-from moepp.training.run import FINAL_WEIGHTS, freeze, train
+from moepp.training.initial import FINAL_WEIGHTS
+from moepp.training.run import freeze, train
 from moepp.training.settings import RunConfig, run_directory
 from moepp.training.tokens import TokenFiles
 

@@ -3,8 +3,9 @@ import torch
 
 from moepp.config import CONF, compose
 from moepp.models.decoder import Decoder
-from moepp.training.run import freeze, load_decoder, train
+from moepp.training.run import freeze, train
 from moepp.training.settings import RunConfig, run_directory
+from moepp.training.weights import load_decoder
 
 METHODS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
 CONTROLLED = ["longcat", "loss_free", "remoe"]

@@ -14,8 +14,9 @@ import torch
 from moepp.config import compose, save
 from moepp.errors import RunError, UsageError
 from moepp.records import RunRecord
-from moepp.training.run import _say_what_file, freeze, load_decoder, train
+from moepp.training.run import _say_what_file, freeze, train
 from moepp.training.settings import RunConfig, run_directory
+from moepp.training.weights import load_decoder
 
 
 def run(overrides, *more):

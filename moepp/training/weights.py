@@ -1,0 +1,62 @@
+"""The weights in a run's checkpoints. Reads them without Lightning, whose import takes longer than most of what is then
+done with them.
+"""
+
+from pathlib import Path
+
+import torch
+
+from moepp.config import load
+from moepp.errors import RunError, UsageError
+from moepp.models.decoder import Decoder
+from moepp.records import digest_of
+from moepp.training.initial import checkpoint_file, initial_file
+from moepp.training.settings import RunConfig
+
+
+def load_decoder(source: Path) -> tuple[Decoder, RunConfig]:
+    """The trained model of a finished run, or of one of a run's checkpoint files, on the CPU, and its config."""
+    run = checkpoint_file(source).resolve().parent.parent if source.suffix == ".ckpt" else source
+    config = load(RunConfig, run / "config.yaml")
+    file = checkpoint_file(source)
+    model = Decoder(config.model)
+    model.load_state_dict(_weights(file))
+    return model.eval(), config
+
+
+def begin_from(config: RunConfig, model: Decoder) -> None:
+    """Gives the model the weights of `init_from`, whole and before any strategy takes its part of them. Raises
+    UsageError where they do not fit or have changed since the run was frozen.
+    """
+    file = initial_file(config.init_from)
+    if digest_of(file) != config.init_weights.get("digest"):
+        raise UsageError(f"init_from={config.init_from}: {file} has changed since this run was frozen")
+    found, wanted = _weights(file), model.state_dict()
+    for name in sorted(found.keys() | wanted.keys()):
+        shapes = [tuple(state[name].shape) if name in state else "none" for state in (found, wanted)]
+        if shapes[0] != shapes[1]:
+            raise UsageError(
+                f"init_from={config.init_from} does not fit: {name} is {shapes[0]} there, {shapes[1]} here"
+            )
+    model.load_state_dict(found)
+
+
+def _weights(file: Path) -> dict[str, torch.Tensor]:
+    """The decoder's state, without what else a checkpoint holds."""
+    state = load_checkpoint(file)["state_dict"]
+    return {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
+
+
+class DamagedCheckpoint(RunError):
+    """A checkpoint that a broken disk has cut or scrambled."""
+
+
+def load_checkpoint(path: Path) -> dict:
+    """What a checkpoint file holds, tensors on the CPU and read when they are used. Raises DamagedCheckpoint."""
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (PermissionError, MemoryError):
+        raise
+    except Exception as error:  # torch reports damage with whatever its zip and pickle readers raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DamagedCheckpoint(f"checkpoint {path} cannot be read ({reason})") from error
