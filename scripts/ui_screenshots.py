@@ -67,6 +67,10 @@ def _take(page: Page, address: str, file: Path) -> None:
     page.goto("about:blank")  # else a change behind the # does not load anew
     page.goto(address)
     page.wait_for_timeout(1000 * SECONDS_TO_DRAW)
+    if "compare-runs" in address:  # plots of single points stand above what a user came for
+        page.get_by_text("Visualizations", exact=True).click()
+        page.get_by_text("Run details", exact=True).click()
+        page.wait_for_timeout(500)
     if (more := page.get_by_text("Show more", exact=True)).count():
         more.first.click()
         page.wait_for_timeout(500)
