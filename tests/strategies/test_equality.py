@@ -64,7 +64,7 @@ def results(token_folder, tmp_path_factory):
     ) as running:
         for _, scenario in RUNS:
             here(scenario.reference)
-        output, _ = running.communicate(timeout=300)
+        output, _ = running.communicate(timeout=600)  # three minutes on two busy cores
     assert running.returncode == 0, output[-4000:]
     for scenario in ONE_DEVICE:
         here(scenario)
