@@ -23,6 +23,18 @@ def cli(capsys, *arguments):
 
 
 @pytest.mark.parametrize(
+    ("modules", "without"),
+    [
+        ("moepp.sweeps.runner, moepp.sweeps.plan", ["torch", "lightning", "mlflow"]),
+        ("moepp.training.weights, moepp.training.throughput, moepp.training.generate", ["lightning", "torchmetrics"]),
+    ],
+)
+def test_what_needs_no_training_starts_without_its_libraries(modules, without):
+    script = f"import sys, {modules}\nassert not set({without}) & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize(
     "arguments", [["--help"], [], ["train", "--help"], ["reproduce", "--list"], ["sweep", "--help"]], ids=str
 )
 def test_light_commands_import_nothing_heavy(arguments):

@@ -27,14 +27,8 @@ serve(TrackingConfig(), sys.argv[1], int(sys.argv[2]))
 """
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    return tmp_path_factory.mktemp("runs")
-
-
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
     monkeypatch.setattr(tracking, "SECONDS_BETWEEN_PASSES", 0.05)
