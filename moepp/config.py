@@ -8,7 +8,7 @@ order on the command line. A fragment may choose fragments of other groups, for 
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, field, make_dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -141,7 +141,7 @@ def _dotted(argument: str) -> DictConfig:
         raise UsageError(f"cannot read '{argument}': {' '.join(str(error).split())}") from None
 
 
-def _join(schema: type[Schema], layers: Iterable[DictConfig], groups: Iterable[str] = ()) -> Schema:
+def _join(schema: type[Schema], layers: Sequence[DictConfig], groups: Iterable[str] = ()) -> Schema:
     """Merges the layers over the schema's defaults; `groups` are names that a misspelt key may have meant."""
     known, defaults = _defaults(schema)
     try:

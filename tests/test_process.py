@@ -1,3 +1,4 @@
+import gc
 import os
 import signal
 import subprocess
@@ -5,7 +6,7 @@ import sys
 
 import pytest
 
-from moepp.process import cause_of_end, die_with_parent, start
+from moepp.process import cause_of_end, die_with_parent, no_collections, start
 
 
 def test_a_process_without_a_runner_lives_on(monkeypatch):
@@ -58,3 +59,14 @@ def test_cause_of_end_names_the_signal_and_the_last_line(tmp_path):
     assert cause_of_end(-9, log) == "killed by SIGKILL; CUDA error: out of memory"
     log.write_text("")
     assert cause_of_end(3, log) == "exit code 3; nothing printed"
+
+
+def test_imports_are_not_searched_for_garbage_and_all_else_is():
+    before = gc.get_freeze_count()
+    with pytest.raises(ImportError), no_collections():
+        assert not gc.isenabled()
+        raise ImportError
+    try:
+        assert gc.isenabled() and gc.get_freeze_count() > before
+    finally:
+        gc.unfreeze()

@@ -83,10 +83,11 @@ def main() -> None:
 
 
 def _yield_cores() -> None:
+    """Lowers this process's priority, and its session's: where Linux shares the cores among sessions first
+    (sched_autogroup_enabled), nice alone is heard only within one, and this process has its own.
+    """
     os.nice(NICE)
-    with suppress(
-        OSError
-    ):  # where Linux shares cores among sessions, of which this process has its own, nice is not heard
+    with suppress(OSError):  # no Linux, or one that does not
         Path("/proc/self/autogroup").write_text(str(NICE))
 
 

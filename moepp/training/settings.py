@@ -9,7 +9,7 @@ from moepp.models.settings import DecoderConfig
 from moepp.training.tokens import DataConfig
 from moepp.training.tracking import TrackingConfig
 
-CLOZE_CHOICES = 4
+CLOZE_CHOICES = 4  # continuations to choose from: the text's own and those of other questions
 
 
 @dataclass

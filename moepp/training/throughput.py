@@ -212,7 +212,7 @@ def autocast_of(config: RunConfig, device: torch.device) -> Callable[[], Abstrac
     return nullcontext
 
 
-def validation_ids(tokens: TokenFiles, seq_len: int) -> torch.Tensor:
+def validation_ids(tokens: TokenFiles, seq_len: int) -> Tensor:
     """The first held-out sequences, about TIMED_TOKENS in all, [B, S] int64: what expert forward times are taken on."""
     sequences = max(1, min(TIMED_TOKENS, len(tokens.val)) // seq_len)
     return torch.from_numpy(tokens.val[: sequences * seq_len].astype("int64")).view(sequences, seq_len)

@@ -14,6 +14,10 @@ from moepp.training.initial import checkpoint_file, initial_file
 from moepp.training.settings import RunConfig
 
 
+class DamagedCheckpoint(RunError):
+    """A checkpoint that a broken disk has cut or scrambled."""
+
+
 def load_decoder(source: Path) -> tuple[Decoder, RunConfig]:
     """The trained model of a finished run, or of one of a run's checkpoint files, on the CPU, and its config."""
     run = checkpoint_file(source).resolve().parent.parent if source.suffix == ".ckpt" else source
@@ -45,10 +49,6 @@ def _weights(file: Path) -> dict[str, torch.Tensor]:
     """The decoder's state, without what else a checkpoint holds."""
     state = load_checkpoint(file)["state_dict"]
     return {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
-
-
-class DamagedCheckpoint(RunError):
-    """A checkpoint that a broken disk has cut or scrambled."""
 
 
 def load_checkpoint(path: Path) -> dict:

@@ -6,6 +6,8 @@ import pytest
 from moepp.sweeps import slots
 from moepp.training.settings import TrainerConfig
 
+ask_for_gpus = slots._gpus
+
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
@@ -61,3 +63,11 @@ def test_each_worker_gets_gpus_of_its_own(monkeypatch):
     assert given(0, TrainerConfig(devices=2)) == ["0,1", "2,3"]
     assert given(6, TrainerConfig()) == ["0", "1", "2", "3", "0", "1"]
     assert "CUDA_VISIBLE_DEVICES" not in slots.divide(1, TrainerConfig(accelerator="cpu"))[0]
+
+
+@pytest.mark.parametrize(("nodes", "gpus"), [(("null",), ["3", "5"]), (("no-such-node",), [])])
+def test_torch_is_asked_for_gpus_where_a_driver_is(nodes, gpus, monkeypatch):
+    monkeypatch.setattr(slots, "GPU_NODES", nodes)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert ask_for_gpus() == gpus

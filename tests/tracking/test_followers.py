@@ -102,3 +102,15 @@ def test_sync_tells_runs_that_are_trained_from_those_that_were_left(tmp_path):
     with RunRecord(directory / "bbbb").lock():
         assert statuses() == ["RUNNING", "KILLED", "RUNNING"]
     assert statuses() == ["KILLED", "KILLED", "KILLED"]
+
+
+def test_a_follower_leaves_the_cores_to_training():
+    script = (
+        "import os\nfrom pathlib import Path\nfrom moepp.training import follower\nfollower._yield_cores()\n"
+        "group = Path('/proc/self/autogroup')\n"
+        "print(os.nice(0), group.read_text().split()[-1] if group.exists() else follower.NICE)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", script]
+    found = subprocess.run(command, env=environment, start_new_session=True, check=True, stdout=subprocess.PIPE)
+    assert found.stdout.split() == [b"10", b"10"]
