@@ -1,3 +1,5 @@
+from unittest import mock
+
 import pytest
 
 from moepp.config import compose
@@ -8,6 +10,7 @@ from moepp.sweeps.leases import Heart
 from moepp.sweeps.pruning import Judge, SuccessiveHalving, parse
 from moepp.sweeps.spec import Trial
 from moepp.sweeps.status import read_status
+from moepp.training.pruning import Pruning
 from moepp.training.run import freeze, train
 from moepp.training.settings import RunConfig, run_directory
 
@@ -118,6 +121,17 @@ def test_ranks_stop_at_the_same_rung_by_the_verdict_of_one(plan, overrides):
     config = freeze(compose(RunConfig, [*overrides, "strategy=ddp", "trainer.devices=2", "strategy.timeout_s=20"]))
     record = train(config, directory, Judge.of(directory))  # a rank that went on alone would wait until the timeout
     assert record.status == "pruned" and record.read("pruned.json")["step"] == record.metrics()[-1]["step"] == 10
+
+
+@pytest.mark.parametrize("reason", ["", "number 2 of 2"])
+def test_another_rank_asks_nobody_and_does_what_rank_0_was_told(reason):
+    judge, trainer, module = mock.Mock(), mock.Mock(global_step=5, max_steps=12, is_global_zero=False), mock.Mock()
+    trainer.state.fn, trainer.sanity_checking, trainer.should_stop = "fit", False, False
+    module.validation_metrics.return_value = {"loss": 3.0}
+    trainer.strategy.broadcast.return_value = reason
+    Pruning(judge).on_validation_end(trainer, module)
+    assert trainer.should_stop == bool(reason) and not judge.mock_calls
+    trainer.strategy.broadcast.assert_called_once_with("")
 
 
 def test_a_run_among_the_best_is_the_run_without_a_pruner(plan, tmp_path):

@@ -7,7 +7,7 @@ from moepp.config import compose
 from moepp.models.budget import expected_ffn_per_token
 from moepp.models.decoder import Decoder
 from moepp.training.settings import RunConfig
-from moepp.training.throughput import balanced_routing, expert_forward_times
+from moepp.training.throughput import autocast_of, balanced_routing, expert_forward_times
 
 METHODS = ["vanilla", "moepp", "adamoe", "longcat", "remoe", "top_p"]
 
@@ -44,3 +44,10 @@ def test_expert_times_say_how_much_ffn_a_token_passes():
         assert rows["deepseek_moe", routing]["ffn_width"] == 3 * 8
         assert rows["remoe", routing]["ffn_share"] == 1
     assert rows["remoe", "balanced"]["ffn_width"] == pytest.approx(1.2 * 8, abs=0.1)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)])
+def test_a_model_is_timed_and_scored_in_the_precision_of_its_run(precision, dtype):
+    config = compose(RunConfig, [f"trainer.precision={precision}"])
+    with autocast_of(config, torch.device("cpu"))():
+        assert torch.nn.functional.linear(torch.ones(2, 2), torch.ones(2, 2)).dtype == dtype
