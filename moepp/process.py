@@ -103,8 +103,10 @@ def die_with(parent: int) -> None:
 
 def cause_of_end(returncode: int, log: Path) -> str:
     """One line on a process that ended without saying why: its signal or exit code, and the last line it printed."""
-    how = f"killed by {signal.Signals(-returncode).name}" if returncode < 0 else f"exit code {returncode}"
-    return f"{how}; {(last_lines(log, 1) or ['nothing printed'])[0]}"
+    last = (last_lines(log, 1) or ["nothing printed"])[0]
+    if returncode < 0:  # it could not say why: what it printed last may have nothing to do with it
+        return f"killed by {signal.Signals(-returncode).name}; its last output: {last}"
+    return f"exit code {returncode}; {last}"
 
 
 def last_lines(log: Path, count: int = 10) -> list[str]:

@@ -56,7 +56,7 @@ def test_a_child_is_no_rank_of_what_started_its_parent(tmp_path, monkeypatch):
 def test_cause_of_end_names_the_signal_and_the_last_line(tmp_path):
     log = tmp_path / "log.txt"
     log.write_text("step 1\n" * 5000 + "CUDA error: out of memory\n\n")
-    assert cause_of_end(-9, log) == "killed by SIGKILL; CUDA error: out of memory"
+    assert cause_of_end(-9, log) == "killed by SIGKILL; its last output: CUDA error: out of memory"
     log.write_text("")
     assert cause_of_end(3, log) == "exit code 3; nothing printed"
 

@@ -30,7 +30,7 @@ from moepp.training.settings import RunConfig
 from moepp.training.tracking import TrackingConfig, follow
 
 TRIAL_COMMAND = (sys.executable, "-m", "moepp.cli", "trial")
-SECONDS_TO_STOP = 30  # a stopped trial finishes its step and writes a checkpoint
+SECONDS_TO_END = 5.0  # beyond trainer.stop_s, all of which the starter of a trial's ranks gives to them
 POLL_SECONDS = 0.2
 LOOK_SECONDS = 1.0  # between two looks at the trials of other workers
 
@@ -271,15 +271,16 @@ class _Runner:
             self._next_look = 0.0
 
     def _stop(self) -> None:
-        started = [job.process for job in self.running if job.process]
-        for process in started:
-            process.terminate()
-        deadline = time.monotonic() + SECONDS_TO_STOP
-        for process in started:
+        started = [job for job in self.running if job.process]
+        for job in started:
+            job.process.terminate()
+        asked = time.monotonic()
+        for job in started:
+            deadline = asked + job.trial.config.trainer.stop_s + SECONDS_TO_END
             try:
-                process.wait(max(0.0, deadline - time.monotonic()))
+                job.process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+                job.process.kill()
+                job.process.wait()
         for job in self.running:
             job.release()

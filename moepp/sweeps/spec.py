@@ -191,7 +191,17 @@ def load_sweep(name_or_path: str) -> Sweep:
     for arm, changes in sweep.arms.items():
         if not isinstance(changes, dict | list):
             raise UsageError(f"{path}: arm {arm} must be a list of overrides or a mapping shaped like the config")
+    _refuse_equal_names(path, sweep.arms)
     return sweep
+
+
+def _refuse_equal_names(path: Path, arms: Iterable[str]) -> None:
+    from moepp.training.mlflow_store import metric_name
+
+    seen: dict[str, str] = {}
+    for arm in arms:
+        if (other := seen.setdefault(metric_name(arm), arm)) != arm:
+            raise UsageError(f"{path}: MLflow would call the figures of arms {other} and {arm} alike; rename one")
 
 
 def _refuse_rungs_between_validations(halving: pruning.SuccessiveHalving | None, trials: list[Trial]) -> None:

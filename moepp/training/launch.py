@@ -81,7 +81,7 @@ def launch(record: RunRecord, config: "RunConfig") -> None:
                 place = {"RANK": str(node * devices + local), "LOCAL_RANK": str(local)}
                 processes.append(_start(record, variables | place, show=node == local == 0))
             others = store if config.trainer.num_nodes > 1 else None
-            elsewhere = _watch(processes, stop, others, config.strategy.timeout_s)
+            elsewhere = _watch(processes, stop, others, config.trainer.stop_s)
             if _done(record, processes, config.trainer.num_nodes):
                 return
             error = _reason(processes, stop.is_set(), elsewhere, config, record)
@@ -145,11 +145,11 @@ def _start(record: RunRecord, variables: dict[str, str], show: bool) -> _Process
     return _Process(int(variables["RANK"]), process, log)
 
 
-def _watch(processes: Sequence[_Process], stop: threading.Event, store: "TCPStore | None", timeout_s: float) -> str:
+def _watch(processes: Sequence[_Process], stop: threading.Event, store: "TCPStore | None", stop_s: float) -> str:
     """Returns once all ranks have ended, or when it is time to end those that have not. Returns another node's failure,
     or nothing.
 
-    Ranks that are asked to stop have `timeout_s` to finish their step and save it: as long as they wait for each other.
+    Ranks that are asked to stop have `stop_s` to finish their step and save it.
     """
     deadline, asked, looked, elsewhere = float("inf"), False, time.monotonic(), ""
     while True:
@@ -160,7 +160,7 @@ def _watch(processes: Sequence[_Process], stop: threading.Event, store: "TCPStor
                 each.ended_at = now
                 deadline = min(deadline, now + SECONDS_TO_FOLLOW)
         if stop.is_set() and not asked:
-            asked, deadline = True, min(deadline, now + timeout_s)
+            asked, deadline = True, min(deadline, now + stop_s)
             for each in processes:
                 each.process.send_signal(signal.SIGTERM)
         ended = all(each.code is not None for each in processes)

@@ -65,12 +65,15 @@ class TrainerConfig:
     devices: int = 1  # on each node; without GPUs as many processes, which share the cores
     num_nodes: int = 1
     threads: int = 0  # CPU threads of each process; 0 leaves torch's choice
+    stop_s: float = 120.0  # for a run that is asked to stop, to finish its step and save; then it is killed
     progress: bool = True
 
     def __post_init__(self) -> None:
         for name in ("steps", "accumulate", "val_every", "log_every", "checkpoint_every", "devices", "num_nodes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"trainer.{name}={getattr(self, name)} must be at least 1")
+        if self.stop_s <= 0:
+            raise ValueError(f"trainer.stop_s={self.stop_s} must be positive")
 
 
 @dataclass
@@ -138,7 +141,7 @@ class RunConfig:
 NOT_IDENTITY = (
     "name", "runs", "tags", "init_from", "model.backend", "tracking", "cloze", "data.cache", "data.workers",
     "trainer.log_every", "trainer.checkpoint_every", "trainer.expert_timing", "trainer.accelerator", "trainer.devices",
-    "trainer.num_nodes", "trainer.threads", "trainer.progress", "strategy",
+    "trainer.num_nodes", "trainer.threads", "trainer.stop_s", "trainer.progress", "strategy",
 )  # fmt: skip
 
 

@@ -201,7 +201,7 @@ def test_slurm_is_asked_for_an_array_of_workers_once(call, slurm, capsys):
     assert out == "job 77: 2 workers; `python run.py sweep status toy --scale smoke` shows\n" * 2
     (script,) = folder.glob("submitted-*")  # the second call found the jobs of the first
     for asked in (
-        "array=0-1%2", "signal=USR2@120", "partition=gpus", "account=me", "time=90", "cpus-per-task=6",
+        "array=0-1%2", "signal=USR2@150", "partition=gpus", "account=me", "time=90", "cpus-per-task=6",
         "gpus-per-node=2", "ntasks-per-node=1", "nodes=1", "requeue", "job-name=toy-smoke",
     ):  # fmt: skip
         assert f"#SBATCH --{asked}\n" in script.read_text()

@@ -111,6 +111,7 @@ def test_a_point_of_the_space_may_not_hide_an_arm(write):
         ({"pruner": {"successive_halving": {"first": 2, "factor": 2}}}, "pruner needs a space"),
         ({"space": {"grid": {"seed": [1]}}, "pruner": {"median": 1}}, "pruner must be {successive_halving"),
         ({"arms": {"vanilla": 3}}, "arm vanilla must be a list of overrides or a mapping"),
+        ({"arms": {"vanilla": [], "a+b": ["top_k=1"], "a_b": []}}, r"the figures of arms a\+b and a_b alike; rename"),
     ],
 )
 def test_a_wrong_file_is_one_line(write, changes, message):

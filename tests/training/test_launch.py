@@ -206,8 +206,8 @@ def test_another_nodes_file_system_may_show_the_end_late(pretended, overrides, m
     pretended("if os.fork() == 0: time.sleep(1); open(DONE, 'w').close()", config)
 
 
-def test_ranks_that_are_stopped_have_the_timeout_to_save(pretended, overrides):
-    config, _ = frozen(overrides, *TWO, "strategy.timeout_s=2")
+def test_ranks_that_are_stopped_have_their_time_to_save(pretended, overrides):
+    config, _ = frozen(overrides, *TWO, "trainer.stop_s=2")
     signals = "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
     threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
     begun = time.monotonic()

@@ -35,7 +35,7 @@ class RayLauncher:
         """Raises UsageError without Ray, where no cluster answers, or where none of its nodes could take a worker."""
         ray = _import()
         directory, trainer, left = begin_elsewhere(call)
-        crew = RayCrew(ray, directory / "ray")
+        crew = RayCrew(ray, directory / "ray", trainer.stop_s + SECONDS_TO_STOP)
         if not left:
             return wait(call, directory, crew)
         with self._connected(ray):
@@ -76,15 +76,17 @@ class RayCrew:
 
     name = "Ray"
 
-    def __init__(self, ray: ModuleType, logs: Path):
-        self.logs, self._ray = logs, ray
+    def __init__(self, ray: ModuleType, logs: Path, seconds_to_stop: float):
+        self.logs, self._ray, self._seconds_to_stop = logs, ray, seconds_to_stop
         self._tasks: list[Any] = []
 
     def start(self, command: Sequence[str], workers: int, **resources: int) -> None:
         self.logs.mkdir(parents=True, exist_ok=True)
         task = self._ray.remote(max_retries=-1, **resources)(_work)
         logs = self.logs.resolve()
-        self._tasks = [task.remote(command, Path.cwd(), logs / f"worker-{n}.txt") for n in range(workers)]
+        self._tasks = [
+            task.remote(command, Path.cwd(), logs / f"worker-{n}.txt", self._seconds_to_stop) for n in range(workers)
+        ]
 
     def alive(self) -> int:
         if not self._tasks:
@@ -94,7 +96,7 @@ class RayCrew:
     def dismiss(self) -> None:
         for task in self._tasks:
             self._ray.cancel(task)
-        deadline = time.monotonic() + SECONDS_TO_STOP
+        deadline = time.monotonic() + self._seconds_to_stop
         while self.alive() and time.monotonic() < deadline:
             time.sleep(0.5)
 
@@ -103,7 +105,7 @@ class RayCrew:
         return "its workers have stopped"
 
 
-def _work(command: Sequence[str], folder: Path, log: Path) -> int:
+def _work(command: Sequence[str], folder: Path, log: Path, seconds_to_stop: float) -> int:
     """Runs on a node, in the main thread of a process of Ray's; being cancelled is a KeyboardInterrupt."""
     os.chdir(folder)
     process = start(command, log, {})
@@ -112,7 +114,7 @@ def _work(command: Sequence[str], folder: Path, log: Path) -> int:
     except KeyboardInterrupt:
         process.terminate()
         try:
-            return process.wait(SECONDS_TO_STOP)
+            return process.wait(seconds_to_stop)
         except subprocess.TimeoutExpired:
             process.kill()
             raise

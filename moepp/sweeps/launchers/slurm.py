@@ -1,10 +1,12 @@
 """A Slurm cluster: a job array of workers, by submitit.
 
-Time limits and preemption are part of the walk: two minutes before either, Slurm sends SIGUSR2 to every process of a
-job. A trial then saves at the end of its batch, its worker gives the lease back, and the job is queued again (by Slurm
-itself where it preempts with SIGTERM). Any worker continues any trial, so it does not matter which one starts first.
+Time limits and preemption are part of the walk: trainer.stop_s and half a minute before either, Slurm sends SIGUSR2 to
+every process of a job. A trial then saves at the end of its batch, its worker gives the lease back, and the job is
+queued again (by Slurm itself where it preempts with SIGTERM). Any worker continues any trial, so it does not matter
+which one starts first.
 """
 
+import math
 import os
 import shutil
 import subprocess
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from moepp.training.settings import TrainerConfig
 
 MOST_WORKERS = 32  # unless --workers says more: a job that finds no trial left was queued in vain
-SIGNAL_SECONDS = 120  # from the signal to the end
+SECONDS_TO_END = 30.0  # from the signal to the end, beyond trainer.stop_s
 REQUEUES = 1000  # after time limits: each job goes on where it stopped, so only the end of the sweep ends it
 SECONDS_OF_GRACE = 300  # how long a stopped job waits for Slurm to preempt or cancel it
 
@@ -52,8 +54,9 @@ class SlurmLauncher:
         directory, trainer, left = begin_elsewhere(call)
         crew = SlurmCrew(directory, self.cluster)
         if (missing := min(call.workers or MOST_WORKERS, left) - crew.alive()) > 0:
+            worker = Worker(call.work(), Path.cwd(), trainer.stop_s + SECONDS_TO_STOP)
             with _refusal():
-                crew.add(self._executor(directory, trainer), [Worker(call.work(), Path.cwd())] * missing)
+                crew.add(self._executor(directory, trainer), [worker] * missing)
         if left and not self.wait:
             shows = f"`python run.py sweep status {call.sweep} --scale {call.scale}` shows"
             print(f"{crew.name}: {crew.alive()} workers; {shows}")
@@ -87,7 +90,7 @@ class SlurmLauncher:
             cpus_per_task=self.cpus,
             gpus_per_node=gpus,
             slurm_partition=self.partition or None,
-            slurm_signal_delay_s=SIGNAL_SECONDS,
+            slurm_signal_delay_s=math.ceil(trainer.stop_s + SECONDS_TO_END),
             slurm_additional_parameters={"requeue": True, **self.parameters},
         )
         return executor
@@ -136,8 +139,8 @@ class SlurmCrew:
 class Worker:
     """What a job runs: `sweep work`, in the folder from which it was submitted."""
 
-    def __init__(self, command: Sequence[str], folder: Path):
-        self.command, self.folder = command, folder
+    def __init__(self, command: Sequence[str], folder: Path, seconds_to_stop: float):
+        self.command, self.folder, self.seconds_to_stop = command, folder, seconds_to_stop
         self._process: subprocess.Popen | None = None
 
     def __call__(self) -> int:
@@ -160,10 +163,10 @@ class Worker:
         if self._process is not None:
             self._process.terminate()
             try:
-                self._process.wait(SECONDS_TO_STOP)
+                self._process.wait(self.seconds_to_stop)
             except subprocess.TimeoutExpired:
                 self._process.kill()
-        return DelayedSubmission(Worker(self.command, self.folder))
+        return DelayedSubmission(Worker(self.command, self.folder, self.seconds_to_stop))
 
 
 @contextmanager
