@@ -45,7 +45,13 @@ def python_path() -> str:
     return os.pathsep.join(filter(None, [str(CONF.parent), os.environ.get("PYTHONPATH")]))
 
 
-def start(command: Sequence[str], log: Path, environment: Mapping[str, str], show: bool = False) -> subprocess.Popen:
+def start(
+    command: Sequence[str],
+    log: Path,
+    environment: Mapping[str, str],
+    show: bool = False,
+    stdin: int = subprocess.DEVNULL,
+) -> subprocess.Popen:
     """Starts a process that prints into `log`; with `show` its standard output goes to this process's instead.
 
     It gets a session of its own: Ctrl-C reaches this process alone, which then asks the other to stop. Call this in
@@ -58,7 +64,7 @@ def start(command: Sequence[str], log: Path, environment: Mapping[str, str], sho
         try:
             return subprocess.Popen(
                 command,
-                stdin=subprocess.DEVNULL,
+                stdin=stdin,
                 stdout=None if show else output,
                 stderr=output,
                 env=child,

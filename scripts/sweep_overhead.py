@@ -1,7 +1,7 @@
 """What a sweep costs beside its trials, and what sharing a machine brings: `python scripts/sweep_overhead.py`.
 
-Trains the same laptop-like trials three ways, interleaved: one bare process after another, a sweep of one worker that
-has the whole machine, and a sweep of one worker per core. The sweeps mirror into MLflow unless `--tracking jsonl`.
+Trains the same laptop-like trials three ways, interleaved: one new Python after another, a sweep of one worker that has
+the whole machine, and a sweep of one worker per core. The sweeps mirror into MLflow unless `--tracking jsonl`.
 Prints medians over rounds; about three minutes a round on two cores, and nobody else may use them meanwhile.
 """
 
@@ -10,15 +10,11 @@ import os
 import statistics
 import subprocess
 import tempfile
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moepp.config import CONF, save
-from moepp.process import start
-from moepp.sweeps import job
 from moepp.sweeps.runner import TRIAL_COMMAND, DataFreezer, run_sweep
 from moepp.sweeps.spec import Scale, Sweep, Trial
 
@@ -42,7 +38,7 @@ def main() -> None:
         print(f"{way:<18} {_spread([found[way].wall for found in rounds], '8.1f')} s")
     bare, alone, shared = ([found[way] for found in rounds] for way in ways)
     beside = [(found.wall - found.inside) / found.inside for found in alone]
-    print(f"a sweep of one worker, beside its trials' processes: {_spread(beside, '.1%')} of their time")
+    print(f"a sweep of one worker, beside its trials: {_spread(beside, '.1%')} of their time")
     longer = [one.wall / other.wall - 1 for one, other in zip(alone, bare, strict=True)]
     print(f"the same against bare processes: {_spread(longer, '+.1%')}")
     rates = [one.wall / other.wall for one, other in zip(alone, shared, strict=True)]
@@ -52,7 +48,7 @@ def main() -> None:
 @dataclass
 class Timed:
     wall: float  # seconds from the call to its end
-    inside: float  # seconds of the trials' processes, summed
+    inside: float  # seconds of the trials, summed: from the start of each to its `done`
 
 
 def _timed(options: argparse.Namespace, workers: int, cores: int) -> Timed:
@@ -91,18 +87,14 @@ def _bare(trials: list[Trial], cores: int) -> Timed:
 
 def _swept(sweep: Sweep, folder: Path, workers: int) -> Timed:
     os.environ.pop("OMP_NUM_THREADS", None)  # the sweep divides the cores itself
-    lives: list[float] = []
-
-    def timed(*arguments: Any) -> subprocess.Popen:
-        began = time.perf_counter()
-        process = start(*arguments)
-        threading.Thread(target=lambda: (process.wait(), lives.append(time.perf_counter() - began))).start()
-        return process
-
-    job.start = timed
     started = time.perf_counter()
-    run_sweep(sweep, "laptop", workers, [f"runs={folder}"], progress=False)
-    return Timed(time.perf_counter() - started, sum(lives))
+    directory = run_sweep(sweep, "laptop", workers, [f"runs={folder}"], progress=False)
+    wall = time.perf_counter() - started
+    return Timed(wall, sum(_life(done.parent) for done in directory.glob("*/done")))
+
+
+def _life(record: Path) -> float:
+    return (record / "done").stat().st_mtime - (record / "attempt.json").stat().st_mtime  # written at the start
 
 
 if __name__ == "__main__":

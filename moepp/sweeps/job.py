@@ -1,13 +1,14 @@
 """A trial of a sweep as one worker sees it: claimed, run in a process of its own, and given back."""
 
 import signal
-import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
 
 from moepp.config import save
 from moepp.errors import DiskFull, Interrupted
-from moepp.process import STOP_SIGNALS, cause_of_end, last_lines, start
+from moepp.process import STOP_SIGNALS, cause_of_end, last_lines
 from moepp.records import RunRecord, write_json
 from moepp.sweeps.leases import LEASE_FILE, NO_LEASE, STALE_SECONDS, Heart, Lease, LeaseWatch
 from moepp.sweeps.progress import TrialProgress
@@ -17,6 +18,23 @@ from moepp.sweeps.status import outcome
 
 DEATHS_PER_CRASH = 3  # while a trial makes no progress; who kills a sweep twice in a row loses nothing
 ASKED_TO_STOP = {Interrupted.exit_code, *(-number for number in (signal.SIGINT, *STOP_SIGNALS))}  # exit codes
+
+
+class Process(Protocol):
+    """What is used here of subprocess.Popen."""
+
+    returncode: int | None
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def terminate(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+Start = Callable[[Path, Path, Mapping[str, str]], Process]  # of a trial: given its config, its log and its environment
 
 
 class Job:
@@ -29,7 +47,7 @@ class Job:
         self.progress = TrialProgress(self.record, trial.config.trainer.steps)
         self.watch = LeaseWatch(self.record.path / "leases", stale)
         self.lease: Lease | None = None
-        self.process: subprocess.Popen | None = None
+        self.process: Process | None = None
         self.slot: Slot = {}
 
     @property
@@ -63,7 +81,7 @@ class Job:
         self.lease = lease
         return True
 
-    def start(self, command: Sequence[str], slot: Slot) -> None:
+    def start(self, start: Start, slot: Slot) -> None:
         self.slot, path = slot, self.record.path
         (path / "failed.json").unlink(missing_ok=True)
         self.trial.config.trainer.progress = False  # the sweep's bar is the one people watch
@@ -71,7 +89,7 @@ class Job:
         attempt, resume_point = self.record.read("attempt.json"), self._resume_point()
         deaths = attempt["deaths"] if attempt.get("from") == resume_point else 0
         environment = {**slot, LEASE_FILE: str(self.lease.path)}
-        self.process = start([*command, str(path / "config.yaml")], path / "log.txt", environment)
+        self.process = start(path / "config.yaml", path / "log.txt", environment)
         write_json(path / "attempt.json", {"from": resume_point, "deaths": deaths})
 
     def ended(self) -> bool:

@@ -1,4 +1,4 @@
-"""Runs a sweep: a child process per trial. What is finished is never run again, what was cut short continues.
+"""Runs a sweep: a process per trial. What is finished is never run again, what was cut short continues.
 
 Any number of runners, on any machines that share the folder of records, may work at one sweep (moepp/sweeps/leases.py).
 """
@@ -14,10 +14,11 @@ from functools import partial
 from pathlib import Path
 
 from moepp.errors import Interrupted, RunError, UsageError, reason
-from moepp.process import stop_requests
+from moepp.process import start, stop_requests
 from moepp.sweeps.budgets import match_trials, require_match
-from moepp.sweeps.job import Job
+from moepp.sweeps.job import Job, Start
 from moepp.sweeps.leases import STALE_SECONDS, Heart, Lease, LeaseWatch
+from moepp.sweeps.nursery import Nursery, can_fork
 from moepp.sweeps.plan import promise
 from moepp.sweeps.progress import SweepProgress
 from moepp.sweeps.search import Search, refuse_storage
@@ -66,8 +67,11 @@ def run_sweep(
         job = partial(Job, retries=sweep.retries, heart=heart, stale=stale)
         mirrored = config.tracking.backend == "mlflow"
         mirror = _SharedMirror(directory, config.tracking, config.runs, heart, stale) if mirrored else None
-        with own_share(begun.slots) if one_share else nullcontext(begun.slots) as slots:
-            runner = _Runner(slots, command, job, progress, begun.search)
+        with (
+            own_share(begun.slots) if one_share else nullcontext(begun.slots) as slots,
+            _starting(command, slots) as start_trial,
+        ):
+            runner = _Runner(slots, start_trial, job, progress, begun.search)
             runner.learn(begun.trials)
             with heart.beating(), follow(mirror) if mirror else nullcontext():
                 runner.run()
@@ -135,6 +139,18 @@ def _one_line_about_the_disk(directory: Path) -> Iterator[None]:
         raise RunError(f"cannot write {place} ({reason(error)}); the same command continues") from error
 
 
+@contextmanager
+def _starting(command: Sequence[str], slots: Sequence[Slot]) -> Iterator[Start]:
+    if tuple(command) != TRIAL_COMMAND or not can_fork(slots):
+        yield lambda config, log, environment: start([*command, str(config)], log, environment)
+        return
+    nursery = Nursery(slots[0])  # for all: where there are no GPUs, slots are alike
+    try:
+        yield nursery.start
+    finally:
+        nursery.close()
+
+
 class DataFreezer:
     """Writes the digests of its data and initial weights into a trial's config, preparing every distinct data set
     once.
@@ -192,12 +208,12 @@ class _Runner:
     def __init__(
         self,
         slots: list[Slot],
-        command: Sequence[str],
+        start: Start,
         job: Callable[[Trial], Job],
         progress: bool,
         search: Search | None,
     ):
-        self.slots, self.command, self._job, self.search = slots, command, job, search  # the slots are the free ones
+        self.slots, self._start, self._job, self.search = slots, start, job, search  # the slots are the free ones
         self.jobs: list[Job] = []
         self.waiting: list[Job] = []
         self.running: list[Job] = []
@@ -257,7 +273,7 @@ class _Runner:
             elif job.claim():
                 self.waiting.remove(job)
                 self.running.append(job)
-                job.start(self.command, self.slots.pop(0))
+                job.start(self._start, self.slots.pop(0))
                 self._bar.describe(f"trial {self.jobs.index(job) + 1}/{self.planned} {job.label}")
 
     def _settle(self) -> None:

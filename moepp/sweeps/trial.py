@@ -21,12 +21,12 @@ def run_trial(path: Path) -> None:
     """
     die_with_parent()
     stale = end_without_lease()
-    with no_collections():
-        from moepp.config import load
-        from moepp.sweeps.pruning import Judge
-        from moepp.training.ranks import Rank
-        from moepp.training.run import train
-        from moepp.training.settings import RunConfig, run_directory
+    load_libraries()
+    from moepp.config import load
+    from moepp.sweeps.pruning import Judge
+    from moepp.training.ranks import Rank
+    from moepp.training.run import train
+    from moepp.training.settings import RunConfig, run_directory
 
     config, folder = load(RunConfig, path), path.parent
     if not Rank.here().started_by and run_directory(config).name != folder.resolve().name:
@@ -39,6 +39,13 @@ def run_trial(path: Path) -> None:
         if any(words in str(error) for words in FULL):
             raise DiskFull(str(error)) from error
         raise
+
+
+def load_libraries() -> None:
+    """Imports what training needs, which takes seconds."""
+    with no_collections():
+        import moepp.sweeps.pruning
+        import moepp.training.run  # noqa: F401
 
 
 def _wait_for_lock(record: RunRecord, seconds: float) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from run_fake_sweep import FAKE_TRIAL, no_preparation, sweep
 
+from moepp import process
 from moepp.errors import DiskFull, RunError, UsageError
 from moepp.records import RunRecord, read_json
 from moepp.sweeps import runner, slots
@@ -36,6 +37,11 @@ def runs(tmp_path):
 def run(runs, arms=None, extra=(), retries=1, **options):
     toy = sweep(retries, **(arms or {}))
     return run_sweep(toy, "smoke", extra=[f"runs={runs}", *extra], progress=False, command=FAKE_TRIAL, **options)
+
+
+def python(code: str):
+    """What a job starts in place of a trial."""
+    return lambda config, log, environment: process.start([sys.executable, "-c", code], log, environment)
 
 
 def attempts(directory: Path) -> dict[str, int]:
@@ -141,7 +147,7 @@ def test_a_failure_is_final_once_its_attempts_are_used_up(runs):
 def dead_worker(job):
     """A worker claims and starts the trial and is gone, and the trial with it."""
     assert job.claim()
-    job.start([sys.executable, "-c", ""], {})
+    job.start(python(""), {})
     job.process.wait()
     os.close(job.lease._descriptor)  # as the kernel does
 
@@ -160,7 +166,7 @@ def test_a_trial_that_is_asked_to_stop_has_not_crashed_unless_it_never_gets_any_
     job = Job(sweep().trials("smoke", [f"runs={runs}"])[0], retries=0, heart=Heart())
     for end in ("raise SystemExit(130)", "import os; os.kill(os.getpid(), 15)", "raise SystemExit(130)"):
         assert job.claim() and not job.record.crashes
-        job.start([sys.executable, "-c", end], {})
+        job.start(python(end), {})
         job.process.wait()
         job.settle()
     assert job.failure == "it was stopped or its worker died 3 times before it reached another checkpoint"
@@ -238,7 +244,7 @@ def test_a_trial_that_ignores_the_request_to_stop_is_killed(runs, monkeypatch):
     script = "import signal, time; signal.signal(15, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
     deaf = Job(sweep().trials("smoke", [f"runs={runs}", "trainer.stop_s=0.5"])[0], retries=0, heart=Heart())
     assert deaf.claim()
-    deaf.start([sys.executable, "-c", script], {})
+    deaf.start(python(script), {})
     wait_until(lambda: "deaf" in (deaf.record.path / "log.txt").read_text())
     loop = runner._Runner([], (), Job, progress=False, search=None)
     loop.running = [deaf]
@@ -278,7 +284,7 @@ def test_the_trial_of_a_stopped_runner_ends_itself_and_goes_on_elsewhere(runs):
 def test_a_worker_that_lost_its_lease_stops_the_trial(runs, capfd):
     job = Job(sweep().trials("smoke", [f"runs={runs}"])[0], retries=0, heart=Heart())
     assert job.claim()
-    job.start([sys.executable, "-c", "import time; time.sleep(60)"], {})
+    job.start(python("import time; time.sleep(60)"), {})
     assert not job.ended()
     (job.lease.path.parent / "2").touch()
     assert job.ended() and job.process.returncode == -signal.SIGKILL
