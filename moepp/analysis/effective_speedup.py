@@ -27,7 +27,7 @@ class EffectiveSpeedup:
     log_tokens: Estimate
     bound: str
     censored: int  # seeds
-    speed: float | None  # training tokens per second, arm over baseline; None without both
+    speed: float | None  # training tokens per second, timed together, arm over baseline; None without both
 
     @property
     def tokens(self) -> float:
@@ -59,7 +59,7 @@ def effective_speedup(results: SweepResults, arm: str) -> EffectiveSpeedup | Non
         censored += bool(bound)
     if not logs:
         return None
-    speed, base_speed = results.mean(arm, "tokens_per_s"), results.mean(results.baseline, "tokens_per_s")
+    speed, base_speed = (results.training_speeds.get(name) for name in (arm, results.baseline))
     ratio = speed / base_speed if speed and base_speed else None
     return EffectiveSpeedup(mean_interval(logs), "".join(sorted(bounds)), censored, ratio)
 

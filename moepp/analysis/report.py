@@ -32,8 +32,8 @@ How much longer the baseline trains until its validation loss is as low as the a
 mean over paired seeds, with its 95 % interval), times the arm's training speed over the baseline's, is the effective
 speed-up in time. Above 1 the arm is ahead. `≥`: in some seed the baseline never got there, and its end is taken;
 `≤`: it was there by its first validation. The baseline's earlier losses come from a learning rate not yet decayed, so
-these numbers flatter the arm; training speeds are of trials that shared the machine. A baseline's curve has
-{validations} validations, and between two of them the loss is taken for a straight line."""
+these numbers flatter the arm. A baseline's curve has {validations} validations, and between two of them the loss is
+taken for a straight line."""
 
 MEASURED = "Activated parameters and FLOPs are those of the FFN experts that tokens reached, not of the nominal top-k."
 
@@ -70,7 +70,7 @@ def provenance_of(experiment: Experiment, results: SweepResults) -> dict[str, An
         "first_run_began": _utc(min(run.first_ms for run in runs)),
         "last_run_ended": _utc(max(run.last_ms for run in runs)),
         **{section: _agreed(runs, section) for section in SAME_FOR_ALL},
-        "expert_forward": results.timing_setup,
+        "timing": results.timing_setup,
         "runs": [{"arm": run.arm, "seed": run.seed, "record": run.path.name} for run in runs],
         "missing": missing_runs(experiment, results),
     }
@@ -152,13 +152,13 @@ def _tasks(tasks: TaskTables, experiment: Experiment) -> str:
 
 def _timing(results: SweepResults) -> str:
     if not results.expert_times:
-        return "No `expert_forward.json` beside the sweep: expert forward times and speed-ups are not shown."
+        return "No `timing.json` beside the sweep: expert forward times, speed-ups and training speeds are not shown."
     setup = ", ".join(f"{key} {value}" for key, value in results.timing_setup.items() if key != "runs")
     return (
-        "Expert forward: sum over layers, all arms measured interleaved in one process after training"
-        f" ({setup}). Speed-up: median of {results.baseline} / median of the arm under the same routing."
-        " Ideal: inverse ratio of the hidden FFN units that a token passes. The paper's FFN shares are derived from its"
-        " Eq. 8."
+        "Expert forward: sum over layers; training: forward and backward pass of a device's batch, without the"
+        f" optimizer. Both are medians, of all arms interleaved in one process after training ({setup}). Speed-up:"
+        f" {results.baseline}'s time over the arm's under the same routing. Ideal: inverse ratio of the hidden FFN"
+        " units that a token passes. The paper's FFN shares are derived from its Eq. 8."
     )
 
 

@@ -57,6 +57,7 @@ class SweepResults:
     runs: dict[str, dict[int, Run]]  # arm -> seed -> run
     missing: dict[tuple[str, int], str] = field(default_factory=dict)  # (arm, seed) -> why there is no result
     expert_times: dict[tuple[str, str], ExpertTime] = field(default_factory=dict)  # (arm, routing)
+    training_speeds: dict[str, float] = field(default_factory=dict)  # tokens per second of a forward and backward pass
     timing_setup: dict[str, Any] = field(default_factory=dict)  # hardware, threads, tokens, dtype, repeats, date
     overrides: tuple[str, ...] = ()  # config values that the command line gave
     seeds: tuple[int, ...] = ()  # of all trials, where they are not those of the sweep's file
@@ -109,17 +110,19 @@ def load_sweep_results(directory: Path | str) -> SweepResults:
             f"{directory} holds no finished run; run `python run.py reproduce EXPERIMENT --scale SCALE` first"
             " (`python run.py reproduce --list` names the experiments)"
         )
-    timing = read_json(directory / "expert_forward.json") or {}
+    timing = read_json(directory / "timing.json") or {}
     times = {
         (row["arm"], row["routing"]): ExpertTime(row["median_ms"], row["min_ms"], row["ffn_width"])
-        for row in timing.pop("rows", [])
+        for row in timing.pop("expert_forward", [])
     }
+    speeds = {row["arm"]: 1000 * row["tokens"] / row["median_ms"] for row in timing.pop("training", [])}
     about = {key: sweep[key] for key in ("name", "scale", "baseline", "match")}
     return SweepResults(
         **about,
         runs=runs,
         missing=missing,
         expert_times=times,
+        training_speeds=speeds,
         timing_setup=timing,
         overrides=_overrides(directory, sweep),
         seeds=_other_seeds(sweep),

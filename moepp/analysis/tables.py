@@ -131,7 +131,7 @@ def cost_table(comparison: Comparison) -> Rows:
             time = results.expert_times.get((arm, routing))
             measured, ideal = speedups(results, arm, routing)
             row += [number(time and time.median_ms, ".2f"), number(measured, ".2f"), number(ideal, ".2f")]
-        row.append(number(results.mean(arm, "tokens_per_s"), ".0f"))
+        row.append(number(results.training_speeds.get(arm), ".0f"))
         if experiment.paper:
             paper = experiment.paper.get(arm)
             row += [number(paper and paper.ffn_share, ".3f"), number(paper and paper.speedup, ".2f")]
@@ -205,6 +205,7 @@ def csv_table(comparison: Comparison) -> Rows:
             cells |= {f"{routing}_median_ms": time and time.median_ms, f"{routing}_min_ms": time and time.min_ms}
             cells[f"{routing}_speedup"], cells[f"{routing}_ideal_speedup"] = speedups(results, arm, routing)
             cells[f"{routing}_speedup_of_min"] = results.ratio(arm, routing, lambda time: time.min_ms)
+        cells["training_tokens_per_s"] = results.training_speeds.get(arm)
         effective = effective_speedup(results, arm)
         cells |= {"effective_tokens": effective and effective.tokens, "effective_speedup": effective and effective.time}
         cells |= {"effective_bound": effective and effective.bound.strip()}
@@ -247,7 +248,7 @@ def terminal_table(comparison: Comparison) -> str:
             number(results.mean(arm, "ffn_per_token"), ".2f"),
             number(measured, ".2f"),
             number(ideal, ".2f"),
-            number(results.mean(arm, "tokens_per_s"), ".0f"),
+            number(results.training_speeds.get(arm), ".0f"),
         ])  # fmt: skip
         if experiment.paper:
             paper = experiment.paper.get(arm)

@@ -1,5 +1,5 @@
-"""Expert forward times of a sweep's arms, interleaved in one process: speed-ups are ratios of these, never of
-separately timed trials.
+"""Expert forward and training times of a sweep's arms, interleaved in one process: speed-ups are ratios of these, never
+of separately timed trials.
 """
 
 import os
@@ -13,12 +13,12 @@ from moepp.records import RunRecord, read_json, write_json
 
 def time_arms(directory: Path, repeats: int = 15) -> dict[str, Any]:
     """Times every arm of a finished sweep with the weights of its first finished seed; writes and returns
-    expert_forward.json.
+    timing.json.
 
     Measured once: a file that already covers these runs is returned as it is.
     """
     runs = _first_runs(directory)
-    path = directory / "expert_forward.json"
+    path = directory / "timing.json"
     known = read_json(path)
     if known and known["runs"] == {arm: run.name for arm, run in runs.items()}:
         return known
@@ -26,7 +26,13 @@ def time_arms(directory: Path, repeats: int = 15) -> dict[str, Any]:
     import torch
 
     from moepp.training.provenance import collect
-    from moepp.training.throughput import autocast_of, expert_forward_times, validation_ids
+    from moepp.training.throughput import (
+        autocast_of,
+        expert_forward_times,
+        training_batch,
+        training_times,
+        validation_ids,
+    )
     from moepp.training.tokens import prepare
     from moepp.training.weights import load_decoder
 
@@ -34,9 +40,11 @@ def time_arms(directory: Path, repeats: int = 15) -> dict[str, Any]:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     loaded = {arm: load_decoder(run) for arm, run in runs.items()}
     config = next(iter(loaded.values()))[1]
-    ids = validation_ids(prepare(config.data, progress=False), config.data.seq_len).to(device)
+    tokens, precision = prepare(config.data, progress=False), autocast_of(config, device)
+    ids = validation_ids(tokens, config.data.seq_len).to(device)
+    batches = {arm: training_batch(tokens, of_arm).to(device) for arm, (_, of_arm) in loaded.items()}
     models = {arm: model.to(device) for arm, (model, _) in loaded.items()}
-    rows = expert_forward_times(models, ids, autocast_of(config, device), repeats)
+    expert_forward = expert_forward_times(models, ids, precision, repeats)
     hardware = collect({})["hardware"]
     times = {
         "runs": {arm: run.name for arm, run in runs.items()},
@@ -46,7 +54,8 @@ def time_arms(directory: Path, repeats: int = 15) -> dict[str, Any]:
         "dtype": config.trainer.precision,
         "repeats": repeats,
         "date": datetime.now(UTC).date().isoformat(),
-        "rows": rows,
+        "expert_forward": expert_forward,
+        "training": training_times(models, batches, precision, repeats),
     }
     write_json(path, times)
     return times

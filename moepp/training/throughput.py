@@ -2,7 +2,7 @@
 
 Expert forward time (footnote of Table 3) is FFN plus zero-computation experts; here with dispatch and combine, without
 router and attention, summed over the layers of one forward pass. It is measured on the routing that was learned and on
-forced balanced routing.
+forced balanced routing. Training time is that of the whole model, forward and backward.
 """
 
 import math
@@ -10,10 +10,13 @@ import random
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moepp.layers.dense import DenseFFN
@@ -122,26 +125,64 @@ def expert_forward_times(
                 for layer, x, routing in learned
             ]
             cases[name, "learned"], cases[name, "balanced"] = learned, balanced
-        times: dict[tuple[str, str], list[float]] = {key: [] for key in cases}
-        order = list(cases)
-        shuffle = random.Random(seed)
-        for repeat in range(warmup + repeats):
-            shuffle.shuffle(order)
-            for key in order:
-                milliseconds = _time_ms(cases[key], ids_BS.device)
-                if repeat >= warmup:
-                    times[key].append(milliseconds)
+        runs = {key: partial(_run, layers) for key, layers in cases.items()}
+        times = _interleaved(runs, ids_BS.device, repeats, warmup, seed)
     return [
         {
             "arm": name,
             "routing": routing,
-            "median_ms": statistics.median(times[name, routing]),
-            "min_ms": min(times[name, routing]),
+            **times[name, routing],
             "ffn_share": _mean(cases[name, routing], _ffn_share),
             "ffn_width": _mean(cases[name, routing], _ffn_width),
         }
         for name, routing in cases
     ]
+
+
+def training_times(
+    models: dict[str, Decoder],
+    batches: dict[str, Tensor],
+    precision: Callable[[], AbstractContextManager],
+    repeats: int = 15,
+    warmup: int = 3,
+    seed: int = 0,
+) -> list[dict[str, float | str]]:
+    """Training times of several models, interleaved in shuffled order in this process, on a batch [B, S+1] for each.
+
+    One row per model: median_ms and min_ms of the forward and backward pass of one batch, and its `tokens`. Without the
+    optimizer, whose work does not depend on where tokens go; the weights stay as they are.
+    """
+
+    def step(model: Decoder, tokens: Tensor) -> None:
+        with precision():
+            output = model(tokens[:, :-1])
+            loss = F.cross_entropy(output.logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+            loss = loss + model.balance_loss(output)
+        loss.backward()
+        model.zero_grad()
+
+    runs = {name: partial(step, model.train(), batches[name]) for name, model in models.items()}
+    device = next(iter(batches.values())).device
+    times = _interleaved(runs, device, repeats, warmup, seed)
+    return [{"arm": name, "tokens": batches[name][:, 1:].numel(), **times[name]} for name in models]
+
+
+Key = TypeVar("Key")
+
+
+def _interleaved(
+    runs: Mapping[Key, Callable[[], None]], device: torch.device, repeats: int, warmup: int, seed: int
+) -> dict[Key, dict[str, float]]:
+    """median_ms and min_ms of each."""
+    times: dict[Key, list[float]] = {key: [] for key in runs}
+    order, shuffle = list(runs), random.Random(seed)
+    for repeat in range(warmup + repeats):
+        shuffle.shuffle(order)
+        for key in order:
+            milliseconds = _time_ms(runs[key], device)
+            if repeat >= warmup:
+                times[key].append(milliseconds)
+    return {key: {"median_ms": statistics.median(found), "min_ms": min(found)} for key, found in times.items()}
 
 
 LayerCase = tuple[MoELayer | DenseFFN, Tensor, Routing | None]  # no routing: a dense FFN
@@ -166,16 +207,16 @@ def _layer_inputs(model: Decoder, ids_BS: Tensor) -> list[LayerCase]:
     return seen
 
 
-def _time_ms(cases: list[LayerCase], device: torch.device) -> float:
+def _time_ms(run: Callable[[], None], device: torch.device) -> float:
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        _run(cases)
+        run()
         end.record()
         end.synchronize()
         return start.elapsed_time(end)
     begin = time.perf_counter()
-    _run(cases)
+    run()
     return (time.perf_counter() - begin) * 1000
 
 
@@ -216,3 +257,11 @@ def validation_ids(tokens: TokenFiles, seq_len: int) -> Tensor:
     """The first held-out sequences, about TIMED_TOKENS in all, [B, S] int64: what expert forward times are taken on."""
     sequences = max(1, min(TIMED_TOKENS, len(tokens.val)) // seq_len)
     return torch.from_numpy(tokens.val[: sequences * seq_len].astype("int64")).view(sequences, seq_len)
+
+
+def training_batch(tokens: TokenFiles, config: RunConfig) -> Tensor:
+    """A micro-batch of one device, [B, S+1] int64: the first training tokens."""
+    data, trainer = config.data, config.trainer
+    sequences = data.batch_size // (trainer.accumulate * trainer.devices * trainer.num_nodes)
+    length = data.seq_len + 1
+    return torch.from_numpy(tokens.train[: sequences * length].astype("int64")).view(sequences, length)

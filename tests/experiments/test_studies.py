@@ -29,7 +29,7 @@ def tau_sweep(tmp_path, monkeypatch):
     times = {arm: (100 * (0.25 + 0.75 * shares[arm]), shares[arm]) for arm in arms}
     directory = write_sweep(tmp_path / "tau", {arm: {0: 3.0, 1: 3.1} for arm in arms}, times)
     first = {arm: f"trials/{arm}-0".rpartition("/")[2] for arm in arms}
-    write_json(directory / "expert_forward.json", {**read_json(directory / "expert_forward.json"), "runs": first})
+    write_json(directory / "timing.json", {**read_json(directory / "timing.json"), "runs": first})
     for arm in ("vanilla",):
         (directory / f"trials/{arm}-0/config.yaml").write_text(
             "model: {experts: {ffn: 8, zero: 0, copy: 0, constant: 0}}"
@@ -66,10 +66,12 @@ def test_table1_counts_the_expert_flops_that_were_executed(tau_sweep):
 def test_table1_reports_the_arms_there_are(tau_sweep, lost, series):
     for seed in (0, 1):
         (tau_sweep.directories["tau"] / f"trials/{lost}-{seed}/done").unlink()
-    path = tau_sweep.directories["tau"] / "expert_forward.json"
+    path = tau_sweep.directories["tau"] / "timing.json"
     times = read_json(path)
     kept = {arm: run for arm, run in times["runs"].items() if arm != lost}
-    write_json(path, times | {"runs": kept, "rows": [row for row in times["rows"] if row["arm"] != lost]})
+    write_json(
+        path, times | {"runs": kept, "expert_forward": [row for row in times["expert_forward"] if row["arm"] != lost]}
+    )
     report = table1.measure(tau_sweep)
     assert len(report.tables[0].rows) == 5 and lost in report.notes[0]
     assert next(iter(verdicts(report)), "") and ((series in verdicts(report)) if series else True)

@@ -1,5 +1,6 @@
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 
@@ -7,7 +8,13 @@ from moepp.config import compose
 from moepp.models.budget import expected_ffn_per_token
 from moepp.models.decoder import Decoder
 from moepp.training.settings import RunConfig
-from moepp.training.throughput import autocast_of, balanced_routing, expert_forward_times
+from moepp.training.throughput import (
+    autocast_of,
+    balanced_routing,
+    expert_forward_times,
+    training_batch,
+    training_times,
+)
 
 METHODS = ["vanilla", "moepp", "adamoe", "longcat", "remoe", "top_p"]
 
@@ -44,6 +51,39 @@ def test_expert_times_say_how_much_ffn_a_token_passes():
         assert rows["deepseek_moe", routing]["ffn_width"] == 3 * 8
         assert rows["remoe", routing]["ffn_share"] == 1
     assert rows["remoe", "balanced"]["ffn_width"] == pytest.approx(1.2 * 8, abs=0.1)
+
+
+def test_training_times_leave_models_as_they_were():
+    models = {m: Decoder(model_config(m), seed=0) for m in ("vanilla", "moepp", "dense")}
+    before = {name: {key: value.clone() for key, value in model.state_dict().items()} for name, model in models.items()}
+    ids = torch.randint(0, 2048, (2, 33), generator=torch.Generator().manual_seed(0))
+    batches = {"vanilla": ids, "moepp": ids[:1], "dense": ids}
+    rows = training_times(models, batches, nullcontext, repeats=3, warmup=1)
+    assert [(row["arm"], row["tokens"]) for row in rows] == [("vanilla", 64), ("moepp", 32), ("dense", 64)]
+    assert all(row["median_ms"] >= row["min_ms"] > 0 for row in rows)
+    for name, model in models.items():
+        assert all(torch.equal(value, before[name][key]) for key, value in model.state_dict().items())
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_training_times_are_of_all_that_training_does(monkeypatch):
+    passed = []
+    model = Decoder(model_config("moepp"), seed=0)
+    real = model.balance_loss
+    monkeypatch.setattr(model, "balance_loss", lambda output: passed.append("balance") or real(output))
+    model.embedding.weight.register_hook(lambda grad: passed.append("last") if grad.any() else None)
+    training_times({"arm": model}, {"arm": torch.arange(34).view(2, 17)}, nullcontext, repeats=1, warmup=0)
+    assert passed.count("balance") == 1 and "last" in passed and model.training
+
+
+def test_a_training_batch_is_that_of_one_device():
+    overrides = ["size=smoke", "data.batch_size=8", "data.seq_len=4", "trainer.accumulate=2", "trainer.devices=2"]
+    config = compose(RunConfig, [*overrides, "strategy=ddp"])
+
+    class Tokens:
+        train = np.arange(100, dtype=np.uint16)
+
+    assert training_batch(Tokens, config).tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)])
