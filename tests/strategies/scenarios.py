@@ -25,6 +25,7 @@ from moepp.training.data import TokenDataModule
 from moepp.training.module import LanguageModel
 from moepp.training.settings import RunConfig
 
+STEPS = 12
 CLIP = 0.3  # below every gradient norm of these runs
 MODELS = {
     "moepp": [],
@@ -40,7 +41,7 @@ MODELS = {
 
 @dataclass
 class Scenario:
-    """One run of 20 optimizer steps. `resume` is the run, as `<devices>/<name>`, whose middle it continues."""
+    """One run of STEPS optimizer steps. `resume` is the run, as `<devices>/<name>`, whose middle it continues."""
 
     model: str = "moepp"
     strategy: str = "single"
@@ -135,7 +136,7 @@ class Watch(Callback):
             return
         if hasattr(trainer.strategy, "metrics"):
             self.communication.append(trainer.strategy.metrics())
-        if trainer.global_step == 10:
+        if trainer.global_step == STEPS // 2:
             trainer.save_checkpoint(self.middle)
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
@@ -218,8 +219,8 @@ def run_scenario(
     cloze = [ClozeScorer()] if config.cloze.points else []
     trainer = pl.Trainer(
         accelerator=accelerator, devices=int(os.environ.get("WORLD_SIZE", 1)), strategy=strategy,
-        precision=scenario.precision, max_steps=20, max_epochs=-1, gradient_clip_val=CLIP,
-        accumulate_grad_batches=scenario.accumulate, val_check_interval=10 * scenario.accumulate,
+        precision=scenario.precision, max_steps=STEPS, max_epochs=-1, gradient_clip_val=CLIP,
+        accumulate_grad_batches=scenario.accumulate, val_check_interval=STEPS // 2 * scenario.accumulate,
         check_val_every_n_epoch=None, num_sanity_val_steps=0, logger=False, callbacks=[watch, *cloze],
         enable_checkpointing=False, use_distributed_sampler=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=folder,

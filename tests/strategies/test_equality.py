@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from scenarios import FOUR_DEVICES, ONE_DEVICE, SHARDED_EXPERTS, TWO_DEVICES, Scenario, run_scenario
+from scenarios import FOUR_DEVICES, ONE_DEVICE, SHARDED_EXPERTS, STEPS, TWO_DEVICES, Scenario, run_scenario
 
 RUNS = [(devices, s) for devices, runs in (("two", TWO_DEVICES), ("four", FOUR_DEVICES)) for s in runs]
 RUNS += [("one", scenario) for scenario in ONE_DEVICE]
@@ -150,7 +150,7 @@ def test_only_rows_of_ffn_experts_on_other_devices_cross(results, devices, scena
 def test_moepp_sends_the_ffn_share_of_what_vanilla_moe_sends(results):
     moepp, vanilla = (results("two", Scenario(model, "expert_parallel")) for model in ("dropless", "vanilla"))
     slots = vanilla["local"] + vanilla["remote"]
-    assert slots == 20 * 2 * 8 * 32 * 2  # steps, layers, sequences, their length, top-k
+    assert slots == STEPS * 2 * 8 * 32 * 2  # steps, layers, sequences, their length, top-k
     share = (moepp["local"] + moepp["remote"]) / slots
     assert share < 0.8
     assert moepp["wire"] / vanilla["wire"] == pytest.approx(share, rel=0.1)  # as far as half of all rows leave

@@ -11,7 +11,7 @@ import pytest
 import scenarios
 import torch
 import torch.distributed as dist
-from scenarios import STRATEGIES, Scenario, SGDLanguageModel, run_scenario
+from scenarios import STEPS, STRATEGIES, Scenario, SGDLanguageModel, run_scenario
 
 from moepp.config import CONF
 from moepp.errors import UsageError
@@ -179,9 +179,9 @@ def test_frozen_experts_stay_as_they_are(token_folder, tmp_path, one_process_gro
 def test_fsdp_trains_after_a_validation_in_inference_mode(token_folder, tmp_path, one_process_group, monkeypatch):
     # As on GPUs: with gloo Lightning validates without it.
     monkeypatch.setattr("lightning.pytorch.loops.utilities._distributed_is_initialized", lambda: False)
-    points = ("cloze.points=2", "trainer.steps=20", "trainer.val_every=10")
+    points = ("cloze.points=2", f"trainer.steps={STEPS}", f"trainer.val_every={STEPS // 2}")
     found = run_scenario(Scenario(strategy="fsdp"), str(token_folder), tmp_path, "cpu", *points, first=validate)
-    assert len(found["losses"]) == 20
+    assert len(found["losses"]) == STEPS
 
 
 def validate(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule) -> None:
