@@ -159,6 +159,7 @@ def _parser() -> argparse.ArgumentParser:
 
     trial = add("trial", _trial, "train a frozen config in its own directory (what a sweep starts for each trial)")
     trial.add_argument("config", type=Path, help="config.yaml of a run directory")
+    add("nursery", _nursery, "fork trials as the sweep at the other end of standard input asks")
     return parser
 
 
@@ -203,6 +204,14 @@ def _trial(options: argparse.Namespace) -> None:
     from moepp.sweeps.trial import run_trial
 
     run_trial(options.config)
+
+
+def _nursery(options: argparse.Namespace) -> None:
+    from moepp.sweeps.nursery import serve
+    from moepp.sweeps.trial import run_trial
+
+    if config := serve():
+        run_trial(config)
 
 
 def _prepare(options: argparse.Namespace) -> None:

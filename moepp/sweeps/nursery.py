@@ -17,13 +17,12 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-from moepp import cli
 from moepp.process import STOP_SIGNALS, die_with, die_with_parent, start
 from moepp.sweeps.slots import Slot
 from moepp.sweeps.trial import load_libraries
 
 NOT_FOR_THE_NURSERY = (signal.SIGINT, *STOP_SIGNALS)
-COMMAND = (sys.executable, "-m", "moepp.sweeps.nursery")
+COMMAND = (sys.executable, "-m", "moepp.cli", "nursery")
 
 
 def can_fork(slots: Sequence[Slot]) -> bool:
@@ -133,8 +132,11 @@ class ForkedTrial:
         self.nursery.send(_Signal(self.number, signal.SIGKILL))
 
 
-def main() -> int:
-    """The nursery, whose standard input is a pipe from the runner, and what its forks become."""
+def serve() -> Path | None:
+    """Makes this process, whose standard input is a pipe from the runner, the nursery.
+
+    Returns in every fork, with the config that it is to train, and None here once the runner has gone.
+    """
     die_with_parent()
     # They may be sent to all processes of a job: the trials shall save, for which they need this one. A signal that
     # reaches a fork before it is a trial waits for that.
@@ -143,12 +145,10 @@ def main() -> int:
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
     load_libraries()
-    fork = _serve(runner)
-    return cli.main(["trial", str(fork.config)]) if fork else 0
+    return _fork_on_request(runner)
 
 
-def _serve(runner: Connection) -> _Fork | None:
-    """Returns in every fork, with what that is to do, and None here once the runner has gone."""
+def _fork_on_request(runner: Connection) -> Path | None:
     nursery, living = os.getpid(), {}  # pid and number of a fork, by a descriptor: that stays the fork's own
     while True:
         for ready in wait([runner, *living]):
@@ -171,7 +171,7 @@ def _serve(runner: Connection) -> _Fork | None:
                 for descriptor in living:
                     os.close(descriptor)
                 _become_trial(message, nursery)
-                return message
+                return message.config
             living[os.pidfd_open(pid)] = pid, message.number
 
 
@@ -183,9 +183,5 @@ def _become_trial(fork: _Fork, nursery: int) -> None:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     os.environ.update(fork.environment)
-    sys.argv = [cli.__file__, "trial", str(fork.config)]
+    sys.argv[1:] = ["trial", str(fork.config)]  # what provenance shows
     signal.pthread_sigmask(signal.SIG_UNBLOCK, NOT_FOR_THE_NURSERY)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

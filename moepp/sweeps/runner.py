@@ -31,7 +31,7 @@ from moepp.training.settings import RunConfig
 from moepp.training.tracking import TrackingConfig, follow
 
 TRIAL_COMMAND = (sys.executable, "-m", "moepp.cli", "trial")
-SECONDS_TO_END = 5.0  # beyond trainer.stop_s, all of which the starter of a trial's ranks gives to them
+MARGIN_SECONDS = 5.0  # beyond trainer.stop_s, all of which the starter of a trial's ranks gives to them
 POLL_SECONDS = 0.2
 LOOK_SECONDS = 1.0  # between two looks at the trials of other workers
 
@@ -292,7 +292,7 @@ class _Runner:
             job.process.terminate()
         asked = time.monotonic()
         for job in started:
-            deadline = asked + job.trial.config.trainer.stop_s + SECONDS_TO_END
+            deadline = asked + job.trial.config.trainer.stop_s + MARGIN_SECONDS
             try:
                 job.process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:

@@ -12,6 +12,7 @@ from torchmetrics import MeanMetric, Metric
 
 from moepp.layers.moe import MoEStats
 from moepp.models.decoder import Decoder
+from moepp.training.loss import training_losses
 from moepp.training.optim import build_optimizer, learning_rate_scale
 from moepp.training.routing_stats import RoutingStatistics
 from moepp.training.settings import RunConfig
@@ -62,9 +63,7 @@ class LanguageModel(pl.LightningModule):
 
     def training_step(self, tokens: Tensor) -> Tensor:
         """`tokens` [B, S+1]; returns cross-entropy + beta * L_b (Eq. 9)."""
-        output = self.model(tokens[:, :-1])
-        cross_entropy = F.cross_entropy(output.logits.float().flatten(0, 1), tokens[:, 1:].flatten())
-        balance = self.model.balance_loss(output)
+        cross_entropy, balance, output = training_losses(self.model, tokens)
         loss = cross_entropy + balance
         self.train_losses = {"train/loss": cross_entropy.detach(), "train/balance_loss": balance.detach()}
         self.train_routing.reset()

@@ -16,7 +16,6 @@ from functools import partial
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moepp.layers.dense import DenseFFN
@@ -25,6 +24,7 @@ from moepp.layers.router import Routing
 from moepp.layers.settings import MoEConfig
 from moepp.models.budget import expected_ffn_per_token
 from moepp.models.decoder import Decoder
+from moepp.training.loss import training_losses
 from moepp.training.settings import RunConfig
 from moepp.training.tokens import TokenFiles
 
@@ -155,10 +155,8 @@ def training_times(
 
     def step(model: Decoder, tokens: Tensor) -> None:
         with precision():
-            output = model(tokens[:, :-1])
-            loss = F.cross_entropy(output.logits.float().flatten(0, 1), tokens[:, 1:].flatten())
-            loss = loss + model.balance_loss(output)
-        loss.backward()
+            cross_entropy, balance, _ = training_losses(model, tokens)
+        (cross_entropy + balance).backward()
         model.zero_grad()
 
     runs = {name: partial(step, model.train(), batches[name]) for name, model in models.items()}
@@ -173,7 +171,7 @@ Key = TypeVar("Key")
 def _interleaved(
     runs: Mapping[Key, Callable[[], None]], device: torch.device, repeats: int, warmup: int, seed: int
 ) -> dict[Key, dict[str, float]]:
-    """median_ms and min_ms of each."""
+    """median_ms and min_ms of each, called in turn in shuffled order: what slows the machine for a while slows all."""
     times: dict[Key, list[float]] = {key: [] for key in runs}
     order, shuffle = list(runs), random.Random(seed)
     for repeat in range(warmup + repeats):

@@ -5,7 +5,8 @@ import sys
 import time
 from pathlib import Path
 
-from moepp.sweeps import nursery
+from moepp import cli
+from moepp.sweeps import nursery, trial
 
 
 def load_nothing() -> None:
@@ -14,10 +15,9 @@ def load_nothing() -> None:
         raise ImportError("libtorch.so is missing")
 
 
-def run_file(arguments: list[str]) -> int:
-    exec(Path(arguments[1]).read_text())
-    return 0
+def run_file(config: Path) -> None:
+    exec(config.read_text())
 
 
-nursery.load_libraries, nursery.cli.main = load_nothing, run_file
-sys.exit(nursery.main())
+nursery.load_libraries, trial.run_trial = load_nothing, run_file
+sys.exit(cli.main(sys.argv[1:]))

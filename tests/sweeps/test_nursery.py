@@ -15,7 +15,9 @@ SLEEP = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
 
 @pytest.fixture(autouse=True)
 def fake(monkeypatch):
-    monkeypatch.setattr(nursery, "COMMAND", (sys.executable, str(Path(__file__).with_name("fake_nursery.py"))))
+    monkeypatch.setattr(
+        nursery, "COMMAND", (sys.executable, str(Path(__file__).with_name("fake_nursery.py")), "nursery")
+    )
 
 
 class Trials:

@@ -240,7 +240,7 @@ def test_an_interrupted_runner_stops_its_trials_and_says_how_to_go_on(runs, numb
 
 
 def test_a_trial_that_ignores_the_request_to_stop_is_killed(runs, monkeypatch):
-    monkeypatch.setattr(runner, "SECONDS_TO_END", 0.0)
+    monkeypatch.setattr(runner, "MARGIN_SECONDS", 0.0)
     script = "import signal, time; signal.signal(15, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
     deaf = Job(sweep().trials("smoke", [f"runs={runs}", "trainer.stop_s=0.5"])[0], retries=0, heart=Heart())
     assert deaf.claim()

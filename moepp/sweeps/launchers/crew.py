@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from moepp.training.settings import TrainerConfig
 
 LOOK_SECONDS = 2.0
-SECONDS_TO_STOP = 15.0  # beyond trainer.stop_s, which a worker gives its trial
+WORKER_MARGIN_SECONDS = 15.0  # beyond trainer.stop_s, which a worker gives its trial
 SECONDS_TO_LEAVE = 45.0  # after the last trial workers mirror what is left and end
 
 

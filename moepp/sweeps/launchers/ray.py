@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from moepp.errors import UsageError
 from moepp.process import start
 from moepp.sweeps.launchers.call import SweepCall
-from moepp.sweeps.launchers.crew import SECONDS_TO_STOP, begin_elsewhere, wait
+from moepp.sweeps.launchers.crew import WORKER_MARGIN_SECONDS, begin_elsewhere, wait
 
 if TYPE_CHECKING:
     from moepp.training.settings import TrainerConfig
@@ -35,7 +35,7 @@ class RayLauncher:
         """Raises UsageError without Ray, where no cluster answers, or where none of its nodes could take a worker."""
         ray = _import()
         directory, trainer, left = begin_elsewhere(call)
-        crew = RayCrew(ray, directory / "ray", trainer.stop_s + SECONDS_TO_STOP)
+        crew = RayCrew(ray, directory / "ray", trainer.stop_s + WORKER_MARGIN_SECONDS)
         if not left:
             return wait(call, directory, crew)
         with self._connected(ray):

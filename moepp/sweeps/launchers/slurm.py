@@ -22,7 +22,7 @@ from moepp.errors import Interrupted, RunError, UsageError
 from moepp.process import python_path, start
 from moepp.records import read_json, write_json
 from moepp.sweeps.launchers.call import SweepCall
-from moepp.sweeps.launchers.crew import SECONDS_TO_STOP, begin_elsewhere, wait
+from moepp.sweeps.launchers.crew import WORKER_MARGIN_SECONDS, begin_elsewhere, wait
 
 if TYPE_CHECKING:
     from submitit import Executor, Job
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from moepp.training.settings import TrainerConfig
 
 MOST_WORKERS = 32  # unless --workers says more: a job that finds no trial left was queued in vain
-SECONDS_TO_END = 30.0  # from the signal to the end, beyond trainer.stop_s
+JOB_MARGIN_SECONDS = 30.0  # from the signal to the end, beyond trainer.stop_s
 REQUEUES = 1000  # after time limits: each job goes on where it stopped, so only the end of the sweep ends it
 SECONDS_OF_GRACE = 300  # how long a stopped job waits for Slurm to preempt or cancel it
 
@@ -54,7 +54,7 @@ class SlurmLauncher:
         directory, trainer, left = begin_elsewhere(call)
         crew = SlurmCrew(directory, self.cluster)
         if (missing := min(call.workers or MOST_WORKERS, left) - crew.alive()) > 0:
-            worker = Worker(call.work(), Path.cwd(), trainer.stop_s + SECONDS_TO_STOP)
+            worker = Worker(call.work(), Path.cwd(), trainer.stop_s + WORKER_MARGIN_SECONDS)
             with _refusal():
                 crew.add(self._executor(directory, trainer), [worker] * missing)
         if left and not self.wait:
@@ -90,7 +90,7 @@ class SlurmLauncher:
             cpus_per_task=self.cpus,
             gpus_per_node=gpus,
             slurm_partition=self.partition or None,
-            slurm_signal_delay_s=math.ceil(trainer.stop_s + SECONDS_TO_END),
+            slurm_signal_delay_s=math.ceil(trainer.stop_s + JOB_MARGIN_SECONDS),
             slurm_additional_parameters={"requeue": True, **self.parameters},
         )
         return executor
