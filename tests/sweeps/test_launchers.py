@@ -15,6 +15,7 @@ from moepp.records import RunRecord, read_json
 from moepp.sweeps.launchers import LAUNCHERS, launch, split
 from moepp.sweeps.launchers.call import SweepCall
 from moepp.sweeps.launchers.crew import begin_elsewhere, wait
+from moepp.sweeps.launchers.slurm import Worker
 
 SUBMITIT = "the extra `slurm` is not installed"
 LOCAL_JOBS = ["launcher=slurm", "launcher.cluster=local"]
@@ -254,3 +255,20 @@ def test_a_ray_cluster_that_is_not_there_is_one_line(call):
     with pytest.raises(UsageError, match=r"no Ray cluster answers at 127\.0\.0\.1:1") as error:
         launch(call, ["launcher=ray", "launcher.address=127.0.0.1:1"])
     assert "\n" not in str(error.value)
+
+
+def test_a_job_that_is_preempted_gives_its_worker_its_time():
+    waited = []
+
+    class Stopping:
+        def terminate(self):
+            waited.append("asked")
+
+        def wait(self, seconds):
+            waited.append(seconds)
+
+    worker = Worker(["work"], Path("here"), 135.0)
+    worker._process = Stopping()
+    again = worker.checkpoint().function
+    assert waited == ["asked", 135.0]
+    assert (again.command, again.folder, again.seconds_to_stop) == (["work"], Path("here"), 135.0)

@@ -9,6 +9,7 @@ import pytest
 
 from moepp.sweeps import nursery
 from moepp.sweeps.nursery import Nursery, can_fork
+from moepp.sweeps.runner import TRIAL_COMMAND, _starting
 
 SLEEP = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
 
@@ -63,13 +64,14 @@ def gone(pid: int) -> bool:
 
 def test_a_trial_has_its_environment_its_log_and_a_session_of_its_own(trials):
     code = (
-        "import os, sys; print(os.environ['ARM'], os.environ['OMP_NUM_THREADS'], os.getsid(0) == os.getpid(),"
+        "import os, sys; print(*(os.environ[name] for name in ('ARM', 'OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS')),"
+        " os.getsid(0) == os.getpid(),"
         " sys.argv[1:], repr(sys.stdin.read())); print('a warning', file=sys.stderr)"
     )
     first, second = trials(code, ARM="zero"), trials(code, ARM="copy")
     assert (first.wait(20), second.wait(20)) == (0, 0)
-    assert trials.printed(first) == f"zero 3 True ['trial', '{trials.folder / '0.py'}'] ''\na warning\n"
-    assert trials.printed(second).startswith("copy 3 True")
+    assert trials.printed(first) == f"zero 3 1 True ['trial', '{trials.folder / '0.py'}'] ''\na warning\n"
+    assert trials.printed(second).startswith("copy 3 1 True")
 
 
 def test_all_trials_are_forks_of_one_process(trials):
@@ -141,6 +143,14 @@ def test_trials_die_with_their_nursery_and_the_next_ones_have_another(trials):
     assert trials("print('again')").wait(20) == 0
 
 
+def test_a_nursery_that_dies_while_it_loads_leaves_a_log_of_each_trial(trials, monkeypatch):
+    monkeypatch.setenv("SECONDS_TO_LOAD", "60")
+    lost = [trials(SLEEP), trials(SLEEP)]
+    trials.nursery._process.kill()
+    assert [trial.wait(20) for trial in lost] == [-signal.SIGKILL] * 2
+    assert [trials.printed(trial) for trial in lost] == ["", ""]
+
+
 def test_what_cannot_be_loaded_is_told_in_the_log(trials, monkeypatch):
     monkeypatch.setenv("BROKEN", "1")
     trial = trials("")
@@ -148,19 +158,34 @@ def test_what_cannot_be_loaded_is_told_in_the_log(trials, monkeypatch):
     assert trials.printed(trial).endswith("ImportError: libtorch.so is missing\n")
 
 
-def test_trials_die_with_the_runner(tmp_path):
+def start_runner(tmp_path, **variables: str) -> subprocess.Popen:
+    """Starts two trials, and prints the nursery's pid."""
     (tmp_path / "0.py").write_text(SLEEP)
     script = (
         "import sys, time; from pathlib import Path; from moepp.sweeps import nursery;"
         f"nursery.COMMAND = {nursery.COMMAND!r}; made = nursery.Nursery({{}}); folder = Path({str(tmp_path)!r});"
-        "[made.start(folder / '0.py', folder / f'{n}.txt', {}) for n in range(2)]; time.sleep(60)"
+        "[made.start(folder / '0.py', folder / f'{n}.txt', {}) for n in range(2)];"
+        "print(made._process.pid, flush=True); time.sleep(60)"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    with subprocess.Popen([sys.executable, "-c", script], env=environment) as runner:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **variables}
+    return subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def test_trials_die_with_the_runner(tmp_path):
+    with start_runner(tmp_path) as runner:
         logs = [tmp_path / f"{n}.txt" for n in range(2)]
         wait_until(lambda: all(log.exists() and log.read_text().endswith("\n") for log in logs))
         runner.kill()
     wait_until(lambda: all(gone(int(log.read_text())) for log in logs))
+
+
+def test_a_nursery_that_still_loads_dies_with_the_runner(tmp_path):
+    with start_runner(tmp_path, SECONDS_TO_LOAD="60") as runner:
+        pid = int(runner.stdout.readline())
+        wait_until(lambda: b"fake_nursery" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        time.sleep(1.0)  # it has tied itself to the runner, and loads
+        runner.kill()
+    wait_until(lambda: gone(pid))
 
 
 def test_what_trials_load_leaves_no_thread_behind_and_no_gpu_asked():
@@ -180,6 +205,20 @@ print(len(os.listdir("/proc/self/task")))
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120
     )
     assert (output.stdout, output.returncode) == ("1\n", 0), output.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "slot", "forked"),
+    [
+        (TRIAL_COMMAND, {}, True),
+        (list(TRIAL_COMMAND), {}, True),
+        (TRIAL_COMMAND, {"CUDA_VISIBLE_DEVICES": "0"}, False),
+        (("another", "command"), {}, False),
+    ],
+)
+def test_a_runner_forks_its_own_trials(command, slot, forked):
+    with _starting(command, [slot]) as start:
+        assert isinstance(getattr(start, "__self__", None), Nursery) == forked
 
 
 def test_only_trials_without_gpus_are_forked(monkeypatch):
