@@ -71,17 +71,15 @@ def combine_layers(losses: list[Tensor], config: BalanceConfig) -> Tensor:
     return total if config.form == "paper" else total / len(losses)
 
 
-def capacities(counts: ExpertCounts, tau: float, slots: int, factor: float, device: torch.device) -> Tensor:
-    """Rows each expert accepts, [N] int64, rounded up (Eq. 8): factor * slots * w_i / sum w, with w = tau for FFN
-    experts and 1 for the others.
+def expert_capacities(counts: ExpertCounts, tau: float, slots: int, factor: float) -> tuple[int, int]:
+    """Rows that an FFN expert and any other expert accept, rounded up (Eq. 8): factor * slots * w / sum w, with w = tau
+    for FFN experts and 1 for the others.
 
     `slots` = K * T assignments. Eq. 8 prints T, which would drop 45 % of all top-2 assignments even under perfect
     balance.
     """
     share = factor * slots / (tau * counts.ffn + counts.zero_computation)
-    capacity_N = torch.full((counts.total,), math.ceil(share), device=device)
-    capacity_N[: counts.ffn] = math.ceil(share * tau)
-    return capacity_N
+    return math.ceil(share * tau), math.ceil(share)
 
 
 def accepted_counts(count_WKN: Tensor, capacity_N: Tensor) -> Tensor:

@@ -1,28 +1,27 @@
 """Which rows go to which FFN expert, and back.
 
-A dispatcher maps `(w_in [E,2F,D], w_out [E,D,F], x [T,D], expert ids [T,K], gates [T,K], others)` to the gated sum over
-each token's experts, [T,D] in the gates' dtype. Rows are multiplied in the weights' dtype. Slots whose id is E or more
-(zero-computation experts, dropped rows) never reach an FFN expert; `others`, an `experts.Affine` or None, is what the
-zero-computation experts add. Every backend is such a function, and raises `grouped.BackendError` where it cannot run;
-the slots of each expert, `sizes`, come last where the host knows them, for the backend that would have to ask.
-
-A dispatcher also knows the rest of the batch: its `share` turns one device's slot counts into those of all devices.
-Shape suffixes as in experts.py; W devices that share a batch, N all experts.
+A dispatcher maps the weights of FFN experts and `RoutedTokens` to the gated sum over each token's experts, by one of
+the backends here (kernels/base.py). It also knows the rest of the batch: its `share` turns one device's slot counts
+into those of all devices. Shape suffixes as in experts.py; W devices that share a batch, N all experts.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moepp.layers.kernels import grouped, sorted_rows, triton_experts
+from moepp.layers.kernels.base import RoutedTokens
 from moepp.layers.settings import Backend
 
-if TYPE_CHECKING:
-    from moepp.layers.experts import Affine
-
-BACKENDS = {"sorted": sorted_rows.dispatch, "grouped": grouped.dispatch, "triton": triton_experts.dispatch}
+Kernel = Callable[[Tensor, Tensor, RoutedTokens], Tensor]
+BACKENDS: dict[str, Kernel] = {
+    "sorted": sorted_rows.dispatch,
+    "grouped": grouped.dispatch,
+    "triton": triton_experts.dispatch,
+}
 TRACEABLE = ("grouped",)  # the others leave torch.compile's graph: host-side sizes, kernels of their own
 
 
@@ -68,40 +67,20 @@ class LocalDispatcher:
         """The counts of all devices, [W, K, N], from this device's own."""
         return SlotCounts(count_KN[None])
 
-    def __call__(
-        self,
-        w_in: Tensor,
-        w_out: Tensor,
-        x_TD: Tensor,
-        expert_TK: Tensor,
-        gate_TK: Tensor,
-        others: "Affine | None",
-        counts: SlotCounts | None = None,
-    ) -> Tensor:
-        """`counts` of the slots in `expert_TK`, where known, spare a dispatcher that exchanges rows its own."""
-        return self.compute(w_in, w_out, x_TD, expert_TK, gate_TK, others)
+    def __call__(self, w_in: Tensor, w_out: Tensor, tokens: RoutedTokens, counts: SlotCounts | None = None) -> Tensor:
+        """`counts` of the slots, where known, spare a dispatcher that exchanges rows its own."""
+        return self.compute(w_in, w_out, tokens)
 
-    def compute(
-        self,
-        w_in: Tensor,
-        w_out: Tensor,
-        x_TD: Tensor,
-        expert_TK: Tensor,
-        gate_TK: Tensor,
-        others: "Affine | None",
-        sizes: list[int] | None = None,
-    ) -> Tensor:
-        """By the backend's kernel. `sizes`, the slots of each expert, spare one that needs them its wait for the
-        device.
-        """
-        dtype = compute_dtype(x_TD)
+    def compute(self, w_in: Tensor, w_out: Tensor, tokens: RoutedTokens) -> Tensor:
+        """By the backend's kernel, in the dtype that autocast asks for."""
+        dtype = compute_dtype(tokens.x_TD)
         w_in, w_out = w_in.to(dtype), w_out.to(dtype)
         backend = choose_backend(w_out) if self.backend == "auto" else self.backend
         kernel = BACKENDS[backend]
         if torch.compiler.is_compiling() and backend not in TRACEABLE:
             kernel = torch.compiler.disable(kernel)  # here and not above: it imports the compiler, which takes seconds
-        with torch.autocast(x_TD.device.type, enabled=False):
-            return kernel(w_in, w_out, x_TD, expert_TK, gate_TK, others, sizes)
+        with torch.autocast(tokens.x_TD.device.type, enabled=False):
+            return kernel(w_in, w_out, tokens)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -5,33 +5,13 @@ Shape suffixes: T tokens, K top-k, R rows handed to FFN experts, D model width, 
 constant experts, Z all zero-computation experts, N all experts. Expert order is FFN, constant, copy, zero.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moepp.layers.dispatch import LocalDispatcher, SlotCounts
+from moepp.layers.kernels.base import Affine, RoutedTokens
 from moepp.layers.settings import Backend, ExpertCounts
-
-
-@dataclass
-class Affine:
-    """What all zero-computation experts add, c x + M V, not yet evaluated: a kernel may fuse it with its combine.
-
-    `scale_T` is c; `mix_TC` and `vectors_CD` are M and V, None without constant experts. All in at least float32.
-    """
-
-    scale_T: Tensor
-    mix_TC: Tensor | None
-    vectors_CD: Tensor | None
-
-    def __call__(self, x_TD: Tensor) -> Tensor:
-        """[T, D] in scale_T's dtype."""
-        scaled_TD = self.scale_T[:, None] * x_TD
-        if self.mix_TC is None:
-            return scaled_TD
-        return torch.addmm(scaled_TD, self.mix_TC, self.vectors_CD)
 
 
 class FFNExperts(nn.Module):
@@ -48,19 +28,9 @@ class FFNExperts(nn.Module):
         self.w_out = nn.Parameter(torch.empty(experts, dim, hidden))
         self.dispatcher = LocalDispatcher(backend)
 
-    def forward(
-        self,
-        x_TD: Tensor,
-        expert_TK: Tensor,
-        gate_TK: Tensor,
-        others: Affine | None,
-        counts: SlotCounts | None = None,
-    ) -> Tensor:
-        """Sum over k of gate * expert(x), plus `others`, [T, D] in gate_TK's dtype.
-
-        Slots whose expert id is E or more belong to no FFN expert and are never multiplied.
-        """
-        return self.dispatcher(self.w_in, self.w_out, x_TD, expert_TK, gate_TK, others, counts)
+    def forward(self, tokens: RoutedTokens, counts: SlotCounts | None = None) -> Tensor:
+        """Sum over k of gate * expert(x), plus what the other experts add, [T, D] in the gates' dtype."""
+        return self.dispatcher(self.w_in, self.w_out, tokens, counts)
 
 
 class ZeroComputationExperts(nn.Module):
@@ -91,6 +61,6 @@ class ZeroComputationExperts(nn.Module):
         gate_TC, gate_copies, _ = gate_TZ.split([counts.constant, counts.copy, counts.zero], 1)
         scale_T = gate_copies.sum(1)
         if mix_TC2 is None:
-            return Affine(scale_T, None, None)
+            return Affine(scale_T)
         scale_T = scale_T + (gate_TC * mix_TC2[..., 0]).sum(1)
         return Affine(scale_T, gate_TC * mix_TC2[..., 1], self.vectors.to(gate_TZ.dtype))

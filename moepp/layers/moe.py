@@ -5,6 +5,7 @@ Shape suffixes: B batch, S sequence, T = B*S tokens, K slots of a token (top-k),
 constant, copy, zero), W devices that share a batch.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from moepp.layers.balance import (
     accepted_counts,
     accepted_slots,
-    capacities,
+    expert_capacities,
     load_balance_loss,
     router_losses,
     selection_counts,
@@ -22,7 +23,8 @@ from moepp.layers.balance import (
 from moepp.layers.control import SelectionBias, SparsityControl, build_control
 from moepp.layers.dense import DenseFFN
 from moepp.layers.dispatch import SlotCounts
-from moepp.layers.experts import Affine, FFNExperts, ZeroComputationExperts
+from moepp.layers.experts import FFNExperts, ZeroComputationExperts
+from moepp.layers.kernels.base import Affine, RoutedTokens
 from moepp.layers.rival_routers import RecurrentRouter, SharedNullRouter
 from moepp.layers.router import (
     Router,
@@ -46,6 +48,7 @@ class MoEStats:
     balance_loss: Tensor  # Eq. 7, before beta; with the f of all devices, so that its mean over them is the batch's
     chosen_N: Tensor  # tokens that chose each expert, before any were dropped
     dropped: Tensor  # slots over capacity
+    recomputed: Tensor | None  # FFN slots beyond the rows that `ffn_rows` keeps; None where it limits nothing
     entropy: Tensor  # of the router's distribution, mean over tokens, in nats
     router_loss: Tensor  # z-loss and entropy loss, weighted
     carried: Tensor  # what the next layer's router receives: the logits, or a recurrent router's state
@@ -112,12 +115,14 @@ class MoELayer(nn.Module):
         the counts of those that are kept.
         """
         config, expert_TK, count_WKN = self.config, routing.expert_TK, counts.wait()
-        slots = expert_TK.numel() * len(count_WKN)
-        limits = capacities(config.experts, config.balance.tau, slots, config.capacity_factor, expert_TK.device)
-        accepted_WKN = accepted_counts(count_WKN, limits)
+        experts, slots = config.experts, expert_TK.numel() * len(count_WKN)
+        of_ffn, of_other = expert_capacities(experts, config.balance.tau, slots, config.capacity_factor)
+        limit_N = torch.full((experts.total,), of_other, device=expert_TK.device)
+        limit_N[: experts.ffn] = of_ffn
+        accepted_WKN = accepted_counts(count_WKN, limit_N)
         kept_TK = accepted_slots(expert_TK, accepted_WKN[counts.device])
-        expert_TK = expert_TK.masked_fill(~kept_TK, config.experts.total)
-        kept = Routing(expert_TK, routing.gate_TK * kept_TK, routing.probs_TN)
+        expert_TK = expert_TK.masked_fill(~kept_TK, experts.total)
+        kept = Routing(expert_TK, routing.gate_TK * kept_TK, routing.probs_TN, most_ffn_slots=experts.ffn * of_ffn)
         return kept, SlotCounts(accepted_WKN, counts.device)
 
     def expert_input(self, x_TD: Tensor) -> Tensor:
@@ -138,8 +143,16 @@ class MoELayer(nn.Module):
         """
         x_TD = self.expert_input(x_TD)
         others = self.zero_computation_terms(x_TD, routing, mix_TC2)
-        y_TD = self.ffn(x_TD, routing.expert_TK, routing.gate_TK, others, counts).to(x_TD.dtype)
+        tokens = RoutedTokens(
+            x_TD, routing.expert_TK, routing.gate_TK, others, routing.most_ffn_slots, self.kept_rows(len(x_TD))
+        )
+        y_TD = self.ffn(tokens, counts).to(x_TD.dtype)
         return y_TD if self.shared is None else y_TD + self.shared(x_TD)
+
+    def kept_rows(self, tokens: int) -> int | None:
+        """FFN rows whose intermediates a training step keeps; None for all there can be."""
+        per_token = self.config.ffn_rows
+        return math.ceil(per_token * tokens) if self.training and per_token is not None else None
 
     def zero_computation_terms(self, x_TD: Tensor, routing: Routing, mix_TC2: Tensor | None = None) -> Affine | None:
         """What the zero-computation experts add for these tokens, not yet evaluated; None where there are none."""
@@ -169,4 +182,15 @@ class MoELayer(nn.Module):
             probs_TN = F.normalize(probs_TN, p=1, dim=-1)
         entropy = torch.special.entr(probs_TN.detach()).sum(-1).mean()
         chosen_N, accepted_N = (c.count_WKN[c.device].sum(0) for c in (counts, accepted))
-        return MoEStats(logits_TN, loss, chosen_N, (chosen_N - accepted_N).sum(), entropy, router_loss, carried)
+        kept_rows = self.kept_rows(len(probs_TN))
+        recomputed = None if kept_rows is None else (accepted_N[: config.experts.ffn].sum() - kept_rows).clamp(min=0)
+        return MoEStats(
+            logits_TN,
+            loss,
+            chosen_N,
+            dropped=(chosen_N - accepted_N).sum(),
+            recomputed=recomputed,
+            entropy=entropy,
+            router_loss=router_loss,
+            carried=carried,
+        )

@@ -43,12 +43,14 @@ class Router(nn.Module):
 @dataclass
 class Routing:
     """Where each token goes. `expert_TK` int64, with id N in slots that are not used; `gate_TK` its weights; `probs_TN`
-    the router's scores, which the balance loss reads: the softmax, or the ReLU where that selects.
+    the router's scores, which the balance loss reads: the softmax, or the ReLU where that selects. At most
+    `most_ffn_slots` slots choose FFN experts, where capacity limits them.
     """
 
     expert_TK: Tensor
     gate_TK: Tensor
     probs_TN: Tensor
+    most_ffn_slots: int | None = None
 
 
 def normalize_logits(logits_TN: Tensor, std: float) -> Tensor:

@@ -2,6 +2,7 @@
 looked at by processes that never load it.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -96,6 +97,8 @@ class MoEConfig:
     gating_residual: bool = True
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     capacity_factor: float | None = 1.1  # in training only; null is dropless
+    ffn_rows: float | None = None  # FFN rows per token that a training step keeps for its backward pass; what a batch
+    # needs beyond them is computed apart, and again in backward; null keeps all there can be
     router: RouterForm = "linear"
     router_width: int = 128  # of the recurrent router's state
     multiply_by_top_k: bool = False  # experts see top_k * x, as released code does without its no_mul_topk flag
@@ -114,6 +117,8 @@ class MoEConfig:
             raise ValueError(f"capacity_factor={self.capacity_factor} must be positive, or null for dropless")
         if self.logits_norm is not None and self.logits_norm <= 0:
             raise ValueError(f"logits_norm={self.logits_norm} must be positive, or null for plain logits")
+        if self.ffn_rows is not None and not 0 < self.ffn_rows < math.inf:
+            raise ValueError(f"ffn_rows={self.ffn_rows} must be positive, or null for as many as there can be")
         if self.router_width < 1:
             raise ValueError(f"router_width={self.router_width} must be at least 1")
         for impossible, reason in _conflicts(self):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moepp.layers.balance import selection_counts
 from moepp.layers.dispatch import LocalDispatcher, SlotCounts, compute_dtype
-from moepp.layers.experts import Affine
+from moepp.layers.kernels.base import RoutedTokens
 from moepp.layers.settings import Backend
 from moepp.strategies.groups import ExpertGroups
 from moepp.strategies.traffic import Traffic
@@ -53,32 +53,25 @@ class AllToAllDispatcher(SharedBatchDispatcher):
         super().__init__(backend)
         self.groups, self.traffic = groups, traffic
 
-    def __call__(
-        self,
-        w_in: Tensor,
-        w_out: Tensor,
-        x_TD: Tensor,
-        expert_TK: Tensor,
-        gate_TK: Tensor,
-        others: Affine | None,
-        counts: SlotCounts | None = None,
-    ) -> Tensor:
+    def __call__(self, w_in: Tensor, w_out: Tensor, tokens: RoutedTokens, counts: SlotCounts | None = None) -> Tensor:
+        x_TD, expert_TK, gate_TK, others = tokens.x_TD, tokens.expert_TK, tokens.gate_TK, tokens.others
         dtype, local, top_k = compute_dtype(x_TD), len(w_in), expert_TK.shape[1]
         experts = local * self.groups.size
         counts = counts or self.share(selection_counts(expert_TK, experts))
-        rows = CountsOnTheWay(counts)
+        arriving = CountsOnTheWay(counts)
         with torch.autocast(x_TD.device.type, enabled=False):
             # Needs no counts: GPUs do it while these travel to all devices and to the host.
             y_TD = others(x_TD) if others is not None else gate_TK.new_zeros(x_TD.shape)
             slot_S = expert_TK.reshape(-1).clamp(max=experts).argsort(stable=True)  # by expert, so by device
-            count_WN = rows.on_host()
+            count_WN = arriving.on_host()
             exchange = self._plan(count_WN, experts)
             slot_R = slot_S[: sum(exchange.send)]
             token_R = slot_R // top_k
             x_RD = ExchangeRows.apply(x_TD.to(dtype)[token_R], exchange, self.groups, self.traffic)
-            expert_R = experts_of_rows(self._received(rows.count_WN, local), len(x_RD))
+            expert_R = experts_of_rows(self._received(arriving.count_WN, local), len(x_RD))
             sizes = self._received(count_WN, local).sum(0).tolist()
-            y_RD = self.compute(w_in, w_out, x_RD, expert_R[:, None], x_RD.new_ones(len(x_RD), 1), None, sizes)
+            rows = RoutedTokens(x_RD, expert_R[:, None], x_RD.new_ones(len(x_RD), 1), sizes=sizes)
+            y_RD = self.compute(w_in, w_out, rows)
             y_RD = ExchangeRows.apply(y_RD, exchange.reversed(), self.groups, self.traffic)
             gate_R = gate_TK.reshape(-1)[slot_R]
             return y_TD.index_add_(0, token_R, y_RD * gate_R[:, None])

@@ -16,10 +16,11 @@ class RoutingStatistics(Metric):
 
     def __init__(self, config: MoEConfig):
         super().__init__()
-        self.experts, self.kinds = config.experts, config.experts.kinds()
+        self.experts, self.kinds, self.limited = config.experts, config.experts.kinds(), config.ffn_rows is not None
         self.add_state("chosen_LN", torch.zeros(0, config.experts.total, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("dropped", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("recomputed", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("entropy", torch.zeros(()), dist_reduce_fx="mean")  # mean over layers, summed over batches
         self.add_state("batches", torch.zeros(()), dist_reduce_fx="mean")
 
@@ -31,6 +32,8 @@ class RoutingStatistics(Metric):
         self.chosen_LN = chosen_LN if self.chosen_LN.numel() == 0 else self.chosen_LN + chosen_LN
         self.tokens += len(stats[0].logits_TN)
         self.dropped += torch.stack([layer.dropped for layer in stats]).sum()
+        if self.limited:
+            self.recomputed += torch.stack([layer.recomputed for layer in stats]).sum()
         self.entropy += torch.stack([layer.entropy for layer in stats]).mean()
         self.batches += 1
 
@@ -40,7 +43,8 @@ class RoutingStatistics(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """Means over layers. `ffn_per_token` counts routed FFN experts, not shared ones; `load_max_over_mean` compares
-        FFN experts with each other; `dropped_share` is of all slots. Without MoE layers only what is then 0.
+        FFN experts with each other; `dropped_share` is of all slots, `recomputed_share` of those that chose FFN experts
+        (where `ffn_rows` limits what is kept). Without MoE layers only what is then 0.
         """
         if not len(self.chosen_LN):
             return {name: torch.zeros(()) for name in ("ffn_per_token", "entropy")}
@@ -59,6 +63,8 @@ class RoutingStatistics(Metric):
         metrics["load_max_over_mean"] = (load_LE.amax(1) / load_LE.mean(1).clamp(min=1e-12)).mean()
         metrics["entropy"] = self.entropy / self.batches
         metrics["dropped_share"] = self.dropped / self.chosen_LN.sum().clamp(min=1)
+        if self.limited:
+            metrics["recomputed_share"] = self.recomputed / self.chosen_LN[:, :ffn].sum().clamp(min=1)
         return metrics
 
     def write_table(self, path: Path) -> None:

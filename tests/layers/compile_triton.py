@@ -1,31 +1,44 @@
-"""Compiles every Triton kernel for Hopper as the backend launches it, without a GPU; prints each one's name and the
-number of its tensor-core instructions.
+"""Compiles every Triton kernel for Hopper as the backends launch it, with every tile it may be tuned to and at the
+paper's 0.6B sizes, without a GPU. Prints kernel, tile, tensor-core instructions, shared memory and spilled bytes.
 """
 
-from types import SimpleNamespace
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from unittest import mock
 
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
+from triton.runtime.autotuner import Autotuner
 
-from moepp.layers.experts import Affine
-from moepp.layers.kernels import triton_experts, triton_kernels
+from moepp.layers.kernels import grouped, triton_experts, triton_kernels, triton_rows
+from moepp.layers.kernels.base import Affine, RoutedTokens
 
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+PTXAS = Path(triton.__file__).with_name("backends") / "nvidia/bin/ptxas"
 
 
 class CompileOnly:
     """Stands for a kernel; a launch compiles it for the arguments' types and computes nothing."""
 
     def __init__(self, kernel):
-        self.kernel = kernel
+        tuned = isinstance(kernel, Autotuner)
+        self.kernel, self.configs = (kernel.fn, kernel.configs) if tuned else (kernel, [triton.Config({})])
+        self.seen = set()
 
     def __getitem__(self, grid):
         return self.launch
 
-    def launch(self, *args, num_warps=4, num_stages=3, **constants):
-        names = self.kernel.arg_names
-        values = dict(zip(names, args, strict=False)) | constants
+    def launch(self, *args, num_warps=None, num_stages=None, **constants):
+        for config in self.configs:
+            options = {"num_warps": num_warps or config.num_warps, "num_stages": num_stages or config.num_stages}
+            self.compile(args, constants | config.kwargs, options)
+
+    def compile(self, args, constants, options):
+        values = dict(zip(self.kernel.arg_names, args, strict=False)) | constants
         signature, constexprs, aligned = {}, {}, {}
         for i, parameter in enumerate(self.kernel.params):
             value = values[parameter.name]
@@ -35,22 +48,49 @@ class CompileOnly:
                 signature[parameter.name], aligned[(i,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
             else:
                 signature[parameter.name] = "i32"
-        options = {"num_warps": num_warps, "num_stages": num_stages}
-        source = ASTSource(self.kernel, signature, constexprs, aligned)
-        ptx = compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
-        print(self.kernel.__name__, ptx.count("wgmma.mma_async"))
+        variant = str((signature, constexprs, options))
+        if variant in self.seen:
+            return
+        self.seen.add(variant)
+        compiled = compile(
+            ASTSource(self.kernel, signature, constexprs, aligned), target=GPUTarget("cuda", 90, 32), options=options
+        )
+        tile = "x".join(str(value) for name, value in values.items() if name.startswith("BLOCK"))
+        wgmma = compiled.asm["ptx"].count("wgmma.mma_async")
+        print(self.kernel.__name__, tile, wgmma, compiled.metadata.shared, spilled_bytes(compiled.asm["ptx"]))
+
+
+def spilled_bytes(ptx):
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [PTXAS, "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return int(re.search(r"(\d+) bytes spill stores", report)[1])
+
+
+def step(kernel):
+    experts, dim, hidden, tokens, top_k, constants = 8, 768, 2048, 40, 2, 2
+    w_in, w_out = torch.empty(experts, 2 * hidden, dim), torch.empty(experts, dim, hidden)
+    x_TD, gate_TK, ids = torch.ones(tokens, dim), torch.ones(tokens, top_k), torch.zeros(tokens, top_k).long()
+    leaves = [w_in.bfloat16(), w_out.bfloat16(), x_TD, gate_TK, torch.ones(tokens), torch.ones(tokens, constants)]
+    leaves = [leaf.requires_grad_() for leaf in [*leaves, torch.ones(constants, dim)]]
+    y_TD = kernel(*leaves[:2], RoutedTokens(leaves[2], ids, leaves[3], Affine(*leaves[4:])))
+    torch.autograd.grad(y_TD.sum(), leaves)
 
 
 def main():
     kernels = {name: CompileOnly(kernel) for name, kernel in vars(triton_kernels).items() if name.endswith("_kernel")}
-    triton_experts.load_kernels = lambda w_in: SimpleNamespace(**kernels)
-    experts, dim, hidden, tokens, top_k, constants = 4, 64, 128, 40, 2, 2
-    w_in, w_out = torch.ones(experts, 2 * hidden, dim), torch.ones(experts, dim, hidden)
-    x_TD, gate_TK, ids = torch.ones(tokens, dim), torch.ones(tokens, top_k), torch.zeros(tokens, top_k).long()
-    leaves = [w_in.bfloat16(), w_out.bfloat16(), x_TD, gate_TK, torch.ones(tokens), torch.ones(tokens, constants)]
-    leaves = [leaf.requires_grad_() for leaf in [*leaves, torch.ones(constants, dim)]]
-    y_TD = triton_experts.dispatch(*leaves[:3], ids, leaves[3], Affine(*leaves[4:]))
-    torch.autograd.grad(y_TD.sum(), leaves)
+    with (
+        mock.patch.multiple(triton_kernels, **kernels),
+        mock.patch.object(triton_experts, "_refuse_unsupported", lambda weights: None),
+        mock.patch.object(grouped, "_row_passes", lambda weights: triton_rows),
+        mock.patch("torch.nn.functional.grouped_mm", lambda a, b, offs: torch.zeros(
+            (len(a), b.shape[2]) if b.dim() == 3 else (len(offs), len(a), b.shape[1]), dtype=a.dtype
+        )),
+    ):  # fmt: skip
+        step(triton_experts.dispatch)
+        step(grouped.dispatch)
 
 
 if __name__ == "__main__":

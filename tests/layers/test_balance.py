@@ -4,8 +4,8 @@ import torch
 from moepp.layers.balance import (
     accepted_counts,
     accepted_slots,
-    capacities,
     combine_layers,
+    expert_capacities,
     load_balance_loss,
     selection_counts,
 )
@@ -72,9 +72,9 @@ def test_ffn_share_of_a_balanced_layer(ffn, zero_computation, shares):
 
 
 def test_capacity_counts_all_assignments():
-    limits = capacities(COUNTS, tau=0.75, slots=2 * 1000, factor=1.1, device=torch.device("cpu")).tolist()
-    assert limits == [165] * 8 + [220] * 4  # 1.1 * 2000 * (0.75, 1) / 10
-    assert sum(limits) >= 2000  # Eq. 8 as printed, with T for K*T, would hold 1100
+    of_ffn, of_other = expert_capacities(COUNTS, tau=0.75, slots=2 * 1000, factor=1.1)
+    assert (of_ffn, of_other) == (165, 220)  # 1.1 * 2000 * (0.75, 1) / 10
+    assert 8 * of_ffn + 4 * of_other >= 2000  # Eq. 8 as printed, with T for K*T, would hold 1100
 
 
 def within_capacity(expert_TK, capacity_N, devices=1):

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from moepp.layers.dispatch import LocalDispatcher
+from moepp.layers.kernels.base import RoutedTokens
 from moepp.layers.kernels.sorted_rows import ROW_BUCKET, plan_rows, swiglu
 
 EXPERTS, TOKENS, DIM, HIDDEN = 4, 50, 8, 6
@@ -36,7 +37,8 @@ def loop(w_in, w_out, x_TD, expert_TK, gate_TK):
 def test_equals_a_loop_over_tokens_with_gradients(expert_TK):
     case = make_case(expert_TK, torch.float64)
     w_in, w_out, x, gate = case
-    ours, expected = LocalDispatcher()(w_in, w_out, x, expert_TK, gate, None), loop(w_in, w_out, x, expert_TK, gate)
+    ours = LocalDispatcher()(w_in, w_out, RoutedTokens(x, expert_TK, gate))
+    expected = loop(w_in, w_out, x, expert_TK, gate)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
     weights = torch.linspace(-1, 1, ours.numel(), dtype=torch.float64).view_as(ours)
     found = torch.autograd.grad((ours * weights).sum(), case)
@@ -70,7 +72,7 @@ def test_padding_changes_neither_values_nor_gradients(expert_TK, monkeypatch):
     for bucket in (1, ROW_BUCKET):
         monkeypatch.setattr("moepp.layers.kernels.sorted_rows.ROW_BUCKET", bucket)
         case = make_case(expert_TK, torch.bfloat16)
-        y = LocalDispatcher()(*case[:3], expert_TK, case[3].float(), None)
+        y = LocalDispatcher()(*case[:2], RoutedTokens(case[2], expert_TK, case[3].float()))
         outcomes.append([y, *torch.autograd.grad(y.square().sum(), case[:3])])
     for unpadded, padded in zip(*outcomes, strict=True):
         torch.testing.assert_close(
@@ -81,6 +83,6 @@ def test_padding_changes_neither_values_nor_gradients(expert_TK, monkeypatch):
 def test_a_large_pad_row_gradient_never_leaks_into_token_zero():
     expert_TK = torch.tensor([[EXPERTS, EXPERTS]] + [[0, 1]] * 9)  # token 0 reaches no FFN expert, pads read it
     case = make_case(expert_TK, torch.bfloat16)
-    y = LocalDispatcher()(*case[:3], expert_TK, case[3].float(), None)
+    y = LocalDispatcher()(*case[:2], RoutedTokens(case[2], expert_TK, case[3].float()))
     (gradient,) = torch.autograd.grad((y * 1e3).sum(), [case[2]])
     assert not y[0].any() and not gradient[0].any() and gradient[1:].any()

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,9 +13,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moepp.layers.dispatch import BACKENDS, LocalDispatcher, choose_backend
-from moepp.layers.experts import Affine
-from moepp.layers.kernels import triton_experts
-from moepp.layers.kernels.grouped import BackendError, plan_slots
+from moepp.layers.kernels import grouped, triton_experts
+from moepp.layers.kernels.base import Affine, BackendError, RoutedTokens, plan_slots
+from moepp.layers.kernels.planned import planned_experts
 from moepp.layers.moe import MoELayer
 from moepp.layers.settings import ExpertCounts, MoEConfig
 
@@ -39,7 +40,19 @@ ASSIGNMENTS = {
     "none to an FFN": torch.tensor([[EXPERTS, EXPERTS + 1]]).repeat(TOKENS, 1),
     "one token": torch.tensor([[3, 1]]),
 }
+
+
+def grouped_as_on_a_gpu(w_in, w_out, tokens):
+    """`grouped` with the passes that it takes on a GPU, in Triton's interpreter."""
+    from moepp.layers.kernels import triton_rows
+
+    return planned_experts(w_in, w_out, tokens, partial(grouped.GroupedProducts, passes=triton_rows))
+
+
+KERNELS_BY_NAME = BACKENDS | {"grouped by triton": grouped_as_on_a_gpu}
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 1e-2, torch.bfloat16: 3e-2}  # of each result's norm
+
+HOPPER_SHARED_MEMORY = 227 * 1024  # bytes that a block may have
 
 on_gpu = (pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device"))
 NO_TRITON = importlib.util.find_spec("triton") is None
@@ -58,18 +71,30 @@ def kernels(*marked):
 KERNELS = kernels(
     ("grouped", "cpu", (), TOLERANCE),
     ("triton", "cpu", interpreted, [torch.float32]),
+    ("grouped by triton", "cpu", interpreted, [torch.float32]),
     *((backend, "cuda", on_gpu, TOLERANCE) for backend in BACKENDS),
 )
-INTERPRETED_HALF = kernels(("triton", "cpu", interpreted, [torch.float16]))  # its interpreter has no bfloat16 product
+INTERPRETED_HALF = kernels(
+    ("triton", "cpu", interpreted, [torch.float16]), ("grouped by triton", "cpu", interpreted, [torch.bfloat16])
+)  # its interpreter has no bfloat16 product
 SYNC_FREE = kernels(("grouped", "cuda", on_gpu, [torch.bfloat16]), ("triton", "cuda", on_gpu, TOLERANCE))
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Tiles so small that the tests' sizes need several in every direction, none of them full."""
-    if not GPU:
-        monkeypatch.setattr(triton_experts, "BLOCKS", {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16})
-        monkeypatch.setattr(triton_experts, "COMBINE", {"BLOCK_T": 16, "BLOCK_D": 16})
+    if GPU or NO_TRITON:
+        return
+    import triton
+
+    from moepp.layers.kernels import triton_kernels, triton_rows
+
+    tile = {"BLOCK_N": 16, "BLOCK_K": 16}
+    monkeypatch.setattr(triton_experts, "TILE_ROWS", 16)
+    monkeypatch.setattr(triton_experts, "BACKWARD_TILE", tile)
+    monkeypatch.setattr(triton_rows, "COLUMNS", 16)
+    for name, more in (("swiglu_in", {}), ("rows_matmul", {}), ("rows_outer", {"BLOCK_M": 16})):
+        monkeypatch.setattr(getattr(triton_kernels, f"{name}_kernel"), "configs", [triton.Config(tile | more)])
 
 
 @pytest.fixture(autouse=True)
@@ -103,10 +128,11 @@ def make_case(expert_TK, others, dtype, device="cpu", seed=0):
     return [value.to(device, kind).requires_grad_() for value, kind in zip(values, types, strict=False)]
 
 
-def evaluate(backend, case, expert_TK):
+def evaluate(backend, case, expert_TK, **known):
     """The output and the gradients of all leaves."""
-    affine = Affine(*[*case[4:], None, None][:3]) if len(case) > 4 else None
-    y_TD = BACKENDS[backend](*case[:3], expert_TK.to(case[0].device), case[3], affine)
+    affine = Affine(*case[4:]) if len(case) > 4 else None
+    tokens = RoutedTokens(case[2], expert_TK.to(case[0].device), case[3], affine, **known)
+    y_TD = KERNELS_BY_NAME[backend](*case[:2], tokens)
     weights = torch.linspace(-1, 1, y_TD.numel(), device=y_TD.device, dtype=y_TD.dtype).view_as(y_TD)
     return [y_TD.detach(), *torch.autograd.grad((y_TD * weights).sum(), case)]
 
@@ -155,7 +181,7 @@ def test_inference_keeps_nothing_for_a_backward_pass(backend, device, dtype):
     expected = reference(case, expert_TK)
     w_in, w_out, x_TD, gate_TK, scale_T = (leaf.detach() for leaf in case)
     ids = expert_TK.to(device)
-    y_TD = BACKENDS[backend](w_in, w_out, x_TD, ids, gate_TK, Affine(scale_T, None, None))
+    y_TD = KERNELS_BY_NAME[backend](w_in, w_out, RoutedTokens(x_TD, ids, gate_TK, Affine(scale_T)))
     assert not y_TD.requires_grad
     assert_close([y_TD], expected[:1], dtype)
 
@@ -180,7 +206,7 @@ class TensorsOfSize(TorchDispatchMode):
 def test_no_expert_makes_a_gradient_as_large_as_all_weights(backend, device, dtype):
     expert_TK = ASSIGNMENTS["random"]
     case = make_case(expert_TK, "none", dtype, device)
-    y_TD = BACKENDS[backend](*case[:3], expert_TK.to(device), case[3], None)
+    y_TD = KERNELS_BY_NAME[backend](*case[:2], RoutedTokens(case[2], expert_TK.to(device), case[3]))
     with TensorsOfSize(case[0].numel()) as tensors:
         torch.autograd.grad(y_TD.square().sum(), case)
     assert 1 <= len({tensor.untyped_storage().data_ptr() for tensor in tensors.found}) < EXPERTS
@@ -209,21 +235,54 @@ def test_no_size_or_value_is_read_by_the_host():
     expert_TK = ASSIGNMENTS["random"].to("meta")  # meta tensors have no values, so reading one raises
     case = make_case(expert_TK, "scale and vectors", torch.bfloat16, "meta")
     assert [value.shape for value in evaluate("grouped", case, expert_TK)[1:]] == [leaf.shape for leaf in case]
-    triton_experts.plan_tiles(plan_slots(expert_TK, EXPERTS))
+    triton_experts.plan_tiles(plan_slots(RoutedTokens(case[2], expert_TK, case[3]), EXPERTS))
+
+
+PLANNED = KERNELS[: len(TOLERANCE)] + kernels(
+    ("triton", "cpu", interpreted, [torch.float32]),
+    ("grouped by triton", "cpu", interpreted, [torch.float32]),
+    *((backend, "cuda", on_gpu, [torch.bfloat16]) for backend in ("grouped", "triton")),
+)
+
+
+@pytest.mark.parametrize("assignment", ["random", "dropped rows", "none to an FFN", "top 3"])
+@pytest.mark.parametrize(("backend", "device", "dtype"), PLANNED)
+def test_no_more_rows_are_made_than_can_be_needed(backend, device, dtype, assignment):
+    expert_TK = ASSIGNMENTS[assignment]
+    served = int((expert_TK < EXPERTS).sum())
+    case = make_case(expert_TK, "scale and vectors", dtype, device)
+    with TensorsOfSize(expert_TK.numel() * DIM) as tensors:
+        found = evaluate(backend, case, expert_TK, most_rows=served)
+    assert_close(found, reference(case, expert_TK), dtype)
+    assert not [t for t in tensors.found if t.shape[0] == expert_TK.numel()]
+
+
+@pytest.mark.parametrize("kept", [0, 1, 20, 1000])
+@pytest.mark.parametrize("assignment", ["random", "empty experts", "none to an FFN"])
+@pytest.mark.parametrize(("backend", "device", "dtype"), PLANNED)
+def test_rows_beyond_those_kept_are_exact_and_leave_nothing_behind(backend, device, dtype, assignment, kept):
+    expert_TK = ASSIGNMENTS[assignment]
+    case = make_case(expert_TK, "scale and vectors", dtype, device)
+    assert_close(evaluate(backend, case, expert_TK, kept_rows=kept), reference(case, expert_TK), dtype)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        KERNELS_BY_NAME[backend](*case[:2], RoutedTokens(case[2], expert_TK.to(device), case[3], kept_rows=kept))
+    assert [len(z) for z in saved if z.shape[-1] == 2 * HIDDEN] == [min(kept, expert_TK.numel())]
 
 
 @pytest.mark.parametrize("expert_TK", ASSIGNMENTS.values(), ids=ASSIGNMENTS)
 def test_the_plan_sorts_every_slot_once_and_tiles_cover_every_served_row_once(expert_TK):
-    plan, tiles = plan_slots(expert_TK, EXPERTS), triton_experts.plan_tiles(plan_slots(expert_TK, EXPERTS))
+    plan = plan_slots(RoutedTokens(expert_TK, expert_TK, expert_TK), EXPERTS)
+    tiles = triton_experts.plan_tiles(plan)
     ids = expert_TK.reshape(-1)
     expected = sorted(range(len(ids)), key=lambda slot: (min(int(ids[slot]), EXPERTS), slot))
-    assert plan.slot_S.tolist() == expected
-    assert plan.row_TK.reshape(-1)[plan.slot_S].tolist() == list(range(len(ids)))
+    assert plan.slot_R.tolist() == expected
+    assert plan.row_TK.reshape(-1)[plan.slot_R].tolist() == list(range(len(ids)))
     assert plan.end_E.tolist() == [int((ids <= expert).sum()) for expert in range(EXPERTS)]
     owner = {}
     for expert, start, end in zip(*(t.tolist() for t in vars(tiles).values()), strict=True):
         if expert < EXPERTS:
-            rows = range(start, min(end, start + triton_experts.BLOCKS["BLOCK_M"]))
+            rows = range(start, min(end, start + triton_experts.TILE_ROWS))
             assert rows and not owner.keys() & rows
             owner |= dict.fromkeys(rows, expert)
     assert [owner[row] for row in range(len(owner))] == sorted(ids[ids < EXPERTS].tolist())
@@ -252,25 +311,27 @@ def test_auto_chooses_grouped_only_where_it_has_a_kernel(device, major, dtype, h
 def test_widths_and_types_that_grouped_mm_does_not_take_are_refused():
     ids, gates = torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1)
     with pytest.raises(BackendError, match=r"dim=6 and hidden=5 to be multiples of 4 in torch\.float32"):
-        LocalDispatcher("grouped")(torch.ones(2, 10, 6), torch.ones(2, 6, 5), torch.ones(2, 6), ids, gates, None)
+        LocalDispatcher("grouped")(
+            torch.ones(2, 10, 6), torch.ones(2, 6, 5), RoutedTokens(torch.ones(2, 6), ids, gates)
+        )
     w_in, w_out, x = (torch.ones(s, dtype=torch.float64) for s in [(2, 16, 8), (2, 8, 8), (2, 8)])
     with pytest.raises(BackendError, match="float64; choose backend=sorted"):
-        LocalDispatcher("grouped")(w_in, w_out, x, ids, gates, None)
+        LocalDispatcher("grouped")(w_in, w_out, RoutedTokens(x, ids, gates))
 
 
 def test_triton_says_what_it_lacks(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(BackendError, match="pip install triton"):
-        triton_experts.load_kernels(torch.ones(1))
+        triton_experts._refuse_unsupported(torch.ones(1))
 
 
 @interpreted
 def test_triton_refuses_the_cpu_unless_interpreted_and_float64(monkeypatch):
     with pytest.raises(BackendError, match="float64"):
-        triton_experts.load_kernels(torch.ones(1, dtype=torch.float64))
+        triton_experts._refuse_unsupported(torch.ones(1, dtype=torch.float64))
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(BackendError, match="needs a GPU"):
-        triton_experts.load_kernels(torch.ones(1))
+        triton_experts._refuse_unsupported(torch.ones(1))
 
 
 @pytest.mark.skipif(NO_TRITON, reason="needs the package triton")
@@ -278,7 +339,13 @@ def test_every_triton_kernel_compiles_for_hopper(tmp_path):
     script = Path(__file__).with_name("compile_triton.py")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
-    lines = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=True).stdout
-    instructions = dict(line.split() for line in lines.splitlines())
-    assert instructions.pop("combine_kernel") == "0"
-    assert len(instructions) == 4 and all(int(count) > 0 for count in instructions.values())  # all on tensor cores
+    result = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=True)
+    lines = map(str.split, result.stdout.splitlines())
+    compiled = [(name, tile, *map(int, numbers)) for name, tile, *numbers in lines]
+    products = {name for name, _, tensor_core_instructions, *_ in compiled if tensor_core_instructions}
+    assert products == {f"{name}_kernel" for name in ("swiglu_in", "rows_matmul", "rows_outer", "swiglu_out_backward")}
+    assert len({name for name, *_ in compiled}) == 9
+    assert all(shared <= HOPPER_SHARED_MEMORY for *_, shared, _ in compiled)
+    assert {(name, tile) for name, tile, *_, spilled in compiled if spilled} <= {
+        ("swiglu_out_backward_kernel", "128x64x64")  # 40 bytes of 1,020 a thread has in registers
+    }

@@ -17,6 +17,7 @@ from moepp.config import CONF
 from moepp.errors import UsageError
 from moepp.layers.dispatch import SlotCounts
 from moepp.layers.experts import FFNExperts
+from moepp.layers.kernels.base import RoutedTokens
 from moepp.models.decoder import Decoder
 from moepp.models.settings import DecoderConfig
 from moepp.strategies import (
@@ -212,11 +213,11 @@ def test_received_rows_are_not_counted_again(one_process_group, tmp_path, monkey
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     bank, expert_TK = FFNExperts(4, 8, 8), torch.tensor([[0, 3], [5, 1], [3, 4]])
     torch.nn.init.normal_(bank.w_in), torch.nn.init.normal_(bank.w_out)
-    arguments = torch.randn(3, 8), expert_TK, torch.rand(3, 2), None
-    wanted = bank(*arguments)
+    tokens = RoutedTokens(torch.randn(3, 8), expert_TK, torch.rand(3, 2))
+    wanted = bank(tokens)
     bank.dispatcher = AllToAllDispatcher("sorted", ExpertGroups.create(0, None), Traffic())
     monkeypatch.setattr(torch, "bincount", None)  # which would wait for a GPU
-    torch.testing.assert_close(bank(*arguments), wanted)
+    torch.testing.assert_close(bank(tokens), wanted)
 
 
 def test_spawned_processes_are_refused():

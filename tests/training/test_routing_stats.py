@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -8,10 +10,10 @@ from moepp.training.routing_stats import RoutingStatistics
 CONFIG = MoEConfig(experts=ExpertCounts(ffn=2, zero=1, copy=1, constant=0))
 
 
-def layer(chosen, tokens=10, dropped=0):
-    zero = torch.zeros(())
-    logits = torch.zeros(tokens, 4)
-    return MoEStats(logits, zero, torch.tensor(chosen), torch.tensor(dropped), torch.tensor(0.5), zero, logits)
+def layer(chosen, tokens=10, dropped=0, recomputed=0):
+    zero, logits = torch.zeros(()), torch.zeros(tokens, 4)
+    counts = (torch.tensor(value) for value in (chosen, dropped, recomputed))
+    return MoEStats(logits, zero, *counts, torch.tensor(0.5), zero, logits)
 
 
 def test_ffn_experts_per_token_are_counted_over_batches_and_layers():
@@ -40,3 +42,10 @@ def test_a_model_without_moe_layers_routes_nothing(tmp_path):
     assert {name: value.item() for name, value in statistics.compute().items()} == {"ffn_per_token": 0, "entropy": 0}
     statistics.write_table(tmp_path / "load.csv")
     assert (tmp_path / "load.csv").read_text().split() == ["layer,expert,kind,share"]
+
+
+def test_slots_beyond_the_kept_rows_are_counted_where_rows_are_limited():
+    statistics = RoutingStatistics(replace(CONFIG, ffn_rows=0.5))
+    statistics.update([layer([5, 5, 4, 6], recomputed=5), layer([10, 8, 1, 1], recomputed=13)])
+    assert statistics.compute()["recomputed_share"] == pytest.approx(18 / 28)  # of the slots of FFN experts
+    assert "recomputed_share" not in RoutingStatistics(CONFIG).compute()

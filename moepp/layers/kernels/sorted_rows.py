@@ -4,14 +4,12 @@ The default on CPUs, and the reference for the other kernels. Shape suffixes as 
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from moepp.layers.experts import Affine
+from moepp.layers.kernels.base import RoutedTokens
 
 # oneDNN compiles one bf16 kernel per new (M, N, K), at milliseconds each, and routing gives every expert a new M at
 # every step. Rounding M up to a multiple of this keeps the number of shapes small; the rows added have gate 0 and
@@ -51,20 +49,17 @@ def plan_rows(expert_TK: Tensor, experts: int, bucket: int = 1, sizes: list[int]
     return RowPlan(slot_R, padded_E.tolist())
 
 
-def dispatch(
-    w_in: Tensor, w_out: Tensor, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, others: "Affine | None",
-    sizes: list[int] | None = None,
-) -> Tensor:  # fmt: skip
-    """The dispatcher's map (dispatch.py); rows are multiplied in the weights' dtype, summed in the gates'."""
-    dtype = w_in.dtype
-    plan = plan_rows(expert_TK, len(w_in), ROW_BUCKET if dtype == torch.bfloat16 and x_TD.is_cpu else 1, sizes)
-    top_k, tokens = expert_TK.shape[1], len(x_TD)
-    token_R = (plan.slot_R // top_k).remainder(tokens)  # padding rows read token 0
+def dispatch(w_in: Tensor, w_out: Tensor, tokens: RoutedTokens) -> Tensor:
+    """The map of base.py, expert by expert."""
+    dtype, x_TD, gate_TK = w_in.dtype, tokens.x_TD, tokens.gate_TK
+    bucket = ROW_BUCKET if dtype == torch.bfloat16 and x_TD.is_cpu else 1
+    plan = plan_rows(tokens.expert_TK, len(w_in), bucket, tokens.sizes)
+    token_R = (plan.slot_R // gate_TK.shape[1]).remainder(len(x_TD))  # padding rows read token 0
     gate_R = F.pad(gate_TK.reshape(-1), (0, 1))[plan.slot_R]  # padding rows weigh 0
     # unbind, not indexing: its backward stacks the experts' gradients instead of adding E full-size ones
     weights = zip(x_TD.to(dtype)[token_R].split(plan.sizes), w_in.unbind(0), w_out.unbind(0), strict=True)
     y_RD = torch.cat([swiglu(x_rows, w_in_e, w_out_e) for x_rows, w_in_e, w_out_e in weights])
-    y_TD = others(x_TD) if others is not None else gate_TK.new_zeros(x_TD.shape)
+    y_TD = tokens.others(x_TD) if tokens.others is not None else gate_TK.new_zeros(x_TD.shape)
     return y_TD.index_add_(0, token_R, y_RD * gate_R[:, None])
 
 

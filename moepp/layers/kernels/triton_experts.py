@@ -1,29 +1,24 @@
 """The whole layer in four Triton kernels forward, and backward by hand: nothing is gathered into memory.
 
 Forward: rows are read where the tokens lie, through both SwiGLU projections at once, then through w_out; one pass then
-sums each token's rows onto what its zero-computation experts add. Backward keeps [gate, up] of every row and recomputes
-the rest. Never waits for the host and uses no atomics. bfloat16, float16 and float32; any widths.
+sums each token's rows onto what its zero-computation experts add. Never waits for the host and uses no atomics.
+bfloat16, float16 and float32; any widths.
 
-Shape suffixes as in experts.py; S = T*K rows, M tiles of rows.
+Shape suffixes as in experts.py; R rows, M tiles of rows.
 """
 
 from dataclasses import dataclass
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from moepp.layers.kernels.grouped import BackendError, SlotPlan, plan_slots
+from moepp.layers.kernels.base import BackendError, RoutedTokens, SlotPlan
+from moepp.layers.kernels.planned import planned_experts
 
-if TYPE_CHECKING:
-    from moepp.layers.experts import Affine
-
-# Chosen for Hopper's shared memory and registers, not measured: two float32 accumulators of BLOCK_M x BLOCK_N in the
-# first kernel. BLOCK_K is the step along the summed dimension.
-BLOCKS = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}
-LAUNCH = {"num_warps": 8, "num_stages": 3}
-COMBINE = {"BLOCK_T": 16, "BLOCK_D": 256}
+TILE_ROWS = 128  # at most, of a tile; the tiles' other side is tuned kernel by kernel (triton_kernels.py)
+# Not tuned: compiled for sm_90 with 128 columns it spills a kilobyte a thread.
+BACKWARD_TILE = {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
 
 
 @dataclass
@@ -36,35 +31,27 @@ class TilePlan:
 
 
 def plan_tiles(plan: SlotPlan) -> TilePlan:
-    """Tiles of at most BLOCK_M rows, none across two experts; their number is the most that any routing needs."""
-    experts, slots, size = len(plan.end_E), len(plan.slot_S), BLOCKS["BLOCK_M"]
+    """Tiles of at most TILE_ROWS rows, none across two experts; their number is the most that any routing needs."""
+    experts, rows, size = len(plan.end_E), len(plan.slot_R), TILE_ROWS
     start_E = torch.nn.functional.pad(plan.end_E, (1, 0))[:-1]
     tiles_E = (plan.end_E - start_E + size - 1) // size
     last_E = tiles_E.cumsum(0, dtype=torch.int32)
-    tile_M = torch.arange(-(-slots // size) + experts, device=last_E.device, dtype=torch.int32)
+    tile_M = torch.arange(-(-rows // size) + experts, device=last_E.device, dtype=torch.int32)
     expert_M = torch.searchsorted(last_E, tile_M, right=True, out_int32=True)
     owner_M = expert_M.clamp(max=experts - 1)
     start_M = start_E[owner_M] + (tile_M - (last_E - tiles_E)[owner_M]) * size
     return TilePlan(expert_M, start_M, plan.end_E[owner_M])
 
 
-def dispatch(
-    w_in: Tensor, w_out: Tensor, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor, others: "Affine | None",
-    sizes: list[int] | None = None,
-) -> Tensor:  # fmt: skip
-    """The dispatcher's map (dispatch.py); rows are multiplied in the weights' dtype, summed in the gates'."""
-    kernels = load_kernels(w_in)
-    affine = (None, None, None) if others is None else (others.scale_T, others.mix_TC, others.vectors_CD)
-    plan = plan_slots(expert_TK, len(w_in))
-    return FusedExperts.apply(w_in, w_out, x_TD, gate_TK, *affine, Launcher(kernels, plan, plan_tiles(plan)))
+def dispatch(w_in: Tensor, w_out: Tensor, tokens: RoutedTokens) -> Tensor:
+    """The map of base.py by Triton kernels. Raises BackendError where they cannot run on these weights."""
+    _refuse_unsupported(w_in)
+    return planned_experts(w_in, w_out, tokens, TritonProducts)
 
 
-def load_kernels(w_in: Tensor) -> ModuleType:
-    """The kernels' module; BackendError where they cannot run on these weights."""
+def _refuse_unsupported(w_in: Tensor) -> None:
     try:
         import triton
-
-        from moepp.layers.kernels import triton_kernels
     except ImportError:
         raise BackendError(
             "backend=triton needs the package triton (pip install triton); or choose backend=auto"
@@ -73,127 +60,83 @@ def load_kernels(w_in: Tensor) -> ModuleType:
         raise BackendError("backend=triton needs a GPU; choose backend=auto (TRITON_INTERPRET=1 emulates one, slowly)")
     if w_in.dtype == torch.float64:
         raise BackendError("backend=triton does not compute in float64; choose backend=sorted")
-    return triton_kernels
 
 
-class FusedExperts(torch.autograd.Function):
-    """out = scale x + mix V + sum over k of gate_k expert_k(x), [T, D] in the gates' dtype."""
+class TritonProducts:
+    """`planned.Products` by Triton kernels, which find rows of tokens where the tokens lie."""
 
-    @staticmethod
-    def forward(
-        ctx: Any, w_in: Tensor, w_out: Tensor, x_TD: Tensor, gate_TK: Tensor,
-        scale_T: Tensor | None, mix_TC: Tensor | None, vectors_CD: Tensor | None, launch: "Launcher",
-    ) -> Tensor:  # fmt: skip
-        w_in, w_out, x_rows_TD = w_in.contiguous(), w_out.contiguous(), x_TD.to(w_in.dtype).contiguous()
-        z_S2F, h_SF = launch.swiglu_in(x_rows_TD, w_in, save_z=any(ctx.needs_input_grad))
-        y_SD = launch.rows_matmul(h_SF, w_out.transpose(1, 2))
-        ctx.save_for_backward(w_in, w_out, x_TD, x_rows_TD, gate_TK, scale_T, mix_TC, vectors_CD, z_S2F)
-        ctx.launch = launch
-        return launch.combine(y_SD, gate_TK, x_TD, scale_T, mix_TC, vectors_CD, gate_TK.dtype)
+    def __init__(self, plan: SlotPlan):
+        from moepp.layers.kernels import triton_kernels, triton_rows  # the package triton may not be there
 
-    @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        w_in, w_out, x_TD, x_rows_TD, gate_TK, scale_T, mix_TC, vectors_CD, z_S2F = ctx.saved_tensors
-        launch, grad_TD = ctx.launch, grad_TD.contiguous()
-        grad_rows_TD = grad_TD.to(w_in.dtype)
-        dz_S2F, gated_h_SF, dgate_TK = launch.swiglu_out_backward(grad_rows_TD, w_out, z_S2F, gate_TK)
-        dx_SD = launch.rows_matmul(dz_S2F, w_in)
-        dx_TD = launch.combine(dx_SD, None, grad_TD, scale_T, None, None, x_TD.dtype)
-        dw_in = launch.rows_outer(dz_S2F, x_rows_TD, gather="b", like=w_in)
-        dw_out = launch.rows_outer(grad_rows_TD, gated_h_SF, gather="a", like=w_out)
-        dscale_T = None if scale_T is None else (grad_TD * x_TD).sum(-1)
-        dmix_TC = None if mix_TC is None else grad_TD @ vectors_CD.t()
-        dvectors_CD = None if mix_TC is None else mix_TC.t() @ grad_TD
-        return dw_in, dw_out, dx_TD, dgate_TK, dscale_T, dmix_TC, dvectors_CD, None
+        self.kernels, self.rows, self.plan = triton_kernels, triton_rows, plan
 
+    @cached_property
+    def tiles(self) -> tuple[Tensor, Tensor, Tensor]:
+        tiles = plan_tiles(self.plan)
+        return tiles.expert_M, tiles.start_M, tiles.end_M
 
-@dataclass
-class Launcher:
-    """The kernels with one routing's plan; every method allocates its outputs and fills their served rows."""
-
-    kernels: ModuleType
-    plan: SlotPlan
-    tiles: TilePlan
-
-    @property
-    def top_k(self) -> int:
-        return self.plan.row_TK.shape[1]
-
-    def tile_arguments(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.tiles.expert_M, self.tiles.start_M, self.tiles.end_M
-
-    def grid(self, columns: int) -> tuple[int, int]:
+    def grid(self, columns: int, block: int) -> tuple[int, int]:
         """Blocks of columns vary fastest, so that neighbours read the same rows."""
-        return -(-columns // BLOCKS["BLOCK_N"]), len(self.tiles.expert_M)
+        return -(-columns // block), len(self.tiles[0])
 
-    def swiglu_in(self, x_TD: Tensor, w_in: Tensor, save_z: bool) -> tuple[Tensor | None, Tensor]:
-        """([gate, up] [S, 2F] or None, h [S, F])."""
+    def gather(self, x_TD: Tensor) -> Tensor:
+        return x_TD
+
+    def swiglu_in(self, x_TD: Tensor, w_in: Tensor, keep_z: bool) -> tuple[Tensor | None, Tensor]:
         experts, width, dim = w_in.shape
-        hidden, rows = width // 2, len(self.plan.slot_S)
-        z_S2F = x_TD.new_empty(rows, width) if save_z else None
-        h_SF = x_TD.new_empty(rows, hidden)
-        self.kernels.swiglu_in_kernel[self.grid(hidden)](
-            x_TD, w_in, z_S2F, h_SF, self.plan.slot_S, *self.tile_arguments(), dim, hidden, experts,
-            TOP_K=self.top_k, SAVE_Z=save_z, PRECISION=precision(), **BLOCKS, **LAUNCH,
+        hidden, rows = width // 2, len(self.plan.slot_R)
+        z_R2F = x_TD.new_empty(rows, width) if keep_z else None
+        h_RF = x_TD.new_empty(rows, hidden)
+        self.kernels.swiglu_in_kernel[lambda tile: self.grid(hidden, tile["BLOCK_N"])](
+            x_TD, w_in, z_R2F, h_RF, self.plan.slot_R, *self.tiles, dim, hidden, experts,
+            TOP_K=self.plan.top_k, SAVE_Z=keep_z, PRECISION=_precision(), BLOCK_M=TILE_ROWS,
         )  # fmt: skip
-        return z_S2F, h_SF
+        return z_R2F, h_RF
 
-    def rows_matmul(self, a_SK: Tensor, b_EKN: Tensor) -> Tensor:
-        """a[r] b[e] for every row r of every expert e, [S, N]; b is contiguous or the transpose of such a tensor."""
+    def matmul(self, a_RK: Tensor, b_EKN: Tensor) -> Tensor:
         experts, inner, columns = b_EKN.shape
-        c_SN = a_SK.new_empty(len(a_SK), columns)
-        self.kernels.rows_matmul_kernel[self.grid(columns)](
-            a_SK, b_EKN, c_SN, *self.tile_arguments(), columns, inner, experts, b_EKN.stride(2), b_EKN.stride(1),
-            PRECISION=precision(), **BLOCKS, **LAUNCH,
+        c_RN = a_RK.new_empty(len(a_RK), columns)
+        self.kernels.rows_matmul_kernel[lambda tile: self.grid(columns, tile["BLOCK_N"])](
+            a_RK, b_EKN, c_RN, *self.tiles, columns, inner, experts, b_EKN.stride(2), b_EKN.stride(1),
+            PRECISION=_precision(), BLOCK_M=TILE_ROWS,
         )  # fmt: skip
-        return c_SN
-
-    def combine(
-        self, y_SD: Tensor, gate_TK: Tensor | None, x_TD: Tensor, scale_T: Tensor | None,
-        mix_TC: Tensor | None, vectors_CD: Tensor | None, dtype: torch.dtype,
-    ) -> Tensor:  # fmt: skip
-        """scale x + mix V + the sum of each token's rows, each times its gate if there are gates; [T, D] in `dtype`."""
-        tokens, dim = x_TD.shape
-        out_TD = x_TD.new_empty(tokens, dim, dtype=dtype)
-        grid = -(-dim // COMBINE["BLOCK_D"]), -(-tokens // COMBINE["BLOCK_T"])
-        inputs = [None if t is None else t.contiguous() for t in (gate_TK, x_TD, scale_T, mix_TC, vectors_CD)]
-        self.kernels.combine_kernel[grid](
-            y_SD, self.plan.row_TK, self.plan.end_E, *inputs, out_TD, tokens, dim,
-            EXPERTS=len(self.plan.end_E), TOP_K=self.top_k, C=0 if mix_TC is None else mix_TC.shape[1],
-            GATED=gate_TK is not None, SCALED=scale_T is not None, **COMBINE,
-        )  # fmt: skip
-        return out_TD
+        return c_RN
 
     def swiglu_out_backward(
-        self, grad_TD: Tensor, w_out: Tensor, z_S2F: Tensor, gate_TK: Tensor
+        self, grad_TD: Tensor, w_out: Tensor, z_R2F: Tensor, gate_TK: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradient of [gate, up] [S, 2F], gate * h [S, F], and the gates' gradient [T, K]."""
         experts, dim, hidden = w_out.shape
-        dz_S2F, gated_h_SF = torch.empty_like(z_S2F), z_S2F.new_empty(len(z_S2F), hidden)
-        grid = self.grid(hidden)
-        dgate_SB = gate_TK.new_empty(len(z_S2F), grid[0])
+        dz_R2F, gated_h_RF = torch.empty_like(z_R2F), z_R2F.new_empty(len(z_R2F), hidden)
+        grid = self.grid(hidden, BACKWARD_TILE["BLOCK_N"])
+        dgate_RB = gate_TK.new_empty(len(z_R2F), grid[0])
         self.kernels.swiglu_out_backward_kernel[grid](
-            grad_TD, w_out, z_S2F, gate_TK.contiguous(), self.plan.slot_S, dz_S2F, gated_h_SF, dgate_SB,
-            *self.tile_arguments(), dim, hidden, experts,
-            TOP_K=self.top_k, PRECISION=precision(), **BLOCKS, **LAUNCH,
+            grad_TD, w_out, z_R2F, gate_TK.contiguous(), self.plan.slot_R, dz_R2F, gated_h_RF, dgate_RB,
+            *self.tiles, dim, hidden, experts,
+            TOP_K=self.plan.top_k, PRECISION=_precision(), BLOCK_M=TILE_ROWS, **BACKWARD_TILE,
         )  # fmt: skip
-        dgate_TK = torch.where(self.plan.served_TK, dgate_SB.sum(1)[self.plan.row_TK], 0)
-        return dz_S2F, gated_h_SF, dgate_TK
+        return dz_R2F, gated_h_RF, self.plan.of_slots(dgate_RB.sum(1))
 
-    def rows_outer(self, a: Tensor, b: Tensor, gather: str, like: Tensor) -> Tensor:
-        """Each expert's sum over its rows of a^T b, in the shape [E, A, B] of `like`; `gather` names the operand in
-        token order.
-        """
+    def outer(self, a: Tensor, b: Tensor, like: Tensor, gathered: str) -> Tensor:
         c_EAB = torch.empty_like(like)
         experts, rows, columns = like.shape
-        grid = -(-columns // BLOCKS["BLOCK_N"]), -(-rows // BLOCKS["BLOCK_M"]), experts
-        self.kernels.rows_outer_kernel[grid](
-            a, b, c_EAB, self.plan.slot_S, self.plan.end_E, rows, columns,
-            TOP_K=self.top_k, GATHER_A=gather == "a", GATHER_B=gather == "b", PRECISION=precision(), **BLOCKS, **LAUNCH,
+        self.kernels.rows_outer_kernel[
+            lambda tile: (-(-columns // tile["BLOCK_N"]), -(-rows // tile["BLOCK_M"]), experts)
+        ](
+            a, b, c_EAB, self.plan.slot_R, self.plan.end_E, rows, columns,
+            TOP_K=self.plan.top_k, GATHER_A=gathered == "a", GATHER_B=gathered == "b", PRECISION=_precision(),
         )  # fmt: skip
         return c_EAB
 
+    def combine(
+        self, y_RD: Tensor, gate_TK: Tensor | None, x_TD: Tensor, scale_T: Tensor | None,
+        mix_TC: Tensor | None, vectors_CD: Tensor | None, dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        return self.rows.combine(self.plan, y_RD, gate_TK, x_TD, scale_T, mix_TC, vectors_CD, dtype)
 
-def precision() -> str:
+    def affine_backward(self, grad_TD: Tensor, x_TD: Tensor, vectors_CD: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return self.rows.affine_backward(grad_TD, x_TD, vectors_CD)
+
+
+def _precision() -> str:
     """How float32 operands are multiplied, as torch's own products are; says nothing about 16-bit operands."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"

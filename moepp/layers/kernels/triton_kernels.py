@@ -1,20 +1,38 @@
-"""The Triton kernels behind triton_experts.py. Importing this module needs the package `triton`.
+"""The Triton kernels behind triton_experts.py and triton_rows.py. Importing this module needs the package `triton`.
 
-Rows are sorted by expert and cut into tiles of BLOCK_M rows, each of one expert. The number of tiles is known on the
-device only, so grids have the most tiles there can be, and those past the end return at once. Every sum has a fixed
-order and every output one writer: no atomics. Products accumulate in float32. All tensors are contiguous; row offsets
-are int64, since rows * width passes 2^31 in real batches. The model's sizes are compile-time constants, T is not.
+Rows are sorted by expert; where they are multiplied they are cut into tiles of BLOCK_M rows, each of one expert. How
+many there are is known on the device only, so grids have the most programs there can be, and those past the end return
+at once. Every sum has a fixed order and every output one writer: no atomics. Products accumulate in float32. All
+tensors are contiguous; row offsets are int64, since rows * width passes 2^31 in real batches. The model's sizes are
+compile-time constants, T is not.
 
-Shape suffixes as in experts.py; S rows of all slots, M tiles.
+Shape suffixes as in experts.py; R rows, M tiles.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import triton
 import triton.language as tl
 
+Tile = tuple[int, int, int, int]  # BLOCK_N, BLOCK_K, warps, stages
 
+
+def tuned(key: str, tiles: list[Tile], **blocks: int) -> Callable[[Any], Any]:
+    """Lets triton measure the tiles once for each value of the compile-time constants that `key` names; it keeps the
+    fastest's name beside its compiled kernels (TRITON_CACHE_DIR), for all processes.
+    """
+    configs = [
+        triton.Config({**blocks, "BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
+        for n, k, warps, stages in tiles
+    ]
+    return triton.autotune(configs, key=key.split(), cache_results=True)
+
+
+@tuned("D F EXPERTS", [(64, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 4)])
 @triton.jit
 def swiglu_in_kernel(
-    x_TD, w_in, z_S2F, h_SF, slot_S, expert_M, start_M, end_M,
+    x_TD, w_in, z_R2F, h_RF, slot_R, expert_M, start_M, end_M,
     D: tl.constexpr, F: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
     SAVE_Z: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -26,7 +44,7 @@ def swiglu_in_kernel(
         return
     row = tl.load(start_M + tile) + tl.arange(0, BLOCK_M)
     served = row < tl.load(end_M + tile)
-    token = tl.load(slot_S + row, mask=served, other=0) // TOP_K
+    token = tl.load(slot_R + row, mask=served, other=0) // TOP_K
     f = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     gate_weights = w_in + expert * 2 * F * D + f[:, None] * D
     gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -42,14 +60,15 @@ def swiglu_in_kernel(
     row = row.to(tl.int64)[:, None]
     inside = served[:, None] & (f < F)
     if SAVE_Z:
-        tl.store(z_S2F + row * 2 * F + f, gate, mask=inside)
-        tl.store(z_S2F + row * 2 * F + F + f, up, mask=inside)
-    tl.store(h_SF + row * F + f, gate * tl.sigmoid(gate) * up, mask=inside)
+        tl.store(z_R2F + row * 2 * F + f, gate, mask=inside)
+        tl.store(z_R2F + row * 2 * F + F + f, up, mask=inside)
+    tl.store(h_RF + row * F + f, gate * tl.sigmoid(gate) * up, mask=inside)
 
 
+@tuned("N K EXPERTS STRIDE_N", [(128, 64, 8, 3), (128, 64, 8, 4), (256, 64, 8, 3), (64, 64, 8, 4)])
 @triton.jit
 def rows_matmul_kernel(
-    a_SK, b, c_SN, expert_M, start_M, end_M, N: tl.constexpr, K: tl.constexpr, EXPERTS: tl.constexpr,
+    a_RK, b, c_RN, expert_M, start_M, end_M, N: tl.constexpr, K: tl.constexpr, EXPERTS: tl.constexpr,
     STRIDE_N: tl.constexpr, STRIDE_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -66,15 +85,82 @@ def rows_matmul_kernel(
     c = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        a_tile = tl.load(a_SK + row * K + k, mask=served[:, None] & (k < K), other=0)
+        a_tile = tl.load(a_RK + row * K + k, mask=served[:, None] & (k < K), other=0)
         b_tile = tl.load(columns + k[:, None] * STRIDE_K, mask=(k[:, None] < K) & (n < N), other=0)
         c = tl.dot(a_tile, b_tile, c, input_precision=PRECISION)
-    tl.store(c_SN + row * N + n, c, mask=served[:, None] & (n < N))
+    tl.store(c_RN + row * N + n, c, mask=served[:, None] & (n < N))
+
+
+@triton.jit
+def gather_kernel(
+    x_TD, slot_R, end_E, x_RD, D: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """x_RD[r] = x of row r's token."""
+    rows = tl.load(end_E + EXPERTS - 1)
+    start = tl.program_id(1) * BLOCK_R
+    if start >= rows:
+        return
+    row = start + tl.arange(0, BLOCK_R)
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = (row < rows)[:, None] & (d < D)
+    token = tl.load(slot_R + row, mask=row < rows, other=0) // TOP_K
+    x = tl.load(x_TD + token[:, None] * D + d, mask=inside, other=0)
+    tl.store(x_RD + row.to(tl.int64)[:, None] * D + d, x, mask=inside)
+
+
+@triton.jit
+def swiglu_kernel(
+    z_R2F, end_E, h_RF, F: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr
+):
+    """h = silu(gate) * up with z = [gate, up]."""
+    rows = tl.load(end_E + EXPERTS - 1)
+    start = tl.program_id(1) * BLOCK_R
+    if start >= rows:
+        return
+    row = (start + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
+    f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    inside = (row < rows) & (f < F)
+    gate = tl.load(z_R2F + row * 2 * F + f, mask=inside, other=0).to(tl.float32)
+    up = tl.load(z_R2F + row * 2 * F + F + f, mask=inside, other=0).to(tl.float32)
+    tl.store(h_RF + row * F + f, gate * tl.sigmoid(gate) * up, mask=inside)
+
+
+@triton.jit
+def swiglu_backward_kernel(
+    dh_RF, z_R2F, gate_TK, slot_R, end_E, dz_R2F, gated_h_RF, dgate_R, F: tl.constexpr, EXPERTS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """Back through gate * h, h = silu(a) * up: the gradients of z = [a, up] and of the gates, and gate * h."""
+    rows = tl.load(end_E + EXPERTS - 1)
+    start = tl.program_id(0) * BLOCK_R
+    if start >= rows:
+        return
+    row = start + tl.arange(0, BLOCK_R)
+    served = row < rows
+    gate = tl.load(gate_TK + tl.load(slot_R + row, mask=served, other=0), mask=served, other=0)[:, None]
+    row = row.to(tl.int64)
+    dgate = tl.zeros([BLOCK_R], tl.float32)
+    for first in range(0, F, BLOCK_F):
+        f = first + tl.arange(0, BLOCK_F)
+        inside = served[:, None] & (f < F)
+        at = row[:, None] * 2 * F + f
+        a = tl.load(z_R2F + at, mask=inside, other=0).to(tl.float32)
+        up = tl.load(z_R2F + at + F, mask=inside, other=0).to(tl.float32)
+        dh = tl.load(dh_RF + row[:, None] * F + f, mask=inside, other=0).to(tl.float32)
+        sigmoid = tl.sigmoid(a)
+        h = a * sigmoid * up
+        dgate += tl.sum(h * dh, 1)
+        dh *= gate
+        tl.store(gated_h_RF + row[:, None] * F + f, gate * h, mask=inside)
+        tl.store(dz_R2F + at, dh * up * sigmoid * (1 + a * (1 - sigmoid)), mask=inside)
+        tl.store(dz_R2F + at + F, dh * a * sigmoid, mask=inside)
+    tl.store(dgate_R + row, dgate, mask=served)
 
 
 @triton.jit
 def combine_kernel(
-    y_SD, row_TK, end_E, gate_TK, x_TD, scale_T, mix_TC, vectors_CD, out_TD, T, D: tl.constexpr,
+    y_RD, row_TK, end_E, gate_TK, x_TD, scale_T, mix_TC, vectors_CD, out_TD, T, D: tl.constexpr,
     EXPERTS: tl.constexpr, TOP_K: tl.constexpr, C: tl.constexpr,
     GATED: tl.constexpr, SCALED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -97,7 +183,7 @@ def combine_kernel(
     rows = tl.load(end_E + EXPERTS - 1)
     for k in tl.static_range(TOP_K):
         row = tl.load(row_TK + t * TOP_K + k, mask=t < T, other=0)
-        y = tl.load(y_SD + row[:, None] * D + d, mask=inside & (row[:, None] < rows), other=0).to(tl.float32)
+        y = tl.load(y_RD + row[:, None] * D + d, mask=inside & (row[:, None] < rows), other=0).to(tl.float32)
         if GATED:
             y *= tl.load(gate_TK + t * TOP_K + k, mask=t < T, other=0)[:, None]
         out += y
@@ -105,8 +191,32 @@ def combine_kernel(
 
 
 @triton.jit
+def affine_backward_kernel(
+    grad_TD, x_TD, vectors_CD, dscale_T, dmix_TC, T, D: tl.constexpr, C: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dscale_t = <grad_t, x_t>, and for C > 0 dmix_tc = <grad_t, V_c>, for which grad is read again from the cache."""
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    at = t.to(tl.int64)[:, None] * D
+    dscale = tl.zeros([BLOCK_T], tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        inside = (t[:, None] < T) & (d < D)
+        grad = tl.load(grad_TD + at + d, mask=inside, other=0).to(tl.float32)
+        dscale += tl.sum(grad * tl.load(x_TD + at + d, mask=inside, other=0).to(tl.float32), 1)
+    tl.store(dscale_T + t, dscale, mask=t < T)
+    for c in tl.static_range(C):
+        dmix = tl.zeros([BLOCK_T], tl.float32)
+        for start in range(0, D, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            grad = tl.load(grad_TD + at + d, mask=(t[:, None] < T) & (d < D), other=0).to(tl.float32)
+            dmix += tl.sum(grad * tl.load(vectors_CD + c * D + d, mask=d < D, other=0), 1)
+        tl.store(dmix_TC + t * C + c, dmix, mask=t < T)
+
+
+@triton.jit
 def swiglu_out_backward_kernel(
-    grad_TD, w_out, z_S2F, gate_TK, slot_S, dz_S2F, gated_h_SF, dgate_SB, expert_M, start_M, end_M,
+    grad_TD, w_out, z_R2F, gate_TK, slot_R, dz_R2F, gated_h_RF, dgate_RB, expert_M, start_M, end_M,
     D: tl.constexpr, F: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -121,7 +231,7 @@ def swiglu_out_backward_kernel(
         return
     row = tl.load(start_M + tile) + tl.arange(0, BLOCK_M)
     served = row < tl.load(end_M + tile)
-    slot = tl.load(slot_S + row, mask=served, other=0)
+    slot = tl.load(slot_R + row, mask=served, other=0)
     token = slot // TOP_K
     f = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     dh = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -133,21 +243,22 @@ def swiglu_out_backward_kernel(
     row = row.to(tl.int64)
     inside = served[:, None] & (f < F)
     at = row[:, None] * 2 * F + f
-    a = tl.load(z_S2F + at, mask=inside, other=0).to(tl.float32)
-    up = tl.load(z_S2F + at + F, mask=inside, other=0).to(tl.float32)
+    a = tl.load(z_R2F + at, mask=inside, other=0).to(tl.float32)
+    up = tl.load(z_R2F + at + F, mask=inside, other=0).to(tl.float32)
     sigmoid = tl.sigmoid(a)
     h = a * sigmoid * up
-    tl.store(dgate_SB + row * tl.num_programs(0) + tl.program_id(0), tl.sum(h * dh, 1), mask=served)
+    tl.store(dgate_RB + row * tl.num_programs(0) + tl.program_id(0), tl.sum(h * dh, 1), mask=served)
     gate = tl.load(gate_TK + slot, mask=served, other=0)[:, None]
     dh *= gate
-    tl.store(gated_h_SF + row[:, None] * F + f, gate * h, mask=inside)
-    tl.store(dz_S2F + at, dh * up * sigmoid * (1 + a * (1 - sigmoid)), mask=inside)
-    tl.store(dz_S2F + at + F, dh * a * sigmoid, mask=inside)
+    tl.store(gated_h_RF + row[:, None] * F + f, gate * h, mask=inside)
+    tl.store(dz_R2F + at, dh * up * sigmoid * (1 + a * (1 - sigmoid)), mask=inside)
+    tl.store(dz_R2F + at + F, dh * a * sigmoid, mask=inside)
 
 
+@tuned("A B GATHER_A", [(128, 64, 8, 3), (128, 64, 8, 4), (256, 64, 8, 3), (64, 64, 8, 3)], BLOCK_M=128)
 @triton.jit
 def rows_outer_kernel(
-    a, b, c_EAB, slot_S, end_E, A: tl.constexpr, B: tl.constexpr,
+    a, b, c_EAB, slot_R, end_E, A: tl.constexpr, B: tl.constexpr,
     TOP_K: tl.constexpr, GATHER_A: tl.constexpr, GATHER_B: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -164,7 +275,7 @@ def rows_outer_kernel(
     for start in range(first, end, BLOCK_K):
         row = start + tl.arange(0, BLOCK_K)
         served = row < end
-        token = tl.load(slot_S + row, mask=served, other=0) // TOP_K
+        token = tl.load(slot_R + row, mask=served, other=0) // TOP_K
         row = row.to(tl.int64)
         row_a = token if GATHER_A else row
         row_b = token if GATHER_B else row
