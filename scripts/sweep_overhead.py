@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moepp.config import CONF, save
-from moepp.sweeps.runner import TRIAL_COMMAND, DataFreezer, run_sweep
+from moepp.sweeps.runner import DataFreezer, run_sweep
 from moepp.sweeps.spec import Scale, Sweep, Trial
+from moepp.sweeps.trial import TRIAL_COMMAND
 
 
 def main() -> None:

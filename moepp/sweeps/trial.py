@@ -11,6 +11,7 @@ from moepp.process import die_with_parent, no_collections
 from moepp.records import RunRecord
 from moepp.sweeps.leases import NO_LEASE, end_without_lease
 
+TRIAL_COMMAND = (sys.executable, "-m", "moepp.cli", "trial")
 FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT))
 
 

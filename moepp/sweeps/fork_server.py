@@ -1,8 +1,9 @@
 """Trials as forks of a process that has loaded what they need: to load it takes seconds, a fork milliseconds.
 
 Such a trial ends like any child of the runner's: when it is asked to, when it is killed, and when the runner dies, for
-it is tied to the nursery and the nursery to the runner. Only on Linux, and where trials use no GPU: CUDA, and the
-libraries of macOS, do not work in a fork of a process that has used them.
+it is tied to the fork server and that to the runner. Only on Linux: the libraries of macOS do not work in a fork of a
+process that has used them. Nor does CUDA, which loading leaves alone; where something loaded it after all, a fork
+becomes a new Python before it is the trial.
 """
 
 import os
@@ -10,28 +11,32 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from moepp.process import STOP_SIGNALS, die_with, die_with_parent, start
 from moepp.sweeps.slots import Slot
-from moepp.sweeps.trial import load_libraries
+from moepp.sweeps.trial import TRIAL_COMMAND, load_libraries
 
-NOT_FOR_THE_NURSERY = (signal.SIGINT, *STOP_SIGNALS)
-COMMAND = (sys.executable, "-m", "moepp.cli", "nursery")
+NOT_FOR_THE_SERVER = (signal.SIGINT, *STOP_SIGNALS)
+COMMAND = (sys.executable, "-m", "moepp.cli", "fork-server")
+# What a process opens to compute on a GPU (CUDA, CUDA on a Jetson, ROCm, WSL), and keeps open. Merely to count GPUs,
+# as torch does through NVML, needs none of NVIDIA's, and forks are none the worse for it.
+COMPUTE_NODES = ("/dev/nvidia-uvm", "/dev/nvhost*", "/dev/kfd", "/dev/dxg")
 
 
-def can_fork(slots: Sequence[Slot]) -> bool:
-    """Whether trials in these slots may come from a nursery."""
+def can_fork() -> bool:
+    """Whether trials may come from a fork server on this machine."""
     try:
         os.close(os.pidfd_open(os.getpid()))
     except (AttributeError, OSError):  # not Linux, or one before 5.3
         return False
-    return not any("CUDA_VISIBLE_DEVICES" in slot for slot in slots)
+    return True
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,8 @@ class _Signal:
     signal: int
 
 
-class Nursery:
-    """The runner's side."""
+class ForkServer:
+    """The runner's side. `slot` is for the loading: trials bring theirs."""
 
     def __init__(self, slot: Slot) -> None:
         # Threads do not survive a fork. Trials have no use for this pool of them: their products are torch's.
@@ -62,16 +67,16 @@ class Nursery:
         self._forks = 0
 
     def start(self, config: Path, log: Path, environment: Mapping[str, str]) -> "ForkedTrial":
-        """The trial of a frozen config, which begins when the nursery has loaded and prints into `log`.
+        """The trial of a frozen config, which begins when the server has loaded and prints into `log`.
 
-        The nursery is started with the first, into whose log it prints: an import that fails, say.
+        The server is started with the first, into whose log it prints: an import that fails, say.
         """
         if self._process is None or self._process.poll() is not None:
             self.close()
             self._pipe, theirs = Pipe()
             with theirs:
                 self._process = start(COMMAND, log, self._environment, stdin=theirs.fileno())
-        log.touch()  # also where the nursery dies before it has forked
+        log.touch()  # also where the server dies before it has forked
         self._forks += 1
         trial = self._trials[self._forks] = ForkedTrial(self, self._forks)
         self.send(_Fork(self._forks, config, log, {**environment}))
@@ -82,7 +87,7 @@ class Nursery:
             self._pipe.send(message)
 
     def listen(self, seconds: float | None = 0.0) -> None:
-        """Takes what the nursery says about trials that have ended, waiting so long (None: for ever) for a word."""
+        """Takes what the server says about trials that have ended, waiting so long (None: for ever) for a word."""
         try:
             while self._trials and self._pipe.poll(seconds):
                 number, code = self._pipe.recv()
@@ -94,7 +99,7 @@ class Nursery:
                 self._trials.popitem()[1].returncode = code
 
     def close(self) -> None:
-        """Ends the nursery, and the trials that still run there."""
+        """Ends the server, and the trials that still run there."""
         if self._process is not None:
             self._process.kill()
             self.listen(None)
@@ -105,14 +110,14 @@ class Nursery:
 
 @dataclass
 class ForkedTrial:
-    """What is used here of subprocess.Popen, for a child of the nursery's."""
+    """What is used here of subprocess.Popen, for a child of the fork server's."""
 
-    nursery: Nursery = field(repr=False)
+    server: ForkServer = field(repr=False)
     number: int
     returncode: int | None = None
 
     def poll(self) -> int | None:
-        self.nursery.listen()
+        self.server.listen()
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
@@ -122,34 +127,46 @@ class ForkedTrial:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise subprocess.TimeoutExpired(f"trial {self.number}", timeout or 0.0)
-            self.nursery.listen(min(left, 1.0))
+            self.server.listen(min(left, 1.0))
         return self.returncode
 
     def terminate(self) -> None:
-        self.nursery.send(_Signal(self.number, signal.SIGTERM))
+        self.server.send(_Signal(self.number, signal.SIGTERM))
 
     def kill(self) -> None:
-        self.nursery.send(_Signal(self.number, signal.SIGKILL))
+        self.server.send(_Signal(self.number, signal.SIGKILL))
 
 
 def serve() -> Path | None:
-    """Makes this process, whose standard input is a pipe from the runner, the nursery.
+    """Makes this process, whose standard input is a pipe from the runner, the fork server.
 
     Returns in every fork, with the config that it is to train, and None here once the runner has gone.
     """
     die_with_parent()
     # They may be sent to all processes of a job: the trials shall save, for which they need this one. A signal that
     # reaches a fork before it is a trial waits for that.
-    signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_THE_NURSERY)
+    signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_THE_SERVER)
     runner = Connection(os.dup(0))
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
     load_libraries()
-    return _fork_on_request(runner)
+    anew = _holds_gpu()
+    if anew:
+        print("warning: what trials load has initialised a GPU, which no fork can use; they load anew", file=sys.stderr)
+    config = _fork_on_request(runner)
+    if config and anew:
+        os.execv(TRIAL_COMMAND[0], [*TRIAL_COMMAND, str(config)])
+    return config
+
+
+def _holds_gpu() -> bool:
+    """Whether this process has initialised CUDA or its like, by whichever library."""
+    links = [entry.path for entry in os.scandir("/proc/self/fd")]
+    return any(fnmatch(os.path.realpath(link), node) for link in links for node in COMPUTE_NODES)
 
 
 def _fork_on_request(runner: Connection) -> Path | None:
-    nursery, living = os.getpid(), {}  # pid and number of a fork, by a descriptor: that stays the fork's own
+    server, living = os.getpid(), {}  # pid and number of a fork, by a descriptor: that stays the fork's own
     while True:
         for ready in wait([runner, *living]):
             if ready is not runner:
@@ -170,18 +187,18 @@ def _fork_on_request(runner: Connection) -> Path | None:
                 runner.close()
                 for descriptor in living:
                     os.close(descriptor)
-                _become_trial(message, nursery)
+                _become_trial(message, server)
                 return message.config
             living[os.pidfd_open(pid)] = pid, message.number
 
 
-def _become_trial(fork: _Fork, nursery: int) -> None:
+def _become_trial(fork: _Fork, server: int) -> None:
     """Gives this process what `process.start` and a new Python would have given it."""
     os.setsid()
-    die_with(nursery)
+    die_with(server)
     with open(fork.log, "ab") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     os.environ.update(fork.environment)
     sys.argv[1:] = ["trial", str(fork.config)]  # what provenance shows
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, NOT_FOR_THE_NURSERY)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, NOT_FOR_THE_SERVER)
