@@ -47,7 +47,8 @@ def combine(
     y_TD = reduce(torch.add, parts)
     if scale_T is not None:
         y_TD = y_TD + Affine(scale_T, mix_TC, vectors_CD)(x_TD)
-    return y_TD.to(dtype)
+    # A cast to its own dtype would cost a compiled autograd function (torch 2.11) all its gradients.
+    return y_TD if y_TD.dtype == dtype else y_TD.to(dtype)
 
 
 def affine_backward(grad_TD: Tensor, x_TD: Tensor, vectors_CD: Tensor | None) -> tuple[Tensor, Tensor | None]:
