@@ -66,7 +66,8 @@ def _benchmark(context: StudyContext) -> "ParallelBenchmark":
 
     given = {"devices": int(context.options["devices"])} if "devices" in context.options else {}
     if context.scale == "smoke":
-        return ParallelBenchmark.quick(**({"devices": 2, "dim": 64, "hidden": 128, "sizes": (4096, 65536)} | given))
+        smoke = {"devices": 2, "dim": 64, "hidden": 128, "sizes": (4096, 65536)}
+        return ParallelBenchmark(**(ParallelBenchmark.SCALES["laptop"] | smoke | given))
     return ParallelBenchmark(**(given | ({"tokens": 8192, "dtype": "bfloat16"} if context.scale == "gpu" else {})))
 
 

@@ -4,10 +4,11 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moepp.errors import RunError, UsageError, reason
+from moepp.errors import Interrupted, RunError, UsageError, reason
 
 if TYPE_CHECKING:
     from moepp.sweeps.launchers.call import SweepCall
@@ -101,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("sweep", help="a file of sweeps/, such as routers, or the path of your own")
     sweep.add_argument("--workers", type=int, default=0, help="trials at a time; 0: one per core, one per GPU")
     sweep.add_argument("--seeds", action=_Seeds, nargs="+", help="instead of the sweep file's")
+    sweep.add_argument("--minutes", type=float, help="of `run`: no trial begins that would not end in time")
     add_scale(sweep)
     add_overrides(sweep)
 
@@ -145,21 +147,27 @@ def _parser() -> argparse.ArgumentParser:
     sync = add("sync", _sync, "bring MLflow up to the run records")
     add_overrides(sync)
 
-    bench = add("bench", _bench, "time the expert layer against its floor and its peers, or spread over devices")
-    bench.add_argument("what", choices=["layer", "parallel"])
-    bench.add_argument("--quick", action="store_true", help="vanilla and tau 0.75 only; under a minute on two cores")
-    bench.add_argument("--ffn", type=int, nargs="+", choices=[8, 16, 32], help="FFN experts of the sets to measure")
+    bench = add("bench", _bench, "time the device, the expert layer beside its floor and its peers, or training")
+    bench.add_argument("what", choices=["card", "layer", "training", "parallel"])
+    bench.add_argument("--scale", help="smoke, laptop, gpu or paper, as far as the benchmark has them")
+    bench.add_argument("--minutes", type=float, help="measure nothing that would not end in time, and say what")
+    bench.add_argument("--ffn", type=int, nargs="+", choices=[8, 16, 32, 64], help="FFN experts of the sets to measure")
     bench.add_argument(
         "--devices", type=int, help="of `bench parallel`: a process each, on GPUs where there are any (4)"
     )
     bench.add_argument("--routing", nargs="+", choices=["learned", "balanced"])
-    bench.add_argument("--tokens", type=int)
+    bench.add_argument("--tokens", type=int, nargs="+")
     bench.add_argument("--repeats", type=int)
-    bench.add_argument("--out", type=Path, help="default: results/bench_layer/latest, results/bench_parallel/latest")
+    bench.add_argument(
+        "--out",
+        type=Path,
+        help="folder of the results, where the same command goes on with what is"
+        " missing; default: results/bench_<what>/latest",
+    )
 
     trial = add("trial", _trial, "train a frozen config in its own directory (what a sweep starts for each trial)")
     trial.add_argument("config", type=Path, help="config.yaml of a run directory")
-    add("nursery", _nursery, "fork trials as the sweep at the other end of standard input asks")
+    add("fork-server", _fork_server, "fork trials as the sweep at the other end of standard input asks")
     return parser
 
 
@@ -206,8 +214,8 @@ def _trial(options: argparse.Namespace) -> None:
     run_trial(options.config)
 
 
-def _nursery(options: argparse.Namespace) -> None:
-    from moepp.sweeps.nursery import serve
+def _fork_server(options: argparse.Namespace) -> None:
+    from moepp.sweeps.fork_server import serve
     from moepp.sweeps.trial import run_trial
 
     if config := serve():
@@ -239,6 +247,10 @@ def _sweep(options: argparse.Namespace) -> None:
     from moepp.sweeps import commands
 
     call, launcher = _call(options, options.sweep)
+    if options.minutes is not None:
+        if options.action != "run":
+            raise UsageError(f"--minutes belongs to `sweep run`, not to `sweep {options.action}`")
+        call = replace(call, minutes=options.minutes)
     if options.action == "run":
         commands.run(call, launcher)
     else:
@@ -297,24 +309,17 @@ def _rerun(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
+    from moepp.benchmarks.commands import bench
+
     out = options.out or Path(f"results/bench_{options.what}/latest")
-    given = {"routings": options.routing, "tokens": options.tokens, "repeats": options.repeats}
-    if options.what == "layer":
-        from moepp.benchmarks.layer import LayerBenchmark as Benchmark
-        from moepp.benchmarks.layer import markdown, run
-
-        given["sets"] = options.ffn
-    else:
-        from moepp.benchmarks.parallel import ParallelBenchmark as Benchmark
-        from moepp.benchmarks.parallel import markdown, run
-
-        if options.ffn and len(options.ffn) > 1:
-            raise UsageError("bench parallel measures one set of experts: give --ffn one number")
-        given |= {"ffn": options.ffn and options.ffn[0], "devices": options.devices}
-    given = {key: value for key, value in given.items() if value is not None}
-    benchmark = Benchmark.quick(**given) if options.quick else Benchmark(**given)
-    print("\n".join(markdown(run(benchmark, out))))
-    print(f"\nreport: {out / 'report.md'}")
+    given = {
+        "ffn": options.ffn, "devices": options.devices, "routings": options.routing, "tokens": options.tokens,
+        "repeats": options.repeats,
+    }  # fmt: skip
+    lines, missing = bench(options.what, options.scale, out, options.minutes, given)
+    print("\n".join([*lines, "", f"report: {out / 'report.md'}"]))
+    if missing:
+        raise Interrupted(f"{missing} groups of measurements were left out for lack of time; call this again")
 
 
 def _ui(options: argparse.Namespace) -> None:

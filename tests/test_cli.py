@@ -82,7 +82,7 @@ def test_run_py_is_the_same_entry_point():
         (["train", "data=text", "data.path=nothing/*.txt"], "data.path=nothing/*.txt: no file matches"),
         (["train", "data=text"], "data.corpus=text needs data.path"),
         (["train", "trainer.devices=2"], "strategy=single trains on one device, not on trainer.devices=2"),
-        (["train", "size=huge"], "size=huge: no such fragment; choose from 0.6b, 1b, 2b, 7b, small, smoke"),
+        (["train", "size=huge"], "size=huge: no such fragment; choose from 0.6b, 1b, 2b, 7b, mini, small, smoke"),
         (["reproduce", "table55"], "no experiment 'table55'; choose from"),
         (["reproduce", "table5", "--scale", "big"], "unknown scale 'big'; choose from smoke, laptop, gpu, paper"),
         (["reproduce", "table5", "--scale", "smoke", "model.topk=1"], "unknown key model.topk; did you mean"),

@@ -36,7 +36,7 @@ def study(monkeypatch, tmp_path, seen):
 def test_a_study_trains_the_arms_it_needs_and_takes_its_own_options(study, seen, monkeypatch, tmp_path, capsys):
     asked = []
 
-    def run_sweep(sweep, *arguments):
+    def run_sweep(sweep, *arguments, minutes):
         asked.extend([set(sweep.arms), *arguments])
         return write_sweep(tmp_path / "sweep", {"vanilla": {3: 3.0}})
 
@@ -60,7 +60,7 @@ def test_what_a_study_found_goes_onto_the_parents_of_the_sweeps_it_read(study, m
     claims = (Claim("it is so", "holds"),)
     measured = replace(study, measure=lambda context: replace(study.measure(context), claims=claims))
     monkeypatch.setattr(reproduce, "discover", lambda: {"demo": measured})
-    monkeypatch.setattr("moepp.sweeps.runner.run_sweep", lambda *_: directory)
+    monkeypatch.setattr("moepp.sweeps.runner.run_sweep", lambda *_, **__: directory)
     logged = []
     monkeypatch.setattr("moepp.training.tracking.log_report", lambda *report: logged.append(report))
     reproduce.reproduce("demo", "smoke", seeds=[3])
@@ -130,7 +130,7 @@ def test_table2_counts_the_configs(monkeypatch, tmp_path, capsys):
 def test_trials_are_scored_on_tasks_between_training_and_report(monkeypatch, tmp_path):
     pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'moepp[eval]'")
     done = []
-    monkeypatch.setattr("moepp.sweeps.runner.run_sweep", lambda *_: done.append("trained") or tmp_path)
+    monkeypatch.setattr("moepp.sweeps.runner.run_sweep", lambda *_, **__: done.append("trained") or tmp_path)
     monkeypatch.setattr("moepp.sweeps.timing.time_arms", lambda directory: done.append("timed"))
     monkeypatch.setattr("moepp.evaluation.commands.evaluate_sweep", lambda *asked: done.append(asked))
     monkeypatch.setattr(reproduce, "_write_comparison", lambda *_: done.append("reported"))

@@ -4,7 +4,6 @@ The layer is vanilla MoE and MoE++ at several tau; the same devices are divided 
 that nothing but the exchange differs between them. One process per device, on this machine: NCCL on GPUs, else gloo.
 """
 
-import csv
 import logging
 import os
 import random
@@ -16,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -24,20 +23,20 @@ from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from moepp.benchmarks.layer import SETS, learned_like_routing
+from moepp.benchmarks.cases import SETS, learned_like_routing
+from moepp.benchmarks.tables import Columns, Row, write_csv, write_report
+from moepp.benchmarks.tables import markdown as write_markdown
 from moepp.errors import RunError, UsageError
 from moepp.layers.moe import MoELayer
 from moepp.layers.router import Routing
 from moepp.layers.settings import BalanceConfig, ExpertCounts, MoEConfig, ffn_share
-from moepp.records import write_json, write_text
+from moepp.records import write_json
 from moepp.strategies.dispatch import AllToAllDispatcher
 from moepp.strategies.groups import ExpertGroups
 from moepp.strategies.sharding import slice_experts
 from moepp.strategies.traffic import Traffic
 from moepp.training.provenance import collect
 from moepp.training.throughput import balanced_routing
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class ParallelBenchmark:
     tokens: int = 256
     dim: int = 768
     hidden: int = 2048
-    ffn: int = 8  # FFN experts; moepp.benchmarks.layer.SETS has the others
+    ffn: int = 8  # FFN experts; moepp.benchmarks.cases.SETS has the others
     taus: tuple[float, ...] = (0.10, 0.25, 0.50, 0.75, 1.0)
     routings: tuple[str, ...] = ("learned", "balanced")
     dtype: str = "float32"
@@ -63,10 +62,10 @@ class ParallelBenchmark:
         sizes = [2**n for n in range(self.devices.bit_length())]
         return [size for size in sizes if self.devices % size == 0 and self.ffn % size == 0]
 
-    @classmethod
-    def quick(cls, **given: Any) -> "ParallelBenchmark":
-        """Under a minute on two cores: vanilla and tau 0.75, learned routing."""
-        return cls(**({"taus": (0.75,), "routings": ("learned",), "tokens": 128} | given))
+    SCALES: ClassVar[dict[str, Row]] = {
+        "paper": {},
+        "laptop": {"taus": (0.75,), "routings": ("learned",), "tokens": 128},  # under a minute on two cores
+    }
 
 
 @dataclass(frozen=True)
@@ -82,9 +81,9 @@ def run(benchmark: ParallelBenchmark, out: Path) -> list[Row]:
     """
     rows, exchanges = measure(benchmark)
     found = collect({}) | {"benchmark": asdict(benchmark), "date": datetime.now(UTC).date().isoformat()}
-    _write_csv(rows, out / "table.csv")
+    write_csv(rows, out / "table.csv")
     if exchanges:  # one device has none
-        _write_csv(exchanges, out / "exchanges.csv")
+        write_csv(exchanges, out / "exchanges.csv")
     write_json(out / "provenance.json", found)
     hardware = found["hardware"]
     machine = hardware["gpus"][0] if hardware["gpus"] else f"{hardware['cpu']}, {hardware['cores']} cores, gloo"
@@ -94,8 +93,7 @@ def run(benchmark: ParallelBenchmark, out: Path) -> list[Row]:
         f"{benchmark.dtype}, forward and backward. Medians of {benchmark.repeats} interleaved passes of the slowest "
         f"process, each with new routing. Made by `{found['command']}`."
     )
-    text = ["# The expert layer on several devices", "", setup, "", *markdown(rows)]
-    write_text(out / "report.md", "\n".join(text) + "\n")
+    write_report(out / "report.md", "The expert layer on several devices", setup, list(markdown(rows)))
     return rows
 
 
@@ -335,33 +333,23 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _write_csv(rows: list[Row], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-
-
-COLUMNS = {
-    "group": "expert group", "tau": "tau", "routing": "routing", "ffn_share": "FFN share",
-    "bytes_sent": "sent, MB per device", "messages": "messages", "device_load_max_over_mean": "load, max / mean",
-    "exchange_ms": "exchanges, ms", "step_ms": "forward and backward, ms", "over_vanilla": "over vanilla",
+COLUMNS: Columns = {
+    "group": ("expert group", ""), "tau": ("tau", ""), "routing": ("routing", ""), "ffn_share": ("FFN share", ".2f"),
+    "bytes_sent": ("sent, MB per device", ".2f"), "messages": ("messages", ".0f"),
+    "device_load_max_over_mean": ("load, max / mean", ".2f"), "exchange_ms": ("exchanges, ms", ".1f"),
+    "step_ms": ("forward and backward, ms", ".1f"), "over_vanilla": ("over vanilla", ".2f"),
 }  # fmt: skip
 
 
 def markdown(rows: list[Row]) -> Iterator[str]:
     """The rows as a Markdown table."""
-    yield "| " + " | ".join(COLUMNS.values()) + " |"
-    yield "|" + "---|" * len(COLUMNS)
     vanilla = {(row["group"], row["routing"]): row["step_ms"] for row in rows if row["tau"] == "vanilla"}
-    for row in rows:
-        shown = dict(row, bytes_sent=row["bytes_sent"] / 1e6)
-        shown["over_vanilla"] = vanilla[row["group"], row["routing"]] / row["step_ms"]
-        yield "| " + " | ".join(_cell(key, shown[key]) for key in COLUMNS) + " |"
-
-
-def _cell(key: str, value: Any) -> str:
-    if not isinstance(value, float) or key == "tau":
-        return str(value)
-    return f"{value:.0f}" if key == "messages" else f"{value:.1f}" if key.endswith("_ms") else f"{value:.2f}"
+    shown = [
+        row
+        | {
+            "bytes_sent": row["bytes_sent"] / 1e6,
+            "over_vanilla": vanilla[row["group"], row["routing"]] / row["step_ms"],
+        }
+        for row in rows
+    ]
+    return write_markdown(shown, COLUMNS)

@@ -1,24 +1,49 @@
 """What the expert layer is measured against: the GEMMs alone, a plain loop over experts, and Hugging Face transformers.
 
-Every entry maps a MoELayer to a function (x [T, D], Routing) -> y [T, D] that uses the layer's own weights.
+Every entry maps a MoELayer to a function that computes its experts' output [T, D] from `Inputs` with the layer's own
+weights. Shape suffixes as in cases.py; E FFN experts, F their hidden width.
 """
 
 from collections.abc import Callable
-from importlib.util import find_spec
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moepp.layers.kernels.sorted_rows import swiglu
+from moepp.benchmarks.cases import Inputs
 from moepp.layers.moe import MoELayer
-from moepp.layers.router import Routing
+from moepp.layers.settings import Backend
 
-Forward = Callable[[Tensor, Routing], Tensor]
+Forward = Callable[[Inputs], Tensor]
 
 
-def ours(layer: MoELayer) -> Forward:
-    return layer.expert_forward
+def ours(backend: Backend) -> Callable[[MoELayer], Forward]:
+    def build(layer: MoELayer) -> Forward:
+        same = with_backend(layer, backend)
+        return lambda inputs: same.expert_forward(inputs.x_TD, inputs.routing, inputs.counts)
+
+    return build
+
+
+def with_backend(layer: MoELayer, backend: Backend) -> MoELayer:
+    """A layer that shares this one's parameters and computes them by another backend."""
+    with torch.device("meta"):
+        same = MoELayer(replace(layer.config, backend=backend), first=True)
+    same.load_state_dict(dict(layer.named_parameters()), assign=True)
+    return same
+
+
+def whole_layer(layer: MoELayer) -> Forward:
+    """Router, capacity and statistics too. The choices are the drawn ones, with the gates of the layer's own router."""
+    same = with_backend(layer, layer.config.backend)
+
+    def forward(inputs: Inputs) -> Tensor:
+        same.route = lambda logits_TN: replace(MoELayer.route(same, logits_TN), expert_TK=inputs.chosen_TK)
+        return same(inputs.x_TD)[0]
+
+    return forward
 
 
 def reference_loop(layer: MoELayer) -> Forward:
@@ -27,14 +52,16 @@ def reference_loop(layer: MoELayer) -> Forward:
 
     def expert(index: int, x_RD: Tensor) -> Tensor:
         if index < counts.ffn:
-            return swiglu(x_RD, layer.ffn.w_in[index], layer.ffn.w_out[index])
+            gate_RF, up_RF = F.linear(x_RD, layer.ffn.w_in[index]).chunk(2, -1)
+            return F.linear(F.silu(gate_RF) * up_RF, layer.ffn.w_out[index])
         constant = index - counts.ffn
         if constant < counts.constant:
             mix = F.linear(x_RD, others.w_mix[2 * constant : 2 * constant + 2]).softmax(-1)
             return mix[:, :1] * x_RD + mix[:, 1:] * others.vectors[constant]
         return x_RD if constant < counts.constant + counts.copy else torch.zeros_like(x_RD)
 
-    def forward(x_TD: Tensor, routing: Routing) -> Tensor:
+    def forward(inputs: Inputs) -> Tensor:
+        x_TD, routing = inputs.x_TD, inputs.routing
         y_TD = torch.zeros_like(x_TD)
         for index in range(counts.total):
             token_R, slot_R = torch.where(routing.expert_TK == index)
@@ -65,7 +92,8 @@ def transformers_experts(implementation: str) -> Callable[[MoELayer], Forward]:
         experts.gate_up_proj, experts.down_proj = layer.ffn.w_in, layer.ffn.w_out
         experts._is_expert_parallel = True  # ids equal to the number of experts are skipped
 
-        def forward(x_TD: Tensor, routing: Routing) -> Tensor:
+        def forward(inputs: Inputs) -> Tensor:
+            x_TD, routing = inputs.x_TD, inputs.routing
             expert_TK = routing.expert_TK.clamp(max=counts.ffn)
             gate_TK = routing.gate_TK.masked_fill(expert_TK == counts.ffn, 0).to(x_TD.dtype)
             y_TD = experts(x_TD, expert_TK, gate_TK)
@@ -78,54 +106,54 @@ def transformers_experts(implementation: str) -> Callable[[MoELayer], Forward]:
 
 
 class GemmFloor(torch.autograd.Function):
-    """The matrix products of one expert, forward and backward, on rows that are already in place; nothing else."""
+    """The matrix products of an expert, forward and backward, on rows that are already in place; nothing else.
+
+    The gradients of the weights are computed and not handed on: nobody would do more with them.
+    """
 
     @staticmethod
-    def forward(ctx, x_RD: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
-        hidden = F.linear(x_RD, w_in)
-        ctx.save_for_backward(x_RD, w_in, w_out, hidden)
-        return F.linear(hidden[:, : w_out.shape[1]], w_out)
+    def forward(ctx: Any, x_RD: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+        hidden_R2F = F.linear(x_RD, w_in)
+        ctx.save_for_backward(x_RD, w_in, w_out, hidden_R2F)
+        return F.linear(hidden_R2F[:, : w_out.shape[1]], w_out)
 
     @staticmethod
-    def backward(ctx, dy_RD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x_RD, w_in, w_out, hidden = ctx.saved_tensors
-        inner = hidden[:, : w_out.shape[1]]
-        dy_RD @ w_out  # d inner; the SwiGLU's backward would widen it to the width of `hidden`
-        return hidden @ w_in, hidden.t() @ x_RD, dy_RD.t() @ inner
+    def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor, None, None]:
+        x_RD, w_in, w_out, hidden_R2F = ctx.saved_tensors
+        dy_RD @ w_out  # d inner; the SwiGLU's backward would widen it to the width of `hidden_R2F`
+        dy_RD.t() @ hidden_R2F[:, : w_out.shape[1]]
+        hidden_R2F.t() @ x_RD
+        return hidden_R2F @ w_in, None, None
 
 
 def gemm_floor(layer: MoELayer) -> Forward:
-    """The least work that any per-expert implementation has: two products per expert forward, four more backward.
+    """The least that the FLOPs of the FFN experts take: all rows in one dense product per projection, as if there were
+    one expert. No loop, no wait for the host; the gating is left out.
 
-    Rows are rounded to the nearest 64, so that bf16 kernels are compiled once (see sorted_rows.ROW_BUCKET).
+    One big product can be faster than those of E experts with the same rows, and reads one expert's weights instead of
+    E: nothing that has the experts can be expected to reach it.
     """
-
-    def forward(x_TD: Tensor, routing: Routing) -> Tensor:
-        sizes = torch.bincount(routing.expert_TK.reshape(-1), minlength=layer.config.experts.total)
-        total = torch.zeros((), dtype=x_TD.dtype)
-        weights = zip(layer.ffn.w_in.unbind(0), layer.ffn.w_out.unbind(0), strict=True)
-        for size, (w_in, w_out) in zip(sizes.tolist(), weights, strict=False):
-            rows = min(len(x_TD), max(64 * round(size / 64), 64 if size else 0))
-            if rows:
-                total = total + GemmFloor.apply(x_TD[:rows], w_in, w_out)[0, 0]
-        return total
-
-    return forward
+    w_in, w_out = layer.ffn.w_in[0].detach(), layer.ffn.w_out[0].detach()
+    return lambda inputs: GemmFloor.apply(inputs.x_RD, w_in, w_out)
 
 
 def zero_computation_pass(layer: MoELayer) -> Forward:
     """The part of our layer that the zero-computation experts cost."""
 
-    def forward(x_TD: Tensor, routing: Routing) -> Tensor:
-        others = layer.zero_computation_terms(x_TD, routing)
-        return x_TD if others is None else others(x_TD)
+    def forward(inputs: Inputs) -> Tensor:
+        others = layer.zero_computation_terms(inputs.x_TD, inputs.routing)
+        return inputs.x_TD if others is None else others(inputs.x_TD)
 
     return forward
 
 
-def available() -> dict[str, Callable[[MoELayer], Forward]]:
-    """The implementations that can be measured here, ours first."""
-    found = {"moepp": ours, "floor": gemm_floor, "zero_computation": zero_computation_pass, "loop": reference_loop}
-    if find_spec("transformers"):
-        found |= {f"transformers_{kind}": transformers_experts(kind) for kind in ("eager", "grouped_mm")}
-    return found
+IMPLEMENTATIONS: dict[str, Callable[[MoELayer], Forward]] = {
+    "moepp": ours("auto"),
+    **{backend: ours(backend) for backend in ("triton", "grouped", "sorted")},
+    "floor": gemm_floor,
+    "zero_computation": zero_computation_pass,
+    "loop": reference_loop,
+    "transformers_eager": transformers_experts("eager"),
+    "transformers_grouped_mm": transformers_experts("grouped_mm"),
+    "whole_layer": whole_layer,
+}

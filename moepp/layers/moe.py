@@ -50,7 +50,7 @@ class MoEStats:
     dropped: Tensor  # slots over capacity
     recomputed: Tensor | None  # FFN slots beyond the rows that `ffn_rows` keeps; None where it limits nothing
     entropy: Tensor  # of the router's distribution, mean over tokens, in nats
-    router_loss: Tensor  # z-loss and entropy loss, weighted
+    router_loss: Tensor | None  # z-loss and entropy loss, weighted; None where neither has a weight
     carried: Tensor  # what the next layer's router receives: the logits, or a recurrent router's state
 
 
@@ -176,8 +176,8 @@ class MoELayer(nn.Module):
         loss = load_balance_loss(probs_TN, count_WKN.sum((0, 1)), tokens, config.experts, balance)
         if isinstance(self.control, SparsityControl):
             loss = loss * self.control.multiplier
-        zero = torch.zeros((), device=loss.device, dtype=loss.dtype)
-        router_loss = router_losses(logits_TN, probs_TN, balance) if balance.z_loss or balance.entropy_loss else zero
+        weighted = balance.z_loss or balance.entropy_loss
+        router_loss = router_losses(logits_TN, probs_TN, balance) if weighted else None
         if config.selection == "relu":  # scores, not probabilities
             probs_TN = F.normalize(probs_TN, p=1, dim=-1)
         entropy = torch.special.entr(probs_TN.detach()).sum(-1).mean()

@@ -18,15 +18,21 @@ from moepp.layers.dense import DenseFFN
 from moepp.layers.moe import MoELayer, MoEStats
 from moepp.layers.rival_routers import shared_gru
 from moepp.models.attention import Attention, KeyValueCache, rotary_table
+from moepp.models.cross_entropy import linear_cross_entropy, target_scores
 from moepp.models.settings import DecoderConfig
 
 
 @dataclass
 class DecoderOutput:
-    """`logits` [B, S, V]; `stats` of every MoE layer, first to last; `hidden_states` where they were asked for."""
+    """`stats` of every MoE layer, first to last, and `logits` [B, S, V]; in place of these the losses where there were
+    targets, and `hidden_states` where they were asked for.
+    """
 
-    logits: Tensor
     stats: list[MoEStats]
+    logits: Tensor | None = None
+    cross_entropy: Tensor | None = None  # mean over the targets, in nats; without gradients also of each of them:
+    nats_BS: Tensor | None = None
+    right_BS: Tensor | None = None  # whether the target has the largest logit
     hidden_states: list[Tensor] | None = None  # the embeddings, each block's output but the last, and the final norm's
 
     @property
@@ -75,16 +81,23 @@ class Decoder(nn.Module):
             initialize(self, seed)
 
     def forward(
-        self, ids_BS: Tensor, caches: list[KeyValueCache] | None = None, hidden_states: bool = False
+        self,
+        ids_BS: Tensor,
+        caches: list[KeyValueCache] | None = None,
+        hidden_states: bool = False,
+        targets_BS: Tensor | None = None,
     ) -> DecoderOutput:
-        """`ids_BS` int64 token ids; with `caches`, the tokens that follow those already cached."""
+        """`ids_BS` int64 token ids; with `caches`, the tokens that follow those already cached. `targets_BS`, the ids
+        that come next, are scored here, so that many logits need never exist at once (cross_entropy.py).
+        """
         offset = caches[0].length if caches else 0
         positions = torch.arange(offset, offset + ids_BS.shape[1], device=ids_BS.device)
         rotary = rotary_table(positions, self.config.head_dim, self.config.rope_theta)
         x_BSD, carried, stats = self.embedding(ids_BS), None, []
         states = []
         for index, block in enumerate(self.blocks):
-            states.append(x_BSD)
+            if hidden_states:
+                states.append(x_BSD)
             inputs = (x_BSD, rotary, carried, caches[index] if caches else None)
             if self.config.activation_checkpointing and self.training:
                 x_BSD, layer = checkpoint(block, *inputs, use_reentrant=False)
@@ -94,15 +107,28 @@ class Decoder(nn.Module):
                 carried = layer.carried
                 stats.append(layer)
         x_BSD = self.norm(x_BSD)
-        logits_BSV = F.linear(x_BSD, self.embedding.weight if self.head is None else self.head.weight)
-        return DecoderOutput(logits_BSV, stats, [*states, x_BSD] if hidden_states else None)
+        output = DecoderOutput(stats, hidden_states=[*states, x_BSD] if hidden_states else None)
+        self._read(x_BSD, targets_BS, output)
+        return output
+
+    def _read(self, x_BSD: Tensor, targets_BS: Tensor | None, output: DecoderOutput) -> None:
+        weight_VD = self.embedding.weight if self.head is None else self.head.weight
+        if targets_BS is None:
+            output.logits = F.linear(x_BSD, weight_VD)
+        elif torch.is_grad_enabled():
+            output.cross_entropy = linear_cross_entropy(x_BSD.flatten(0, 1), weight_VD, targets_BS.flatten())
+        else:
+            nats_T, right_T = target_scores(x_BSD.flatten(0, 1), weight_VD, targets_BS.flatten())
+            output.cross_entropy = nats_T.mean()
+            output.nats_BS, output.right_BS = nats_T.view_as(targets_BS), right_T.view_as(targets_BS)
 
     def balance_loss(self, output: DecoderOutput) -> Tensor:
         """beta * L_b over all layers (Eq. 9), and the mean of their z-loss and entropy loss; 0 without MoE layers."""
         if not output.stats:
-            return output.logits.new_zeros(())
+            return torch.zeros((), device=self.embedding.weight.device)
         balance = combine_layers([layer.balance_loss for layer in output.stats], self.config.balance)
-        return balance + torch.stack([layer.router_loss for layer in output.stats]).mean()
+        router_losses = [layer.router_loss for layer in output.stats if layer.router_loss is not None]
+        return balance + torch.stack(router_losses).mean() if router_losses else balance
 
     def step_control(self, chosen_LN: Tensor, tokens: int) -> None:
         """Updates every MoE layer's control by the counts of one optimizer step: `chosen_N` of all layers, summed over

@@ -3,6 +3,7 @@
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -62,6 +63,13 @@ class Job:
     @property
     def settled(self) -> bool:
         return outcome(self.record, self.retries)[0] != "open"
+
+    @property
+    def seconds(self) -> float:
+        """That the latest attempt of a finished trial took; 0 where another sweep has made it."""
+        with suppress(FileNotFoundError):
+            return (self.record.path / "done").stat().st_mtime - (self.record.path / "attempt.json").stat().st_mtime
+        return 0.0
 
     def claim(self) -> bool:
         """Whether this worker may run the trial now."""

@@ -3,8 +3,8 @@
 Any number of runners, on any machines that share the folder of records, may work at one sweep (moepp/sweeps/leases.py).
 """
 
+import math
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,21 +16,21 @@ from pathlib import Path
 from moepp.errors import Interrupted, RunError, UsageError, reason
 from moepp.process import start, stop_requests
 from moepp.sweeps.budgets import match_trials, require_match
+from moepp.sweeps.fork_server import ForkServer, can_fork
 from moepp.sweeps.job import Job, Start
 from moepp.sweeps.leases import STALE_SECONDS, Heart, Lease, LeaseWatch
-from moepp.sweeps.nursery import Nursery, can_fork
 from moepp.sweeps.plan import promise
 from moepp.sweeps.progress import SweepProgress
 from moepp.sweeps.search import Search, refuse_storage
 from moepp.sweeps.sharing import share_finished_runs
 from moepp.sweeps.slots import Slot, own_share
 from moepp.sweeps.spec import Sweep, Trial
+from moepp.sweeps.trial import TRIAL_COMMAND
 from moepp.training.follower import Follower
 from moepp.training.mlflow_store import store_uri
 from moepp.training.settings import RunConfig
 from moepp.training.tracking import TrackingConfig, follow
 
-TRIAL_COMMAND = (sys.executable, "-m", "moepp.cli", "trial")
 MARGIN_SECONDS = 5.0  # beyond trainer.stop_s, all of which the starter of a trial's ranks gives to them
 POLL_SECONDS = 0.2
 LOOK_SECONDS = 1.0  # between two looks at the trials of other workers
@@ -46,6 +46,7 @@ def run_sweep(
     command: Sequence[str] = TRIAL_COMMAND,
     one_share: bool = False,
     stale: float = STALE_SECONDS,
+    minutes: float = math.inf,
 ) -> Path:
     """Works at a sweep until none of its trials is left, and returns its directory, `runs/<sweep>-<scale>/`.
 
@@ -55,11 +56,14 @@ def run_sweep(
     runs one trial, given the path of its frozen config.
 
     Raises UsageError when the arms break `match`, or the directory holds the sweep with other settings; RunError when
-    trials failed (the others have been run by then) or the disk cannot be written; Interrupted after a stop signal.
+    trials failed (the others have been run by then) or the disk cannot be written; Interrupted after a stop signal or
+    when the `minutes` are over: no trial begins that would not end in time, as long as the slowest before, and those
+    that still run are asked to save.
     Called again, it goes on where it stopped.
     """
     if workers < 0:
         raise UsageError(f"workers={workers} must not be negative")
+    deadline = time.monotonic() + 60 * minutes
     begun = begin(sweep, scale, extra, seeds, workers, one_share)
     config, directory = begun.config, begun.directory
     heart = Heart(stale)
@@ -71,7 +75,7 @@ def run_sweep(
             own_share(begun.slots) if one_share else nullcontext(begun.slots) as slots,
             _starting(command, slots) as start_trial,
         ):
-            runner = _Runner(slots, start_trial, job, progress, begun.search)
+            runner = _Runner(slots, start_trial, job, progress, begun.search, deadline)
             runner.learn(begun.trials)
             with heart.beating(), follow(mirror) if mirror else nullcontext():
                 runner.run()
@@ -141,14 +145,14 @@ def _one_line_about_the_disk(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def _starting(command: Sequence[str], slots: Sequence[Slot]) -> Iterator[Start]:
-    if tuple(command) != TRIAL_COMMAND or not can_fork(slots):
+    if tuple(command) != TRIAL_COMMAND or not can_fork():
         yield lambda config, log, environment: start([*command, str(config)], log, environment)
         return
-    nursery = Nursery(slots[0])  # for all: where there are no GPUs, slots are alike
+    server = ForkServer(slots[0])  # for all: what loading minds, the number of threads, is alike in them
     try:
-        yield nursery.start
+        yield server.start
     finally:
-        nursery.close()
+        server.close()
 
 
 class DataFreezer:
@@ -212,11 +216,14 @@ class _Runner:
         job: Callable[[Trial], Job],
         progress: bool,
         search: Search | None,
+        deadline: float = math.inf,
     ):
         self.slots, self._start, self._job, self.search = slots, start, job, search  # the slots are the free ones
         self.jobs: list[Job] = []
         self.waiting: list[Job] = []
         self.running: list[Job] = []
+        self._deadline = deadline  # as time.monotonic() counts
+        self._slowest = 0.0  # seconds of a trial
         self.stop = threading.Event()
         self._next_look = 0.0
         self._bar = SweepProgress(progress)
@@ -230,12 +237,13 @@ class _Runner:
         new = [self._job(trial) for trial in trials]
         self.jobs += new
         self.waiting += [job for job in new if not job.settled]
+        self._time(new)
         self._bar.add([job.progress for job in new])
 
     def run(self) -> None:
         with stop_requests() as self.stop:
             try:
-                while (self.waiting or self.running or not self._exhausted) and not self.stop.is_set():
+                while self._goes_on():
                     self._claim()
                     time.sleep(POLL_SECONDS)
                     self._bar.show([job.progress for job in self.running])
@@ -244,9 +252,24 @@ class _Runner:
             finally:
                 self._stop()
                 self._bar.close()
-        if self.stop.is_set():
-            done = sum(job.done for job in self.jobs)
-            raise Interrupted(f"interrupted: {done} of {self.planned} trials are finished; the same command continues")
+        if self.stop.is_set() or self.waiting or self.running or not self._exhausted:
+            done, why = sum(job.done for job in self.jobs), "interrupted" if self.stop.is_set() else "out of time"
+            raise Interrupted(f"{why}: {done} of {self.planned} trials are finished; the same command continues")
+
+    def _goes_on(self) -> bool:
+        if self.stop.is_set() or time.monotonic() > self._deadline:
+            return False
+        if self.running or any(self._fits(job) for job in self.waiting):
+            return True
+        return not self._exhausted and self._fits()
+
+    def _fits(self, job: Job | None = None) -> bool:
+        """Whether a trial, a new one or what is left of this job's, ends in time if it takes as long as the slowest."""
+        left = 1 - job.progress.step / job.progress.steps if job else 1.0
+        return time.monotonic() + left * self._slowest < self._deadline
+
+    def _time(self, jobs: Sequence[Job]) -> None:
+        self._slowest = max([self._slowest, *(job.seconds for job in jobs if job.done)])
 
     def _claim(self) -> None:
         """Fills the free slots, as far as there are trials that nobody holds."""
@@ -255,7 +278,7 @@ class _Runner:
         if self.search:
             self.learn(self.search.known())
         self._start_free()
-        while self.slots and not self._exhausted and not self.stop.is_set():
+        while self.slots and not self._exhausted and not self.stop.is_set() and self._fits():
             proposed = self.search.propose()
             self._exhausted = not proposed
             self.learn(proposed)
@@ -270,7 +293,7 @@ class _Runner:
             if job.settled:
                 job.progress.read()
                 self.waiting.remove(job)
-            elif job.claim():
+            elif self._fits(job) and job.claim():
                 self.waiting.remove(job)
                 self.running.append(job)
                 job.start(self._start, self.slots.pop(0))
@@ -282,6 +305,7 @@ class _Runner:
             job.settle()
             self.running.remove(job)
             self.slots.append(job.slot)
+            self._time([job])
             if not job.settled:
                 self.waiting.append(job)
             self._next_look = 0.0

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import lzma
 import re
@@ -20,9 +21,11 @@ from moepp.training.tokens import DataConfig, HubConfig, SourceConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
+    from pyarrow import Table
 
 BLOCK = 2**24  # characters read at a time
 LONGEST_DOCUMENT = 2**25  # characters; tokenising one document takes some 140 times its size in memory
+DOCUMENTS_AT_A_TIME = 100  # held in memory; they may be whole books
 T = TypeVar("T")
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
@@ -90,25 +93,19 @@ def message_names(config: DataConfig) -> dict[str, str]:
     return {path.read_text(encoding="utf-8-sig"): path.stem for path in _files(config)}
 
 
-def load_documents(config: DataConfig, folder: Path, progress: bool) -> "Dataset":
-    """All documents that are not blank, as a memory-mapped table in `folder` with the columns `text` and `hash`.
+def load_documents(config: DataConfig, path: Path, progress: bool) -> "Table":
+    """All documents that are not blank, as a table mapped from the new file `path`, with the columns `text` and `hash`.
 
     A corpus is read once here and the table several times afterwards, so a streamed one crosses the network once.
     """
-    import datasets
-    from datasets.exceptions import DatasetGenerationError
+    import pyarrow as pa
 
-    datasets.disable_progress_bars()  # in favour of one bar over the documents
-    try:
-        return datasets.Dataset.from_generator(
-            _rows,
-            features=datasets.Features({"text": datasets.Value("large_string"), "hash": datasets.Value("int64")}),
-            gen_kwargs={"config": config, "progress": progress},
-            cache_dir=str(folder),
-            writer_batch_size=100,  # documents held in memory; they may be whole books
-        )
-    except DatasetGenerationError as error:  # hides what the generator raised
-        raise error.__cause__ or error from None
+    schema = pa.schema({"text": pa.large_string(), "hash": pa.int64()})
+    rows = _rows(config, progress)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as table:
+        while batch := list(itertools.islice(rows, DOCUMENTS_AT_A_TIME)):
+            table.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
 def content_hash(text: str, seed: int) -> int:
@@ -116,33 +113,34 @@ def content_hash(text: str, seed: int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest()) >> 1
 
 
-def split(table: "Dataset", val_share: float) -> tuple["Dataset", "Dataset"]:
-    """(training, held-out) documents: held out is what hashes into the lowest `val_share`.
+def held_out(table: "Table", val_share: float) -> np.ndarray:
+    """Which documents are held out, [documents] of bool: those that hash into the lowest `val_share`.
 
     The side depends on a document's content alone, so equal documents share it and a growing corpus never moves one.
     Where that would leave a side empty, the lowest hash is held out, or the highest kept. Raises UsageError for fewer
     than two different documents.
     """
-    hashes = table.with_format("numpy")["hash"][:]
+    hashes = table["hash"].to_numpy()
     lowest, highest = int(hashes.min()), int(hashes.max())
     if lowest == highest:
         raise UsageError(
             f"the corpus has {len(hashes)} document(s), all alike, and none can be held out; "
             "give more files, or split them into documents with data.separator"
         )
-    cut = min(max(int(val_share * 2**63), lowest + 1), highest)
-    held_out = hashes < cut
-    return table.select(np.flatnonzero(~held_out)), table.select(np.flatnonzero(held_out))
+    return hashes < min(max(int(val_share * 2**63), lowest + 1), highest)
 
 
-def texts(table: "Dataset", purpose: str, progress: bool) -> Iterator[str]:
-    """The documents of a table in order, under a progress bar that names the purpose."""
+def texts(table: "Table", chosen: np.ndarray, purpose: str, progress: bool) -> Iterator[str]:
+    """The `chosen` documents of a table in order, under a progress bar that names the purpose."""
     from tqdm import tqdm
 
-    with tqdm(total=len(table), desc=purpose, unit=" documents", disable=not progress) as bar:
-        for batch in table.iter(batch_size=100):
-            yield from batch["text"]
-            bar.update(len(batch["text"]))
+    begin = 0
+    with tqdm(total=int(chosen.sum()), desc=purpose, unit=" documents", disable=not progress) as bar:
+        for batch in table.to_batches():
+            for row in np.flatnonzero(chosen[begin : begin + len(batch)]):
+                yield batch["text"][row].as_py()
+                bar.update()
+            begin += len(batch)
 
 
 def _rows(config: DataConfig, progress: bool) -> Iterator[dict[str, Any]]:

@@ -1,12 +1,20 @@
-"""What a run would take, from its config alone: nothing is read, tokenised or trained."""
+"""What a run would take, from its config alone: nothing is read, tokenised or trained.
 
+Letters in comments as everywhere: T tokens of a micro-batch, D model width, V vocabulary, N experts, K top-k, F hidden.
+"""
+
+from dataclasses import dataclass
+
+from moepp.layers.balance import expert_capacities
 from moepp.models.budget import Budget, active_parameters, expected_ffn_per_token, forward_flops, parameters
+from moepp.models.cross_entropy import WHOLE
 from moepp.models.settings import DecoderConfig
 from moepp.training.settings import RunConfig
 
 MFU = 0.3  # assumed share of the peak; mixtures of this size reach 0.15 (learned routing) to 0.4
 PEAKS = {"A100": 312e12, "H100 or H200": 989e12}  # dense bf16 FLOP/s, vendors' data sheets
-STATE_BYTES = 18  # per parameter: float32 weight, gradient and two AdamW moments, and the bfloat16 copy of autocast
+STATE_BYTES = 16  # per parameter: float32 weight, gradient and two AdamW moments
+WIDE = 4  # bytes of a float32
 
 
 def estimate(config: RunConfig) -> list[str]:
@@ -27,36 +35,150 @@ def estimate(config: RunConfig) -> list[str]:
         "corpus": data.corpus + (f" ({', '.join(data.sources)})" if data.corpus == "mixture" else ""),
         "training FLOPs": f"{training:.3g} (three times the forward pass)",
         "GPU hours": f"{hours}, at an assumed {MFU:.0%} of the dense bf16 peak",
-        "memory per device": _memory(config, budget.total_params),
+        "memory per device": _memory(config),
     }
     width = max(map(len, shown))
     return [f"{name:<{width}}  {value}" for name, value in shown.items()]
 
 
-def _memory(config: RunConfig, count: int) -> str:
-    sequences = config.data.batch_size / config.trainer.accumulate / (config.trainer.devices * config.trainer.num_nodes)
-    state = count * STATE_BYTES
-    activations = sequences * config.data.seq_len * activation_bytes(config.model)
-    return (
-        f"about {_short((state + activations) / 2**30)} GiB unsharded: {_short(state / 2**30)} of weights, gradients"
-        f" and AdamW, {_short(activations / 2**30)} of activations ({sequences:g} sequences at a time; a rough count)"
-    )
+def _memory(config: RunConfig) -> str:
+    trainer = config.trainer
+    sequences = config.data.batch_size / trainer.accumulate / (trainer.devices * trainer.num_nodes)
+    parts = StepMemory(config.model, sequences * config.data.seq_len, trainer.precision).peak()
+    named = ", ".join(f"{_short(size / 2**30)} {name}" for name, size in parts.items())
+    return f"about {_short(sum(parts.values()) / 2**30)} GiB unsharded, with {sequences:g} sequences at a time: {named}"
 
 
 def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
-def activation_bytes(config: DecoderConfig) -> float:
-    """Bytes per token that a training step keeps in bfloat16 for the backward pass.
+@dataclass
+class StepMemory:
+    """Bytes that a training step of `tokens` holds, as the backends `grouped` and `triton` compute it, not compiled.
 
-    A block keeps its float32 input and sum and some eight vectors of the attention; every FFN row its input, two hidden
-    halves, their product and its output. The head keeps logits and their float32 softmax. With activation checkpointing
-    a block keeps its input, and one block at a time the rest.
+    Forward keeps `kept()` for backward. On top come, one after the other, the head with the loss, and the backward pass
+    of each block; the larger one makes the peak.
     """
-    used = expected_ffn_per_token(config)
-    block = config.dim * (2 * 4 + 8 * 2) + used * 2 * (2 * config.dim + 3 * config.hidden)
-    head = config.vocab_size * (2 + 4)
-    if config.activation_checkpointing:
-        return config.layers * config.dim * 4 + block + head
-    return config.layers * block + head
+
+    config: DecoderConfig
+    tokens: float
+    precision: str
+
+    def __post_init__(self) -> None:
+        self.narrow = 2 if self.precision == "bf16-mixed" else WIDE  # bytes in which matrix products run
+        self.cast = self.narrow if self.narrow < WIDE else 0  # of a copy for them, which float32 needs not
+        blocks = range(self.config.layers)
+        self.moe_layers = sum(self.config.is_moe(block) for block in blocks)
+
+    def peak(self) -> dict[str, float]:
+        """By part, their sum being the peak."""
+        kept = self.kept()
+        del kept["of the loss"]  # a part of the head's peak, and gone when the blocks follow
+        on_top = {
+            "of the head and the loss at their peak": self.head_peak(),
+            "of a block's backward pass at its peak": self.block_peak(),
+        }
+        largest = max(on_top, key=on_top.get)
+        state = {"of weights, gradients and AdamW": STATE_BYTES * sum(parameters(self.config).values())}
+        return state | {name: size for name, size in kept.items() if size} | {largest: on_top[largest]}
+
+    def kept(self) -> dict[str, float]:
+        """What is kept from the forward pass for the backward pass, by part."""
+        blocks = self.block_inputs() if self.config.activation_checkpointing else self.whole_blocks()
+        return {"of weights in bfloat16": self.weight_copies(), **blocks, "of the loss": self.head_kept()}
+
+    def block_inputs(self) -> dict[str, float]:
+        carried = self.moe_layers * self.config.experts.total
+        return {"of block inputs": self.tokens * WIDE * (self.config.layers * self.config.dim + carried)}
+
+    def whole_blocks(self) -> dict[str, float]:
+        dense = self.config.layers - self.moe_layers
+        return {
+            "of attention and norms": self.config.layers * self.attention(),
+            "of routers": self.moe_layers * self.router(),
+            "of FFN rows": self.moe_layers * self.expert_rows() + dense * self.dense_ffn(self.config.dense_width),
+        }
+
+    def weight_copies(self) -> float:
+        """Of the blocks' matrices but the routers'; those of a block that is recomputed come and go with it."""
+        return 0 if self.config.activation_checkpointing else self.cast * self.block_weights()
+
+    def block_weights(self) -> int:
+        part = parameters(self.config)
+        return sum(part[name] for name in ("attention", "ffn_experts", "shared_experts", "dense_ffn"))
+
+    def attention(self) -> float:
+        """A block's two norms keep their float32 inputs; the attention its input, queries, keys and values before and
+        after rotation (the values are a part of the former), its output, and a float32 for every head.
+        """
+        dim, rotated = self.config.dim, self.config.head_dim * (self.config.heads + self.config.num_kv_heads)
+        projected = rotated + self.config.head_dim * self.config.num_kv_heads
+        return self.tokens * (WIDE * (2 * dim + self.config.heads) + self.narrow * (2 * dim + projected + rotated))
+
+    def router(self) -> float:
+        """The float32 input, about three numbers per expert (logits, scores, gates), and per slot some five ids, gates
+        and flags.
+        """
+        return self.tokens * (WIDE * (self.config.dim + 3 * self.config.experts.total) + 32 * self.config.top_k)
+
+    def expert_rows(self) -> float:
+        """Every token's input, and [gate, up] of every row (kernels/planned.py); shared experts as a dense FFN."""
+        config = self.config
+        inputs = self.cast * self.tokens * config.dim  # float32 ones are the router's
+        shared = self.dense_ffn(config.experts.shared * config.hidden) if config.experts.shared else 0
+        return inputs + self.narrow * 2 * config.hidden * self.rows() + shared
+
+    def rows(self) -> float:
+        """FFN rows of a layer: as many as its capacities allow, or the config keeps, and at most all slots."""
+        config, slots = self.config, self.tokens * self.slots_per_token()
+        bounds = [slots]
+        if config.capacity_factor is not None:
+            capacity, _ = expert_capacities(config.experts, config.balance.tau, slots, config.capacity_factor)
+            bounds.append(config.experts.ffn * capacity)
+        if config.ffn_rows is not None:
+            bounds.append(config.ffn_rows * self.tokens)
+        return min(bounds)
+
+    def slots_per_token(self) -> int:
+        return self.config.top_k if self.config.selection == "top_k" else self.config.experts.total
+
+    def dense_ffn(self, width: int) -> float:
+        """The input, [gate, up], silu(gate) and the product."""
+        return self.tokens * self.narrow * (self.config.dim + 4 * width)
+
+    def head_kept(self) -> float:
+        """The last norm's input, and the logits' float32 log-softmax with both factors of their product; by chunks the
+        gradients of these.
+        """
+        dim, vocabulary = self.config.dim, self.config.vocab_size
+        if self.chunked:
+            return WIDE * dim * (2 * self.tokens + vocabulary)
+        product = self.narrow * self.tokens * dim + self.cast * vocabulary * dim
+        return WIDE * self.tokens * (dim + vocabulary) + product
+
+    def head_peak(self) -> float:
+        """Whole: what is kept, its gradient and that of the logits, and the latter as the head gets it. By chunks: one
+        chunk's logits, softmax and gradient, the head's weight and gradient, with a summand, and those of its input.
+        """
+        dim, vocabulary = self.config.dim, self.config.vocab_size
+        if not self.chunked:
+            return self.head_kept() + self.tokens * vocabulary * (2 * WIDE + self.cast)
+        weights = vocabulary * dim * (self.cast + WIDE + self.narrow)
+        return weights + self.tokens * dim * 3 * WIDE + WHOLE * (self.narrow + WIDE + self.cast)
+
+    @property
+    def chunked(self) -> bool:
+        return self.tokens * self.config.vocab_size > WHOLE
+
+    def block_peak(self) -> float:
+        """Float32 gradients of a block's output and input and of the experts' input; per FFN row the gradients of its
+        output and of [gate, up], and h. With activation checkpointing the block is there as well.
+        """
+        dim, width = self.config.dim, self.config.hidden
+        rows, each = (self.rows(), dim + 3 * width) if self.moe_layers else (self.tokens, 4 * self.config.dense_width)
+        backward = self.tokens * dim * 3 * WIDE + self.narrow * rows * each
+        if not self.config.activation_checkpointing:
+            return backward
+        ffn = self.router() + self.expert_rows() if self.moe_layers else self.dense_ffn(self.config.dense_width)
+        return backward + self.attention() + ffn + self.cast * self.block_weights() / self.config.layers

@@ -1,6 +1,5 @@
 """What training minimises. Apart from the LightningModule, so that it can be timed without Lightning."""
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from moepp.models.decoder import Decoder, DecoderOutput
@@ -10,6 +9,5 @@ def training_losses(model: Decoder, tokens: Tensor) -> tuple[Tensor, Tensor, Dec
     """Cross-entropy of the next tokens and beta * L_b, whose sum is Eq. 9, and the output that they are of; `tokens`
     [B, S+1].
     """
-    output = model(tokens[:, :-1])
-    cross_entropy = F.cross_entropy(output.logits.float().flatten(0, 1), tokens[:, 1:].flatten())
-    return cross_entropy, model.balance_loss(output), output
+    output = model(tokens[:, :-1], targets_BS=tokens[:, 1:])
+    return output.cross_entropy, model.balance_loss(output), output

@@ -6,13 +6,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 
 from moepp.layers.moe import MoEStats
 from moepp.models.decoder import Decoder
-from moepp.training.loss import training_losses
+from moepp.training.compiled import losses_of
 from moepp.training.optim import build_optimizer, learning_rate_scale
 from moepp.training.routing_stats import RoutingStatistics
 from moepp.training.settings import RunConfig
@@ -45,6 +44,7 @@ class LanguageModel(pl.LightningModule):
         super().__init__()
         self.config = config
         self.model = Decoder(config.model, config.seed)
+        self.losses = losses_of(config)
         self.val_loss = MeanMetric()
         self.val_accuracy = MeanMetric()
         self.val_bits_per_byte = BitsPerByte(end_of_text)
@@ -61,11 +61,25 @@ class LanguageModel(pl.LightningModule):
         # no synchronisation.
         self.register_buffer("first_bad_step", torch.tensor(-1), persistent=False)
 
+    def on_train_start(self) -> None:
+        """With CUDA graphs gradients are summed into buffers of their own: else the first would lie where replays
+        write.
+        """
+        if self.config.trainer.cuda_graphs:
+            for parameter in self.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad(set_to_none=not self.config.trainer.cuda_graphs)
+
     def training_step(self, tokens: Tensor) -> Tensor:
         """`tokens` [B, S+1]; returns cross-entropy + beta * L_b (Eq. 9)."""
-        cross_entropy, balance, output = training_losses(self.model, tokens)
+        if self.config.trainer.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # replays overwrite what the step before put out
+        cross_entropy, balance, output = self.losses(self.model, tokens)
         loss = cross_entropy + balance
-        self.train_losses = {"train/loss": cross_entropy.detach(), "train/balance_loss": balance.detach()}
+        losses = {"train/loss": cross_entropy, "train/balance_loss": balance}
+        self.train_losses = {name: value.detach().clone() for name, value in losses.items()}
         self.train_routing.reset()
         self.train_routing.update(output.stats)
         self._count(output.stats)
@@ -96,12 +110,10 @@ class LanguageModel(pl.LightningModule):
         """`batch`: tokens [B, S+1] and the bytes [B, S] that each target stands for."""
         tokens, lengths = batch
         targets = tokens[:, 1:]
-        output = self.model(tokens[:, :-1])
-        logits = output.logits.float()
-        nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-        self.val_loss.update(nats)
-        self.val_accuracy.update((logits.argmax(-1) == targets).float())
-        self.val_bits_per_byte.update(nats, targets, lengths)
+        output = self.model(tokens[:, :-1], targets_BS=targets)
+        self.val_loss.update(output.nats_BS)
+        self.val_accuracy.update(output.right_BS.float())
+        self.val_bits_per_byte.update(output.nats_BS, targets, lengths)
         self.val_routing.update(output.stats)
 
     def on_validation_epoch_start(self) -> None:

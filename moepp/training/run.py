@@ -17,12 +17,13 @@ from lightning.fabric.plugins.environments import LightningEnvironment, TorchEla
 
 from moepp import config as configs
 from moepp.errors import Interrupted, PeerLost, RunError, UsageError
-from moepp.layers.kernels.grouped import BackendError
+from moepp.layers.kernels.base import BackendError
 from moepp.models.budget import Budget, active_parameters, forward_flops
 from moepp.records import RunRecord, UnreadableRecord, write_json
 from moepp.strategies import make_strategy
 from moepp.training.callbacks import MetricsReporter, ResumeCheckpoint, remove, resume_points, save_whole, step_of
 from moepp.training.cloze import ClozeScorer
+from moepp.training.compiled import refuse_what_cannot_be_compiled
 from moepp.training.data import TokenDataModule
 from moepp.training.initial import FINAL_WEIGHTS, initial_weights
 from moepp.training.launch import SECONDS_TO_ARRIVE, launch
@@ -41,7 +42,7 @@ def freeze(config: RunConfig) -> RunConfig:
     """The config with the digests of its prepared tokens and of the weights it begins with, so that with others it is
     another run. Builds the tokens.
     """
-    _refuse_missing_devices(config)
+    _refuse_what_is_missing(config)
     tokens = prepare(config.data, progress=config.trainer.progress)
     data = dataclasses.replace(config.data, digest=tokens.header.digest)
     return dataclasses.replace(config, data=data, init_weights=initial_weights(config.init_from))
@@ -56,7 +57,7 @@ def train(config: RunConfig, directory: Path, judge: Judge | None = None) -> Run
     """
     rank, record = Rank.here(), RunRecord(directory)
     config = rank.spread(config)
-    _refuse_missing_devices(config)
+    _refuse_what_is_missing(config)
     try:
         with record.lock() if rank.keeps_record(config) else nullcontext():
             if record.status not in ("done", "pruned"):
@@ -76,12 +77,16 @@ def _say_what_file(error: OSError, directory: Path) -> str:
     return f"cannot read or write {file}: {why}; the run {directory} needs it"
 
 
-def _refuse_missing_devices(config: RunConfig) -> None:
+def _refuse_what_is_missing(config: RunConfig) -> None:
     wanted, gpus = config.trainer.devices, torch.cuda.device_count()
     if config.trainer.accelerator in ("gpu", "cuda") and not gpus:
         raise UsageError(f"trainer.accelerator={config.trainer.accelerator}: no GPU is visible; use cpu or auto")
     if _uses_gpus(config) and wanted > gpus:
         raise UsageError(f"trainer.devices={wanted}, but {gpus} GPUs are visible on this machine")
+    if config.trainer.cuda_graphs and not _uses_gpus(config):
+        raise UsageError("trainer.cuda_graphs=true needs a GPU; set trainer.cuda_graphs=false")
+    if config.trainer.compile:
+        refuse_what_cannot_be_compiled(config, _uses_gpus(config))
 
 
 def _uses_gpus(config: RunConfig) -> bool:
@@ -166,6 +171,7 @@ def _trainer(record: RunRecord, config: RunConfig, rank: Rank, judge: Judge | No
         devices=settings.devices,
         num_nodes=settings.num_nodes,
         precision=settings.precision,
+        deterministic=settings.deterministic,
         max_steps=settings.steps,
         max_epochs=-1,
         accumulate_grad_batches=settings.accumulate,

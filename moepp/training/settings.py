@@ -56,6 +56,9 @@ class TrainerConfig:
 
     steps: int = 1000
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    compile: bool = False  # the forward and backward pass by torch.compile: faster, but for a minute at the start
+    cuda_graphs: bool = False  # with compile, on one GPU: a step's kernels are launched as one
+    deterministic: bool = False  # the same bits in every run on the same GPU; slower
     accumulate: int = 1  # micro-batches per optimizer step
     val_every: int = 100
     log_every: int = 10
@@ -74,6 +77,8 @@ class TrainerConfig:
                 raise ValueError(f"trainer.{name}={getattr(self, name)} must be at least 1")
         if self.stop_s <= 0:
             raise ValueError(f"trainer.stop_s={self.stop_s} must be positive")
+        if self.cuda_graphs and not self.compile:
+            raise ValueError("trainer.cuda_graphs=true records what torch.compile made: set trainer.compile=true")
 
 
 @dataclass
@@ -135,13 +140,39 @@ class RunConfig:
                 f"data.batch_size={self.data.batch_size} cannot be divided among {devices} devices with "
                 f"trainer.accumulate={trainer.accumulate} each; use a multiple of {parts}"
             )
+        for impossible, reason in _not_compiled(self) if trainer.compile else ():
+            if impossible:
+                raise ValueError(reason)
+
+
+def _not_compiled(config: RunConfig) -> list[tuple[bool, str]]:
+    """What torch.compile does not take: whether it is asked for, and what to change."""
+    strategy = config.strategy.name
+    return [
+        (
+            strategy not in ("single", "ddp", "fsdp"),
+            f"trainer.compile=true with strategy={strategy} would compile anew for the sizes of every step: set "
+            "trainer.compile=false, or choose strategy=ddp or fsdp",
+        ),
+        (
+            config.model.backend == "grouped" and config.trainer.precision != "bf16-mixed",
+            "trainer.compile=true takes model.backend=grouped in bfloat16 only: set trainer.precision=bf16-mixed, or "
+            "model.backend=auto",
+        ),
+        (
+            config.trainer.cuda_graphs and strategy != "single",
+            f"trainer.cuda_graphs=true records one device, and strategy={strategy} communicates: set "
+            "trainer.cuda_graphs=false",
+        ),
+    ]
 
 
 # What cannot change a result: a run moved to other devices, folders or trackers is still the same run.
 NOT_IDENTITY = (
-    "name", "runs", "tags", "init_from", "model.backend", "tracking", "cloze", "data.cache", "data.workers",
-    "trainer.log_every", "trainer.checkpoint_every", "trainer.expert_timing", "trainer.accelerator", "trainer.devices",
-    "trainer.num_nodes", "trainer.threads", "trainer.stop_s", "trainer.progress", "strategy",
+    "name", "runs", "tags", "init_from", "model.backend", "model.ffn_rows", "tracking", "cloze", "data.cache",
+    "data.workers", "trainer.compile", "trainer.cuda_graphs", "trainer.deterministic", "trainer.log_every",
+    "trainer.checkpoint_every", "trainer.expert_timing", "trainer.accelerator", "trainer.devices", "trainer.num_nodes",
+    "trainer.threads", "trainer.stop_s", "trainer.progress", "strategy",
 )  # fmt: skip
 
 

@@ -6,14 +6,12 @@ forced balanced routing. Training time is that of the whole model, forward and b
 """
 
 import math
-import random
 import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +22,7 @@ from moepp.layers.router import Routing
 from moepp.layers.settings import MoEConfig
 from moepp.models.budget import expected_ffn_per_token
 from moepp.models.decoder import Decoder
+from moepp.training.interleaved import Key, interleaved_times
 from moepp.training.loss import training_losses
 from moepp.training.settings import RunConfig
 from moepp.training.tokens import TokenFiles
@@ -126,7 +125,7 @@ def expert_forward_times(
             ]
             cases[name, "learned"], cases[name, "balanced"] = learned, balanced
         runs = {key: partial(_run, layers) for key, layers in cases.items()}
-        times = _interleaved(runs, ids_BS.device, repeats, warmup, seed)
+        times = _median_and_min(runs, ids_BS.device, repeats, warmup, seed)
     return [
         {
             "arm": name,
@@ -161,25 +160,15 @@ def training_times(
 
     runs = {name: partial(step, model.train(), batches[name]) for name, model in models.items()}
     device = next(iter(batches.values())).device
-    times = _interleaved(runs, device, repeats, warmup, seed)
+    times = _median_and_min(runs, device, repeats, warmup, seed)
     return [{"arm": name, "tokens": batches[name][:, 1:].numel(), **times[name]} for name in models]
 
 
-Key = TypeVar("Key")
-
-
-def _interleaved(
+def _median_and_min(
     runs: Mapping[Key, Callable[[], None]], device: torch.device, repeats: int, warmup: int, seed: int
 ) -> dict[Key, dict[str, float]]:
-    """median_ms and min_ms of each, called in turn in shuffled order: what slows the machine for a while slows all."""
-    times: dict[Key, list[float]] = {key: [] for key in runs}
-    order, shuffle = list(runs), random.Random(seed)
-    for repeat in range(warmup + repeats):
-        shuffle.shuffle(order)
-        for key in order:
-            milliseconds = _time_ms(runs[key], device)
-            if repeat >= warmup:
-                times[key].append(milliseconds)
+    """median_ms and min_ms of each of `runs`, interleaved."""
+    times = interleaved_times(runs, lambda key, _: runs[key], device, repeats, warmup, seed)
     return {key: {"median_ms": statistics.median(found), "min_ms": min(found)} for key, found in times.items()}
 
 
@@ -203,19 +192,6 @@ def _layer_inputs(model: Decoder, ids_BS: Tensor) -> list[LayerCase]:
     for handle in handles:
         handle.remove()
     return seen
-
-
-def _time_ms(run: Callable[[], None], device: torch.device) -> float:
-    if device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-    begin = time.perf_counter()
-    run()
-    return (time.perf_counter() - begin) * 1000
 
 
 def _run(cases: list[LayerCase]) -> None:

@@ -277,9 +277,9 @@ def _build(config: DataConfig, folder: Path, progress: bool, alone: bool) -> Non
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         documents = corpora.load_documents(config, scratch / "documents", progress)
-        train, val = corpora.split(documents, config.val_share)
+        val = corpora.held_out(documents, config.val_share)
         if config.tokenizer == "bpe":
-            tokenizer = train_bpe(corpora.texts(train, "training the tokenizer", progress), config.vocab_size)
+            tokenizer = train_bpe(corpora.texts(documents, ~val, "training the tokenizer", progress), config.vocab_size)
         else:
             tokenizer = load_tokenizer(Path(config.tokenizer).expanduser())
         result = scratch / "tokens"
@@ -287,7 +287,7 @@ def _build(config: DataConfig, folder: Path, progress: bool, alone: bool) -> Non
         tokenizer.save(str(result / "tokenizer.json"))
         vocab_size = max(tokenizer.get_vocab().values()) + 1
         dtype = DTYPES[vocab_size > 2**16]
-        train_texts, val_texts = (corpora.texts(side, "tokenising", progress) for side in (train, val))
+        train_texts, val_texts = (corpora.texts(documents, side, "tokenising", progress) for side in (~val, val))
         header = Header(
             format=FORMAT,
             digest=folder.name,

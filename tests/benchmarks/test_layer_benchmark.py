@@ -1,104 +1,147 @@
 import csv
+import gzip
 import json
-from importlib.util import find_spec
+from dataclasses import replace
+from math import isclose
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from moepp.benchmarks import peers
-from moepp.benchmarks.layer import SETS, LayerBenchmark, learned_like_routing, run
-from moepp.layers.moe import MoELayer
-from moepp.layers.settings import BalanceConfig, ExpertCounts, MoEConfig, ffn_share
+from moepp.benchmarks import contest
+from moepp.benchmarks.cases import Case
+from moepp.benchmarks.commands import at_scale
+from moepp.benchmarks.failures import DeviceLost
+from moepp.benchmarks.folder import run
+from moepp.benchmarks.layer import LayerBenchmark
 
-CPU = torch.device("cpu")
-
-
-def make_layer(counts=SETS[8], dtype=torch.float64):
-    layer = MoELayer(MoEConfig(dim=16, hidden=24, experts=counts, balance=BalanceConfig(tau=0.75)), first=True)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
-    return layer.to(dtype)
+TINY = {"dim": 16, "hidden": 24, "repeats": 2}
 
 
-def make_inputs(layer, tokens=96, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(1)
-    routing = learned_like_routing(layer.config, tokens, generator, CPU)
-    routing.gate_TK = routing.gate_TK.to(dtype)
-    return torch.randn(tokens, 16, generator=generator, dtype=torch.float64).to(dtype), routing
+def table_of(out):
+    with open(out / "table.csv") as file:
+        return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("counts", [SETS[8], SETS[32], ExpertCounts(8, 0, 0, 0)], ids=str)
-def test_the_reference_loop_computes_what_the_layer_does(counts):
-    layer = make_layer(counts)
-    x_TD, routing = make_inputs(layer)
-    found, expected = peers.reference_loop(layer)(x_TD, routing), layer.expert_forward(x_TD, routing)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+def number(row, key):
+    return float(row[key])
 
 
-@pytest.mark.skipif(find_spec("transformers") is None, reason="needs the package transformers")
-@pytest.mark.parametrize("kind", ["eager", "grouped_mm"])
-def test_the_transformers_path_computes_what_the_layer_does(kind):
-    layer = make_layer(dtype=torch.float32)
-    x_TD, routing = make_inputs(layer, dtype=torch.float32)
-    found = peers.transformers_experts(kind)(layer)(x_TD, routing)
-    torch.testing.assert_close(found, layer.expert_forward(x_TD, routing), rtol=1e-4, atol=1e-5)
+def failing(error):
+    """An implementation that cannot run."""
 
+    def build(layer):
+        def forward(inputs):
+            raise error
 
-def test_the_floor_is_the_products_of_the_ffn_rows_and_nothing_else():
-    layer = make_layer(dtype=torch.float32)
-    x_TD, routing = make_inputs(layer, tokens=640, dtype=torch.float32)
-    counts = torch.bincount(routing.expert_TK.reshape(-1), minlength=12)[:8].tolist()
-    rows = sum(max(64, 64 * round(count / 64)) for count in counts)
-    with FlopCounterMode(display=False) as forward:
-        y = peers.gemm_floor(layer)(x_TD.requires_grad_(), routing)
-    with FlopCounterMode(display=False) as backward:
-        y.backward()
-    assert forward.get_total_flops() == 2 * rows * 3 * 16 * 24
-    assert backward.get_total_flops() == 2 * forward.get_total_flops()
+        return forward
 
-
-def test_learned_like_routing_is_new_every_time_uneven_and_near_its_target():
-    config, generator = MoEConfig(experts=SETS[8], balance=BalanceConfig(tau=0.25)), torch.Generator().manual_seed(0)
-    shares, spreads, seen = [], [], set()
-    for _ in range(30):
-        routing = learned_like_routing(config, 500, generator, CPU)
-        assert (routing.expert_TK[:, 0] != routing.expert_TK[:, 1]).all()
-        torch.testing.assert_close(routing.gate_TK.sum(-1), torch.ones(500))
-        shares.append((routing.expert_TK < 8).float().mean().item())
-        load = torch.bincount(routing.expert_TK.reshape(-1), minlength=12)[:8].float()
-        spreads.append((load.max() / load.mean()).item())
-        seen.add(tuple(routing.expert_TK.reshape(-1).tolist()))
-    assert len(seen) == 30
-    assert sum(shares) / 30 == pytest.approx(ffn_share(SETS[8], 0.25), abs=0.04)
-    assert 1.2 < sum(spreads) / 30 < 2.2
+    return build
 
 
 def test_a_benchmark_writes_a_table_whose_ratios_are_those_of_its_times(tmp_path):
-    benchmark = LayerBenchmark(tokens=64, dim=16, hidden=24, sets=[8], taus=[0.25, 1.0], repeats=2, warmup=0)
-    rows = run(benchmark, tmp_path, progress=False)
+    here = ["moepp", "floor", "zero_computation", "loop"]
+    benchmark = LayerBenchmark(tokens=[64], ffn=[8], taus=[[0.25, 1.0]], implementations=here, **TINY)
+    run(benchmark, tmp_path)
+    rows = table_of(tmp_path)
     assert len(rows) == 4 * 2 * 3  # passes, routings, vanilla and two values of tau
     for row in rows:
         vanilla = next(
             r for r in rows
             if r["tau"] == "vanilla" and all(r[k] == row[k] for k in ("dtype", "direction", "routing"))
         )  # fmt: skip
-        assert row["speedup"] == pytest.approx(vanilla["moepp_ms"] / row["moepp_ms"])
-        assert row["over_floor"] == pytest.approx(row["moepp_ms"] / row["floor_ms"])
-        assert row["moepp_min_ms"] <= row["moepp_ms"]
-        if row["tau"] == "vanilla":
-            assert row["zero_computation_share"] is None
-        else:
-            assert row["zero_computation_share"] == pytest.approx(row["zero_computation_ms"] / row["moepp_ms"])
-        assert row["ideal_speedup"] == pytest.approx(1 / row["ffn_share"])
-    assert {row["ffn_share"] for row in rows if row["tau"] == "vanilla"} == {1.0}
-    balanced = [row for row in rows if row["routing"] == "balanced" and row["tau"] == 0.25]
-    assert all(row["ffn_share"] == pytest.approx(row["target_share"], abs=0.07) for row in balanced)
-    with open(tmp_path / "table.csv") as file:
-        assert len(list(csv.DictReader(file))) == len(rows)
+        assert isclose(number(row, "speedup"), number(vanilla, "moepp_ms") / number(row, "moepp_ms"), rel_tol=1e-4)
+        assert isclose(number(row, "over_floor"), number(row, "moepp_ms") / number(row, "floor_ms"), rel_tol=1e-4)
+        assert number(row, "moepp_min_ms") <= number(row, "moepp_ms")
+        assert (row["zero_computation_share"] == "") == (row["tau"] == "vanilla")
+        assert isclose(number(row, "ideal_speedup"), 1 / number(row, "ffn_share"), rel_tol=1e-4)
+        products = 6 * 16 * 24 * 128 * number(row, "ffn_share") * (3 if "backward" in row["direction"] else 1)
+        assert isclose(number(row, "tflops"), products / number(row, "moepp_ms") / 1e9, rel_tol=1e-4)
+    assert {row["ffn_share"] for row in rows if row["tau"] == "vanilla"} == {"1"}
+    balanced = [row for row in rows if row["routing"] == "balanced" and row["tau"] == "0.25"]
+    assert all(isclose(number(row, "ffn_share"), number(row, "target_share"), abs_tol=0.07) for row in balanced)
     provenance = json.loads((tmp_path / "provenance.json").read_text())
-    assert provenance["benchmark"]["tokens"] == 64 and provenance["hardware"]["cores"]
+    assert provenance["benchmark"]["tokens"] == [64] and provenance["hardware"]["cores"]
     report = (tmp_path / "report.md").read_text()
-    assert report.count("\n| 8") == len(rows)
-    assert [row["paper_speedup"] for row in rows[:3]] == [None, 1.927, 1.191]
+    assert report.count("\n## ") == 4 and report.count("\n| 8+4 | 0.25 ") == 2 * 4 * 2
+    assert [row["paper_speedup"] for row in rows[:3]] == ["", "1.927", "1.191"]
+
+
+def test_the_smoke_scale_has_all_of_the_gpu_scales_parts(tmp_path):
+    smoke, gpu = (at_scale("layer", scale, {}) for scale in ("smoke", "gpu"))
+    assert smoke.implementations == gpu.implementations and smoke.trace and smoke.taus == gpu.taus
+    benchmark = replace(smoke, tokens=[32], taus=[[0.75]], ffn=[64])
+    run(benchmark, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "table.csv", "report.md", "provenance.json", "rows.jsonl", "trace.json.gz",
+    }  # fmt: skip
+    with gzip.open(tmp_path / "trace.json.gz") as file:
+        assert json.load(file)["traceEvents"]
+    rows = table_of(tmp_path)
+    assert [(row["experts"], row["tau"]) for row in rows] == [("64", "vanilla"), ("64+8", "0.75")] * 2
+    assert all(number(row, "ffn_share") < 1 and number(row, "whole_layer_ms") > 0 for row in rows)  # some are dropped
+
+
+def test_the_first_taus_of_all_sizes_come_first_and_the_trace_after_one_group():
+    groups = at_scale("layer", "gpu", {}).groups()
+    assert len(groups) == 1 + 2 * 2 * 4 * 3
+    assert str(groups[0]) == "bfloat16 forward+backward, 16384 tokens, 8 FFN experts, tau 0.75"
+    assert str(groups[1]) == "trace, 16384 tokens, 8 FFN experts, tau 0.75"
+    assert [group.taus for group in groups[2:25]] == [(0.75,)] * 23
+
+
+def test_an_implementation_that_fails_is_a_cell(tmp_path, monkeypatch):
+    monkeypatch.setitem(contest.IMPLEMENTATIONS, "loop", failing(ValueError("not with\nthese weights")))
+    monkeypatch.setitem(contest.IMPLEMENTATIONS, "sorted", failing(torch.OutOfMemoryError("CUDA out of memory. ...")))
+    names = ["moepp", "floor", "loop", "sorted"]
+    benchmark = LayerBenchmark(
+        tokens=[32], ffn=[8], taus=[[0.75]], passes=[("float32", "forward")], implementations=names, **TINY
+    )
+    lines, _ = run(benchmark, tmp_path)
+    assert {row["loop_ms"] for row in table_of(tmp_path)} == {"ValueError: not with"}
+    assert {row["sorted_ms"] for row in table_of(tmp_path)} == {"out of memory"}
+    assert all(number(row, "speedup") > 0 for row in table_of(tmp_path))
+    assert "Not measured: loop (ValueError: not with)." in lines and not any("| loop" in line for line in lines)
+
+
+def test_one_that_fails_on_one_layer_keeps_its_column(tmp_path, monkeypatch):
+    def of_vanilla_only(layer):
+        if layer.zero_computation is not None:
+            raise ValueError("no such experts")
+        return lambda inputs: inputs.x_TD
+
+    monkeypatch.setitem(contest.IMPLEMENTATIONS, "loop", of_vanilla_only)
+    benchmark = LayerBenchmark(
+        tokens=[32], ffn=[8], taus=[[0.75]], passes=[("float32", "forward")], routings=["learned"],
+        implementations=["moepp", "loop"], **TINY,
+    )  # fmt: skip
+    lines, _ = run(benchmark, tmp_path)
+    assert any(line.startswith("| 8+4 |") and line.endswith("| ValueError: no such experts |") for line in lines)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_memory_is_measured_and_the_floor_never_waits(tmp_path):
+    device, sizes = torch.device("cuda"), contest.Sizes(256, 64, 128, "bfloat16", True, 1.1)
+    match = contest.Contest(sizes, [Case(8, 0.75, "learned")], ["moepp", "floor"], device, seed=0)
+    assert all(row["gib"] > 0 and row["ms"] > 0 for row in match.run(repeats=2, warmup=2))
+    call = match._call(match.keys[1], match._draws()[match.keys[1][0]])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not match.failures
+
+
+def test_one_that_loses_the_device_is_left_out_by_the_next_call(tmp_path, monkeypatch):
+    lost = failing(torch.AcceleratorError("CUDA error: an illegal memory access"))
+    monkeypatch.setitem(contest.IMPLEMENTATIONS, "loop", lost)
+    benchmark = LayerBenchmark(
+        tokens=[32], ffn=[8], taus=[[0.75]], passes=[("float32", "forward")], routings=["learned"],
+        implementations=["moepp", "loop"], **TINY,
+    )  # fmt: skip
+    with pytest.raises(DeviceLost, match=r"loop on Case\(ffn=8, tau=None, .*illegal memory access; the same command"):
+        run(benchmark, tmp_path)
+    run(benchmark, tmp_path)
+    for row in table_of(tmp_path):
+        assert row["loop_ms"].startswith("AcceleratorError: CUDA error") and number(row, "moepp_ms") > 0

@@ -9,10 +9,12 @@ from moepp.cli import main
 from moepp.errors import UsageError
 
 
+def quick(**given):
+    return ParallelBenchmark(**(ParallelBenchmark.SCALES["laptop"] | given))
+
+
 def test_what_crosses_is_what_ffn_experts_elsewhere_get(tmp_path):
-    benchmark = ParallelBenchmark.quick(
-        devices=2, dim=32, hidden=48, tokens=80, routings=("balanced",), repeats=2, sizes=(4096, 65536)
-    )
+    benchmark = quick(devices=2, dim=32, hidden=48, tokens=80, routings=("balanced",), repeats=2, sizes=(4096, 65536))
     handler = signal.getsignal(signal.SIGTERM)
     rows = run(benchmark, tmp_path)
     assert signal.getsignal(signal.SIGTERM) == handler
@@ -34,7 +36,7 @@ def test_what_crosses_is_what_ffn_experts_elsewhere_get(tmp_path):
 
 
 def test_one_device_has_step_times_and_sends_nothing(tmp_path):
-    benchmark = ParallelBenchmark.quick(devices=1, dim=32, hidden=48, tokens=16, repeats=1)
+    benchmark = quick(devices=1, dim=32, hidden=48, tokens=16, repeats=1)
     rows = run(benchmark, tmp_path)
     assert [(row["group"], row["tau"]) for row in rows] == [(1, "vanilla"), (1, 0.75)]
     assert all(row["bytes_sent"] == row["messages"] == row["exchange_ms"] == 0 < row["step_ms"] for row in rows)

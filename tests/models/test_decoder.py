@@ -1,3 +1,5 @@
+import weakref
+
 import pytest
 import torch
 
@@ -154,6 +156,36 @@ def test_a_dense_model_has_no_moe_layer_and_no_balance_loss():
     output = model(ids())
     assert model.moe_layers() == output.stats == [] and model.balance_loss(output) == 0
     assert {block.ffn.w_out.in_features for block in model.blocks} == {2 * 24}
+
+
+def test_targets_are_scored_in_place_of_logits():
+    model, tokens = make(init_std=0.2), ids(length=13)
+    given, targets = tokens[:, :-1], tokens[:, 1:]
+    logits = model(given).logits
+    trained, nats = (
+        model(given, targets_BS=targets),
+        torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none"),
+    )
+    with torch.no_grad():
+        scored = model(given, targets_BS=targets)
+    assert trained.logits is scored.logits is trained.nats_BS is None
+    torch.testing.assert_close(scored.nats_BS, nats.detach())
+    assert torch.equal(scored.right_BS, logits.argmax(-1) == targets)
+    for output in (trained, scored):
+        torch.testing.assert_close(output.cross_entropy, nats.mean())
+    assert trained.cross_entropy.requires_grad
+    assert torch.equal(model.balance_loss(trained), model.balance_loss(scored))
+
+
+def test_a_blocks_input_is_kept_only_where_hidden_states_are_asked_for():
+    model, embedded, alive = make(), [], []
+    model.embedding.register_forward_hook(lambda *call: embedded.append(weakref.ref(call[2])))
+    model.blocks[2].register_forward_pre_hook(lambda *_: alive.append(embedded[-1]() is not None))
+    with torch.no_grad():
+        for asked in (False, True):
+            states = model(ids(), hidden_states=asked).hidden_states
+            assert (states is not None and len(states) == 4) if asked else states is None
+    assert alive == [False, True]
 
 
 def test_every_parameter_gets_a_gradient():

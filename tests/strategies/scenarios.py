@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from unittest import mock
 
 import lightning.pytorch as pl
 import torch
@@ -17,6 +18,7 @@ from lightning.pytorch.callbacks import Callback
 
 from moepp.config import compose
 from moepp.layers.moe import MoELayer
+from moepp.models import cross_entropy
 from moepp.strategies.ddp import ExpertParallelStrategy
 from moepp.strategies.registry import make_strategy
 from moepp.strategies.sharding import expert_banks, local
@@ -51,6 +53,7 @@ class Scenario:
     optimizer: str = "sgd"  # or adamw, the product's own
     banned: dict[int, list[int]] = field(default_factory=dict)  # by layer: experts that no token chooses
     resume: str = ""
+    chunked: bool = False  # the loss is computed by chunks of logits
     wrong_scale: bool = False
 
     @property
@@ -59,13 +62,14 @@ class Scenario:
         parts += [self.optimizer if self.optimizer != "sgd" else ""]
         parts += [f"accumulate{self.accumulate}" if self.accumulate > 1 else ""]
         parts += [f"without{layer}:{len(experts)}" for layer, experts in self.banned.items()]
-        parts += [f"after-{self.resume.replace('/', '-')}" if self.resume else "", "wrong" if self.wrong_scale else ""]
+        parts += [f"after-{self.resume.replace('/', '-')}" if self.resume else ""]
+        parts += [word for word in ("chunked", "wrong_scale") if getattr(self, word)]
         return "_".join(str(part) for part in parts if part)
 
     @property
     def reference(self) -> "Scenario":
-        """The same on one device, from the first step on."""
-        return replace(self, strategy="single", expert_parallel_size=0, resume="", wrong_scale=False)
+        """The same on one device, from the first step on, with all logits at once."""
+        return replace(self, strategy="single", expert_parallel_size=0, resume="", chunked=False, wrong_scale=False)
 
 
 STRATEGIES = ("ddp", "fsdp", "expert_parallel", "expert_parallel_fsdp")
@@ -88,6 +92,7 @@ TWO_DEVICES = [
     *(Scenario(strategy=strategy, accumulate=2) for strategy in STRATEGIES),
     *(Scenario(strategy=strategy, banned=NO_TOKENS) for strategy in SHARDED_EXPERTS),
     *(Scenario(strategy=strategy, precision="bf16-mixed") for strategy in STRATEGIES),
+    *(Scenario(strategy=strategy, chunked=True) for strategy in ("ddp", "fsdp")),
     Scenario(strategy="expert_parallel", wrong_scale=True),
     *(Scenario(strategy=strategy, optimizer="adamw") for strategy in STRATEGIES[1:]),
     # What every strategy saves is what one device saves (a test of its own), so one checkpoint each is enough to load.
@@ -254,7 +259,8 @@ def run_rank(rank: int, processes: int, port: int, tokens: str, folder: Path, sc
     os.environ.update({name: str(value) for name, value in (ranks | address).items()})
     torch.set_num_threads(1)
     for scenario in scenarios:
-        result = run_scenario(scenario, tokens, folder)
+        with mock.patch.object(cross_entropy, "WHOLE", 1000 if scenario.chunked else cross_entropy.WHOLE):
+            result = run_scenario(scenario, tokens, folder)
         if rank == 0:
             (folder / f"{scenario.name}.json").write_text(json.dumps(result))
 

@@ -77,6 +77,18 @@ def test_plan_shows_trials_and_budgets_and_trains_nothing(capsys, toy):
     assert measured.read_text() == probed  # once
 
 
+@pytest.mark.parametrize(
+    ("action", "words", "message"),
+    [
+        ("plan", (), "--minutes belongs to `sweep run`, not to `sweep plan`"),
+        ("run", ("launcher=slurm",), "--minutes is for launcher=local"),
+    ],
+)
+def test_a_time_is_refused_where_nobody_would_keep_it(capsys, toy, action, words, message):
+    code, _, err = sweep(capsys, action, toy, "--minutes", "5", *words)
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
 def test_seeds_may_stand_before_overrides(capsys, toy):
     _, out, _ = sweep(capsys, "plan", toy, "--seeds", "3", "4", "5", "trainer.steps=6")
     assert "6 trials of 6 steps: 2 arms, seeds 3, 4, 5\n" in out

@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from run_fake_sweep import FAKE_TRIAL, no_preparation, sweep
+from run_fake_sweep import FAKE_TRIAL, arms, no_preparation, sweep
 
 from moepp import process
-from moepp.errors import DiskFull, RunError, UsageError
+from moepp.errors import DiskFull, Interrupted, RunError, UsageError
 from moepp.records import RunRecord, read_json
 from moepp.sweeps import runner, slots
 from moepp.sweeps.job import Job
@@ -142,6 +142,36 @@ def test_a_failure_is_final_once_its_attempts_are_used_up(runs):
         assert not job.settled
         job.record.crash("no memory")
     assert job.settled and job.failure == "no memory"
+
+
+def test_no_trial_begins_that_would_not_end_in_time_and_the_same_call_continues(runs, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(Job, "seconds", 3600.0)
+        with pytest.raises(Interrupted, match="out of time: 1 of 3 trials are finished; the same command continues"):
+            run(runs, arms(3), workers=1, minutes=10)
+        with pytest.raises(Interrupted, match="1 of 3"):  # by what an earlier call has learnt
+            run(runs, arms(3), workers=1, minutes=10)
+    assert len(attempts(run(runs, arms(3), workers=1, minutes=10))) == 3
+
+
+def test_a_finished_trial_knows_how_long_it_took(runs, monkeypatch):
+    monkeypatch.setenv("SECONDS_PER_STEP", "0.1")
+    run(runs, arms(1))
+    job = Job(sweep(**arms(1)).trials("smoke", [f"runs={runs}"])[0], retries=1, heart=Heart())
+    job.record.path = next((runs / "toy-smoke").glob("*/done")).parent
+    assert 0.4 <= job.seconds < 60
+
+
+def test_a_trial_that_runs_when_the_time_is_over_is_stopped_and_continued(runs, monkeypatch):
+    monkeypatch.setenv("SECONDS_PER_STEP", "0.2")
+    long = {"arms": arms(1), "workers": 1, "extra": ["trainer.steps=400"]}
+    with pytest.raises(Interrupted, match="out of time: 0 of 1 trials are finished"):
+        run(runs, minutes=4 / 60, **long)
+    [begun] = (runs / "toy-smoke").glob("*/metrics.jsonl")
+    assert 0 < len(begun.read_text().splitlines()) < 400
+    monkeypatch.setenv("SECONDS_PER_STEP", "0")
+    run(runs, **long)
+    assert len(RunRecord(begun.parent).metrics()) == 401 and list(attempts(runs / "toy-smoke").values()) == [2]
 
 
 def dead_worker(job):

@@ -14,7 +14,7 @@ from moepp.training.tokens import DataConfig, HubConfig, SourceConfig
 def read(tmp_path, **settings):
     """The documents of a corpus, in order."""
     config = DataConfig(cache=str(tmp_path / "cache"), **settings)
-    return corpora.load_documents(config, tmp_path / "table", progress=False)["text"][:]
+    return corpora.load_documents(config, tmp_path / "table", progress=False)["text"].to_pylist()
 
 
 def split(tmp_path, documents, share, seed=0):
@@ -23,7 +23,8 @@ def split(tmp_path, documents, share, seed=0):
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     config = DataConfig(corpus="text", path=str(path), split_seed=seed)
     table = corpora.load_documents(config, tmp_path / "table", progress=False)
-    return tuple(side["text"][:] for side in corpora.split(table, share))
+    val = corpora.held_out(table, share)
+    return tuple(list(corpora.texts(table, side, "", progress=False)) for side in (~val, val))
 
 
 def test_a_file_is_a_document_and_order_is_that_of_the_paths(tmp_path):

@@ -144,7 +144,7 @@ def test_sigterm_saves_at_the_end_of_the_batch_and_the_next_call_continues(overr
 def test_a_loss_that_is_not_finite_stops_with_step_rate_and_checkpoint(overrides, monkeypatch):
     import torch.nn.functional as F
 
-    from moepp.training import module
+    from moepp.models import cross_entropy
 
     real, calls = F.cross_entropy, []
 
@@ -153,7 +153,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_rate_and_checkpoint(overrides
         loss = real(*arguments, **options)
         return loss * float("nan") if len(calls) == 7 else loss
 
-    monkeypatch.setattr(module.F, "cross_entropy", explode)
+    monkeypatch.setattr(cross_entropy.F, "cross_entropy", explode)
     with pytest.raises(RunError) as caught:
         run(overrides, "trainer.val_every=100")
     message = str(caught.value)

@@ -4,10 +4,12 @@ A launcher starts stateless workers and nothing else: who runs which trial is se
 launchers, begun at any time, share one sweep. Where a run was made is no property of the run, hence none of RunConfig.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from moepp.config import compose_kind
+from moepp.errors import UsageError
 from moepp.sweeps.launchers.call import SweepCall
 from moepp.sweeps.launchers.local import LocalLauncher
 from moepp.sweeps.launchers.ray import RayLauncher
@@ -28,4 +30,7 @@ def launch(call: SweepCall, chosen: Sequence[str]) -> Path | None:
 
     Raises what `run_sweep` raises, and UsageError for a launcher that cannot be used as it stands.
     """
-    return compose_kind("launcher", LAUNCHERS, chosen).run(call)
+    launcher = compose_kind("launcher", LAUNCHERS, chosen)
+    if call.minutes < math.inf and not isinstance(launcher, LocalLauncher):
+        raise UsageError("--minutes is for launcher=local; workers elsewhere are stopped from outside, and continued")
+    return launcher.run(call)

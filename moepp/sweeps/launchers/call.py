@@ -1,5 +1,6 @@
 """A sweep as it was asked for on the command line."""
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ class SweepCall:
     overrides: Sequence[str] = ()
     seeds: Sequence[int] | None = None
     arms: Sequence[str] = ()  # a choice among the sweep's; empty: all
+    minutes: float = math.inf  # begin no trial that would not end within them, and stop then
 
     def load(self) -> "Sweep":
         from moepp.sweeps.spec import load_sweep

@@ -15,4 +15,4 @@ class LocalLauncher:
     def run(self, call: SweepCall) -> Path:
         from moepp.sweeps.runner import run_sweep
 
-        return run_sweep(call.load(), call.scale, call.workers, call.overrides, call.seeds)
+        return run_sweep(call.load(), call.scale, call.workers, call.overrides, call.seeds, minutes=call.minutes)

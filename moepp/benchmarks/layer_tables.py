@@ -1,0 +1,102 @@
+"""The layer benchmark's rows side by side: one row per layer and routing, a column per implementation, and ratios."""
+
+from collections.abc import Iterator
+
+from moepp.benchmarks.cases import SETS, Case
+from moepp.benchmarks.tables import Columns, Row, markdown, ratio
+from moepp.layers.settings import ffn_share
+
+# Expert forward of MoE++ over vanilla MoE in the paper's Table 3 (0.6B, 1B, 2B), by the FFN experts of the set.
+PAPER = {
+    8: {0.10: 2.645, 0.25: 1.927, 0.50: 1.382, 0.75: 1.252, 1.0: 1.191},
+    16: {0.10: 2.112, 0.25: 1.587, 0.50: 1.301, 0.75: 1.221, 1.0: 1.152},
+    32: {0.10: 1.635, 0.25: 1.443, 0.50: 1.283, 0.75: 1.218, 1.0: 1.157},
+}
+NAMES = {
+    "moepp": "ours", "triton": "triton", "grouped": "grouped", "sorted": "sorted", "floor": "GEMM floor",
+    "zero_computation": "zero-comp. part", "loop": "loop", "transformers_eager": "transformers eager",
+    "transformers_grouped_mm": "transformers grouped_mm", "whole_layer": "with router",
+}  # fmt: skip
+LAYER: Columns = {
+    "tokens": ("tokens", ""), "experts": ("experts", ""), "tau": ("tau", ""), "routing": ("routing", ""),
+    "ffn_share": ("FFN share", ".2f"),
+}  # fmt: skip
+RATIOS: Columns = {
+    "tflops": ("ours, TFLOP/s", ".3g"), "over_floor": ("ours / floor", ".2f"),
+    "zero_computation_share": ("zero-comp. part / ours", ".2f"), "loop_over_moepp": ("loop / ours", ".2f"),
+    "best_transformers_over_moepp": ("best transformers / ours", ".2f"), "speedup": ("over vanilla", ".2f"),
+    "floor_speedup": ("floor's", ".2f"), "ideal_speedup": ("ideal", ".2f"), "paper_speedup": ("paper", ".2f"),
+}  # fmt: skip
+
+
+def layer_table(rows: list[Row]) -> list[Row]:
+    """`{implementation}_ms` holds the reason where there is no time. `vanilla`, and what a layer is compared with, are
+    of the same group: the same tokens, dtype and direction, timed in turn with it.
+    """
+    layers: dict[tuple, dict[str, Row]] = {}
+    for row in rows:
+        layers.setdefault((row["group"], row["ffn"], row["tau"], row["routing"]), {})[row["implementation"]] = row
+    return [
+        _row(found, layers.get((group, ffn, None, routing), {})) for (group, ffn, _, routing), found in layers.items()
+    ]
+
+
+def _row(found: dict[str, Row], vanilla: dict[str, Row]) -> Row:
+    one = next(iter(found.values()))
+    case = Case(one["ffn"], one["tau"], one["routing"])
+    ms = {name: row.get("ms") for name, row in found.items()}
+    vanilla_ms = {name: row.get("ms") for name, row in vanilla.items()}
+    share = _known(found, "ffn_share")
+    transformers = [ms[name] for name in ms if name.startswith("transformers") and ms[name] is not None]
+    return {
+        "tokens": one["tokens"],
+        "experts": f"{case.ffn}+{SETS[case.ffn].zero_computation}" if case.tau is not None else f"{case.ffn}",
+        "tau": "vanilla" if case.tau is None else case.tau,
+        "dtype": one["dtype"],
+        "direction": one["direction"],
+        "routing": case.routing,
+        "ffn_share": share,
+        "target_share": 1.0 if case.tau is None else ffn_share(case.counts, case.tau),
+        **{f"{name}_ms": row["failure"] or row["ms"] for name, row in found.items()},
+        **{f"{name}_min_ms": row.get("min_ms") for name, row in found.items()},
+        **{f"{name}_gib": row["gib"] for name, row in found.items()},
+        "tflops": ratio(_known(found, "tflop"), ms.get("moepp") and ms["moepp"] / 1000),
+        "over_floor": ratio(ms.get("moepp"), ms.get("floor")),
+        "zero_computation_share": ratio(ms.get("zero_computation"), ms.get("moepp")) if case.tau is not None else None,
+        "loop_over_moepp": ratio(ms.get("loop"), ms.get("moepp")),
+        "best_transformers_over_moepp": ratio(min(transformers, default=None), ms.get("moepp")),
+        "ideal_speedup": ratio(_known(vanilla, "ffn_share"), share),
+        "floor_speedup": ratio(vanilla_ms.get("floor"), ms.get("floor")),
+        "speedup": ratio(vanilla_ms.get("moepp"), ms.get("moepp")),
+        "paper_speedup": PAPER.get(case.ffn, {}).get(case.tau),
+    }
+
+
+def _known(found: dict[str, Row], key: str) -> float | None:
+    """What all implementations that were timed have in common."""
+    return next((row[key] for row in found.values() if row.get(key) is not None), None)
+
+
+def layer_report(rows: list[Row]) -> Iterator[str]:
+    """For every dtype and direction a table of times, one of ratios, and one of memory where it was measured."""
+    table, failures = layer_table(rows), _nowhere(rows)
+    layer = {key: column for key, column in LAYER.items() if len({row[key] for row in table}) > 1 or key == "ffn_share"}
+    names = {name: title for name, title in NAMES.items() if name not in failures}
+    for dtype, direction in dict.fromkeys((row["dtype"], row["direction"]) for row in table):
+        part = [row for row in table if (row["dtype"], row["direction"]) == (dtype, direction)]
+        yield from (f"## {dtype}, {direction}", "", "Milliseconds:", "")
+        yield from markdown(part, layer | {f"{name}_ms": (title, ",.4g") for name, title in names.items()})
+        yield from ("", "Ratios:", "")
+        yield from markdown(part, layer | RATIOS)
+        if any(row[key] is not None for row in part for key in row if key.endswith("_gib")):
+            yield from ("", "GiB above what stood there before the call:", "")
+            yield from markdown(part, layer | {f"{name}_gib": (title, ".3g") for name, title in names.items()})
+        yield ""
+    for name, reason in failures.items():
+        yield f"Not measured: {NAMES[name]} ({reason})."
+
+
+def _nowhere(rows: list[Row]) -> dict[str, str]:
+    """The implementations that ran on no layer, with what they said first."""
+    ran = {row["implementation"] for row in rows if not row["failure"]}
+    return {row["implementation"]: row["failure"] for row in reversed(rows) if row["implementation"] not in ran}

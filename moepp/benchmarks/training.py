@@ -1,0 +1,167 @@
+"""Times whole training steps, optimizer included, of vanilla MoE and MoE++, and of transformers' Mixtral."""
+
+import gc
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from moepp.benchmarks.failures import DeviceLost, attempt, describe
+from moepp.benchmarks.subjects import Subject, decoder, mixtral
+from moepp.benchmarks.tables import Columns, Row, markdown, ratio
+from moepp.config import compose
+from moepp.models.budget import forward_flops
+from moepp.training.interleaved import interleaved_times
+from moepp.training.settings import RunConfig
+from moepp.training.throughput import peak_flops
+
+MIXTRAL = "transformers Mixtral"
+OURS_COMPILED = [("moepp", True), ("vanilla", True)]
+EAGER = [(MIXTRAL, False), ("moepp", False), ("vanilla", False)]
+COLUMNS: Columns = {
+    "size": ("size", ""), "model": ("model", ""), "compiled": ("compiled", ""),
+    "batch": ("tokens per step", ""), "step_ms": ("step, ms", ",.1f"), "tokens_per_s": ("tokens/s", ",.0f"),
+    "mfu": ("MFU", ".1%"), "gib": ("peak, GiB", ".1f"), "ffn_per_token": ("FFN experts per token", ".2f"),
+    "over_vanilla": ("over vanilla", ".2f"), "over_transformers": ("over transformers", ".2f"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Group:
+    """One model, alone on the device."""
+
+    size: str
+    model: str
+    compiled: bool
+
+    def __str__(self) -> str:
+        return f"size={self.size}, {self.model}, {'compiled' if self.compiled else 'eager'}"
+
+    def config(self) -> RunConfig:
+        arm = "vanilla" if self.model == MIXTRAL else self.model
+        compiled = f"trainer.compile={str(self.compiled).lower()}"
+        return compose(RunConfig, [f"size={self.size}", f"model={arm}", "tracking=jsonl", compiled])
+
+
+@dataclass
+class TrainingBenchmark:
+    """What is measured. Defaults are the laptop scale's model."""
+
+    sizes: list[str] = field(default_factory=lambda: ["tiny"])  # fragments of conf/size
+    # A fragment of conf/model or MIXTRAL, and whether it is compiled.
+    models: list[tuple[str, bool]] = field(default_factory=lambda: [*OURS_COMPILED, *EAGER, (MIXTRAL, True)])
+    most_tokens: int = 65_536  # of a step, where the size's batch has more
+    repeats: int = 10
+    warmup: int = 3
+    seed: int = 0
+
+    TITLE: ClassVar[str] = "The speed of training"
+    SCALES: ClassVar[dict[str, Row]] = {
+        "laptop": {},
+        "smoke": {
+            "sizes": ["smoke"],
+            "models": EAGER,
+            "repeats": 2,
+            "warmup": 1,
+        },
+        "gpu": {"sizes": ["small", "0.6b"]},
+    }
+
+    def groups(self) -> list[Group]:
+        return [Group(size, *model) for size in self.sizes for model in self.models]
+
+    def measure(self, group: Group, before: list[Row], device: torch.device, out: Path) -> list[Row]:
+        if before:  # its failure
+            return []
+        row = {"size": group.size, "model": group.model, "compiled": "yes" if group.compiled else "no"}
+        try:
+            measured, failure = attempt(partial(self._largest, group, device))
+        except torch.AcceleratorError as error:
+            raise DeviceLost(f"{group}: {describe(error)}", [row | {"failure": describe(error)}]) from error
+        return [row | (measured or {}) | {"failure": failure}]
+
+    def _largest(self, group: Group, device: torch.device) -> Row:
+        """Of the size's batch, or of as many sequences as fit into the device's memory: halved until they do."""
+        config = group.config()
+        sequences = max(1, min(config.data.batch_size, self.most_tokens // config.data.seq_len))
+        while True:
+            try:
+                return self._steps(config, group, sequences, device)
+            except torch.OutOfMemoryError:
+                if sequences == 1:
+                    raise
+            sequences //= 2  # outside of the except clause, which keeps the tensors of the failed step alive
+
+    def _steps(self, config: RunConfig, group: Group, sequences: int, device: torch.device) -> Row:
+        _free(device)
+        subject = (mixtral if group.model == MIXTRAL else decoder)(config, device)
+        shape, generator = (sequences, config.data.seq_len + 1), torch.Generator(device).manual_seed(self.seed)
+
+        def draw() -> torch.Tensor:
+            return torch.randint(config.model.vocab_size, shape, generator=generator, device=device)
+
+        times = interleaved_times(
+            [group],
+            lambda *_: partial(subject.step, draw(), config.optim.grad_clip),
+            device, self.repeats, self.warmup, self.seed,
+        )[group]  # fmt: skip
+        gib = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+        return self._row(config, subject, sequences * config.data.seq_len, times, draw(), device) | {"gib": gib}
+
+    def _row(
+        self, config: RunConfig, subject: Subject, batch: int, times: list[float], tokens: torch.Tensor,
+        device: torch.device,
+    ) -> Row:  # fmt: skip
+        """`batch` is in tokens, `times` in milliseconds."""
+        ffn_per_token = subject.ffn_per_token(tokens)
+        tokens_per_s = batch / statistics.median(times) * 1000
+        flops = 3 * sum(forward_flops(config.model, config.data.seq_len, ffn_per_token).values())
+        return {
+            "batch": batch,
+            "step_ms": statistics.median(times),
+            "step_min_ms": min(times),
+            "tokens_per_s": tokens_per_s,
+            "ffn_per_token": ffn_per_token,
+            "tflops": flops * tokens_per_s / 1e12,
+            "mfu": ratio(flops * tokens_per_s, peak_flops(device)),
+        }
+
+    def setup(self) -> str:
+        return (
+            "Whole steps on random token ids, gradient clipping and AdamW included, one model after the other: medians "
+            f"of {self.repeats} after {self.warmup}. A step takes the size's batch, at most {self.most_tokens:,} "
+            "tokens, and no more than fit into memory. MFU: three times the forward FLOPs, with the measured FFN "
+            "experts per token, over the device's dense bfloat16 peak."
+        )
+
+    def table(self, rows: list[Row]) -> list[Row]:
+        """Each beside vanilla MoE compiled as it is, and ours beside the faster of transformers' two."""
+        speeds = {(row["size"], row["model"], row["compiled"]): row.get("tokens_per_s") for row in rows}
+        return [row | _ratios(row, speeds) for row in rows]
+
+    def report(self, rows: list[Row]) -> Iterator[str]:
+        yield from markdown(self.table(rows), COLUMNS | {"failure": ("failure", "")})
+
+
+def _ratios(row: Row, speeds: dict[tuple[str, str, str], float | None]) -> Row:
+    size, own = row["size"], row.get("tokens_per_s")
+    if row["model"] == MIXTRAL:
+        return {"over_vanilla": None, "over_transformers": None}
+    theirs = [speed for (of, model, _), speed in speeds.items() if (of, model) == (size, MIXTRAL) and speed]
+    return {
+        "over_vanilla": ratio(own, speeds.get((size, "vanilla", row["compiled"]))),
+        "over_transformers": ratio(own, max(theirs, default=None)),
+    }
+
+
+def _free(device: torch.device) -> None:
+    """What models before left: compiled code keeps their memory."""
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)

@@ -1,0 +1,106 @@
+import csv
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from moepp.benchmarks import training
+from moepp.benchmarks.commands import at_scale
+from moepp.benchmarks.folder import run
+from moepp.benchmarks.subjects import decoder, mixtral
+from moepp.benchmarks.training import MIXTRAL, Group, TrainingBenchmark
+from moepp.models.budget import forward_flops, parameters
+
+CPU = torch.device("cpu")
+needs_transformers = pytest.mark.skipif(find_spec("transformers") is None, reason="needs the package transformers")
+
+
+def table_of(out):
+    with open(out / "table.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_smoke_scale_times_steps_and_sets_them_beside_vanilla_moe(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "peak_flops", lambda device: 1e12)
+    run(at_scale("training", "smoke", {}), tmp_path)
+    mixtral_row, moepp, vanilla = table_of(tmp_path)
+    assert [row["model"] for row in (mixtral_row, moepp, vanilla)] == [MIXTRAL, "moepp", "vanilla"]
+    assert (mixtral_row["failure"] == "") == (find_spec("transformers") is not None)
+    assert moepp["batch"] == vanilla["batch"] == "256"
+    for row in (moepp, vanilla):
+        speed, per_token = float(row["tokens_per_s"]), float(row["ffn_per_token"])
+        assert speed == pytest.approx(256_000 / float(row["step_ms"]), rel=1e-4)
+        config = Group("smoke", row["model"], False).config()
+        flops = 3 * sum(forward_flops(config.model, config.data.seq_len, per_token).values())
+        assert float(row["mfu"]) == pytest.approx(flops * speed / 1e12, rel=1e-4)
+        assert float(row["over_vanilla"]) == pytest.approx(speed / float(vanilla["tokens_per_s"]), rel=1e-4)
+    assert float(moepp["ffn_per_token"]) < float(vanilla["ffn_per_token"]) <= 2
+    assert (tmp_path / "report.md").exists() and (tmp_path / "provenance.json").exists()
+
+
+def test_a_step_updates_the_weights():
+    config = Group("smoke", "moepp", False).config()
+    subject = decoder(config, CPU)
+    before = [weight.detach().clone() for weight in subject.model.parameters()]
+    subject.step(torch.randint(512, (2, 33), generator=torch.Generator().manual_seed(0)), 1.0)
+    changed = [not torch.equal(*pair) for pair in zip(before, subject.model.parameters(), strict=True)]
+    assert all(changed)
+
+
+def test_ffn_experts_per_token_are_those_that_were_not_dropped():
+    config = Group("smoke", "vanilla", False).config()
+    config.model.capacity_factor = 0.5
+    tokens = torch.randint(512, (4, 33), generator=torch.Generator().manual_seed(0))
+    assert decoder(config, CPU).ffn_per_token(tokens) == pytest.approx(1.0)  # half of top-2
+
+
+def test_a_batch_that_does_not_fit_is_halved_until_it_does(monkeypatch):
+    tried = []
+
+    def steps(self, config, group, sequences, device):
+        tried.append(sequences)
+        if sequences > 16:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {"batch": sequences * config.data.seq_len}
+
+    monkeypatch.setattr(TrainingBenchmark, "_steps", steps)
+    [row] = TrainingBenchmark().measure(Group("small", "moepp", True), [], CPU, None)
+    assert tried == [64, 32, 16] and (row["batch"], row["failure"]) == (16 * 1024, None)
+
+
+def test_a_model_of_which_no_sequence_fits_is_a_cell(monkeypatch):
+    def steps(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(TrainingBenchmark, "_steps", steps)
+    [row] = TrainingBenchmark().measure(Group("0.6b", "moepp", True), [], CPU, None)
+    assert row == {"size": "0.6b", "model": "moepp", "compiled": "yes", "failure": "out of memory"}
+
+
+def test_the_gpu_scale_has_every_model_with_and_without_compilation():
+    groups = at_scale("training", "gpu", {}).groups()
+    assert {(g.size, g.model, g.compiled) for g in groups} == {
+        (size, model, compiled)
+        for size in ("small", "0.6b")
+        for model in ("moepp", "vanilla", MIXTRAL)
+        for compiled in (True, False)
+    }
+    assert groups[0].config().trainer.compile and groups[6].config().data.seq_len == 2048
+
+
+@needs_transformers
+@pytest.mark.parametrize("size", ["smoke", "small", "0.6b"])
+def test_mixtral_has_the_parameters_of_vanilla_moe(size):
+    config = Group(size, MIXTRAL, False).config()
+    model = mixtral(config, torch.device("meta")).model
+    assert sum(weight.numel() for weight in model.parameters()) == sum(parameters(config.model).values())
+
+
+@needs_transformers
+def test_mixtral_learns():
+    subject = mixtral(Group("smoke", MIXTRAL, False).config(), CPU)
+    tokens = torch.randint(512, (8, 33), generator=torch.Generator().manual_seed(0))
+    before = subject.loss(tokens).item()
+    for _ in range(10):
+        subject.step(tokens, 1.0)
+    assert subject.loss(tokens).item() < before - 0.5

@@ -1,0 +1,167 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moepp.models import cross_entropy
+from moepp.models.cross_entropy import linear_cross_entropy, target_scores
+from moepp.models.decoder import Decoder
+from moepp.models.settings import DecoderConfig
+
+TOKENS, DIM, VOCABULARY = 23, 16, 61
+CHUNK = 5 * VOCABULARY  # 5 tokens: the last chunk is smaller
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most elements that any operation put out."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        made = function(*arguments, **(options or {}))
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if torch.is_tensor(tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return made
+
+
+@pytest.fixture(params=[CHUNK, 1], ids=["chunks", "tokens"])
+def chunked(request, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "WHOLE", request.param)
+
+
+def inputs(dtype=torch.float32, tokens=TOKENS):
+    generator = torch.Generator().manual_seed(0)
+    x_TD, weight_VD = (torch.randn(n, DIM, generator=generator, dtype=dtype) for n in (tokens, VOCABULARY))
+    target_T = torch.randint(0, VOCABULARY, (tokens,), generator=generator)
+    return x_TD.requires_grad_(), weight_VD.requires_grad_(), target_T
+
+
+def plain(x_TD, weight_VD, target_T):
+    logits = F.linear(x_TD, weight_VD)
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), target_T)
+
+
+def loss_and_gradients(function, dtype=torch.float32, upstream=1.0, autocast=False):
+    x_TD, weight_VD, target_T = inputs(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = function(x_TD, weight_VD, target_T)
+    return loss, *torch.autograd.grad(loss * upstream, (x_TD, weight_VD))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-6)], ids=str)
+@pytest.mark.parametrize("upstream", [1.0, -0.37])
+def test_chunks_give_the_loss_and_the_gradients_of_the_whole(chunked, dtype, tolerance, upstream):
+    wanted = loss_and_gradients(plain, dtype, upstream)
+    for found, reference in zip(loss_and_gradients(linear_cross_entropy, dtype, upstream), wanted, strict=True):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, reference, rtol=tolerance, atol=tolerance)
+
+
+def test_under_autocast_products_are_bfloat16_and_the_heads_gradient_is_summed_in_float32(chunked):
+    exact = loss_and_gradients(plain, torch.float64)
+    whole = loss_and_gradients(plain, autocast=True)
+    for found, reference, wanted in zip(
+        loss_and_gradients(linear_cross_entropy, autocast=True), whole, exact, strict=True
+    ):
+        assert found.dtype == torch.float32
+        scale = wanted.abs().max()
+        assert (found - wanted).abs().max() <= 1.5 * (reference - wanted).abs().max() + 2**-9 * scale
+    assert not torch.equal(loss_and_gradients(linear_cross_entropy)[0], whole[0])  # those were not bfloat16
+
+
+def test_few_logits_are_computed_as_ever_bit_for_bit():
+    found = loss_and_gradients(linear_cross_entropy)
+    assert all(torch.equal(a, b) for a, b in zip(found, loss_and_gradients(plain), strict=True))
+
+
+def test_logits_never_exist_as_a_whole(monkeypatch):
+    monkeypatch.setattr(cross_entropy, "WHOLE", CHUNK)
+    tokens = 200
+    for function in (linear_cross_entropy, target_scores):
+        with LargestTensor() as seen:
+            result = function(*inputs(tokens=tokens))
+            if function is linear_cross_entropy:
+                result.backward()
+        assert seen.elements == tokens * DIM > CHUNK
+    with LargestTensor() as seen:
+        plain(*inputs(tokens=tokens))
+    assert seen.elements == tokens * VOCABULARY
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_only_the_gradient_that_is_wanted_is_kept(chunked, frozen):
+    given, kept = list(inputs()), []
+    given[frozen].requires_grad_(False)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape), lambda kept: kept):
+        linear_cross_entropy(*given)
+    assert kept == [given[1 - frozen].shape]
+
+
+def test_without_gradients_nothing_is_kept(chunked):
+    x_TD, weight_VD, target_T = inputs()
+    loss = linear_cross_entropy(x_TD.detach(), weight_VD.detach(), target_T)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, plain(x_TD, weight_VD, target_T).detach())
+
+
+def test_a_second_derivative_is_refused(chunked):
+    x_TD, weight_VD, target_T = inputs()
+    upstream = torch.ones((), requires_grad=True)
+    loss = linear_cross_entropy(x_TD, weight_VD, target_T) * upstream
+    (dx_TD,) = torch.autograd.grad(loss, x_TD, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx_TD.sum().backward()
+
+
+def test_every_target_is_scored_by_chunks_as_by_the_whole(chunked, monkeypatch):
+    x_TD, weight_VD, target_T = inputs()
+    logp_TV = F.linear(x_TD, weight_VD).log_softmax(-1)
+    target_T[::2] = logp_TV.argmax(-1)[::2]
+    right_T = logp_TV.argmax(-1) == target_T
+    found = target_scores(x_TD, weight_VD, target_T)
+    monkeypatch.setattr(cross_entropy, "WHOLE", 2**20)
+    assert right_T.any() and not right_T.all()
+    for nats_T, is_right_T in (found, target_scores(x_TD, weight_VD, target_T)):
+        torch.testing.assert_close(nats_T, -logp_TV.detach()[torch.arange(TOKENS), target_T])
+        assert torch.equal(is_right_T, right_T)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_decoders_loss_by_chunks_has_the_gradients_of_the_whole(chunked, tied, monkeypatch):
+    config = DecoderConfig(dim=16, hidden=8, layers=1, heads=2, vocab_size=VOCABULARY, tie_embeddings=tied)
+    ids_BS = torch.randint(0, VOCABULARY, (2, 13), generator=torch.Generator().manual_seed(0))
+
+    def outcome():
+        model = Decoder(config, seed=0)
+        loss = model(ids_BS[:, :-1], targets_BS=ids_BS[:, 1:]).cross_entropy
+        return loss, *torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+
+    found = outcome()
+    monkeypatch.setattr(cross_entropy, "WHOLE", 2**20)
+    for value, reference in zip(found, outcome(), strict=True):
+        torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_chunks_take_less_memory_than_float32_logits_and_have_the_same_gradients(monkeypatch):
+    tokens, dim, vocabulary = 8192, 256, 32768
+    monkeypatch.setattr(cross_entropy, "WHOLE", 2**24)  # 512 tokens
+    generator = torch.Generator("cuda").manual_seed(0)
+    x_TD = torch.randn(tokens, dim, device="cuda", generator=generator).requires_grad_()
+    weight_VD = (0.05 * torch.randn(vocabulary, dim, device="cuda", generator=generator)).requires_grad_()
+    target_T = torch.randint(0, vocabulary, (tokens,), device="cuda", generator=generator)
+    outcomes = []
+    for function in (linear_cross_entropy, plain):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = function(x_TD, weight_VD, target_T)
+        gradients = torch.autograd.grad(loss, (x_TD, weight_VD))
+        outcomes.append((torch.cuda.max_memory_allocated() - before, loss.detach(), *gradients))
+        del loss, gradients
+    (peak, *found), (whole, *wanted) = outcomes
+    assert peak < 4 * tokens * vocabulary < whole
+    for value, reference in zip(found, wanted, strict=True):
+        torch.testing.assert_close(value, reference, rtol=2e-2, atol=2e-2 * float(reference.abs().max()))
