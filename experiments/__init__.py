@@ -5,8 +5,8 @@ declares is `EXPERIMENT` (arms against a baseline) or `STUDY` (anything else tha
 from importlib import import_module
 from pkgutil import iter_modules
 
-from moepp.analysis.experiment import Experiment
-from moepp.analysis.study import Study
+from moepp.reports.experiment import Experiment
+from moepp.reports.study import Study
 
 
 def discover() -> dict[str, Experiment | Study]:

@@ -6,7 +6,7 @@ here: without a loss the FFN share drifts and the load is uneven; from some stre
 and far above it quality falls.
 """
 
-from moepp.analysis.experiment import Contrast, Experiment
+from moepp.reports.experiment import Contrast, Experiment
 
 EXPERIMENT = Experiment(
     name="balance_form",

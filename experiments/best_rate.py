@@ -7,10 +7,10 @@ of two, and the difference stays what it is at the shared rate, within noise.
 
 from collections import Counter
 
-from moepp.analysis import style
-from moepp.analysis.results import SweepResults
-from moepp.analysis.statistics import paired_difference
-from moepp.analysis.study import Claim, Plot, Runs, Study, StudyContext, StudyReport, Table, judge
+from moepp.reports.results import SweepResults
+from moepp.reports.study import Claim, Plot, Runs, Study, StudyContext, StudyReport, Table, judge
+from moepp.statistics import style
+from moepp.statistics.seeds import paired_difference
 
 RATES = ("0.00125", "0.0025", "0.005", "0.01", "0.02")
 SHARED = "0.005"  # the rate of every other sweep at laptop scale

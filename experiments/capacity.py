@@ -5,7 +5,7 @@ Expected here: few slots are dropped once the load is balanced, so that from 1.5
 little.
 """
 
-from moepp.analysis.experiment import Contrast, Experiment
+from moepp.reports.experiment import Contrast, Experiment
 
 EXPERIMENT = Experiment(
     name="capacity",

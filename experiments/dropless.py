@@ -5,7 +5,7 @@ its balance is learnt; its released code drops nothing. Expected here: without d
 expert contributes most, as in Table 5.
 """
 
-from moepp.analysis.experiment import Contrast, Experiment
+from moepp.reports.experiment import Contrast, Experiment
 
 EXPERIMENT = Experiment(
     name="dropless",

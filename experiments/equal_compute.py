@@ -6,7 +6,7 @@ the places refilled or with a lower tau. Expected here: the kinds differ by less
 experts alone, which are no use to the output, do worst.
 """
 
-from moepp.analysis.experiment import Contrast, Experiment
+from moepp.reports.experiment import Contrast, Experiment
 
 PARTIAL = ("zero", "copy", "constant", "zero+copy", "zero+constant", "copy+constant")
 REFILLED, HELD = (tuple(f"{kinds}_{way}" for kinds in PARTIAL) for way in ("refilled", "held"))

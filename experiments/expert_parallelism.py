@@ -7,13 +7,13 @@ more than its FFN computation alone where exchanges are a large part of it.
 
 from typing import TYPE_CHECKING, Any
 
-from moepp.analysis.study import Claim, Plot, Study, StudyContext, StudyReport, Table
+from moepp.reports.study import Claim, Plot, Study, StudyContext, StudyReport, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from moepp.analysis.communication import AlphaBeta, Cluster, Step, Work
     from moepp.benchmarks.parallel import ParallelBenchmark
+    from moepp.reports.communication import AlphaBeta, Cluster, Step, Work
 
 SIZES = ("0.6b", "1b", "2b", "7b")
 DEVICES = (8, 16, 32, 64, 128, 256)
@@ -29,8 +29,8 @@ NODE = {"devices_per_node": 8, "flops": 400e12, "inside": (5e-6, 1 / 360e9), "be
 def measure(context: StudyContext) -> StudyReport:
     from dataclasses import asdict
 
-    from moepp.analysis.communication import EXCHANGES, Exchange, error, fit
     from moepp.benchmarks.parallel import measure as run
+    from moepp.reports.communication import EXCHANGES, Exchange, error, fit
 
     benchmark = _benchmark(context)
     layers, exchanges = run(benchmark)
@@ -72,7 +72,7 @@ def _benchmark(context: StudyContext) -> "ParallelBenchmark":
 
 
 def _cluster() -> "Cluster":
-    from moepp.analysis.communication import AlphaBeta, Cluster
+    from moepp.reports.communication import AlphaBeta, Cluster
 
     inside, between = AlphaBeta(*NODE["inside"]), AlphaBeta(*NODE["between"])
     return Cluster("eight-device nodes", NODE["devices_per_node"], inside, between, NODE["flops"])
@@ -80,9 +80,9 @@ def _cluster() -> "Cluster":
 
 def _work(size: str, tau: float | None) -> "Work":
     """A training step of the paper's model of this size, at its batch of 4M tokens; tau None is vanilla MoE."""
-    from moepp.analysis.communication import Work
     from moepp.config import compose
     from moepp.models.budget import expected_ffn_per_token, forward_flops, parameters
+    from moepp.reports.communication import Work
     from moepp.training.settings import RunConfig
 
     arm = ["model=vanilla"] if tau is None else [f"model.balance.tau={tau}"]
@@ -107,7 +107,7 @@ Steps = dict[tuple[str, float | None, int, bool], "Step"]
 
 
 def _predictions() -> Steps:
-    from moepp.analysis.communication import predict
+    from moepp.reports.communication import predict
 
     cluster, steps = _cluster(), {}
     for size in SIZES:
@@ -179,7 +179,7 @@ def _plot(steps: Steps) -> Plot:
 
 
 def _draw(rows: tuple[tuple[Any, ...], ...]) -> "Figure":
-    from moepp.analysis.style import COLOURS, MARKERS, axes_of
+    from moepp.statistics.style import COLOURS, MARKERS, axes_of
 
     figure, columns = axes_of(width=6.4, height=2.8, columns=2)
     for axes, tau in zip(columns, PLOTTED, strict=True):

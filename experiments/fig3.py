@@ -6,7 +6,7 @@ prints no numbers, so none stand beside ours. Expected here: at a fixed tau a ri
 expert also takes FFN compute away; at equal FFN compute the fall should weaken or vanish. Both may be within noise.
 """
 
-from moepp.analysis.experiment import Contrast, Experiment, Trend
+from moepp.reports.experiment import Contrast, Experiment, Trend
 
 FIXED = {"constant_0": 0, "constant_1": 1, "constant_2": 2, "constant_4": 4, "constant_6": 6}
 EQUAL = {"constant_0_half": 0, "constant_1_half": 1, "constant_2_half": 2, "constant_4": 4, "constant_6_half": 6}

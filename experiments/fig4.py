@@ -5,7 +5,7 @@ shared by constant, copy and zero experts. Expected here: tasks differ by less t
 zero expert takes more slots than a single copy or constant expert, the constant pair more than the zero expert.
 """
 
-from moepp.analysis.study import Runs, Study, StudyContext, StudyReport, Table
+from moepp.reports.study import Runs, Study, StudyContext, StudyReport, Table
 
 # Fig. 4: FFN experts per token as printed; shares of slots read off the bars, within 0.004.
 PAPER = {
@@ -31,9 +31,9 @@ OPTIONS = {
 
 
 def measure(context: StudyContext) -> StudyReport:
-    from moepp.analysis.load_report import load_claims, load_plots, load_table
-    from moepp.analysis.topic_report import topic_plots, topic_tables
-    from moepp.evaluation.measure import expert_loads
+    from moepp.routing.load_report import load_claims, load_plots, load_table
+    from moepp.routing.measure import expert_loads
+    from moepp.routing.topic_report import topic_plots, topic_tables
 
     loads, about = expert_loads(context, SWEEP, ARM)
     paper = {task: numbers[0] for task, numbers in PAPER.items()} if context.path("tasks_dir") else {}

@@ -5,7 +5,7 @@ verbs use most (1.6 to 1.78), nouns 1.5 to 1.7, word fragments 1.17 to 1.5. Its 
 here: fragments use fewer than whole words; verbs and nouns may not differ.
 """
 
-from moepp.analysis.study import Runs, Study, StudyContext, StudyReport, Table
+from moepp.reports.study import Runs, Study, StudyContext, StudyReport, Table
 
 SWEEP, ARM = "gating_residual", "moepp"
 PAPER = {  # read off the bars, within 0.01
@@ -18,7 +18,8 @@ PAPER = {  # read off the bars, within 0.01
 
 
 def measure(context: StudyContext) -> StudyReport:
-    from moepp.analysis.token_report import (
+    from moepp.routing.measure import token_uses
+    from moepp.routing.token_report import (
         claims,
         label_plot,
         paper_plot,
@@ -27,7 +28,6 @@ def measure(context: StudyContext) -> StudyReport:
         string_plot,
         tag_table,
     )
-    from moepp.evaluation.measure import token_uses
 
     uses, about = token_uses(context, SWEEP, ARM)
     tags, parts, paper = tag_table(uses), part_table(uses), paper_table(uses, PAPER)

@@ -6,15 +6,15 @@ the highest score, .105 and .10 for the second. Expected here: the direction is 
 terms to the logits.
 """
 
-from moepp.analysis.study import Runs, Study, StudyContext, StudyReport, Table
+from moepp.reports.study import Runs, Study, StudyContext, StudyReport, Table
 
 SWEEP, WITH, WITHOUT = "gating_residual", "moepp", "moepp_no_residual"
 PAPER = {WITH: (0.23, 0.105), WITHOUT: (0.27, 0.10)}  # modes of the highest and the second score
 
 
 def measure(context: StudyContext) -> StudyReport:
-    from moepp.analysis.score_report import claims, histogram_plot, layer_table, score_table
-    from moepp.evaluation.measure import score_distributions
+    from moepp.routing.measure import score_distributions
+    from moepp.routing.score_report import claims, histogram_plot, layer_table, score_table
 
     scores, about = score_distributions(context, SWEEP, (WITH, WITHOUT), task="WinoGrande")
     tables = (score_table(scores, PAPER), layer_table(scores))

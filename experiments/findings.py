@@ -7,13 +7,13 @@ and neighbours agree; the rest may be undecided in small models.
 """
 
 from experiments.fig4 import ARM, OPTIONS, SWEEP
-from moepp.analysis.study import Runs, Study, StudyContext, StudyReport
+from moepp.reports.study import Runs, Study, StudyContext, StudyReport
 
 
 def measure(context: StudyContext) -> StudyReport:
-    from moepp.analysis.claims import decide
-    from moepp.analysis.observations import observation_plot, observation_tables, observations
-    from moepp.evaluation.measure import expert_loads
+    from moepp.routing.measure import expert_loads
+    from moepp.routing.observations import observation_plot, observation_tables, observations
+    from moepp.statistics.claims import decide
 
     loads, about = expert_loads(context, SWEEP, ARM)
     tests = observations(loads)

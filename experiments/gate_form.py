@@ -6,7 +6,7 @@ Expected here: renormalised gates learn faster in short runs, since the experts'
 normalised logits matter most where gates are not renormalised.
 """
 
-from moepp.analysis.experiment import Contrast, Experiment
+from moepp.reports.experiment import Contrast, Experiment
 
 EXPERIMENT = Experiment(
     name="gate_form",

@@ -6,7 +6,7 @@ Expected here: no difference beyond noise on either side; if there is one, it sh
 since the residual carries logits of all experts alike.
 """
 
-from moepp.analysis.experiment import Contrast, Experiment
+from moepp.reports.experiment import Contrast, Experiment
 
 EXPERIMENT = Experiment(
     name="gating_residual",

@@ -7,9 +7,9 @@ they were chosen on both.
 
 from collections.abc import Sequence
 
-from moepp.analysis.proposals import Proposal, best, importances, read_proposals
-from moepp.analysis.study import Plot, Runs, Study, StudyContext, StudyReport, Table
-from moepp.analysis.style import COLOURS, MARKERS, axes_of
+from moepp.reports.proposals import Proposal, best, importances, read_proposals
+from moepp.reports.study import Plot, Runs, Study, StudyContext, StudyReport, Table
+from moepp.statistics.style import COLOURS, MARKERS, axes_of
 
 SWEEP = "hyperparameters"
 

@@ -4,7 +4,7 @@ Every other sweep gives its arms one rate, chosen by hand for their size. Expect
 within a factor of two of 5e-3, and the comparison between them keeps its sign.
 """
 
-from moepp.analysis.experiment import Contrast, Experiment
+from moepp.reports.experiment import Contrast, Experiment
 
 RATES = ("0.00125", "0.0025", "0.005", "0.01", "0.02")
 

@@ -7,7 +7,7 @@ logits, DeepSeekMoE keeps one expert always on. Expected here: at equal FFN comp
 than to vanilla MoE with 1.67 times as much, and most differences are within noise; top-p drifts to its own compute.
 """
 
-from moepp.analysis.experiment import Contrast, Experiment
+from moepp.reports.experiment import Contrast, Experiment
 
 EXPERIMENT = Experiment(
     name="routers",

@@ -8,15 +8,15 @@ three seeds nothing below a few hundredths of a nat can be seen, and pairing by 
 import math
 import statistics
 
-from moepp.analysis import style
-from moepp.analysis.statistics import (
+from moepp.reports.study import Claim, Plot, Runs, Study, StudyContext, StudyReport, Table, judge
+from moepp.statistics import style
+from moepp.statistics.seeds import (
     POWER,
     SIGNIFICANCE,
     mean_interval,
     minimal_detectable_difference,
     variance_ratio_interval,
 )
-from moepp.analysis.study import Claim, Plot, Runs, Study, StudyContext, StudyReport, Table, judge
 
 COUNTS = (2, 3, 4, 5, 7, 10, 15, 20)  # of seeds
 ARMS = {"vanilla": "vanilla MoE", "moepp": "MoE++"}

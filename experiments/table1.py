@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.table3 import PAPER, TAUS
-from moepp.analysis import style
-from moepp.analysis.fits import Line, fit_line
-from moepp.analysis.results import ROUTINGS, SweepResults
-from moepp.analysis.study import Claim, Plot, Runs, Study, StudyContext, StudyReport, Table, judge
-from moepp.analysis.targets import balanced_share
+from moepp.reports.results import ROUTINGS, SweepResults
+from moepp.reports.study import Claim, Plot, Runs, Study, StudyContext, StudyReport, Table, judge
+from moepp.reports.targets import balanced_share
+from moepp.statistics import style
+from moepp.statistics.fits import Line, fit_line
 
 if TYPE_CHECKING:
     from moepp.training.settings import RunConfig

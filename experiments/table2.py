@@ -7,7 +7,7 @@ with top-2 for vanilla MoE and with the FFN experts of a balanced layer at tau 0
 
 from typing import TYPE_CHECKING
 
-from moepp.analysis.study import Claim, Study, StudyContext, StudyReport, Table
+from moepp.reports.study import Claim, Study, StudyContext, StudyReport, Table
 
 if TYPE_CHECKING:
     from moepp.models.settings import DecoderConfig

@@ -8,8 +8,8 @@ with tau, time less than in proportion; loss falls with tau, neighbours within n
 that tau aims at.
 """
 
-from moepp.analysis.experiment import Contrast, Experiment, PaperRow, Trend
-from moepp.analysis.targets import balanced_share
+from moepp.reports.experiment import Contrast, Experiment, PaperRow, Trend
+from moepp.reports.targets import balanced_share
 
 TAUS = {"tau_0.10": 0.1, "tau_0.25": 0.25, "tau_0.50": 0.5, "tau_0.75": 0.75, "tau_1.00": 1.0}
 

@@ -7,9 +7,9 @@ agree.
 
 import statistics
 
-from moepp.analysis.statistics import SIGNIFICANCE, holm, share_interval, share_tests
-from moepp.analysis.study import Claim, Study, StudyContext, StudyReport, Table
 from moepp.errors import UsageError
+from moepp.reports.study import Claim, Study, StudyContext, StudyReport, Table
+from moepp.statistics.seeds import SIGNIFICANCE, holm, share_interval, share_tests
 
 TASKS = (
     "sciq", "piqa", "winogrande", "arc_easy", "arc_challenge", "hellaswag", "logiqa", "boolq", "lambada_openai",

@@ -7,7 +7,7 @@ experts is faster than vanilla; differences in loss may be within noise.
 """
 
 from experiments.table3 import PAPER as TABLE3
-from moepp.analysis.experiment import Contrast, Experiment, PaperRow
+from moepp.reports.experiment import Contrast, Experiment, PaperRow
 
 FIRST, LAST = TABLE3["1b"]["vanilla"], TABLE3["1b"]["tau_0.75"]  # the same two models: Table 3 has their times
 # Task scores in %. FFN share by Eq. 8: tau * N_FFN = 12 against 1 zero, 1 copy and 2 constant experts where present.

@@ -7,7 +7,7 @@ paper's one seed may be noise.
 """
 
 from experiments.table5 import EXPERIMENT as TABLE5
-from moepp.analysis.experiment import Contrast, Experiment, PaperRow
+from moepp.reports.experiment import Contrast, Experiment, PaperRow
 
 EXPERIMENT = Experiment(
     name="table6",

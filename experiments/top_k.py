@@ -5,7 +5,7 @@ zero-computation experts, so one more choice than vanilla MoE costs about as muc
 and 3. Expected here: loss falls with k on both sides, by less each time, and the two sides meet at equal compute.
 """
 
-from moepp.analysis.experiment import Contrast, Experiment
+from moepp.reports.experiment import Contrast, Experiment
 
 EXPERIMENT = Experiment(
     name="top_k",

@@ -184,7 +184,7 @@ def _train(options: argparse.Namespace) -> None:
     from moepp.process import no_collections
 
     with no_collections():
-        from moepp.training.ranks import Rank
+        from moepp.training.ranks.rank import Rank
         from moepp.training.run import freeze, train
 
     config = freeze(config)
@@ -203,7 +203,7 @@ def _mirrored(config: "RunConfig", directory: Path) -> AbstractContextManager[No
     """Follows the run into MLflow while it trains, where MLflow is asked for."""
     if config.tracking.backend == "jsonl":
         return nullcontext()
-    from moepp.training.follower import followed
+    from moepp.tracking.follower import followed
 
     return followed(directory, config.tracking, config.runs)
 
@@ -224,8 +224,8 @@ def _fork_server(options: argparse.Namespace) -> None:
 
 def _prepare(options: argparse.Namespace) -> None:
     from moepp.config import compose
+    from moepp.data.prepare import prepare
     from moepp.training.settings import RunConfig
-    from moepp.training.tokens import prepare
 
     tokens = prepare(compose(RunConfig, options.overrides).data)
     train, val = tokens.header.train, tokens.header.val
@@ -233,7 +233,7 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _reproduce(options: argparse.Namespace) -> None:
-    from moepp.reproduce import listing, reproduce
+    from moepp.reports.reproduce import listing, reproduce
 
     if options.list or options.experiment is None:
         print("\n".join(listing()))
@@ -267,7 +267,7 @@ def _call(options: argparse.Namespace, sweep: str) -> "tuple[SweepCall, list[str
 
 
 def _report(options: argparse.Namespace) -> None:
-    from moepp.reproduce import page, report
+    from moepp.reports.reproduce import page, report
 
     if options.all:
         print(f"open {page()} in a browser")
@@ -291,14 +291,14 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from moepp.analysis.side_by_side import read_side, side_by_side
+    from moepp.reports.side_by_side import read_side, side_by_side
 
     print(side_by_side(read_side(options.a), read_side(options.b)))
 
 
 def _rerun(options: argparse.Namespace) -> None:
-    from moepp.analysis.repetition import compare_repetition, describe
     from moepp.records import RunRecord
+    from moepp.reports.repetition import compare_repetition, describe
     from moepp.training.rerun import rerun
 
     again = rerun(options.run)
@@ -325,7 +325,7 @@ def _bench(options: argparse.Namespace) -> None:
 def _ui(options: argparse.Namespace) -> None:
     from moepp.config import compose
     from moepp.sweeps.spec import load_sweep
-    from moepp.training.mlflow_store import serve
+    from moepp.tracking.mlflow_store import serve
     from moepp.training.settings import RunConfig
 
     if options.sweep and "=" in options.sweep:  # an override: argparse fills positions from the left
@@ -338,8 +338,8 @@ def _ui(options: argparse.Namespace) -> None:
 
 def _sync(options: argparse.Namespace) -> None:
     from moepp.config import compose
+    from moepp.tracking.mirror import sync_all
     from moepp.training.settings import RunConfig
-    from moepp.training.tracking import sync_all
 
     config = compose(RunConfig, options.overrides)
     print(f"{sync_all(config.runs, config.tracking)} run records are in MLflow")

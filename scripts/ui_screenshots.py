@@ -10,9 +10,9 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
-from moepp import pages
 from moepp.records import read_json
-from moepp.training.mlflow_views import ARMS, TRIALS, view_key
+from moepp.tracking import pages
+from moepp.tracking.mlflow_views import ARMS, TRIALS, view_key
 
 SECONDS_TO_DRAW = 6.0
 COLOURS = 256  # keeps a screenshot below 100 kB

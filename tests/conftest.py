@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from moepp.training.tokens import FORMAT, Counts, Header
+from moepp.data.token_files import FORMAT, Counts, Header
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by whichever test or library

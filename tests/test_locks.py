@@ -4,9 +4,9 @@ import os
 
 import pytest
 
+from moepp.data.prepare import _only_builder
 from moepp.locks import locked
-from moepp.training.mlflow_store import store_lock
-from moepp.training.tokens import _only_builder
+from moepp.tracking.mlflow_store import store_lock
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from experiments import discover
-from moepp import reproduce
-from moepp.analysis.study import Runs, Study
 from moepp.config import CONF, compose, compose_kind
 from moepp.models.budget import expected_ffn_per_token, parameters
 from moepp.models.decoder import Decoder
+from moepp.reports import reproduce
+from moepp.reports.study import Runs, Study
 from moepp.sweeps.budgets import match_trials, require_match
 from moepp.sweeps.job import Job
 from moepp.sweeps.launchers import LAUNCHERS

@@ -10,6 +10,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from moepp.data.prepare import prepare
+from moepp.data.settings import DataConfig
+from moepp.data.token_files import TokenFiles
+from moepp.data.tokenizer import end_of_text, load_tokenizer
 from moepp.errors import UsageError
 from moepp.models.decoder import Decoder
 from moepp.models.official import load_official
@@ -17,8 +21,6 @@ from moepp.models.weight_files import find_weights, read_json
 from moepp.records import digest_of
 from moepp.training.initial import checkpoint_file
 from moepp.training.throughput import autocast_of
-from moepp.training.tokenizer import end_of_text, load_tokenizer
-from moepp.training.tokens import DataConfig, TokenFiles, prepare
 from moepp.training.weights import load_decoder
 
 

@@ -8,11 +8,11 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from moepp.analysis.tables import aligned, number
 from moepp.errors import UsageError
 from moepp.evaluation.results import GOLD, TaskResult, means
 from moepp.evaluation.tasks import TaskRequest, parse_tasks
 from moepp.records import RunRecord, read_json
+from moepp.reports.tables import aligned, number
 
 BATCH_TOKENS = 4096  # padded, of one batch
 
@@ -104,8 +104,8 @@ def _terminal() -> TextIO | None:
 def _mirror(directory: Path) -> None:
     """Brings MLflow up to the records of `runs/<name>`, where they are tracked there."""
     from moepp.config import load
+    from moepp.tracking.mirror import FolderMirror, follow
     from moepp.training.settings import RunConfig
-    from moepp.training.tracking import FolderMirror, follow
 
     config = load(RunConfig, next(directory.glob("*/config.yaml")))
     if config.tracking.backend == "mlflow":

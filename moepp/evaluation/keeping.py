@@ -7,8 +7,8 @@ from pathlib import Path
 from moepp.evaluation.checkpoints import is_run, weight_files
 from moepp.evaluation.results import FOLDER, About, TaskResult, final_metrics, find_task_result, write_task_result
 from moepp.records import RunRecord, digest_of
+from moepp.tracking.mirror import mirror_again
 from moepp.training.initial import FINAL_WEIGHTS
-from moepp.training.tracking import mirror_again
 
 
 @dataclass(frozen=True)

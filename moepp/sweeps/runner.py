@@ -26,10 +26,11 @@ from moepp.sweeps.sharing import share_finished_runs
 from moepp.sweeps.slots import Slot, own_share
 from moepp.sweeps.spec import Sweep, Trial
 from moepp.sweeps.trial import TRIAL_COMMAND
-from moepp.training.follower import Follower
-from moepp.training.mlflow_store import store_uri
+from moepp.tracking.follower import Follower
+from moepp.tracking.mirror import follow
+from moepp.tracking.mlflow_store import store_uri
+from moepp.tracking.settings import TrackingConfig
 from moepp.training.settings import RunConfig
-from moepp.training.tracking import TrackingConfig, follow
 
 MARGIN_SECONDS = 5.0  # beyond trainer.stop_s, all of which the starter of a trial's ranks gives to them
 POLL_SECONDS = 0.2
@@ -164,8 +165,8 @@ class DataFreezer:
         self._digests: dict[str, str] = {}
 
     def __call__(self, trial: Trial) -> None:
+        from moepp.data.prepare import prepare
         from moepp.training.initial import initial_weights
-        from moepp.training.tokens import prepare
 
         wanted = repr(trial.config.data)
         if wanted not in self._digests:

@@ -196,7 +196,7 @@ def load_sweep(name_or_path: str) -> Sweep:
 
 
 def _refuse_equal_names(path: Path, arms: Iterable[str]) -> None:
-    from moepp.training.mlflow_store import metric_name
+    from moepp.tracking.mlflow_store import metric_name
 
     seen: dict[str, str] = {}
     for arm in arms:

@@ -27,6 +27,7 @@ def time_arms(directory: Path, repeats: int = 15) -> dict[str, Any]:
 
     import torch
 
+    from moepp.data.prepare import prepare
     from moepp.training.provenance import collect
     from moepp.training.throughput import (
         autocast_of,
@@ -35,7 +36,6 @@ def time_arms(directory: Path, repeats: int = 15) -> dict[str, Any]:
         training_times,
         validation_ids,
     )
-    from moepp.training.tokens import prepare
     from moepp.training.weights import load_decoder
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

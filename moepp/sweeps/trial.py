@@ -25,7 +25,7 @@ def run_trial(path: Path) -> None:
     load_libraries()
     from moepp.config import load
     from moepp.sweeps.pruning import Judge
-    from moepp.training.ranks import Rank
+    from moepp.training.ranks.rank import Rank
     from moepp.training.run import train
     from moepp.training.settings import RunConfig, run_directory
 

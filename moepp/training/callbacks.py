@@ -20,7 +20,7 @@ from moepp.process import STOP_SIGNALS
 from moepp.records import RunRecord, fsync
 from moepp.strategies.base import MoEStrategy
 from moepp.training.module import LanguageModel
-from moepp.training.ranks import largest
+from moepp.training.ranks.rank import largest
 from moepp.training.system_metrics import SystemMeter
 from moepp.training.throughput import StepTimer, peak_flops, peak_memory_gib
 

@@ -21,8 +21,8 @@ from moepp.training.settings import CLOZE_CHOICES
 from moepp.training.throughput import StepTimer
 
 if TYPE_CHECKING:
+    from moepp.data.token_files import TokenFiles
     from moepp.training.module import LanguageModel
-    from moepp.training.tokens import TokenFiles
 
 CONTEXT, ANSWER = 32, 8  # tokens, less where a training sequence is short
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
+from moepp.data.prepare import prepare
 from moepp.errors import UsageError
-from moepp.training.tokens import prepare
 from moepp.training.weights import load_decoder
 
 

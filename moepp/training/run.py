@@ -16,6 +16,9 @@ import torch
 from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 
 from moepp import config as configs
+from moepp.data.batches import TokenDataModule
+from moepp.data.prepare import prepare
+from moepp.data.token_files import TokenFiles
 from moepp.errors import Interrupted, PeerLost, RunError, UsageError
 from moepp.layers.kernels.base import BackendError
 from moepp.models.budget import Budget, active_parameters, forward_flops
@@ -24,17 +27,15 @@ from moepp.strategies import make_strategy
 from moepp.training.callbacks import MetricsReporter, ResumeCheckpoint, remove, resume_points, save_whole, step_of
 from moepp.training.cloze import ClozeScorer
 from moepp.training.compiled import refuse_what_cannot_be_compiled
-from moepp.training.data import TokenDataModule
 from moepp.training.initial import FINAL_WEIGHTS, initial_weights
-from moepp.training.launch import SECONDS_TO_ARRIVE, launch
 from moepp.training.module import LanguageModel
 from moepp.training.provenance import collect, continued
 from moepp.training.pruning import Judge, Pruning
-from moepp.training.ranks import Rank, from_rank_zero, is_lost_connection, process_group
+from moepp.training.ranks.launch import SECONDS_TO_ARRIVE, launch
+from moepp.training.ranks.rank import Rank, from_rank_zero, is_lost_connection, process_group
 from moepp.training.record_logger import RecordLogger
 from moepp.training.settings import RunConfig
 from moepp.training.throughput import autocast_of, expert_forward_times, validation_ids
-from moepp.training.tokens import TokenFiles, prepare
 from moepp.training.weights import DamagedCheckpoint, begin_from, load_checkpoint
 
 

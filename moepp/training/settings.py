@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Literal
 
 from moepp.config import identity
+from moepp.data.settings import DataConfig
 from moepp.models.settings import DecoderConfig
-from moepp.training.tokens import DataConfig
-from moepp.training.tracking import TrackingConfig
+from moepp.tracking.settings import TrackingConfig
 
 CLOZE_CHOICES = 4  # continuations to choose from: the text's own and those of other questions
 

@@ -16,6 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from moepp.data.token_files import TokenFiles
 from moepp.layers.dense import DenseFFN
 from moepp.layers.moe import MoELayer
 from moepp.layers.router import Routing
@@ -25,7 +26,6 @@ from moepp.models.decoder import Decoder
 from moepp.training.interleaved import Key, interleaved_times
 from moepp.training.loss import training_losses
 from moepp.training.settings import RunConfig
-from moepp.training.tokens import TokenFiles
 
 TIMED_TOKENS = 4096  # in one expert-forward measurement
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments import discover
-from moepp.analysis.report import write_report
-from moepp.analysis.results import load_sweep_results
 from moepp.errors import UsageError
 from moepp.records import read_json, write_json, write_text
+from moepp.reports.report import write_report
+from moepp.reports.results import load_sweep_results
 from window.parcel import unpack
 from window.runs import SWEEP
 from window.summary import runs_table, table, tests

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from moepp.config import CONF
+from moepp.data import corpora
+from moepp.data.settings import DataConfig
+from moepp.data.tokenizer import train_bpe
 from moepp.errors import RunError, UsageError
 from moepp.records import write_json
-from moepp.training import corpora
 from moepp.training.provenance import git
-from moepp.training.tokenizer import train_bpe
-from moepp.training.tokens import DataConfig
 
 ROOT = CONF.parent
 WHEELS = ("omegaconf",)  # pure Python; everything else that a run needs lies on a machine made for PyTorch

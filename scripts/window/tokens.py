@@ -8,7 +8,8 @@ import re
 import sys
 from pathlib import Path
 
-from moepp.training.tokens import DataConfig, prepare
+from moepp.data.prepare import prepare
+from moepp.data.settings import DataConfig
 from window.pack import CORPUS, VAL_SHARE
 
 

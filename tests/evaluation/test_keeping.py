@@ -10,7 +10,6 @@ import pytest
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'moepp[eval]'")
 
 from experiments import table4
-from moepp.analysis.study import StudyContext
 from moepp.errors import RunError
 from moepp.evaluation import trials
 from moepp.evaluation.commands import scored
@@ -18,6 +17,7 @@ from moepp.evaluation.harness import MoEPlusPlus
 from moepp.evaluation.results import load_task_results
 from moepp.evaluation.tasks import TaskRequest, load_task, shared_out
 from moepp.models.official import save_official
+from moepp.reports.study import StudyContext
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,11 @@
 import pytest
 
 from experiments.hyperparameters import STUDY
-from moepp.analysis.proposals import best, importances, read_proposals
-from moepp.analysis.study import StudyContext
-from moepp.analysis.study_report import write_study
 from moepp.errors import UsageError
 from moepp.records import RunRecord, write_json
+from moepp.reports.proposals import best, importances, read_proposals
+from moepp.reports.study import StudyContext
+from moepp.reports.study_report import write_study
 
 
 @pytest.fixture

@@ -8,16 +8,16 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 
 from experiments import fig4, fig5, fig6, findings
-from moepp.analysis.study import SCALES, StudyContext
-from moepp.analysis.study_report import write_study
 from moepp.config import compose
+from moepp.data.prepare import prepare
 from moepp.errors import UsageError
-from moepp.evaluation import measure as measured
 from moepp.models.official import save_official
 from moepp.records import write_json
+from moepp.reports.study import SCALES, StudyContext
+from moepp.reports.study_report import write_study
+from moepp.routing import measure as measured
 from moepp.training.run import freeze, train
 from moepp.training.settings import RunConfig, run_directory
-from moepp.training.tokens import prepare
 from moepp.training.weights import load_decoder
 
 ARMS = {"moepp": "true", "moepp_no_residual": "false"}

@@ -3,15 +3,15 @@
 import statistics
 
 import pytest
-from analysis.synthetic_sweep import write_sweep
+from reports.synthetic_sweep import write_sweep
 from scipy import stats
 
 from experiments import best_rate, seeds, table1, table2
-from moepp.analysis.study import StudyContext
-from moepp.analysis.study_report import write_study
-from moepp.analysis.targets import balanced_share
 from moepp.config import load
 from moepp.records import RunRecord, read_json, write_json
+from moepp.reports.study import StudyContext
+from moepp.reports.study_report import write_study
+from moepp.reports.targets import balanced_share
 from moepp.training.settings import RunConfig
 
 PROVENANCE = {"command": "python run.py", "scale": "laptop", "started": "2026-01-01", "hardware": {}}

@@ -4,11 +4,11 @@ import pytest
 from scipy import stats
 
 from experiments import table4
-from moepp.analysis.statistics import share_interval, share_tests
-from moepp.analysis.study import StudyContext
 from moepp.errors import UsageError
 from moepp.evaluation.results import About, Example, TaskResult
 from moepp.evaluation.tasks import PAPER_SHOTS
+from moepp.reports.study import StudyContext
+from moepp.statistics.seeds import share_interval, share_tests
 
 
 def test_published_averages_are_those_of_the_published_scores():

@@ -4,8 +4,8 @@ import sys
 import pytest
 
 from experiments import discover
-from moepp.analysis.experiment import Experiment
-from moepp.analysis.study import SCALES, Study
+from moepp.reports.experiment import Experiment
+from moepp.reports.study import SCALES, Study
 from moepp.sweeps.spec import load_sweep
 
 PRINTED = {  # averages as the paper prints them

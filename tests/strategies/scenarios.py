@@ -17,13 +17,13 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
 from moepp.config import compose
+from moepp.data.batches import TokenDataModule
 from moepp.layers.moe import MoELayer
 from moepp.models import cross_entropy
 from moepp.strategies.ddp import ExpertParallelStrategy
 from moepp.strategies.registry import make_strategy
 from moepp.strategies.sharding import expert_banks, local
 from moepp.training.cloze import ClozeScorer
-from moepp.training.data import TokenDataModule
 from moepp.training.module import LanguageModel
 from moepp.training.settings import RunConfig
 

@@ -4,10 +4,10 @@ import sys
 
 from run_fake_sweep import FAKE_TRIAL, no_preparation, sweep
 
+from moepp.data import prepare as preparation
 from moepp.sweeps.runner import run_sweep
-from moepp.training import tokens
 
-tokens.prepare = no_preparation
+preparation.prepare = no_preparation
 toy = sweep(retries=5, vanilla=["model=vanilla"], moepp=["model=moepp"])
 toy.space = {"tpe": {"n": 3, "keys": {"optim.lr": {"float": [1e-4, 1e-2], "log": True}}}}
 run_sweep(

@@ -9,17 +9,17 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+from moepp.data import prepare as preparation
 from moepp.errors import RunError
 from moepp.process import die_with_parent
 from moepp.sweeps.runner import run_sweep
 from moepp.sweeps.spec import Scale, Sweep
-from moepp.training import tokens
 
 FAKE_TRIAL = (sys.executable, str(Path(__file__).with_name("fake_trial.py")))
 
 
 def no_preparation(config):
-    """In place of tokens.prepare: the fake trials read no tokens."""
+    """In place of prepare: the fake trials read no tokens."""
     return SimpleNamespace(header=SimpleNamespace(digest="0123456789abcdef"))
 
 
@@ -38,7 +38,7 @@ def arms(count):
 
 if __name__ == "__main__":
     die_with_parent()
-    tokens.prepare = no_preparation
+    preparation.prepare = no_preparation
     options = {"workers": 2} | json.loads(sys.argv[2] if len(sys.argv) > 2 else "{}")
     toy = sweep(options.pop("retries", 1), **arms(options.pop("arms", 0)))
     extra = [f"runs={sys.argv[1]}", "trainer.steps=20", *options.pop("extra", [])]

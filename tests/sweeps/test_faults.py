@@ -21,16 +21,17 @@ from moepp.records import RunRecord, UnreadableRecord, read_json
 from moepp.sweeps.plan import read_plan
 from moepp.sweeps.runner import run_sweep
 from moepp.sweeps.status import read_status
+from moepp.tracking.mirror import FolderMirror, sync_all
+from moepp.tracking.settings import TrackingConfig
 from moepp.training.run import freeze, train
 from moepp.training.settings import RunConfig, run_directory
-from moepp.training.tracking import FolderMirror, TrackingConfig, sync_all
 
 NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
-    monkeypatch.setattr("moepp.training.tokens.prepare", run_fake_sweep.no_preparation)
+    monkeypatch.setattr("moepp.data.prepare.prepare", run_fake_sweep.no_preparation)
     return tmp_path / "runs"
 
 

@@ -25,7 +25,7 @@ EACH_STEP = list(range(1, 21))
 @pytest.fixture
 def call(tmp_path, monkeypatch):
     """A sweep of two fake trials of 20 steps; its workers are those of run_fake_sweep."""
-    monkeypatch.setattr("moepp.training.tokens.prepare", run_fake_sweep.no_preparation)
+    monkeypatch.setattr("moepp.data.prepare.prepare", run_fake_sweep.no_preparation)
     monkeypatch.setattr("moepp.sweeps.spec.load_sweep", lambda name: run_fake_sweep.sweep())
     monkeypatch.setattr("moepp.sweeps.launchers.crew.LOOK_SECONDS", 0.1)
     monkeypatch.setenv("SECONDS_PER_STEP", "0.05")

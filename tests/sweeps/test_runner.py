@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(autouse=True)
 def tokens_are_not_prepared(monkeypatch):
-    monkeypatch.setattr("moepp.training.tokens.prepare", no_preparation)
+    monkeypatch.setattr("moepp.data.prepare.prepare", no_preparation)
 
 
 @pytest.fixture

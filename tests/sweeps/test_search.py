@@ -24,7 +24,7 @@ ARMS = {"vanilla": ["model=vanilla"], "moepp": ["model=moepp"]}
 
 @pytest.fixture(autouse=True)
 def tokens_are_not_prepared(monkeypatch):
-    monkeypatch.setattr("moepp.training.tokens.prepare", no_preparation)
+    monkeypatch.setattr("moepp.data.prepare.prepare", no_preparation)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from analysis.synthetic_sweep import write_run
+from reports.synthetic_sweep import write_run
 
 from moepp.config import load
 from moepp.records import RunRecord, read_json

@@ -18,8 +18,9 @@ import run_fake_sweep
 from moepp.config import CONF
 from moepp.records import RunRecord, read_json
 from moepp.sweeps.runner import run_sweep
-from moepp.training.mlflow_store import connect
-from moepp.training.tracking import TrackingConfig, sync_all
+from moepp.tracking.mirror import sync_all
+from moepp.tracking.mlflow_store import connect
+from moepp.tracking.settings import TrackingConfig
 
 TRIALS, WORKERS, KILLS, STEPS = 12, 4, 10, 20
 SHUT_AT, SECONDS_SHUT = (3, 7), 1.0  # before which kills the tracker takes nothing for a while
@@ -109,7 +110,7 @@ def test_a_tortured_sweep_keeps_its_promise(tmp_path, monkeypatch):
     parent = client.get_run(read_json(directory / "mlflow.json")["run_id"])
     assert parent.info.status == "FINISHED"
 
-    monkeypatch.setattr("moepp.training.tokens.prepare", run_fake_sweep.no_preparation)
+    monkeypatch.setattr("moepp.data.prepare.prepare", run_fake_sweep.no_preparation)
     extra = [f"runs={tmp_path / 'whole'}", f"trainer.steps={STEPS}"]
     toy = run_fake_sweep.sweep(**run_fake_sweep.arms(TRIALS))
     whole = run_sweep(toy, "smoke", WORKERS, extra, progress=False, command=run_fake_sweep.FAKE_TRIAL)

@@ -7,8 +7,9 @@ from pathlib import Path
 from mirrored import log, make_sweep, run_of, steps_in_store
 
 from moepp.records import RunRecord
-from moepp.training.follower import Follower
-from moepp.training.tracking import Mirror, TrackingConfig, follow, sync_all
+from moepp.tracking.follower import Follower
+from moepp.tracking.mirror import Mirror, follow, sync_all
+from moepp.tracking.settings import TrackingConfig
 
 
 def test_following_mirrors_to_the_end_and_marks_what_was_cut_short(record, runs):
@@ -22,8 +23,8 @@ TRAIN_AND_HANG = """
 import sys, time
 from pathlib import Path
 from moepp.records import RunRecord
-from moepp.training.follower import followed
-from moepp.training.tracking import TrackingConfig
+from moepp.tracking.follower import followed
+from moepp.tracking.settings import TrackingConfig
 record, runs = sys.argv[1:]
 with followed(Path(record), TrackingConfig(), runs):
     for step in (1, 2, 3):
@@ -46,14 +47,14 @@ RUN_SWEEP = """
 import sys
 runs, tests = sys.argv[1:]
 sys.path.insert(0, tests)
-from run_fake_sweep import FAKE_TRIAL, no_preparation, run_sweep, sweep, tokens
-from moepp.training import tracking
+from run_fake_sweep import FAKE_TRIAL, no_preparation, preparation, run_sweep, sweep
+from moepp.tracking import mirror as tracking
 from moepp.sweeps import runner
 def start(*arguments, real=runner.Follower, **options):
     follower = real(*arguments, **options)
     print("followed", flush=True)
     return follower
-runner.Follower, tokens.prepare, tracking.SECONDS_BETWEEN_PASSES = start, no_preparation, 0.1
+runner.Follower, preparation.prepare, tracking.SECONDS_BETWEEN_PASSES = start, no_preparation, 0.1
 options = [f"runs={runs}", "trainer.steps=5000", "tracking=mlflow"]
 run_sweep(sweep(), "smoke", 2, options, progress=False, command=FAKE_TRIAL)
 """
@@ -106,7 +107,7 @@ def test_sync_tells_runs_that_are_trained_from_those_that_were_left(tmp_path):
 
 def test_a_follower_leaves_the_cores_to_training():
     script = (
-        "import os\nfrom pathlib import Path\nfrom moepp.training import follower\nfollower._yield_cores()\n"
+        "import os\nfrom pathlib import Path\nfrom moepp.tracking import follower\nfollower._yield_cores()\n"
         "group = Path('/proc/self/autogroup')\n"
         "print(os.nice(0), group.read_text().split()[-1] if group.exists() else follower.NICE)"
     )

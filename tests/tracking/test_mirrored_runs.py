@@ -7,8 +7,10 @@ from mlflow import MlflowClient
 
 from moepp.errors import RunError
 from moepp.records import read_json, write_json
-from moepp.training import mlflow_store, tracking
-from moepp.training.tracking import Mirror, TrackingConfig, follow, mirror_again, sync_all
+from moepp.tracking import mirror as tracking
+from moepp.tracking import mlflow_store
+from moepp.tracking.mirror import Mirror, follow, mirror_again, sync_all
+from moepp.tracking.settings import TrackingConfig
 
 
 def test_a_run_shows_its_axes_tags_data_and_times(record, runs):
@@ -155,7 +157,7 @@ def test_a_dead_tracker_costs_one_line_and_sync_catches_up(record, runs, capsys,
         unused.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{unused.getsockname()[1]}"
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr("moepp.training.tracking.SECONDS_BETWEEN_PASSES", 0.05)
+    monkeypatch.setattr("moepp.tracking.mirror.SECONDS_BETWEEN_PASSES", 0.05)
     mirror = Mirror(record, TrackingConfig(uri=uri), runs)
     passes = []
     sync = mirror.sync

@@ -6,8 +6,10 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 from moepp.records import RunRecord, read_json
-from moepp.training import mlflow_store, tracking
-from moepp.training.tracking import FolderMirror, Mirror, TrackingConfig, log_report, sync_all
+from moepp.tracking import mirror as tracking
+from moepp.tracking import mlflow_store
+from moepp.tracking.mirror import FolderMirror, Mirror, log_report, sync_all
+from moepp.tracking.settings import TrackingConfig
 
 
 def test_a_sweep_is_one_parent_run_over_its_trials(runs):

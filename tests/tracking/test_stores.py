@@ -5,8 +5,9 @@ import time
 import pytest
 
 from moepp.errors import UsageError
-from moepp.training import mlflow_store
-from moepp.training.tracking import Mirror, TrackingConfig, sync_all
+from moepp.tracking import mlflow_store
+from moepp.tracking.mirror import Mirror, sync_all
+from moepp.tracking.settings import TrackingConfig
 
 
 def test_the_store_is_that_of_the_config_then_the_environment_then_the_runs_folder(runs, monkeypatch):
@@ -29,10 +30,10 @@ def test_sync_without_a_tracker_says_so(runs):
 
 CREATE_STORE = """
 import sys
-from moepp.training.tracking import TrackingConfig
+from moepp.tracking.settings import TrackingConfig
 assert not {"mlflow", "torch", "lightning"} & set(sys.modules)
 import mlflow
-from moepp.training.mlflow_store import connect
+from moepp.tracking.mlflow_store import connect
 sys.stdin.readline()
 print(connect(TrackingConfig(), sys.argv[1])[1])
 """

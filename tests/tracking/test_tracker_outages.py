@@ -14,15 +14,16 @@ from mlflow import MlflowClient
 
 from moepp.errors import RunError
 from moepp.records import RunRecord, read_json, write_json, write_text
-from moepp.training import tracking
-from moepp.training.mlflow_store import KEY
-from moepp.training.tracking import FolderMirror, Mirror, TrackingConfig, follow, sync_all
+from moepp.tracking import mirror as tracking
+from moepp.tracking.mirror import FolderMirror, Mirror, follow, sync_all
+from moepp.tracking.mlflow_store import KEY
+from moepp.tracking.settings import TrackingConfig
 
 CONFIG = "name: toy\nseed: 0\nmodel: {top_k: 2}\ndata: {corpus: sotu}\noptim: {lr: 0.001}\n"
 SERVE = """
 import sys
-from moepp.training.mlflow_store import serve
-from moepp.training.tracking import TrackingConfig
+from moepp.tracking.mlflow_store import serve
+from moepp.tracking.settings import TrackingConfig
 serve(TrackingConfig(), sys.argv[1], int(sys.argv[2]))
 """
 

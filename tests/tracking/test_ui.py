@@ -8,12 +8,12 @@ import time
 import pytest
 from mirrored import make_sweep, store
 
-from moepp import pages
 from moepp.errors import RunError, UsageError
 from moepp.records import read_json
-from moepp.training import mlflow_store
-from moepp.training.mlflow_views import ARMS, TAG, TRIALS, saved_views, view_key
-from moepp.training.tracking import FolderMirror, TrackingConfig
+from moepp.tracking import mlflow_store, pages
+from moepp.tracking.mirror import FolderMirror
+from moepp.tracking.mlflow_views import ARMS, TAG, TRIALS, saved_views, view_key
+from moepp.tracking.settings import TrackingConfig
 
 
 def test_a_sweep_brings_its_saved_views(runs):

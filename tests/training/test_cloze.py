@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from moepp.config import compose
+from moepp.data.token_files import TokenFiles
 from moepp.errors import UsageError
 from moepp.training.cloze import Questions, questions, score
 from moepp.training.initial import FINAL_WEIGHTS
 from moepp.training.run import freeze, train
 from moepp.training.settings import RunConfig, run_directory
-from moepp.training.tokens import TokenFiles
 
 CPU = torch.device("cpu")
 

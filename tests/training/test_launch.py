@@ -14,8 +14,8 @@ from moepp.cli import main
 from moepp.config import CONF, compose, save
 from moepp.errors import Interrupted, RunError, UsageError
 from moepp.records import RunRecord
-from moepp.training import launch as launching
-from moepp.training.launch import launch
+from moepp.training.ranks import launch as launching
+from moepp.training.ranks.launch import launch
 from moepp.training.run import freeze, train
 from moepp.training.settings import RunConfig, run_directory
 
@@ -245,7 +245,7 @@ import sys
 from pathlib import Path
 from moepp.config import load
 from moepp.records import RunRecord
-from moepp.training import launch
+from moepp.training.ranks import launch
 from moepp.training.settings import RunConfig
 
 rank, config = sys.argv[1:]

@@ -10,7 +10,7 @@ from moepp.config import compose
 from moepp.errors import Interrupted, UsageError
 from moepp.process import RANK_VARIABLES, STOP_SIGNALS
 from moepp.training import run as running
-from moepp.training.ranks import STARTER, Rank, from_rank_zero, largest, process_group
+from moepp.training.ranks.rank import STARTER, Rank, from_rank_zero, largest, process_group
 from moepp.training.settings import RunConfig, run_directory
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "job", "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}

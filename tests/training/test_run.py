@@ -65,7 +65,7 @@ def test_the_final_weights_are_those_that_were_validated(overrides):
     module.model.load_state_dict(model.state_dict())
     import lightning.pytorch as pl
 
-    from moepp.training.data import TokenDataModule
+    from moepp.data.batches import TokenDataModule
 
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, use_distributed_sampler=False)
     trainer.validate(module, TokenDataModule(config.data, 0), verbose=False)

@@ -1,0 +1,133 @@
+"""Token files to batches, in an order that depends on the seed alone: not on devices, micro-batches, resumption."""
+
+import itertools
+from collections.abc import Iterator
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from moepp.data.prepare import prepare
+from moepp.data.settings import DataConfig
+from moepp.data.token_files import TokenFiles
+from moepp.errors import UsageError
+
+
+class TrainWindows(Dataset):
+    """Windows of S + 1 tokens, S apart: each token is a target once per epoch. Indexed by a whole batch of windows."""
+
+    def __init__(self, files: TokenFiles, seq_len: int):
+        self.files, self.seq_len = files, seq_len
+
+    def __len__(self) -> int:
+        return (self.files.header.train.tokens - 1) // self.seq_len
+
+    def __getitem__(self, windows: np.ndarray) -> Tensor:
+        """[B] window numbers -> tokens [B, S + 1], int64."""
+        return _gather(self.files.train, windows, self.seq_len)
+
+
+class ValWindows(Dataset):
+    """The held-out windows, each with the UTF-8 bytes that its targets stand for."""
+
+    def __init__(self, files: TokenFiles, seq_len: int):
+        self.files, self.seq_len = files, seq_len
+
+    def __len__(self) -> int:
+        return (self.files.header.val.tokens - 1) // self.seq_len
+
+    def __getitem__(self, windows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """[B] window numbers -> tokens [B, S + 1] and bytes of each target [B, S], int64."""
+        lengths = _gather(self.files.val_lengths, windows, self.seq_len)
+        return _gather(self.files.val, windows, self.seq_len), lengths[:, 1:]
+
+
+class StepSampler:
+    """Window numbers of one rank's micro-batches, without end, from optimizer step `first_step` on.
+
+    Epoch e visits all windows in a permutation seeded by (seed, e). The permutations follow one another, and step s
+    takes positions s * batch_size to (s + 1) * batch_size: a batch may straddle two epochs, and no window is ever left
+    out. The step's windows are cut into micro-batches, and each of these into the ranks' shares, so how many there are
+    cannot change what a step learns from.
+    """
+
+    def __init__(
+        self, windows: int, batch_size: int, seed: int, first_step: int = 0,
+        accumulate: int = 1, rank: int = 0, world_size: int = 1,
+    ):  # fmt: skip
+        self.windows, self.batch_size, self.seed, self.first_step = windows, batch_size, seed, first_step
+        self.accumulate, self.rank, self.world_size = accumulate, rank, world_size
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        epoch, permutation = -1, np.empty(0, dtype=np.int64)
+        for step in itertools.count(self.first_step):
+            positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+            chosen = np.empty(self.batch_size, dtype=np.int64)
+            for needed in np.unique(positions // self.windows):
+                if needed != epoch:
+                    epoch, permutation = needed, np.random.default_rng((self.seed, needed)).permutation(self.windows)
+                inside = positions // self.windows == epoch
+                chosen[inside] = permutation[positions[inside] % self.windows]
+            yield from chosen.reshape(self.accumulate, self.world_size, -1)[:, self.rank]
+
+
+class TokenDataModule(pl.LightningDataModule):
+    """Prepares the tokens of `config` and serves their batches.
+
+    Training batches are tokens [B, S + 1], without end, beginning at the trainer's finished optimizer step, so that a
+    resumed run goes on where it stopped; B is `batch_size` divided among devices and micro-batches. Validation batches
+    are (tokens [B, S + 1], bytes of each target [B, S]), the same windows in the same order every time. The trainer
+    needs `use_distributed_sampler=False`. Raises UsageError for a batch that cannot be divided evenly.
+    """
+
+    def __init__(self, config: DataConfig, seed: int, accumulate: int = 1):
+        super().__init__()
+        self.config, self.seed, self.accumulate = config, seed, accumulate
+
+    def prepare_data(self) -> None:
+        prepare(self.config)
+
+    def setup(self, stage: str) -> None:
+        parts = self.trainer.world_size * self.accumulate
+        if self.config.batch_size % parts:
+            raise UsageError(
+                f"data.batch_size={self.config.batch_size} cannot be divided among {self.trainer.world_size} devices "
+                f"with trainer.accumulate={self.accumulate} each; use a multiple of {parts}"
+            )
+        self.micro_batch_size = self.config.batch_size // parts
+        self.files = prepare(self.config, progress=False)
+
+    def train_dataloader(self) -> DataLoader:
+        windows = TrainWindows(self.files, self.config.seq_len)
+        sampler = StepSampler(
+            len(windows), self.config.batch_size, self.seed, self.trainer.global_step,
+            self.accumulate, self.trainer.global_rank, self.trainer.world_size,
+        )  # fmt: skip
+        return self._loader(windows, sampler)
+
+    def val_dataloader(self) -> DataLoader:
+        """Windows evenly spread over the held-out split; rank r takes the r-th of every world_size.
+
+        All ranks get equally many, so up to world_size - 1 of `val_sequences` are left out.
+        """
+        windows = ValWindows(self.files, self.config.seq_len)
+        world = self.trainer.world_size
+        count = min(self.config.val_sequences or len(windows), len(windows)) // world * world
+        if not count:
+            raise UsageError(f"{world} devices need at least as many validation sequences; hold out more text")
+        mine = (np.arange(count) * len(windows) // count)[self.trainer.global_rank :: world]
+        size = self.micro_batch_size
+        return self._loader(windows, [mine[i : i + size] for i in range(0, len(mine), size)])
+
+    def _loader(self, windows: Dataset, sampler: StepSampler | list[np.ndarray]) -> DataLoader:
+        # batch_size=None: the sampler's items are whole batches already.
+        return DataLoader(
+            windows, batch_size=None, sampler=sampler, num_workers=self.config.workers,
+            persistent_workers=self.config.workers > 0, pin_memory=torch.cuda.is_available(),
+        )  # fmt: skip
+
+
+def _gather(values: np.ndarray, windows: np.ndarray, seq_len: int) -> Tensor:
+    return torch.from_numpy(values[windows[:, None] * seq_len + np.arange(seq_len + 1)].astype(np.int64))

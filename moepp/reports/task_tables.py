@@ -1,0 +1,320 @@
+"""Downstream tasks in a sweep's report: what was asked, accuracy, and bits per byte of the gold answers, against the
+baseline. A difference has two intervals: over seeds, which another training run would move, and over examples, which
+other questions would move.
+
+Shape suffixes: N examples, M arms, D draws.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moepp.evaluation.results import GOLD, NOISY_TASK, TaskResult, load_task_results
+from moepp.reports.experiment import Experiment
+from moepp.reports.results import SweepResults
+from moepp.reports.tables import ALONE, CORRECTED, NONE, Rows, markdown, number
+from moepp.statistics.resampling import Interval, bootstrap_chance, paired_bootstrap, percentile_interval
+from moepp.statistics.seeds import SIGNIFICANCE, Estimate, holm, mean_interval, paired_difference
+
+PRINTED = {  # the harness's names -> the paper's
+    "sciq": "SciQ", "piqa": "PIQA", "winogrande": "WinoGrande", "arc_easy": "ARC-E", "hellaswag": "HellaSwag",
+    "logiqa": "LogiQA", "boolq": "BoolQ", "lambada_openai": "LAMBADA", "nq_open": "NQ",
+}  # fmt: skip
+MEAN, MEAN_WITHOUT = "mean", "mean without BoolQ"
+Scores = Mapping[str, Mapping[int, Mapping[str, TaskResult]]]  # arm -> seed -> task
+HOW_TO_READ = f"""\
+Differences to the baseline stand as `difference ± over seeds [interval over examples]`. The first is the half width of
+a paired 95 % t-interval over seeds; the second a paired 95 % bootstrap over the examples, both sides on the same ones
+and averaged over the same seeds: it holds for these runs and other examples. `{ALONE}`: the interval before it excludes
+0. `{CORRECTED}`: it still does at 5 % after Holm's correction over the arms of its row. Nothing is corrected for the
+number of tasks. Means over tasks are unweighted."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A task's value is the sum of `of` over the examples, over the sum of `size`; both are [N]."""
+
+    name: str
+    form: str
+    of: Callable[[TaskResult], np.ndarray]
+    size: Callable[[TaskResult], np.ndarray]
+
+    def value(self, result: TaskResult) -> float:
+        return float(self.of(result).sum() / self.size(result).sum())
+
+
+MEASURES = (
+    Measure(
+        "accuracy",
+        ".1f",
+        lambda result: np.array([100 * example.metrics[result.accuracy_metric] for example in result.examples]),
+        lambda result: np.ones(len(result.examples)),
+    ),
+    Measure(
+        GOLD,
+        ".3f",
+        lambda result: np.array([-example.gold_nats / math.log(2) for example in result.examples]),
+        lambda result: np.array([example.gold_bytes for example in result.examples], dtype=float),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An arm minus the baseline, with p corrected over the arms; None where a single seed has no scatter."""
+
+    seeds: Estimate
+    examples: Interval
+    p_seeds: float | None
+    p_examples: float
+
+
+@dataclass(frozen=True)
+class TaskTables:
+    """`setup`, `accuracy` and `gold` are shown; `csv` has both measures at full precision, a line per arm and row;
+    `asked` goes into provenance.json; `left_out` names tasks that not all runs answered alike.
+    """
+
+    tasks: tuple[str, ...]
+    left_out: tuple[str, ...]
+    baseline: str
+    asked: dict[str, dict[str, Any]]
+    setup: Rows
+    accuracy: Rows
+    accuracy_differences: Rows
+    gold: Rows
+    csv: Rows
+
+    @property
+    def text(self) -> str:
+        """The report's section."""
+        missing = f"Not shown, because runs lack them or were asked something else: {', '.join(self.left_out)}."
+        if not self.tasks:
+            return missing
+        return "\n\n".join([
+            *([missing] if self.left_out else []),
+            "What was asked. Prompts longer than the context are cut: they lose their first examples, and a score"
+            " then is not one with that many shots.",
+            markdown(self.setup),
+            "Accuracy in % (exact match for NQ):",
+            markdown(self.accuracy),
+            f"Accuracy minus {self.baseline}, in points:",
+            markdown(self.accuracy_differences),
+            f"Bits per byte of the gold answer, of {self.baseline} and of the other arms minus {self.baseline}; lower"
+            " is better:",
+            markdown(self.gold),
+            HOW_TO_READ,
+        ])  # fmt: skip
+
+
+def task_tables(results: SweepResults, arms: Sequence[str]) -> TaskTables | None:
+    """The tasks on which every finished run was asked the same; None where nothing was asked."""
+    scores = {
+        arm: {seed: load_task_results(run.path) for seed, run in sorted(results.runs.get(arm, {}).items())}
+        for arm in arms
+    }
+    runs = [stored for by_seed in scores.values() for stored in by_seed.values()]
+    named = sorted({task for stored in runs for task in stored})
+    if not named:
+        return None
+    tasks = tuple(task for task in named if _asked_alike(runs, task))
+    others = [arm for arm in arms if arm != results.baseline]
+    values = {measure.name: _values(measure, scores, tasks) for measure in MEASURES}
+    found = {measure.name: _differences(measure, scores, tasks, results.baseline, others) for measure in MEASURES}
+    accuracy, gold = MEASURES
+    return TaskTables(
+        tasks=tasks,
+        left_out=tuple(task for task in named if task not in tasks),
+        baseline=results.baseline,
+        asked={task: _asked(runs, task) for task in tasks},
+        setup=_setup(runs, tasks),
+        accuracy=_values_table(accuracy, values["accuracy"], arms, tasks),
+        accuracy_differences=_differences_table(accuracy, found["accuracy"], others, tasks),
+        gold=_join(
+            _values_table(gold, values[GOLD], [results.baseline], tasks),
+            _differences_table(gold, found[GOLD], others, tasks),
+        ),
+        csv=_csv(values, found, arms, tasks),
+    )
+
+
+def paper_accuracy(experiment: Experiment, tasks: Sequence[str]) -> Rows | None:
+    """The paper's scores of these tasks by arm, with their means; None where it has none of them."""
+    printed = [task for task in tasks if PRINTED.get(task) in experiment.tasks]
+    if not printed or not experiment.paper:
+        return None
+    scores = {arm: dict(zip(experiment.tasks, row.scores, strict=True)) for arm, row in experiment.paper.items()}
+    arms = [arm for arm in experiment.arms if arm in scores]
+    rows = [
+        [row, *(f"{statistics.fmean(scores[arm][PRINTED[task]] for task in group):.1f}" for arm in arms)]
+        for row, group in _groups(printed).items()
+    ]
+    return [["task", *arms], *rows]
+
+
+def _asked_alike(runs: Sequence[Mapping[str, TaskResult]], task: str) -> bool:
+    return all(task in stored and stored[task].about.asked == runs[0][task].about.asked for stored in runs)
+
+
+def _asked(runs: Sequence[Mapping[str, TaskResult]], task: str) -> dict[str, Any]:
+    """What was asked, and the contexts and shares of cut prompts of the runs."""
+    abouts = [stored[task].about for stored in runs]
+    contexts, cuts = sorted({about.context for about in abouts}), [about.cut for about in abouts]
+    return {**abouts[0].asked, "context": contexts, "cut": [min(cuts), max(cuts)]}
+
+
+def _setup(runs: Sequence[Mapping[str, TaskResult]], tasks: Sequence[str]) -> Rows:
+    rows = [["task", "shots", "examples", "prompts cut", "context", "examples of the prompt from", "data", "lm_eval"]]
+    for task in tasks:
+        asked = _asked(runs, task)
+        low, high = (f"{share:.0%}" for share in asked["cut"])
+        rows.append([
+            task,
+            str(asked["shots"]),
+            str(asked["examples"]),
+            low if low == high else f"{low} to {high}",
+            ", ".join(map(str, asked["context"])),
+            asked["examples_from"] or NONE,
+            asked["data"],
+            asked["lm_eval"],
+        ])  # fmt: skip
+    return rows
+
+
+def _groups(tasks: Sequence[str]) -> dict[str, list[str]]:
+    """Row -> the tasks that it is the mean of."""
+    others = [task for task in tasks if task != NOISY_TASK]
+    groups = {task: [task] for task in tasks}
+    if len(tasks) > 1:
+        groups[MEAN] = list(tasks)
+    if len(others) > 1 and len(others) < len(tasks):
+        groups[MEAN_WITHOUT] = others
+    return groups
+
+
+def _values(measure: Measure, scores: Scores, tasks: Sequence[str]) -> dict[str, dict[str, dict[int, float]]]:
+    """arm -> row -> seed -> value."""
+    found = {}
+    for arm, by_seed in scores.items():
+        single = {seed: {task: measure.value(stored[task]) for task in tasks} for seed, stored in by_seed.items()}
+        found[arm] = {
+            row: {seed: statistics.fmean(values[task] for task in group) for seed, values in single.items()}
+            for row, group in _groups(tasks).items()
+        }
+    return found
+
+
+def _differences(
+    measure: Measure, scores: Scores, tasks: Sequence[str], baseline: str, others: Sequence[str]
+) -> dict[str, dict[str, Difference]]:
+    """row -> arm -> difference, of the arms that share a seed with the baseline."""
+    seeds = {arm: sorted(scores[arm].keys() & scores[baseline].keys()) for arm in others}
+    arms = [arm for arm in others if seeds[arm]]
+    if not arms:
+        return {}
+    effects, draws = {}, {}
+    for index, task in enumerate(tasks):
+        ours_NM, theirs_NM = (
+            np.stack([_mean_of_seeds(measure, scores[side(arm)], task, seeds[arm]) for arm in arms], axis=1)
+            for side in (lambda arm: arm, lambda arm: baseline)
+        )
+        size_N = measure.size(scores[arms[0]][seeds[arms[0]][0]][task])
+        effects[task], draws[task] = paired_bootstrap(ours_NM, theirs_NM, size_N, seed=(0, index))
+    values = _values(measure, scores, tasks)
+    found = {}
+    for row, group in _groups(tasks).items():
+        effect_M = np.mean([effects[task] for task in group], axis=0)
+        draws_DM = np.mean([draws[task] for task in group], axis=0)
+        estimates = [
+            paired_difference(*([values[side][row][seed] for seed in seeds[arm]] for side in (arm, baseline)))
+            for arm in arms
+        ]
+        tested = [i for i, estimate in enumerate(estimates) if estimate.p_value is not None]
+        p_seeds = dict(zip(tested, holm([estimates[i].p_value for i in tested]), strict=True))
+        p_examples = holm([bootstrap_chance(draws_D) for draws_D in draws_DM.T])
+        found[row] = {
+            arm: Difference(
+                estimates[i], percentile_interval(effect_M[i], draws_DM[:, i]), p_seeds.get(i), p_examples[i]
+            )
+            for i, arm in enumerate(arms)
+        }
+    return found
+
+
+def _mean_of_seeds(
+    measure: Measure, by_seed: Mapping[int, Mapping[str, TaskResult]], task: str, seeds: Sequence[int]
+) -> np.ndarray:
+    return np.mean([measure.of(by_seed[seed][task]) for seed in seeds], axis=0)
+
+
+def _values_table(
+    measure: Measure, values: Mapping[str, Mapping[str, Mapping[int, float]]], arms: Sequence[str], tasks: Sequence[str]
+) -> Rows:
+    rows = [["task", *arms]]
+    for row in _groups(tasks):
+        cells = []
+        for arm in arms:
+            estimate = mean_interval(list(values[arm][row].values())) if values[arm].get(row) else None
+            cells.append(_plus_minus(estimate, measure.form))
+        rows.append([row, *cells])
+    return rows
+
+
+def _differences_table(
+    measure: Measure, found: Mapping[str, Mapping[str, Difference]], arms: Sequence[str], tasks: Sequence[str]
+) -> Rows:
+    rows = [["task", *arms]]
+    for row in _groups(tasks):
+        rows.append([row, *(_cell(found.get(row, {}).get(arm), f"+{measure.form}") for arm in arms)])
+    return rows
+
+
+def _cell(difference: Difference | None, form: str) -> str:
+    if difference is None:
+        return NONE
+    examples = difference.examples
+    seeds = _plus_minus(difference.seeds, form) + _mark(difference.seeds.excludes_zero, difference.p_seeds)
+    interval = f"[{examples.low:{form}}, {examples.high:{form}}]"
+    return f"{seeds} {interval}{_mark(examples.excludes_zero, difference.p_examples)}"
+
+
+def _mark(excludes_zero: bool, p: float | None) -> str:
+    return "" if not excludes_zero else CORRECTED if p is not None and p < SIGNIFICANCE else ALONE
+
+
+def _plus_minus(estimate: Estimate | None, form: str) -> str:
+    if estimate is None:
+        return NONE
+    return f"{estimate.mean:{form}} ± {number(estimate.half_width, form.removeprefix('+'))}"
+
+
+def _join(left: Rows, right: Rows) -> Rows:
+    return [[*a, *b[1:]] for a, b in zip(left, right, strict=True)]
+
+
+def _csv(
+    values: Mapping[str, Mapping[str, Mapping[str, Mapping[int, float]]]],
+    found: Mapping[str, Mapping[str, Mapping[str, Difference]]],
+    arms: Sequence[str],
+    tasks: Sequence[str],
+) -> Rows:
+    head = ["measure", "task", "arm", "seeds", "value", "half_width", "difference", "difference_half_width", "p_holm"]
+    rows = [[*head, "examples_low", "examples_high", "examples_p_holm"]]
+    for measure, by_arm in values.items():
+        for row in _groups(tasks):
+            for arm in arms:
+                if not by_arm[arm].get(row):
+                    continue
+                own, against = mean_interval(list(by_arm[arm][row].values())), found[measure].get(row, {}).get(arm)
+                cells = [measure, row, arm, own.n, own.mean, own.half_width]
+                if against is None:
+                    cells += [None] * 6
+                else:
+                    cells += [against.seeds.mean, against.seeds.half_width, against.p_seeds]
+                    cells += [against.examples.low, against.examples.high, against.p_examples]
+                rows.append(["" if cell is None else str(cell) for cell in cells])
+    return rows

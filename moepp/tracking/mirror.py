@@ -1,0 +1,357 @@
+"""MLflow as a mirror of the run record: training writes metrics.jsonl, a follower copies it to the tracker.
+
+A slow, dead or absent tracker therefore never touches training, and every mirror can be made again from the record.
+"""
+
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from moepp.config import leaves
+from moepp.errors import RunError, UsageError
+from moepp.records import MetricsTail, RunRecord, UnreadableRecord, read_json, write_json
+from moepp.tracking.mlflow_store import DeletedRun, MirroredRun, store_lock, store_uri
+from moepp.tracking.mlflow_views import saved_views
+from moepp.tracking.settings import TrackingConfig
+
+# The axes people filter runs by. The rest of the config is an artifact: a page of 80 params hides the five that differ.
+AXES = {
+    "arm": "tags.arm", "size": "tags.size", "seed": "seed", "top_k": "model.top_k", "tau": "model.balance.tau",
+    "n_ffn": "model.experts.ffn", "n_zero": "model.experts.zero", "n_copy": "model.experts.copy",
+    "n_constant": "model.experts.constant", "gating_residual": "model.gating_residual", "lr": "optim.lr",
+    "gate": "model.gate", "logits_norm": "model.logits_norm", "capacity_factor": "model.capacity_factor",
+    "balance_form": "model.balance.form", "balance_beta": "model.balance.beta",
+    "router": "model.router", "selection": "model.selection",
+}  # fmt: skip
+BUDGETS = ("tokens", "total_params", "active_params", "flops_per_token")
+LICENCE = "Apache-2.0"  # of the code and of models trained with it; `data_terms` says what the corpus asks for
+SECONDS_BETWEEN_PASSES = 5.0  # a pass takes some 20 ms of a core, which may be the one that trains
+SECONDS_TO_END = 30.0  # how long a finished run waits for its last pass
+LOG_BYTES = 32 * 1024  # of the end of what a failed run printed
+# MLflow's errors that one run causes. After any other, such as a server that is away, the next run has no better luck.
+OF_ONE_RUN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "INVALID_STATE", "BAD_REQUEST")
+
+
+class Mirror:
+    """One run record in MLflow. Several processes may mirror the same record."""
+
+    def __init__(self, record: RunRecord, tracking: TrackingConfig, runs: Path | str, parent_run_id: str | None = None):
+        self.record, self.tracking, self.runs, self.parent_run_id = record, tracking, runs, parent_run_id
+        self.uri = store_uri(tracking, runs)
+        self.complete = False
+        self._tail = MetricsTail(record)
+        self._pending: list[dict[str, float]] = []
+        self._run: MirroredRun | None = None
+
+    def sync(self, ended: bool = False) -> None:
+        """One pass: brings MLflow up to the record, however often it is called.
+
+        An unfinished record is RUNNING while a process holds it, else KILLED; where the file system has no locks to
+        tell, it is RUNNING until this mirror has `ended`. Raises whatever the tracker raises; nothing is lost by that,
+        the next pass makes up for it.
+        """
+        status = self.record.status  # read before the metrics: once it says done, they are all there
+        if status == "waiting" or self.complete:
+            return
+        self._pending += self._tail.read()
+        if self._run is None:
+            start = self._pending[0]["time"] if self._pending else None
+            self._run = MirroredRun(self.record.path, self.tracking, self.runs, self._name(), start)
+        try:
+            if not self._run.state.get("complete") or not self._run.is_below(self.parent_run_id):
+                with store_lock(self.runs):
+                    self._put(self._run, status, ended)
+        except DeletedRun:
+            self._run, self._tail, self._pending = None, MetricsTail(self.record), []
+            self.sync(ended)  # into a new one
+            return
+        self._pending = []
+        self.complete = bool(self._run.state.get("complete"))
+
+    @property
+    def held(self) -> bool | None:
+        """As of the record."""
+        return self.record.held
+
+    def _put(self, run: MirroredRun, status: str, ended: bool) -> None:
+        provenance = self.record.read("provenance.json")
+        run.refresh()
+        run.put(tags=self._tags(provenance), params=axes(self.config, self.record.read("budget.json")))
+        run.put_note(self._note())
+        run.put_data(self.config.get("data", {}).get("corpus", "data"), provenance.get("data", {}))
+        run.put_metrics(self._pending)
+        end = int(self._pending[-1]["time"]) if self._pending else None
+        run.put_status(self._status(status, ended), end)
+        run.put_texts(self._texts(status))
+        if status in ("done", "pruned"):
+            run.put_files([self.record.path / "tables"])
+            run.state["complete"] = True
+            run.save()
+
+    def _status(self, status: str, ended: bool) -> str:
+        """MLflow's word for the record's status."""
+        if status in ("done", "failed"):
+            return {"done": "FINISHED", "failed": "FAILED"}[status]
+        held = self.held
+        trained = status == "started" and (not ended if held is None else held)
+        return "RUNNING" if trained else "KILLED"
+
+    def _texts(self, status: str) -> dict[str, str]:
+        """What a run shows from its first pass on, and the end of what a failed one printed."""
+        path = self.record.path
+        names = [name for name in ("config.yaml", "provenance.json", "budget.json") if (path / name).exists()]
+        texts = {name: (path / name).read_text(errors="replace") for name in names}
+        if status == "failed":
+            logs = [file for file in (path / "log.txt", *sorted(path.glob("ranks/*.txt"))) if file.exists()]
+            texts |= {str(file.relative_to(path)): _end_of(file) for file in logs}
+        return texts
+
+    def _name(self) -> str:
+        config = self.config
+        arm = config.get("tags", {}).get("arm") or config.get("name", self.record.path.parent.name)
+        return f"{arm} s{config.get('seed', 0)}"
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """Read once: parsing YAML takes milliseconds, and a pass may run in the process that trains."""
+        return self.record.read("config.yaml")
+
+    def _note(self) -> str:
+        path, tags = self.record.path, self.config.get("tags", {})
+        lines = [f"Seed {self.config.get('seed', 0)}, record `{path}`."]
+        lines += [f"- repeat: `run.py rerun {path}`", f"- continue a text: `run.py generate {path}`"]
+        if {"arm", "baseline"} <= tags.keys() and tags["arm"] != tags["baseline"]:
+            lines[0] = f"Arm `{tags['arm']}` of sweep `{tags.get('sweep')}`, {lines[0].replace('Seed', 'seed')}"
+            sides = f"{path.parent}:{tags['baseline']} {path.parent}:{tags['arm']}"
+            lines.append(f"- what the arm changes, and its results against the baseline's: `run.py compare {sides}`")
+        return "\n".join([lines[0], "", *lines[1:]])
+
+    def _tags(self, provenance: Mapping[str, Any]) -> dict[str, str]:
+        git = provenance.get("git", {})
+        tags = {
+            **self.config.get("tags", {}),
+            "licence": LICENCE, "data_terms": provenance.get("data", {}).get("corpus"),
+            "git_sha": git.get("sha"), "git_dirty": git.get("dirty"), "host": provenance.get("host"),
+            "mlflow.source.name": provenance.get("command"), "mlflow.source.type": "LOCAL",
+            "mlflow.source.git.commit": git.get("sha"),
+            "failure": self.record.read("failed.json").get("reason", ""),
+            "pruned": self.record.read("pruned.json").get("reason"),
+            "mlflow.parentRunId": self.parent_run_id,
+        }  # fmt: skip
+        return {key: str(value) for key, value in tags.items() if value is not None}
+
+
+def _end_of(log: Path) -> str:
+    with open(log, "rb") as file:
+        file.seek(max(0, log.stat().st_size - LOG_BYTES))
+        return file.read().decode(errors="replace")
+
+
+class FolderMirror:
+    """All records of `runs/<name>/`; those of a sweep lie under one parent run."""
+
+    def __init__(self, directory: Path, tracking: TrackingConfig, runs: Path | str):
+        self.directory, self.tracking, self.runs = directory, tracking, runs
+        self.uri = store_uri(tracking, runs)
+        self._views: dict[str, str] = {}
+        self._begin()
+
+    def _begin(self) -> None:
+        self._mirrors: dict[Path, Mirror] = {}
+        self._params: dict[Path, Mapping[str, str]] = {}
+        self._parent: MirroredRun | None = None
+        self._stored: dict[str, dict[str, str]] = {}  # params of the children that the store had at the first pass
+
+    @property
+    def held(self) -> bool:
+        """Whether a process works in any of the records, as far as locks tell."""
+        return any(RunRecord(path.parent).held for path in self.directory.glob("*/lock"))
+
+    def sync(self, ended: bool = False) -> None:
+        """One pass over the folder, as `Mirror.sync`: an unfinished sweep is RUNNING until this mirror has `ended`, and
+        as long as any of its records is held. Raises the first error that one record or its run has caused when all
+        others have been mirrored.
+        """
+        sweep = read_json(self.directory / "sweep.json")
+        if sweep and self._parent is None:
+            self._parent = _open_parent(self.directory, sweep, self.tracking, self.runs)
+            self._stored = self._parent.children()
+        failures = self._sync_records(ended)
+        if self._parent:
+            try:
+                self._put_parent(self._parent, sweep, ended)
+            except DeletedRun:
+                self._begin()
+                self.sync(ended)  # below a new one
+                return
+        if failures:
+            raise failures[0]
+
+    def _sync_records(self, ended: bool) -> list[Exception]:
+        failures = []
+        parent_run_id = self._parent.run_id if self._parent else None
+        for config in sorted(self.directory.glob("*/config.yaml")):
+            path = config.parent
+            try:
+                if path not in self._mirrors:
+                    self._add(path, parent_run_id)
+                self._mirrors[path].sync(ended)
+            except Exception as error:
+                if not _is_of_one_run(error):
+                    raise
+                failures.append(error)
+        return failures
+
+    def _put_parent(self, parent: MirroredRun, sweep: Mapping[str, Any], ended: bool) -> None:
+        parent.refresh()  # another worker may have closed the sweep
+        self._put_views(parent)
+        wanted = [trial for trial in sweep["trials"] if not trial.get("left_out")]  # by the newest call
+        statuses = {RunRecord(self.directory / trial["path"]).status for trial in wanted}
+        settled = "FAILED" if "failed" in statuses else "FINISHED"
+        open_ = statuses - {"done", "failed", "pruned"} or len(wanted) < sweep.get("planned", 0)
+        worked_at = open_ and (not ended or self.held)
+        parent.put_status("RUNNING" if worked_at else "KILLED" if open_ else settled)
+
+    def _add(self, path: Path, parent_run_id: str | None) -> None:
+        """What is complete in the store is asked for in one question, not run by run: a sweep may have a thousand."""
+        mirror = Mirror(RunRecord(path), self.tracking, self.runs, parent_run_id)
+        state = read_json(path / "mlflow.json") or {}
+        stored = self._stored.get(state.get("run_id", ""))
+        mirror.complete = bool(state.get("complete")) and stored is not None
+        self._params[path] = stored if mirror.complete else axes(mirror.config, {})
+        self._mirrors[path] = mirror
+
+    def _put_views(self, parent: MirroredRun) -> None:
+        known = self._params.values()
+        arms = list(dict.fromkeys(run["arm"] for run in known if "arm" in run))
+        varied = [n for n in AXES if n not in ("arm", "seed") and len({run.get(n) for run in known}) > 1]
+        views = saved_views(self.directory.name, parent.run_id, parent.start_ms, arms, varied)
+        if views != self._views:
+            parent.put_views(views)
+            self._views = views
+
+
+def _is_of_one_run(error: Exception) -> bool:
+    return isinstance(error, UnreadableRecord | PermissionError) or getattr(error, "error_code", "") in OF_ONE_RUN
+
+
+class Syncs(Protocol):
+    uri: str
+
+    def sync(self, ended: bool = False) -> None: ...
+
+
+@contextmanager
+def follow(mirror: Syncs, patience: float | None = None) -> Iterator[None]:
+    """Runs `mirror.sync` every few seconds in a thread until the block ends, and a last time then, for at most
+    `patience` seconds (SECONDS_TO_END). A failing tracker costs one line, never the run.
+    """
+    stop = threading.Event()
+    warned = threading.Event()
+
+    def attempt(ended: bool) -> None:
+        try:
+            mirror.sync(ended)
+        except Exception as error:  # whatever a tracker raises, it must not end the training beside it
+            if not warned.is_set():
+                warned.set()
+                _warn(mirror.uri, _reason(error))
+
+    def passes() -> None:
+        while not stop.wait(SECONDS_BETWEEN_PASSES):
+            attempt(ended=False)
+        attempt(ended=True)
+
+    thread = threading.Thread(target=passes, daemon=True, name="mlflow")
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        patience = SECONDS_TO_END if patience is None else patience
+        thread.join(patience)
+        if thread.is_alive() and not warned.is_set():
+            _warn(mirror.uri, f"no answer within {patience:.0f} s")
+
+
+def sync_all(runs: Path | str, tracking: TrackingConfig) -> int:
+    """Mirrors every record below `runs`; returns how many there are. Raises RunError when the tracker fails."""
+    if tracking.backend != "mlflow":
+        raise UsageError(f"tracking.backend={tracking.backend} mirrors nothing; use tracking.backend=mlflow")
+    failures: list[Exception] = []
+    for directory in sorted(path for path in Path(runs).glob("*") if path.is_dir()):
+        try:
+            FolderMirror(directory, tracking, runs).sync(ended=True)
+        except Exception as error:  # whatever a tracker raises
+            failures.append(error)
+            if not _is_of_one_run(error):
+                break
+    for error in failures:
+        if not isinstance(error, UnreadableRecord):
+            raise RunError(f"cannot mirror to {store_uri(tracking, runs)}: {_reason(error)}") from error
+    if failures:
+        raise failures[0]
+    return len(list(Path(runs).glob("*/*/config.yaml")))
+
+
+def mirror_again(record: RunRecord) -> None:
+    """Says that a mirrored run has got more metrics since: the next pass, or `run.py sync`, sends them."""
+    path = record.path / "mlflow.json"
+    state = read_json(path)
+    if state and state.pop("complete", False):
+        write_json(path, state)
+
+
+def log_report(
+    directory: Path,
+    tracking: TrackingConfig,
+    runs: Path | str,
+    experiment: str,
+    metrics: Mapping[str, float],
+    files: list[Path],
+    note: str,
+) -> None:
+    """Puts what an experiment found onto the parent run of a sweep that it read: `metrics`, `files` as artifacts in a
+    folder of its name, and `note` (markdown) as its part of the description. A failing tracker costs one line: the
+    report itself is written by then.
+    """
+    try:
+        parent = _open_parent(directory, read_json(directory / "sweep.json"), tracking, runs)
+        parent.put_values(metrics)
+        parent.put_section(experiment, note)
+        parent.put_files(files, experiment)
+    except Exception as error:  # whatever a tracker raises
+        uri = store_uri(tracking, runs)
+        print(f"warning: the report is not in {uri} ({_reason(error)}); `run.py report` tries again", file=sys.stderr)
+
+
+def _open_parent(directory: Path, sweep: Mapping[str, Any], tracking: TrackingConfig, runs: Path | str) -> MirroredRun:
+    run = MirroredRun(directory, tracking, runs, directory.name)
+    tags = {"sweep": directory.name, "experiment": sweep["name"], "paper_table": sweep.get("paper", "")}
+    tags |= {key: sweep[key] for key in ("baseline", "scale", "match")}
+    run.put(tags)
+    run.put_note(sweep["question"])
+    return run
+
+
+def axes(config: Mapping[str, Any], budget: Mapping[str, Any]) -> dict[str, str]:
+    """Params of a run. `null` is a value like any other: MLflow's charts leave out runs that lack a param."""
+    known = dict(leaves(config))
+    values = {name: known[key] for name, key in AXES.items() if key in known}
+    values |= {name: round(budget[name]) for name in BUDGETS if name in budget}
+    return {name: "null" if value is None else str(value) for name, value in values.items()}
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what began it: MLflow wraps "database is locked" in pages, "refused" in a paragraph."""
+    while cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
+        error = cause
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _warn(uri: str, reason: str) -> None:
+    print(f"warning: cannot mirror to {uri} ({reason}); `python run.py sync` will catch up", file=sys.stderr)

@@ -1,0 +1,375 @@
+"""The MLflow store: its address, a client that stays quiet, and the web page over it. Imports mlflow only when used."""
+
+import fcntl
+import logging
+import os
+import re
+import secrets
+import socket
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moepp.errors import RunError, UsageError
+from moepp.locks import locked
+from moepp.records import read_json, write_json
+from moepp.tracking import pages
+from moepp.tracking.mlflow_views import ARMS, TRIALS, view_key
+
+OPEN = """
+import sys, time, urllib.request, webbrowser
+for _ in range(120):
+    try:
+        urllib.request.urlopen(sys.argv[1].partition("#")[0], timeout=5)
+        sys.exit(not webbrowser.open(sys.argv[1]))
+    except OSError:
+        time.sleep(0.5)
+"""
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Run
+
+    from moepp.tracking.settings import TrackingConfig
+
+METRICS_PER_CALL = 1000  # MLflow refuses more
+RUNS_PER_CALL = 1000
+NOTE = "mlflow.note.content"  # the tag that its pages show as the description, in markdown
+NOTE_LENGTH = 8000  # characters; MLflow refuses more
+KEY = "record_key"  # the tag by which a run is found whose id never arrived
+REFUSED = re.compile(r"[^\w./ -]", re.ASCII)  # what MLflow does not take in the name of a metric
+
+
+class DeletedRun(Exception):
+    """Somebody has deleted the run in the store since it was opened here."""
+
+
+def store_uri(tracking: "TrackingConfig", runs: Path | str) -> str:
+    """`tracking.uri`, else MLFLOW_TRACKING_URI, else the SQLite file in the runs folder.
+
+    Raises UsageError for a folder of files, which MLflow has given up.
+    """
+    uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not uri:
+        return f"sqlite:///{Path(runs).resolve()}/mlflow.db"
+    if "://" not in uri or uri.startswith("file:"):
+        raise UsageError(f"MLflow no longer writes to folders such as '{uri}'; use tracking.uri=sqlite:///mlflow.db")
+    return uri
+
+
+def connect(tracking: "TrackingConfig", runs: Path | str) -> tuple["MlflowClient", str]:
+    """A client of the store and the id of the experiment, which is created on first use."""
+    uri = store_uri(tracking, runs)
+    # Set before mlflow reads them: report to nobody but the user's tracker, and fail within seconds when that is
+    # away, for the follower tries again anyway.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    from mlflow import MlflowClient
+
+    for chatty in ("mlflow", "alembic"):  # some forty lines about migrations when a store is created
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    # A page of traceback at each failed attempt; the one who called says in a line what failed.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    with store_lock(runs):
+        client = MlflowClient(tracking_uri=uri)
+        found = client.get_experiment_by_name(tracking.experiment)
+        if found is not None:
+            return client, found.experiment_id
+        # A server knows where its artifacts go; a database alone would put them into the working directory.
+        artifacts = None if uri.startswith("http") else (Path(runs).resolve() / "mlartifacts").as_uri()
+        kind = {"mlflow.experimentKind": "custom_model_development"}  # which pages MLflow opens it with
+        return client, client.create_experiment(tracking.experiment, artifact_location=artifacts, tags=kind)
+
+
+@contextmanager
+def store_lock(runs: Path | str) -> Iterator[None]:
+    """One thread of one process at a time: two at once would break a new store, or open two runs for one record."""
+    folder = Path(runs)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".mlflow.lock", "w") as file:
+        locked(fcntl.flock, file, fcntl.LOCK_EX)
+        yield
+
+
+def find_run(client: "MlflowClient", run_id: str | None) -> "Run | None":
+    """The run, unless the store does not know it or somebody has deleted it."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id) if run_id else None
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+    return run if run and run.info.lifecycle_stage == "active" else None
+
+
+class MirroredRun:
+    """An MLflow run and what the store says is in it, so that a pass sends only what is new.
+
+    mlflow.json beside the record keeps which run it is. What was sent is asked of the store each time, for a note of
+    one's own is wrong as soon as a process dies, an answer is lost, or another worker mirrors the same record. Only of
+    small files it keeps a checksum, for artifacts cannot be asked for theirs.
+    """
+
+    def __init__(
+        self, directory: Path, tracking: "TrackingConfig", runs: Path | str, name: str, start_ms: float | None = None
+    ):
+        self.client, experiment_id = connect(tracking, runs)
+        self._path = directory / "mlflow.json"
+        with store_lock(runs):
+            self.state: dict[str, Any] = read_json(self._path) or {}
+            run = find_run(self.client, self.state.get("run_id"))
+            if run is None:  # never mirrored, deleted, or into a store that has been deleted since
+                run = self._create(experiment_id, name, start_ms)
+                self.state |= {"run_id": run.info.run_id, "experiment_id": run.info.experiment_id}
+                self.save()
+            elif "experiment_id" not in self.state:  # the addresses of MLflow's pages need it
+                self.state["experiment_id"] = run.info.experiment_id
+                self.save()
+        self.run_id: str = run.info.run_id
+        self.start_ms: int = run.info.start_time
+        self._know(run)
+
+    def _create(self, experiment_id: str, name: str, start_ms: float | None) -> "Run":
+        """A new run, or the one whose id was lost with the store's answer. Its key is on the disk before the store is
+        asked for the run.
+        """
+        if "run_id" in self.state or "key" not in self.state:
+            self.state = {"key": secrets.token_hex(8)}
+            self.save()
+        if made := self._with_key(experiment_id):
+            return made[0]
+        start, tags = None if start_ms is None else int(start_ms), {KEY: self.state["key"]}
+        return self.client.create_run(experiment_id, start_time=start, run_name=name, tags=tags)
+
+    def _with_key(self, experiment_id: str) -> "list[Run]":
+        found = self.client.search_runs([experiment_id], f"tags.{KEY} = '{self.state['key']}'")
+        return sorted(found, key=lambda run: run.info.run_id)
+
+    def _delete_doubles(self) -> None:
+        """A slow store may carry out a request after it was given up and made again."""
+        if "key" in self.state:
+            for run in self._with_key(self.state["experiment_id"]):
+                if run.info.run_id != self.run_id:
+                    self.client.delete_run(run.info.run_id)
+
+    def refresh(self) -> None:
+        """Asks the store what it has. What is put afterwards must be put under the same `store_lock`. Raises
+        DeletedRun.
+        """
+        run = find_run(self.client, self.run_id)
+        if run is None:
+            raise DeletedRun(f"run {self.run_id} was deleted")
+        self._know(run)
+
+    def is_below(self, parent_run_id: str | None) -> bool:
+        return self._tags.get("mlflow.parentRunId") == parent_run_id
+
+    def _know(self, run: "Run") -> None:
+        self._tags, self._params = dict(run.data.tags), dict(run.data.params)
+        stored = run.data.to_proto().metrics
+        self._steps = {metric.key: metric.step for metric in stored}
+        self._values = {metric.key: metric.value for metric in stored}
+        self._status = run.info.status
+        self._has_data = bool(run.inputs and run.inputs.dataset_inputs)
+
+    def children(self) -> dict[str, dict[str, str]]:
+        """Params of the runs below this one, by run id."""
+        found, token = {}, None
+        while True:
+            query = f"tags.`mlflow.parentRunId` = '{self.run_id}'"
+            page = self.client.search_runs(
+                [self.state["experiment_id"]], query, max_results=RUNS_PER_CALL, page_token=token
+            )
+            found |= {run.info.run_id: dict(run.data.params) for run in page}
+            token = page.token
+            if not token:
+                return found
+
+    def save(self) -> None:
+        write_json(self._path, self.state)
+
+    def put(self, tags: Mapping[str, str], params: Mapping[str, str] | None = None) -> None:
+        """Tags follow the record; params are immutable in MLflow, so each is sent once."""
+        from mlflow.entities import Param, RunTag
+
+        tags = {key: value for key, value in tags.items() if self._tags.get(key, "") != value}
+        params = {key: value for key, value in (params or {}).items() if key not in self._params}
+        if tags or params:
+            self.client.log_batch(
+                self.run_id,
+                params=[Param(key, value) for key, value in params.items()],
+                tags=[RunTag(key, value) for key, value in tags.items()],
+            )
+            self._tags.update(tags)
+            self._params.update(params)
+
+    def put_note(self, markdown: str) -> None:
+        """The run's description where it has none: people write there too."""
+        if not self._tags.get(NOTE):
+            self.put({NOTE: markdown[:NOTE_LENGTH]})
+
+    def put_section(self, name: str, markdown: str) -> None:
+        """One of several parts of a description, in place of the part of the same name and of any other text."""
+        sections = self.state.setdefault("sections", {})
+        sections[name] = markdown
+        self.save()
+        self.put({NOTE: "\n\n---\n\n".join(sections.values())[:NOTE_LENGTH]})
+
+    def put_views(self, views: Mapping[str, str]) -> None:
+        """Saved views of the run's experiment (moepp/tracking/mlflow_views.py), as tags."""
+        known = self.client.get_experiment(self.state["experiment_id"]).tags
+        for key, value in views.items():
+            if known.get(key) != value:
+                self.client.set_experiment_tag(self.state["experiment_id"], key, value)
+
+    def put_data(self, name: str, header: Mapping[str, Any]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        if self._has_data or "digest" not in header:
+            return
+        dataset = Dataset(name, header["digest"], source_type="local", source=header.get("corpus", name))
+        context = [InputTag("mlflow.data.context", "training")]
+        self.client.log_inputs(self.run_id, [DatasetInput(dataset, context)])
+        self._has_data = True
+
+    def put_metrics(self, lines: list[dict[str, float]]) -> None:
+        """Sends each metric's steps after the last one in the store: a resumed run writes earlier steps a second time.
+
+        Batches go out in the order of steps and are stored whole or not at all, so no step before the last is missing.
+        `final/*` goes to step 0, where MLflow draws bars; under the last step it would draw curves of one point. A
+        final value that was replaced in the record is sent again: MLflow shows the newest.
+        """
+        from mlflow.entities import Metric
+
+        steps = dict(self._steps)
+        metrics = []
+        for line in lines:
+            for key, value in line.items():
+                if key in ("step", "time") or not isinstance(value, int | float):
+                    continue
+                key, step = metric_name(key), 0 if key.startswith("final/") else int(line["step"])
+                replaced = key.startswith("final/") and step == steps.get(key) and value != self._values.get(key)
+                if step > steps.get(key, -1) or replaced:
+                    metrics.append(Metric(key, float(value), int(line["time"]), step))
+                    steps[key] = step
+        self._send(metrics)
+        self._steps = steps
+
+    def put_values(self, values: Mapping[str, float]) -> None:
+        """Metrics without a history: the newest values count."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self._send([Metric(metric_name(key), value, now, 0) for key, value in values.items()])
+
+    def _send(self, metrics: "list[Metric]") -> None:
+        for start in range(0, len(metrics), METRICS_PER_CALL):
+            self.client.log_batch(self.run_id, metrics=metrics[start : start + METRICS_PER_CALL])
+
+    def put_texts(self, texts: Mapping[str, str]) -> None:
+        """Small artifacts by name, each where it is new or has changed."""
+        sent = self.state.setdefault("sent", {})
+        for name, text in texts.items():
+            if sent.get(name) != (checksum := zlib.crc32(text.encode())):
+                self.client.log_text(self.run_id, text, name)
+                sent[name] = checksum
+                self.save()
+
+    def put_files(self, paths: list[Path], folder: str | None = None) -> None:
+        for path in paths:
+            if path.is_dir():
+                self.client.log_artifacts(self.run_id, str(path), path.name)
+            elif path.exists():
+                self.client.log_artifact(self.run_id, str(path), folder)
+
+    def put_status(self, status: str, end_ms: int | None = None) -> None:
+        if status == self._status:
+            return
+        if status == "RUNNING":
+            self.client.update_run(self.run_id, status)
+        else:
+            self.client.set_terminated(self.run_id, status, end_ms)
+            self._delete_doubles()
+        self._status = status
+
+
+def metric_name(key: str) -> str:
+    """`key` with `_` for every character that MLflow refuses: arms are called zero+copy or lr=0.001,tau=0.5."""
+    return REFUSED.sub("_", key)
+
+
+def serve(tracking: "TrackingConfig", runs: Path | str, port: int = 5000, sweep: Path | None = None) -> None:
+    """Becomes the MLflow server over the store, for this machine only, and opens the page of `sweep`, else of the
+    newest sweep, where there is a display; Ctrl-C ends it. Does not return, unless the tracker is a server already.
+
+    Raises UsageError when `sweep` is not in MLflow, RunError when the port is taken.
+    """
+    uri = store_uri(tracking, runs)
+    if not uri.startswith("http"):
+        _require_free(port)
+    client, experiment_id = connect(tracking, runs)
+    addresses = _addresses(pages.address(uri, port), experiment_id, sweep or _newest_sweep(client, Path(runs)))
+    for title, page in addresses.items():
+        print(f"{title:<8} {page}", flush=True)
+    first = next(iter(addresses.values()))
+    if uri.startswith("http"):
+        open_when_served(first)
+        return
+    pages.remember_port(runs, port)
+    print(f"MLflow starts on port {port} of this machine (Ctrl-C ends it)", flush=True)
+    open_when_served(first)
+    artifacts = (Path(runs).resolve() / "mlartifacts").as_uri()
+    os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")  # jobs belong to features that no run uses
+    store = ["--backend-store-uri", uri, "--default-artifact-root", artifacts]
+    place = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--uvicorn-opts", "--log-level warning"]
+    os.execv(sys.executable, [sys.executable, "-m", "mlflow", "server", *store, *place])
+
+
+def _require_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise RunError(f"cannot use port {port} ({error.strerror}); choose another with --port") from None
+
+
+def _newest_sweep(client: "MlflowClient", runs: Path) -> Path | None:
+    """The sweep that was begun or extended last, of those that the store has."""
+    known = [(path.stat().st_mtime, path.parent) for path in runs.glob("*/sweep.json")]
+    for _, sweep in sorted(known, reverse=True):
+        run = find_run(client, (read_json(sweep / "mlflow.json") or {}).get("run_id"))
+        if run is not None:
+            return sweep
+    return None
+
+
+def _addresses(base: str, experiment_id: str, sweep: Path | None) -> dict[str, str]:
+    everything = {"runs": pages.experiment_page(base, experiment_id)}
+    if sweep is None:
+        return everything
+    parent = read_json(sweep / "mlflow.json")
+    if parent is None or "experiment_id" not in parent:
+        raise UsageError(f"{sweep} is not in MLflow yet; run the sweep, or `python run.py sync` for its records")
+    place, run = parent["experiment_id"], parent["run_id"]
+    return {
+        "arms": pages.view_page(base, place, view_key(run, ARMS), charts=True),
+        "trials": pages.view_page(base, place, view_key(run, TRIALS)),
+        "report": pages.run_page(base, place, run),
+        **everything,
+    }
+
+
+def open_when_served(page: str) -> None:
+    """Opens a browser, in a process of its own, once the address answers; nothing where there is no display."""
+    if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        return
+    subprocess.Popen([sys.executable, "-c", OPEN, page], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

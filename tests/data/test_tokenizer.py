@@ -1,0 +1,102 @@
+import numpy as np
+import pytest
+from synthetic_corpus import texts
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from moepp.data.tokenizer import encode, end_of_text, load_tokenizer, token_bytes, train_bpe
+from moepp.errors import UsageError
+
+HARD = ["naïve café 🙂🙂 東京\n\n  two  spaces \t", "plain ASCII", "\u0000\ufeff e\u0301", " leading and trailing "]
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return train_bpe(texts(20), 320)
+
+
+def metaspace_tokenizer():
+    """Unlike the byte-level BPE wherever counting could go wrong: drops characters, rewrites text, adds a space."""
+    tokenizer = Tokenizer(
+        models.Unigram([("<unk>", 0.0), ("▁", -1.0), *((c, -2.0) for c in "abcdefghijklmnoprstu")], 0)
+    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKD(), normalizers.Strip(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.add_special_tokens(["</s>"])
+    return tokenizer
+
+
+def test_every_text_decodes_exactly(bpe):
+    for text, encoding in encode(bpe, HARD):
+        assert bpe.decode(encoding.ids) == text
+
+
+def test_training_twice_gives_the_same_tokenizer(bpe):
+    assert train_bpe(texts(20), 320).to_str() == bpe.to_str()
+    assert end_of_text(bpe) == 0
+    assert bpe.get_vocab_size() == 320
+
+
+def test_a_vocabulary_too_small_for_bytes_is_refused():
+    with pytest.raises(UsageError, match="above 256, not 256"):
+        train_bpe(texts(2), 256)
+
+
+@pytest.mark.parametrize("make", [lambda: train_bpe(texts(20), 300), metaspace_tokenizer])
+def test_bytes_of_tokens_sum_to_the_bytes_of_the_text(make):
+    encoded = list(encode(make(), HARD + texts(5)))
+    assert len(encoded) == len(HARD) + 5
+    for text, encoding in encoded:
+        lengths = token_bytes(text, encoding.offsets)
+        assert len(lengths) == len(encoding.ids)
+        assert lengths.sum() == len(text.encode())
+        assert lengths.min() >= 0
+
+
+def test_bytes_of_a_character_spread_over_tokens_count_once():
+    tokenizer = train_bpe(["aaaa"], 257)  # bytes only
+    ((text, encoding),) = encode(tokenizer, ["a🙂b"])
+    assert token_bytes(text, encoding.offsets).tolist() == [1, 4, 0, 0, 0, 1]
+
+
+def test_the_name_of_a_special_token_in_a_text_is_text(bpe):
+    ((_, encoding),) = encode(bpe, ["an <|endoftext|> in the middle"])
+    assert end_of_text(bpe) not in encoding.ids
+    assert bpe.decode(encoding.ids) == "an <|endoftext|> in the middle"
+
+
+def test_texts_without_a_token_are_left_out():
+    assert [text for text, _ in encode(metaspace_tokenizer(), ["abc", "\n \n", "cab"])] == ["abc", "cab"]
+
+
+def test_order_is_kept_over_batches(bpe, monkeypatch):
+    monkeypatch.setattr("moepp.data.tokenizer.BATCH", 500)
+    assert [text for text, _ in encode(bpe, iter(texts(20)))] == texts(20)
+
+
+def test_a_published_tokenizer_does_not_truncate_or_pad(bpe, tmp_path):
+    bpe = Tokenizer.from_str(bpe.to_str())
+    bpe.enable_truncation(4)
+    bpe.enable_padding(length=4)
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    ((_, encoding),) = encode(load_tokenizer(tmp_path / "tokenizer.json"), [texts(1)[0]])
+    assert len(encoding.ids) > 4
+
+
+def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"neither 'bpe' nor a readable tokenizer.json"):
+        load_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_a_tokenizer_without_end_of_text_is_refused(tmp_path):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(["ab ab"], trainers.BpeTrainer(show_progress=False))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UsageError, match="no end-of-text token; it needs one of"):
+        load_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_offsets_that_go_back_never_count_text_twice():
+    lengths = token_bytes("abcdé", [(0, 3), (1, 2), (3, 4)])
+    assert np.array_equal(lengths, [3, 0, 3])

@@ -1,0 +1,258 @@
+import csv
+import json
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from synthetic_sweep import write_sweep, write_times
+
+from experiments.table3 import EXPERIMENT as TABLE3
+from experiments.table6 import EXPERIMENT as TABLE6
+from moepp.records import read_json, write_json
+from moepp.reports.comparison import compare
+from moepp.reports.report import report_metrics, write_report
+from moepp.reports.results import load_sweep_results
+from moepp.reports.tables import markdown, quality_table, quantity, terminal_table
+
+FULL = "zero+copy+constant"
+LOSSES = {
+    "vanilla": {0: 3.200, 1: 3.260, 2: 3.170},
+    "no_residual": {0: 3.205, 1: 3.250, 2: 3.172},
+    FULL: {0: 3.099, 1: 3.160, 2: 3.071},
+}
+TIMES = {"vanilla": (12.0, 1.0), "no_residual": (10.0, 0.75), FULL: (10.0, 0.75)}
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    return write_sweep(tmp_path_factory.mktemp("sweep"), LOSSES, TIMES)
+
+
+@pytest.fixture(scope="module")
+def report(sweep):
+    write_report(TABLE6, load_sweep_results(sweep), sweep / "report")
+    return sweep / "report"
+
+
+def test_returns_exactly_the_files_it_wrote(sweep):
+    written = write_report(TABLE6, load_sweep_results(sweep), sweep / "again")
+    assert written[0].name == "report.md"
+    assert sorted(written) == sorted((sweep / "again").iterdir())
+
+
+def test_the_same_records_give_the_same_bytes_in_another_process(sweep, report):
+    again = sweep / "other"
+    script = (
+        "import sys; from pathlib import Path; from experiments.table6 import EXPERIMENT\n"
+        "from moepp.reports.report import write_report; from moepp.reports.results import load_sweep_results\n"
+        "write_report(EXPERIMENT, load_sweep_results(Path(sys.argv[1])), Path(sys.argv[2]))"
+    )
+    subprocess.run(
+        [sys.executable, "-c", script, sweep, again],
+        check=True,
+        env={"PYTHONPATH": ":".join(sys.path), "PYTHONHASHSEED": "7"},
+    )
+    names = sorted(path.name for path in report.iterdir())
+    assert names == sorted(path.name for path in again.iterdir()) and "differences.svg" in names
+    assert [name for name in names if (report / name).read_bytes() != (again / name).read_bytes()] == []
+
+
+def test_the_table_holds_full_precision_and_the_papers_row(report):
+    rows = {row["arm"]: row for row in csv.DictReader((report / "table.csv").open())}
+    full = rows[FULL]
+    assert float(full["val_loss"]) == pytest.approx(3.11) and float(full["difference"]) == pytest.approx(-0.1)
+    assert float(full["difference_low"]) < -0.1 < float(full["difference_high"]) < 0
+    assert float(full["learned_speedup"]) == 1.2 and float(full["learned_ideal_speedup"]) == pytest.approx(4 / 3)
+    assert (full["seeds"], full["experts"], full["paper_average"]) == ("0 1 2", "8 + 1/1/2", "47.7")
+    assert rows["vanilla"]["difference"] == "" and rows["vanilla"]["learned_speedup"] == "1.0"
+
+
+def test_figures_carry_the_numbers_they_show(report):
+    rows = {row["difference"]: row for row in csv.DictReader((report / "differences.csv").open())}
+    assert float(rows[f"{FULL} – vanilla"]["mean"]) == pytest.approx(-0.1)
+    assert float(rows["effect of the gating residual"]["mean"]) == pytest.approx(-0.099)
+    curve = list(csv.DictReader((report / "curves.csv").open()))
+    assert float([row for row in curve if row["arm"] == FULL][-1]["minus_baseline"]) == pytest.approx(-0.1)
+    assert all(
+        (report / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in ("differences", "speedup", "curves")
+    )
+
+
+def test_the_report_has_the_papers_numbers_the_verdict_and_the_command(report):
+    text = (report / "report.md").read_text()
+    assert "python run.py reproduce table6 --scale laptop" in text
+    assert f"| {FULL} | 3 | 3.1100 ± " in text and "| 47.7 | +1.1 |" in text
+    assert "Lower validation loss than vanilla, beyond noise" in text and "Hardware: cpu two cores." in text
+    assert "nan" not in text.lower() and "Missing runs" not in text
+
+
+def test_the_paper_has_a_section_with_its_scores_by_task(report):
+    text = (report / "report.md").read_text()
+    section = text[text.index("## The paper's numbers") : text.index("## What the paper leaves open")]
+    full = f"| 1B | {FULL} | 70.3 | 51.7 | 49.7 | 44.6 | 27.6 | 46.3 | 43.9 | 47.7 | 47.97 | 0.750 | 500.3 | 1.22 |"
+    assert full in section and "| 1B | no_residual | 69.0 | 51.3 |" in section and "| 47.5 |" in section
+    assert "Beside the paper's Table 6 (MoE++, arXiv 2410.07348), its 1B model." in text
+
+
+def sized(directory, losses, model):
+    """A sweep whose runs record a size and the model that this size has."""
+    write_sweep(directory, losses)
+    for trial in read_json(directory / "sweep.json")["trials"]:
+        own = {**model, "experts": {"ffn": 16, "zero": 0, "copy": 0, "constant": 0}}
+        config = {"tags": {"size": "1b"}, "model": own if trial["arm"] == "vanilla" else model}
+        (directory / trial["path"] / "config.yaml").write_text(json.dumps(config))  # which is YAML
+    return load_sweep_results(directory)
+
+
+def test_runs_of_a_size_stand_beside_the_papers_rows_of_that_size(tmp_path):
+    balance = {"form": "switch", "control": None, "beta": 0.01, "tau": 0.75}
+    experts = {"ffn": 16, "zero": 1, "copy": 1, "constant": 2}
+    results = sized(tmp_path, {arm: {0: 3.0, 1: 3.1} for arm in TABLE3.arms}, {"experts": experts, "balance": balance})
+    write_report(TABLE3, results, tmp_path / "report")
+    text = (tmp_path / "report/report.md").read_text()
+    quality = next(line for line in text.splitlines() if line.startswith("| tau_0.75 | 2 |"))
+    assert quality.endswith("| 46.1 | +0.8 |")
+    cost = next(line for line in text.splitlines() if line.startswith("| tau_0.75 | 16 + 1/1/2 |"))
+    assert "| 0.750 | 0.750 |" in cost and cost.endswith("| 0.750 | 1.22 |")  # reached, target; the paper's
+    assert "| vanilla | 16 + 0/0/0 | 1.500 | 0.750 | 1.000 |" in text
+    section = text[text.index("## The paper's numbers") :]
+    assert section.index("| 1B | vanilla |") < section.index("| 0.6B | vanilla |") < section.index("| 7B | vanilla |")
+    rows = {row["arm"]: row for row in csv.DictReader((tmp_path / "report/table.csv").open())}
+    assert rows["tau_0.75"]["ffn_share_target"] == "0.75" and rows["tau_0.10"]["paper_average"] == "45.8"
+
+
+def test_arms_that_the_paper_lacks_at_a_size_show_none_of_its_numbers(tmp_path):
+    losses = {arm: {0: 3.0 + i / 10, 1: 3.1 + i / 10} for i, arm in enumerate(TABLE3.arms)}
+    results = load_sweep_results(write_sweep(tmp_path, losses))
+    comparison = compare(replace(TABLE3, paper=TABLE3.paper_sizes["7b"], paper_size="7b"), results)
+    table = {row[0]: row for row in quality_table(comparison)}
+    assert table["tau_0.75"][-2:] == ["53.1", "+0.8"] and table["tau_0.10"][-2:] == ["–", "–"]
+    assert comparison.ordering.ranked == 1 and comparison.experiment.paper_effect("tau 0.10 in place of 0.75") is None
+    write_report(comparison.experiment, results, tmp_path / "report")
+
+
+def test_the_command_is_the_one_that_made_the_runs(tmp_path):
+    directory = write_sweep(tmp_path / "my runs/zero_computation_experts-laptop", LOSSES)
+    plan = read_json(directory / "sweep.json")
+    given = {"overrides": ["model.gate=softmax", "runs=moved since"], "file_seeds": [0, 1]}
+    write_json(directory / "sweep.json", plan | given)
+    write_json(directory / "tasks.json", {"tasks": "sciq,boolq:0", "tasks_dir": "my data"})
+    write_report(TABLE6, load_sweep_results(directory), tmp_path / "report")
+    command = json.loads((tmp_path / "report/provenance.json").read_text())["command"]
+    words = ["--seeds", "0", "1", "2", "--tasks", "sciq,boolq:0", "--tasks-dir", "my data", "model.gate=softmax"]
+    made = ["python", "run.py", "reproduce", "table6", "--scale", "laptop", *words, f"runs={tmp_path / 'my runs'}"]
+    assert shlex.split(command) == made
+    assert f"Made by `{command}`" in (tmp_path / "report/report.md").read_text()
+
+
+def test_a_command_without_extras_is_short(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    directory = write_sweep(tmp_path / "runs/sweep-laptop", LOSSES).relative_to(tmp_path)
+    write_json(directory / "sweep.json", read_json(directory / "sweep.json") | {"file_seeds": [0, 1, 2]})
+    write_report(TABLE6, load_sweep_results(directory), tmp_path / "report")
+    assert "Made by `python run.py reproduce table6 --scale laptop`." in (tmp_path / "report/report.md").read_text()
+
+
+def test_effective_speedup_says_on_how_many_validations_it_rests(report):
+    assert "has 4 validations, and between two of them" in (report / "report.md").read_text()
+
+
+def test_an_experiment_of_our_own_shows_no_papers_numbers(tmp_path):
+    ours = replace(TABLE6, reference="", tasks=(), noisy_task="", paper={}, paper_size="")
+    results = load_sweep_results(write_sweep(tmp_path, LOSSES, TIMES))
+    write_report(ours, results, tmp_path / "report")
+    text = (tmp_path / "report/report.md").read_text()
+    assert "Effect of the gating residual" in text and f"| {FULL} | 3 | 3.1100 ± " in text and "## Notes" in text
+    assert not any("paper" in line.lower() for line in text.splitlines() if line.startswith("|"))
+    assert "arXiv" not in text and "paper" not in (tmp_path / "report/table.csv").read_text()
+    assert "paper" not in terminal_table(compare(ours, results))
+
+
+def test_without_timings_the_columns_are_empty_and_the_report_says_so(tmp_path):
+    write_sweep(tmp_path, LOSSES, TIMES)
+    write_report(TABLE6, load_sweep_results(tmp_path), tmp_path / "report")
+    (tmp_path / "timing.json").unlink()
+    write_report(TABLE6, load_sweep_results(tmp_path), tmp_path / "report")
+    text = (tmp_path / "report/report.md").read_text()
+    assert "No `timing.json` beside the sweep" in text and "so no speed-up is shown" in text
+    assert "| – | – | – | – | – | – |" in text
+    assert not list((tmp_path / "report").glob("speedup.*"))  # that of the first report is gone
+
+
+def test_times_of_learned_routing_alone_still_make_a_figure(tmp_path):
+    write_sweep(tmp_path, LOSSES)
+    write_times(tmp_path, TIMES)
+    timing = json.loads((tmp_path / "timing.json").read_text())
+    timing["expert_forward"] = [row for row in timing["expert_forward"] if row["routing"] == "learned"]
+    write_json(tmp_path / "timing.json", timing)
+    write_report(TABLE6, load_sweep_results(tmp_path), tmp_path / "report")
+    assert len((tmp_path / "report/speedup.csv").read_text().splitlines()) == 3
+
+
+def test_one_seed_shows_a_dash_for_every_interval(tmp_path):
+    write_sweep(tmp_path, {arm: {0: by_seed[0]} for arm, by_seed in LOSSES.items()})
+    results = load_sweep_results(tmp_path)
+    write_report(TABLE6, results, tmp_path / "report")
+    assert f"| {FULL} | 1 | 3.0990 ± – | -0.1010 ± – | – |" in markdown(quality_table(compare(TABLE6, results)))
+    assert "nan" not in (tmp_path / "report/report.md").read_text().lower()
+
+
+def test_missing_seeds_are_listed_and_n_is_shown(tmp_path):
+    write_sweep(tmp_path, LOSSES)
+    (tmp_path / f"trials/{FULL}-1/done").unlink()
+    write_report(TABLE6, load_sweep_results(tmp_path), tmp_path / "report")
+    text = (tmp_path / "report/report.md").read_text()
+    assert f"## Missing runs\n\n- {FULL}, seed 1: not finished" in text and f"| {FULL} | 2 | 3.0850 ± " in text
+
+
+def test_seeds_the_baseline_lacks_are_no_pairs(tmp_path):
+    write_sweep(tmp_path, LOSSES)
+    (tmp_path / "trials/vanilla-1/done").unlink()
+    table = markdown(quality_table(compare(TABLE6, load_sweep_results(tmp_path))))
+    assert f"| {FULL} | 3 (2 paired) | 3.1100 ± " in table and "| vanilla | 2 | 3.1850 ± " in table
+
+
+def test_a_tiny_p_is_never_shown_as_zero(tmp_path):
+    exact = {FULL: {seed: loss - 0.1 for seed, loss in LOSSES["vanilla"].items()}, "vanilla": LOSSES["vanilla"]}
+    table = quality_table(compare(TABLE6, load_sweep_results(write_sweep(tmp_path, exact))))
+    assert table[3][4] == "<0.001"
+
+
+def test_provenance_names_every_run_and_says_when_commits_differ(tmp_path):
+    write_sweep(tmp_path, LOSSES)
+    write_json(
+        tmp_path / f"trials/{FULL}-1/provenance.json",
+        {"git": {"sha": "def", "dirty": True}, "hardware": {"cpu": "two cores"}},
+    )
+    write_report(TABLE6, load_sweep_results(tmp_path), tmp_path / "report")
+    provenance = json.loads((tmp_path / "report/provenance.json").read_text())
+    assert provenance["git"][1] == {"value": {"dirty": True, "sha": "def"}, "runs": [f"{FULL}, seed 1"]}
+    assert provenance["hardware"] == {"cpu": "two cores"} and provenance["first_run_began"] == "2023-11-14 22:13 UTC"
+    assert {"arm": FULL, "seed": 1, "record": f"{FULL}-1"} in provenance["runs"] and len(provenance["runs"]) == 9
+    text = (tmp_path / "report/report.md").read_text()
+    assert (
+        "The runs differ in git: see provenance.json." in text
+        and "1 of 9 runs were made with uncommitted changes." in text
+    )
+
+
+def test_the_terminal_table_is_aligned_and_narrow(sweep):
+    lines = terminal_table(compare(TABLE6, load_sweep_results(sweep))).splitlines()
+    assert len({len(line) for line in lines[:-1]}) == 1 and max(map(len, lines)) <= 110
+    assert lines[3].split()[:6] == [FULL, "3", "3.1100", "-0.1000", "±", "0.0025‡"]
+    assert lines[3].split()[-4:] == ["1.20", "1.33", "17067", "47.7"]
+
+
+def test_tracker_metrics_are_named_after_the_arms(sweep):
+    metrics = report_metrics(compare(TABLE6, load_sweep_results(sweep)))
+    assert metrics["report/zero+copy+constant/val_loss_minus_baseline"] == pytest.approx(-0.1)
+    assert "report/vanilla/val_loss_minus_baseline" not in metrics
+
+
+@pytest.mark.parametrize(
+    "value, text", [(None, "–"), (999, "999"), (1_234_567, "1.23M"), (2.5e9, "2.5G"), (0.5, "0.5")]
+)
+def test_quantities_are_short(value, text):
+    assert quantity(value) == text

@@ -1,0 +1,131 @@
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from reports.synthetic_sweep import write_sweep
+
+from experiments.table5 import EXPERIMENT as TABLE5
+from moepp.evaluation.results import FOLDER, About, Example, TaskResult, write_task_result
+from moepp.records import read_json
+from moepp.reports.experiment import Experiment
+from moepp.reports.report import write_report
+from moepp.reports.results import load_sweep_results
+from moepp.reports.task_tables import paper_accuracy, task_tables
+
+LOSSES = {"vanilla": {0: 3.0, 1: 3.1}, "zero": {0: 2.9, 1: 3.0}, "copy": {0: 2.9, 1: 3.0}}
+N = 200
+
+
+def result(task, right, bits, metric="acc", **about):
+    """Gold answers of 1 to 4 bytes; `bits` per byte of each example, `right` whether it is."""
+    examples = tuple(
+        Example(str(i), -bits[i] * (1 + i % 4) * math.log(2), 1 + i % 4, {metric: float(right[i])}) for i in range(N)
+    )
+    asked = {"shots": 0, "data": f"{task}.jsonl:ab", "examples_from": "", "examples": N, "context": 128, "cut": 0.25}
+    return TaskResult(About(task=task, limit=N, lm_eval="0.4.13", versions={task: "1"}, **{**asked, **about}), examples)
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """`zero` gains 0.1 bits per byte on sciq on average; examples and seeds differ by far more."""
+    directory = write_sweep(tmp_path / "sweep", LOSSES)
+    generator = np.random.default_rng(0)
+    example, noise = generator.uniform(1, 5, N), generator.normal(0, 0.2, (3, N))
+    for trial in trials(directory):
+        arm, seed = trial["arm"], trial["seed"]
+        gain = 0.1 * (arm == "zero") + noise[list(LOSSES).index(arm)]
+        right = np.arange(N) % 10 < (7 if arm == "zero" else 5)
+        cut = 0.25 if seed else 1.0
+        for each in (
+            result("sciq", right, example + seed - gain, cut=cut),
+            result("boolq", np.arange(N) % 5 < 2, example),
+            result("nq_open", np.arange(N) % 10 < seed, example, "exact_match"),
+        ):
+            write_task_result(directory / trial["path"] / FOLDER, each)
+    return directory
+
+
+def trials(directory):
+    return read_json(directory / "sweep.json")["trials"]
+
+
+def table(rows):
+    return {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[1:]}
+
+
+def test_the_papers_scores_stand_beside_the_tasks_it_has(sweep, tmp_path):
+    rows = table(paper_accuracy(TABLE5, ("sciq", "piqa", "boolq", "lambada_openai")))
+    assert list(rows) == ["piqa", "boolq", "lambada_openai", "mean", "mean without BoolQ"]
+    assert [row["vanilla"] for row in rows.values()] == ["68.4", "41.2", "42.5", "50.7", "55.5"]
+    assert paper_accuracy(TABLE5, ("sciq",)) is None and paper_accuracy(replace(TABLE5, paper={}), ("piqa",)) is None
+    write_report(TABLE5, load_sweep_results(sweep), tmp_path / "report")
+    text = (tmp_path / "report/report.md").read_text()
+    assert "The paper's, of its 1B model:\n\n| task | vanilla |" in text and "| boolq | 41.2 |" in text
+
+
+def test_tasks_and_means_become_rows(sweep):
+    found = task_tables(load_sweep_results(sweep), list(LOSSES))
+    accuracy = table(found.accuracy)
+    assert list(accuracy) == ["boolq", "nq_open", "sciq", "mean", "mean without BoolQ"]
+    assert accuracy["sciq"]["vanilla"] == "50.0 ± 0.0" and accuracy["sciq"]["zero"] == "70.0 ± 0.0"
+    assert accuracy["mean"]["zero"].startswith(f"{(40 + 5 + 70) / 3:.1f} ±")
+    assert accuracy["mean without BoolQ"]["zero"].startswith("37.5 ±")
+
+
+def test_differences_have_an_interval_over_seeds_and_one_over_examples(sweep):
+    found = task_tables(load_sweep_results(sweep), list(LOSSES))
+    gold = table(found.gold)
+    seeds, examples = gold["sciq"]["zero"].split(" [")
+    assert seeds.startswith("-0.1") and seeds.endswith("± 0.000‡")  # seeds differ by 1 bit, which cancels
+    low, high = (float(bound) for bound in examples.rstrip("]‡").split(", "))
+    assert low < -0.1 < high < 0 and examples.endswith("‡") and high - low < 0.1  # paired: examples differ by 4 bits
+    assert gold["boolq"]["zero"] == "+0.000 ± 0.000 [+0.000, +0.000]"
+    assert "‡" not in gold["sciq"]["copy"].split(" [")[1]
+    assert table(found.accuracy_differences)["sciq"]["zero"].startswith("+20.0 ± 0.0")
+    lines = {(line[0], line[1], line[2]): dict(zip(found.csv[0], line, strict=True)) for line in found.csv[1:]}
+    line = lines["gold_bits_per_byte", "sciq", "zero"]
+    assert float(line["examples_low"]) == pytest.approx(low, abs=5e-4) and float(line["examples_p_holm"]) < 0.01
+    assert lines["accuracy", "sciq", "vanilla"]["difference"] == "" and float(line["value"]) > 2
+
+
+def test_holm_is_over_the_arms(sweep):
+    """The same difference, judged beside fewer arms, has a smaller p."""
+    results = load_sweep_results(sweep)
+    both, one = (task_tables(results, arms) for arms in (list(LOSSES), ["vanilla", "zero"]))
+    p = [
+        next(float(line[-1]) for line in found.csv if line[:3] == ["gold_bits_per_byte", "sciq", "zero"])
+        for found in (both, one)
+    ]
+    assert p[0] == pytest.approx(2 * p[1])
+
+
+def test_what_was_asked_is_shown_and_recorded(sweep, tmp_path):
+    results = load_sweep_results(sweep)
+    found = task_tables(results, list(LOSSES))
+    assert table(found.setup)["sciq"]["prompts cut"] == "25% to 100%"
+    assert table(found.setup)["boolq"]["data"] == "boolq.jsonl:ab" and table(found.setup)["boolq"]["shots"] == "0"
+    experiment = Experiment("demo", "A demo", "Which?", "zero_computation_experts", tuple(LOSSES))
+    write_report(experiment, results, tmp_path / "out")
+    asked = json.loads((tmp_path / "out" / "provenance.json").read_text())["tasks"]["sciq"]
+    assert asked["cut"] == [0.25, 1.0] and asked["lm_eval"] == "0.4.13" and asked["examples"] == N
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert (
+        "## Downstream tasks" in text and "| sciq | 0 | 200 | 25% to 100% | 128 | – | sciq.jsonl:ab | 0.4.13 |" in text
+    )
+
+
+@pytest.mark.parametrize("other", [{"shots": 5}, {"data": "sciq.jsonl:cd"}, {"examples_from": "sciq.jsonl"}])
+def test_a_task_counts_only_where_every_run_was_asked_the_same(sweep, other):
+    """Equally many examples are not enough."""
+    first = sweep / trials(sweep)[0]["path"]
+    write_task_result(first / FOLDER, result("sciq", np.ones(N), np.ones(N), **other))
+    found = task_tables(load_sweep_results(sweep), list(LOSSES))
+    assert found.tasks == ("boolq", "nq_open") and found.left_out == ("sciq",)
+    assert "were asked something else: sciq." in found.text
+
+
+def test_without_tasks_there_are_no_tables(tmp_path):
+    directory = write_sweep(tmp_path / "sweep", LOSSES)
+    assert task_tables(load_sweep_results(directory), list(LOSSES)) is None
