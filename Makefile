@@ -15,10 +15,12 @@ test: .venv/installed
 ui: .venv/installed
 	$(BIN)/python run.py ui $(SWEEP) --scale $(SCALE)
 
+# pip first: that of Python 3.11 and 3.12 knows no dependency groups.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 12) else "Python 3.11 or 3.12 is needed; call: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group test --editable '.[eval,slurm,sweep]'
 	touch $@
 
 clean:

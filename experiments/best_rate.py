@@ -7,10 +7,13 @@ of two, and the difference stays what it is at the shared rate, within noise.
 
 from collections import Counter
 
+from moepp.reports.experiment import Context, Experiment, Findings, Runs
 from moepp.reports.results import SweepResults
-from moepp.reports.study import Claim, Plot, Runs, Study, StudyContext, StudyReport, Table, judge
 from moepp.statistics import style
+from moepp.statistics.claims import Claim, judge
 from moepp.statistics.seeds import paired_difference
+from moepp.statistics.style import Figure
+from moepp.statistics.tables import Table
 
 RATES = ("0.00125", "0.0025", "0.005", "0.01", "0.02")
 SHARED = "0.005"  # the rate of every other sweep at laptop scale
@@ -20,13 +23,13 @@ SIDES = {"vanilla": "vanilla MoE", "moepp": "MoE++"}
 Losses = dict[str, dict[str, dict[int, float]]]  # side -> rate -> seed -> validation loss
 
 
-def measure(context: StudyContext) -> StudyReport:
+def measure(context: Context) -> Findings:
     results = context.results("learning_rate")
     losses, seeds, left_out = _complete(results)
     table = _loss_table(losses, seeds)
-    plots = (Plot(table, lambda: _draw(losses, seeds)),) if seeds else ()
+    plots = (Figure(table, lambda: _draw(losses, seeds)),) if seeds else ()
     if len(seeds) < 2 or not all(losses.values()):
-        return StudyReport((table,), plots, notes=(*left_out, "Too few runs: no rate can be chosen on other seeds."))
+        return Findings((table,), plots, notes=(*left_out, "Too few runs: no rate can be chosen on other seeds."))
     chosen = {side: {seed: _best(rates, [s for s in seeds if s != seed]) for seed in seeds}
               for side, rates in losses.items()}  # fmt: skip
     own = {side: [losses[side][chosen[side][seed]][seed] for seed in seeds] for side in SIDES}
@@ -36,7 +39,7 @@ def measure(context: StudyContext) -> StudyReport:
         claims.append(_claim(f"at the shared rate {SHARED}", shared))
     often = [f"Best rate of {SIDES[side]}: " + ", ".join(f"{rate} ({n} of {len(seeds)} choices)" for rate, n in
              Counter(by_seed.values()).most_common()) + "." for side, by_seed in chosen.items()]  # fmt: skip
-    return StudyReport((table,), plots, tuple(claims), notes=(*left_out, *often))
+    return Findings((table,), plots, tuple(claims), notes=(*left_out, *often))
 
 
 def _complete(results: SweepResults) -> tuple[Losses, list[int], list[str]]:
@@ -93,7 +96,7 @@ def _draw(losses: Losses, seeds: list[int]):
     return figure
 
 
-STUDY = Study(
+EXPERIMENT = Experiment(
     name="best_rate",
     title="MoE++ and vanilla MoE, each at its own best learning rate",
     question="What is left of the difference between MoE++ and vanilla MoE when each trains at its own best rate?",

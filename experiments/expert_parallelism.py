@@ -7,11 +7,12 @@ more than its FFN computation alone where exchanges are a large part of it.
 
 from typing import TYPE_CHECKING, Any
 
-from moepp.reports.study import Claim, Plot, Study, StudyContext, StudyReport, Table
+from moepp.reports.experiment import Context, Experiment, Findings
+from moepp.statistics.claims import Claim
+from moepp.statistics.style import Figure
+from moepp.statistics.tables import Table
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from moepp.benchmarks.parallel import ParallelBenchmark
     from moepp.reports.communication import AlphaBeta, Cluster, Step, Work
 
@@ -26,28 +27,28 @@ MICRO_BATCH = 8192  # tokens of one device in a forward pass: four of the paper'
 NODE = {"devices_per_node": 8, "flops": 400e12, "inside": (5e-6, 1 / 360e9), "between": (15e-6, 1 / 45e9)}
 
 
-def measure(context: StudyContext) -> StudyReport:
+def measure(context: Context) -> Findings:
     from dataclasses import asdict
 
     from moepp.benchmarks.parallel import measure as run
-    from moepp.reports.communication import EXCHANGES, Exchange, error, fit
+    from moepp.reports.communication import EXCHANGES, MeasuredExchange, error, fit
 
     benchmark = _benchmark(context)
     layers, exchanges = run(benchmark)
-    on_plain = [Exchange(row["messages"], row["bytes"], row["ms"] / 1000) for row in exchanges]
+    on_plain = [MeasuredExchange(row["messages"], row["bytes"], row["ms"] / 1000) for row in exchanges]
     model = fit(on_plain)
     exchanged = [row for row in layers if row["group"] > 1]
     on_layers = [
-        Exchange(EXCHANGES * (row["group"] - 1), EXCHANGES * row["busiest_bytes"], row["exchange_ms"] / 1000)
+        MeasuredExchange(EXCHANGES * (row["group"] - 1), EXCHANGES * row["busiest_bytes"], row["exchange_ms"] / 1000)
         for row in exchanged
     ]
     for row, each in zip(exchanged, on_layers, strict=True):
         row["predicted_ms"] = model.seconds(each.messages, each.size) * 1000
     errors = {FITTED: error(model, on_plain), UNSEEN: error(model, on_layers)}
     steps = _predictions()
-    return StudyReport(
+    return Findings(
         tables=(_measured(layers), _fit(model, errors), _paper_sizes(steps)),
-        plots=(_plot(steps),),
+        figures=(_plot(steps),),
         claims=_claims(layers, benchmark, errors[UNSEEN].median, steps),
         notes=(
             "Processes on CPUs share cores and memory: their step times compare arms with each other, and say nothing"
@@ -61,7 +62,7 @@ def measure(context: StudyContext) -> StudyReport:
     )
 
 
-def _benchmark(context: StudyContext) -> "ParallelBenchmark":
+def _benchmark(context: Context) -> "ParallelBenchmark":
     from moepp.benchmarks.parallel import ParallelBenchmark
 
     given = {"devices": int(context.options["devices"])} if "devices" in context.options else {}
@@ -170,15 +171,15 @@ def _paper_sizes(steps: Steps) -> Table:
     return Table("paper_sizes", caption, columns, tuple(rows))
 
 
-def _plot(steps: Steps) -> Plot:
+def _plot(steps: Steps) -> Figure:
     shown = [(size, tau, devices) for size in SIZES for tau in PLOTTED for devices in DEVICES]
     rows = tuple((*key, *_over_vanilla(steps, *key)) for key in shown)
     columns = ("size", "tau", "devices", "over vanilla, no overlap", "over vanilla, full overlap")
     caption = "Predicted speed of a training step over vanilla MoE: solid without overlap, dotted with full overlap."
-    return Plot(Table("step_over_vanilla", caption, columns, rows), lambda: _draw(rows))
+    return Figure(Table("step_over_vanilla", caption, columns, rows), lambda: _draw(rows))
 
 
-def _draw(rows: tuple[tuple[Any, ...], ...]) -> "Figure":
+def _draw(rows: tuple[tuple[Any, ...], ...]):
     from moepp.statistics.style import COLOURS, MARKERS, axes_of
 
     figure, columns = axes_of(width=6.4, height=2.8, columns=2)
@@ -228,7 +229,7 @@ def _claims(
     )
 
 
-STUDY = Study(
+EXPERIMENT = Experiment(
     name="expert_parallelism",
     title="Expert parallelism: what crosses between devices",
     question="What does MoE++ save when experts lie on several devices?",

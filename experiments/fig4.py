@@ -5,7 +5,8 @@ shared by constant, copy and zero experts. Expected here: tasks differ by less t
 zero expert takes more slots than a single copy or constant expert, the constant pair more than the zero expert.
 """
 
-from moepp.reports.study import Runs, Study, StudyContext, StudyReport, Table
+from moepp.reports.experiment import Context, Experiment, Findings, Runs
+from moepp.statistics.tables import Table
 
 # Fig. 4: FFN experts per token as printed; shares of slots read off the bars, within 0.004.
 PAPER = {
@@ -30,7 +31,7 @@ OPTIONS = {
 }
 
 
-def measure(context: StudyContext) -> StudyReport:
+def measure(context: Context) -> Findings:
     from moepp.routing.load_report import load_claims, load_plots, load_table
     from moepp.routing.measure import expert_loads
     from moepp.routing.topic_report import topic_plots, topic_tables
@@ -39,10 +40,10 @@ def measure(context: StudyContext) -> StudyReport:
     paper = {task: numbers[0] for task, numbers in PAPER.items()} if context.path("tasks_dir") else {}
     topics = topic_tables(loads)
     plots = (*load_plots(loads), *topic_plots(loads, topics))
-    return StudyReport((load_table(loads, paper), *topics), plots, load_claims(loads), (about,))
+    return Findings((load_table(loads, paper), *topics), plots, load_claims(loads), (about,))
 
 
-STUDY = Study(
+EXPERIMENT = Experiment(
     name="fig4",
     title="Expert load by task and layer",
     question="Which experts do the tokens of different tasks choose, layer by layer?",

@@ -5,7 +5,8 @@ verbs use most (1.6 to 1.78), nouns 1.5 to 1.7, word fragments 1.17 to 1.5. Its 
 here: fragments use fewer than whole words; verbs and nouns may not differ.
 """
 
-from moepp.reports.study import Runs, Study, StudyContext, StudyReport, Table
+from moepp.reports.experiment import Context, Experiment, Findings, Runs
+from moepp.statistics.tables import Table
 
 SWEEP, ARM = "gating_residual", "moepp"
 PAPER = {  # read off the bars, within 0.01
@@ -17,7 +18,7 @@ PAPER = {  # read off the bars, within 0.01
 }  # fmt: skip
 
 
-def measure(context: StudyContext) -> StudyReport:
+def measure(context: Context) -> Findings:
     from moepp.routing.measure import token_uses
     from moepp.routing.token_report import (
         claims,
@@ -35,10 +36,10 @@ def measure(context: StudyContext) -> StudyReport:
     if tags:
         plots.append(label_plot(tags, "by_tag", "part of speech"))
     tables = (tags, parts, paper) if tags else (parts, paper)
-    return StudyReport(tables, tuple(plots), claims(uses), (about,))
+    return Findings(tables, tuple(plots), claims(uses), (about,))
 
 
-STUDY = Study(
+EXPERIMENT = Experiment(
     name="fig5",
     title="FFN experts by token",
     question="Which tokens use many FFN experts?",

@@ -6,22 +6,23 @@ the highest score, .105 and .10 for the second. Expected here: the direction is 
 terms to the logits.
 """
 
-from moepp.reports.study import Runs, Study, StudyContext, StudyReport, Table
+from moepp.reports.experiment import Context, Experiment, Findings, Runs
+from moepp.statistics.tables import Table
 
 SWEEP, WITH, WITHOUT = "gating_residual", "moepp", "moepp_no_residual"
 PAPER = {WITH: (0.23, 0.105), WITHOUT: (0.27, 0.10)}  # modes of the highest and the second score
 
 
-def measure(context: StudyContext) -> StudyReport:
+def measure(context: Context) -> Findings:
     from moepp.routing.measure import score_distributions
     from moepp.routing.score_report import claims, histogram_plot, layer_table, score_table
 
     scores, about = score_distributions(context, SWEEP, (WITH, WITHOUT), task="WinoGrande")
     tables = (score_table(scores, PAPER), layer_table(scores))
-    return StudyReport(tables, (histogram_plot(scores),), claims(scores, on=WITH, off=WITHOUT), (about,))
+    return Findings(tables, (histogram_plot(scores),), claims(scores, on=WITH, off=WITHOUT), (about,))
 
 
-STUDY = Study(
+EXPERIMENT = Experiment(
     name="fig6",
     title="Routing scores with and without the gating residual",
     question="Does the gating residual make routing scores steadier?",

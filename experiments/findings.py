@@ -6,22 +6,23 @@ track how easy a task is; topics are assigned to different experts. None has a t
 and neighbours agree; the rest may be undecided in small models.
 """
 
-from experiments.fig4 import ARM, OPTIONS, SWEEP
-from moepp.reports.study import Runs, Study, StudyContext, StudyReport
+from moepp.reports.experiment import Context, Experiment, Findings, Runs
+
+from .fig4 import ARM, OPTIONS, SWEEP
 
 
-def measure(context: StudyContext) -> StudyReport:
+def measure(context: Context) -> Findings:
     from moepp.routing.measure import expert_loads
     from moepp.routing.observations import observation_plot, observation_tables, observations
-    from moepp.statistics.claims import decide
+    from moepp.statistics.hypotheses import decide
 
     loads, about = expert_loads(context, SWEEP, ARM)
     tests = observations(loads)
     tables = observation_tables(loads, tests)
-    return StudyReport(tables, (observation_plot(tables),), decide(tests), (about,))
+    return Findings(tables, (observation_plot(tables),), decide(tests), (about,))
 
 
-STUDY = Study(
+EXPERIMENT = Experiment(
     name="findings",
     title="The observations on expert load, tested",
     question="Do the paper's observations on task-level expert load hold?",

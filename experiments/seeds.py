@@ -8,8 +8,9 @@ three seeds nothing below a few hundredths of a nat can be seen, and pairing by 
 import math
 import statistics
 
-from moepp.reports.study import Claim, Plot, Runs, Study, StudyContext, StudyReport, Table, judge
+from moepp.reports.experiment import Context, Experiment, Findings, Runs
 from moepp.statistics import style
+from moepp.statistics.claims import Claim, judge
 from moepp.statistics.seeds import (
     POWER,
     SIGNIFICANCE,
@@ -17,6 +18,8 @@ from moepp.statistics.seeds import (
     minimal_detectable_difference,
     variance_ratio_interval,
 )
+from moepp.statistics.style import Figure
+from moepp.statistics.tables import Table
 
 COUNTS = (2, 3, 4, 5, 7, 10, 15, 20)  # of seeds
 ARMS = {"vanilla": "vanilla MoE", "moepp": "MoE++"}
@@ -30,7 +33,7 @@ def std_interval(std: float, n: int, level: float = 0.95) -> tuple[float, float]
     return std * math.sqrt((n - 1) / low), std * math.sqrt((n - 1) / high)
 
 
-def measure(context: StudyContext) -> StudyReport:
+def measure(context: Context) -> Findings:
     results = context.results("gating_residual")
     losses = {arm: results.by_seed(arm, "val_loss") for arm in ARMS}
     seeds = sorted(set.intersection(*(set(found) for found in losses.values())))
@@ -41,7 +44,7 @@ def measure(context: StudyContext) -> StudyReport:
     by_seed = Table("losses", "Validation loss of every seed, nats per token.", ("seed", *ARMS.values()), rows)
     tables = (_spread_table(spreads), by_seed)
     if len(seeds) < 3:
-        return StudyReport(tables, notes=("Fewer than three seeds: what could be seen is not computed.",))
+        return Findings(tables, notes=("Fewer than three seeds: what could be seen is not computed.",))
     paired = statistics.stdev(spreads["MoE++ minus vanilla MoE, same seed"])
     pooled = math.sqrt(sum(statistics.variance(values) for values in both))  # of a difference of unrelated seeds
     data = Table(
@@ -51,7 +54,7 @@ def measure(context: StudyContext) -> StudyReport:
         ("seeds", "paired by seed", "unrelated seeds"),
         tuple((n, _detectable(paired, n), _detectable(pooled, n, paired=False)) for n in COUNTS),
     )
-    return StudyReport((*tables, data), (Plot(data, lambda: _draw(data)),), (_pairing(*both),))
+    return Findings((*tables, data), (Figure(data, lambda: _draw(data)),), (_pairing(*both),))
 
 
 def _pairing(a: list[float], b: list[float]) -> Claim:
@@ -99,7 +102,7 @@ def _draw(data: Table):
     return figure
 
 
-STUDY = Study(
+EXPERIMENT = Experiment(
     name="seeds",
     title="The noise floor",
     question="How large a difference can this suite see, with how many seeds?",

@@ -5,22 +5,52 @@ vanilla MoE they fall by less than that. Expected here: executed FFN experts per
 is long enough for the balance loss; time is a straight line in them with a part that does not shrink.
 """
 
+import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.table3 import PAPER, TAUS
+from moepp.reports.experiment import Context, Experiment, Findings, Runs
 from moepp.reports.results import ROUTINGS, SweepResults
-from moepp.reports.study import Claim, Plot, Runs, Study, StudyContext, StudyReport, Table, judge
 from moepp.reports.targets import balanced_share
 from moepp.statistics import style
-from moepp.statistics.fits import Line, fit_line
+from moepp.statistics.claims import Claim, judge
+from moepp.statistics.style import Figure
+from moepp.statistics.tables import Table
+
+from .table3 import PAPER, TAUS
 
 if TYPE_CHECKING:
     from moepp.training.settings import RunConfig
 
 WITHIN = 0.05  # of all slots: how far an FFN share may be from its target and still follow the formula
 LINE = 3  # points that a line takes
+
+
+@dataclass(frozen=True)
+class Line:
+    """Least squares; half widths are of 95 % t-intervals over the points."""
+
+    intercept: float
+    slope: float
+    intercept_half_width: float
+    slope_half_width: float
+    residual_std: float
+
+    @classmethod
+    def through(cls, x: list[float], y: list[float]) -> "Line":
+        from scipy.stats import linregress, t
+
+        fit, freedom = linregress(x, y), len(x) - 2
+        wide = float(t.ppf(0.975, freedom))
+        residuals = sum((b - fit.intercept - fit.slope * a) ** 2 for a, b in zip(x, y, strict=True))
+        half_widths = wide * float(fit.intercept_stderr), wide * float(fit.stderr)
+        return cls(float(fit.intercept), float(fit.slope), *half_widths, math.sqrt(residuals / freedom))
+
+    def at(self, x: float) -> float:
+        return self.intercept + self.slope * x
+
 
 Points = dict[str, tuple[list[float], list[float]]]  # series -> FFN compute and time, both over vanilla MoE's
 
@@ -38,14 +68,11 @@ def paper_points() -> Points:
     return points
 
 
-def measure(context: StudyContext) -> StudyReport:
-    from moepp.sweeps.timing import time_arms
-
-    time_arms(context.directories["tau"])
+def measure(context: Context) -> Findings:
     results = context.results("tau")
     arms = [arm for arm in ("vanilla", *TAUS) if arm in results.runs]
     points = _our_points(results, arms) | paper_points()
-    lines = {series: fit_line(*xy) for series, xy in points.items()}
+    lines = {series: Line.through(*xy) for series, xy in points.items()}
     claims = (*_share_claims(results), *(_fixed_part(series, line) for series, line in lines.items()))
     fits = tuple(
         (series, line.intercept, line.intercept_half_width, line.slope, line.slope_half_width, line.residual_std)
@@ -58,7 +85,7 @@ def measure(context: StudyContext) -> StudyReport:
     )
     paths = {arm: next(iter(context.run_directories("tau", arm).values())) for arm in arms}
     tables = (_compute_table(results, paths), Table("fits", caption, columns, fits))
-    return StudyReport(
+    return Findings(
         tables, (_plot(points, lines),), claims, notes=_missing(arms), setup={"timing": results.timing_setup}
     )
 
@@ -141,7 +168,7 @@ def _fixed_part(series: str, line: Line) -> Claim:
     return Claim(statement, judge(low, high, above=0.0), line.intercept, low, high, "of it")
 
 
-def _plot(points: Points, lines: dict[str, Line]) -> Plot:
+def _plot(points: Points, lines: dict[str, Line]) -> Figure:
     rows = tuple((series, x, y, lines[series].at(x)) for series, xy in points.items() for x, y in zip(*xy, strict=True))
     caption = (
         "Expert forward time against executed FFN compute, both over vanilla MoE's; the dashed diagonal is time in"
@@ -162,17 +189,17 @@ def _plot(points: Points, lines: dict[str, Line]) -> Plot:
         axes.legend(loc="lower right")
         return figure
 
-    return Plot(data, draw)
+    return Figure(data, draw)
 
 
-STUDY = Study(
+EXPERIMENT = Experiment(
     name="table1",
     title="Complexity of the experts, and their time",
     question="Does the time of the experts follow their FLOPs?",
     expected="compute follows the formula; time is linear in it with a fixed part, so it falls by less.",
     measure=measure,
     reference="Table 1",
-    runs=(Runs("tau"),),
+    runs=(Runs("tau", timed=True),),
     notes=(
         "The paper's points are its Table 3, with the FFN share that the formula promises: what its models reached is"
         " not printed.",

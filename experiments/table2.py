@@ -7,7 +7,9 @@ with top-2 for vanilla MoE and with the FFN experts of a balanced layer at tau 0
 
 from typing import TYPE_CHECKING
 
-from moepp.reports.study import Claim, Study, StudyContext, StudyReport, Table
+from moepp.reports.experiment import Context, Experiment, Findings
+from moepp.statistics.claims import Claim
+from moepp.statistics.tables import Table
 
 if TYPE_CHECKING:
     from moepp.models.settings import DecoderConfig
@@ -27,7 +29,7 @@ SHAPES = {  # NUMBERS; FFN + zero/copy/constant experts
 }
 
 
-def measure(context: StudyContext) -> StudyReport:
+def measure(context: Context) -> Findings:
     from moepp.config import compose
     from moepp.models.budget import active_parameters, expected_ffn_per_token, parameters
     from moepp.training.settings import RunConfig
@@ -58,7 +60,7 @@ def measure(context: StudyContext) -> StudyReport:
     columns = ("size", "model", "experts: FFN + zero/copy/constant", "total", "paper: total",
                "activated", "activated without input embedding", "paper: activated",
                "residual and constant experts")  # fmt: skip
-    return StudyReport(
+    return Findings(
         (
             Table(
                 "sizes",
@@ -88,7 +90,7 @@ def _claim(what: str, count: int, label: str) -> Claim:
     return Claim(f"{what} round to the paper's {label}", verdict, count / 1e9, unit="billion")
 
 
-STUDY = Study(
+EXPERIMENT = Experiment(
     name="table2",
     title="Sizes of the models",
     question="Do the configs of conf/size have the sizes that the paper states?",

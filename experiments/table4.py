@@ -8,8 +8,10 @@ agree.
 import statistics
 
 from moepp.errors import UsageError
-from moepp.reports.study import Claim, Study, StudyContext, StudyReport, Table
-from moepp.statistics.seeds import SIGNIFICANCE, holm, share_interval, share_tests
+from moepp.reports.experiment import Context, Experiment, Findings
+from moepp.statistics.claims import Claim
+from moepp.statistics.seeds import SIGNIFICANCE, holm
+from moepp.statistics.tables import Table
 
 TASKS = (
     "sciq", "piqa", "winogrande", "arc_easy", "arc_challenge", "hellaswag", "logiqa", "boolq", "lambada_openai",
@@ -42,7 +44,7 @@ METRICS = ("acc", "acc_norm", "exact_match")
 MARGIN = 2.0  # points within which a score counts as the paper's
 
 
-def measure(context: StudyContext) -> StudyReport:
+def measure(context: Context) -> Findings:
     weights = context.path("weights")
     if weights is None:
         raise UsageError("table4 scores the released checkpoint: give its folder, `reproduce table4 weights=DIR`")
@@ -67,7 +69,7 @@ def measure(context: StudyContext) -> StudyReport:
     caption = "The checkpoint's scores, measured here. The mean is of acc, and of exact match for NQ."
     setup = {"weights": str(weights), "margin": MARGIN, "tasks": [result.about.asked for result in results]}
     setup["checkpoint"] = results[0].about.checkpoint
-    return StudyReport((Table("scores", caption, columns, (*rows, *averages)),), claims=_claims(results), setup=setup)
+    return Findings((Table("scores", caption, columns, (*rows, *averages)),), claims=_claims(results), setup=setup)
 
 
 def _row(result) -> tuple:
@@ -88,7 +90,7 @@ def _claims(results) -> tuple[Claim, ...]:
     tests = []
     for result, _, right in found:
         printed, n = PAPER[result.about.task], len(result.examples)
-        tests.append(share_tests(right, n, (printed - MARGIN) / 100, (printed + MARGIN) / 100))
+        tests.append(_tests(right, n, (printed - MARGIN) / 100, (printed + MARGIN) / 100))
     within, beyond = (holm(p) for p in zip(*tests, strict=True)) if tests else ((), ())
     return tuple(_claim(*each, *p) for each, *p in zip(found, within, beyond, strict=True))
 
@@ -104,9 +106,28 @@ def _closest(result) -> tuple[str, int]:
     return min(right.items(), key=lambda item: abs(item[1] / n - printed))
 
 
+def _exact(right: int, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share of which `right` out of `n` examples are counted (Clopper and Pearson)."""
+    from scipy.stats import binomtest
+
+    return binomtest(right, n).proportion_ci()
+
+
+def _tests(right: int, n: int, low: float, high: float) -> tuple[float, float]:
+    """p of two exact tests of a share: that it does not lie within (low, high), refuted by an equivalence test (two
+    one-sided tests); and that it does, refuted beyond the nearer bound.
+    """
+    from scipy.stats import binomtest
+
+    least, most = max(0.0, low), min(1.0, high)
+    above, below = ([float(binomtest(right, n, bound, side).pvalue) for bound in (least, most)]
+                    for side in ("greater", "less"))  # fmt: skip
+    return max(above[0], below[1]), min(below[0], above[1])
+
+
 def _claim(result, metric: str, right: int, p_within: float, p_beyond: float) -> Claim:
     printed, n = PAPER[result.about.task], len(result.examples)
-    low, high = (100 * bound - printed for bound in share_interval(right, n))
+    low, high = (100 * bound - printed for bound in _exact(right, n))
     verdict, p = "undecided", min(p_within, p_beyond)
     if low > -MARGIN and high < MARGIN and p_within < SIGNIFICANCE:
         verdict, p = "holds", p_within
@@ -117,7 +138,7 @@ def _claim(result, metric: str, right: int, p_within: float, p_beyond: float) ->
     return Claim(statement, verdict, effect, low, high, "points", p, f"{printed}", f"{n} examples")
 
 
-STUDY = Study(
+EXPERIMENT = Experiment(
     name="table4",
     title="The released checkpoint on the paper's tasks",
     question="Does the released checkpoint score what the paper reports?",

@@ -83,14 +83,20 @@ def _parser() -> argparse.ArgumentParser:
             "--scale", default="laptop", help="smoke, laptop, gpu or paper, as the sweep file defines them"
         )
 
+    def add_what(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "experiment", nargs="?", help="an experiment, a sweep, the path of a sweep file, or a folder of its records"
+        )
+        sub.add_argument("--out", type=Path, metavar="DIR", help="write DIR/<name>/<scale>/; else beside the records")
+
     def add_tasks(sub: argparse.ArgumentParser, default: str | None) -> None:
         sub.add_argument("--tasks", default=default, help="`paper`: the paper's eleven; or names, as sciq,piqa,boolq:0")
         sub.add_argument("--tasks-dir", metavar="DIR", help="local task data, <task>.jsonl[.gz]; else the hub's")
         sub.add_argument("--limit", type=int, help="examples of each task at most, in all of its parts")
 
     reproduce = add("reproduce", _reproduce, "make a table or figure of the paper and print ours beside it")
-    reproduce.add_argument("experiment", nargs="?", help="a file of experiments/, such as table5")
-    reproduce.add_argument("--list", action="store_true", help="list the experiments")
+    add_what(reproduce)
+    reproduce.add_argument("--list", action="store_true", help="list the experiments and the sweeps")
     reproduce.add_argument("--workers", type=int, default=0, help="trials at a time; 0: one per core, one per GPU")
     reproduce.add_argument("--seeds", action=_Seeds, nargs="+", help="instead of the sweep file's")
     add_tasks(reproduce, default=None)
@@ -107,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     add_overrides(sweep)
 
     report = add("report", _report, "rebuild a report from the run records, without training")
-    report.add_argument("experiment", nargs="?", help="a file of experiments/, such as table5")
+    add_what(report)
     report.add_argument("--all", action="store_true", help="write results/index.html, all reports on one page")
     report.add_argument("--runs", default="runs", help="folder of the run records")
     add_scale(report)
@@ -215,10 +221,10 @@ def _trial(options: argparse.Namespace) -> None:
 
 
 def _fork_server(options: argparse.Namespace) -> None:
-    from moepp.sweeps.fork_server import serve
+    from moepp.sweeps.fork_server import serve_forks
     from moepp.sweeps.trial import run_trial
 
-    if config := serve():
+    if config := serve_forks():
         run_trial(config)
 
 
@@ -240,7 +246,8 @@ def _reproduce(options: argparse.Namespace) -> None:
         return
     given = {"tasks": options.tasks, "tasks_dir": options.tasks_dir, "limit": options.limit}
     flags = {name: str(value) for name, value in given.items() if value is not None}
-    reproduce(options.experiment, options.scale, options.workers, options.overrides, options.seeds, flags)
+    arguments = options.workers, options.overrides, options.seeds
+    reproduce(options.experiment, options.scale, *arguments, flags, options.out)
 
 
 def _sweep(options: argparse.Namespace) -> None:
@@ -252,7 +259,10 @@ def _sweep(options: argparse.Namespace) -> None:
             raise UsageError(f"--minutes belongs to `sweep run`, not to `sweep {options.action}`")
         call = replace(call, minutes=options.minutes)
     if options.action == "run":
-        commands.run(call, launcher)
+        if directory := commands.run(call, launcher):
+            from moepp.reports.reproduce import report_sweep
+
+            report_sweep(call.sweep, directory)
     else:
         getattr(commands, options.action)(call)
 
@@ -273,8 +283,8 @@ def _report(options: argparse.Namespace) -> None:
         print(f"open {page()} in a browser")
         return
     if options.experiment is None:
-        raise UsageError("name an experiment (`python run.py reproduce --list`), or give --all")
-    report(options.experiment, options.scale, options.runs)
+        raise UsageError("name an experiment or a sweep (`python run.py reproduce --list`), or give --all")
+    report(options.experiment, options.scale, options.runs, options.out)
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -324,7 +334,7 @@ def _bench(options: argparse.Namespace) -> None:
 
 def _ui(options: argparse.Namespace) -> None:
     from moepp.config import compose
-    from moepp.sweeps.spec import load_sweep
+    from moepp.sweeps.spec import read_sweep
     from moepp.tracking.mlflow_store import serve
     from moepp.training.settings import RunConfig
 
@@ -332,7 +342,7 @@ def _ui(options: argparse.Namespace) -> None:
         options.overrides.insert(0, options.sweep)
         options.sweep = None
     config = compose(RunConfig, options.overrides)
-    sweep = load_sweep(options.sweep).folder(options.scale, options.overrides) if options.sweep else None
+    sweep = read_sweep(options.sweep).folder(options.scale, options.overrides) if options.sweep else None
     serve(config.tracking, config.runs, options.port, sweep)
 
 

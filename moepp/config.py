@@ -2,14 +2,15 @@
 
 A folder in conf/ is a group and each YAML file in it a fragment: `size=tiny` merges conf/size/tiny.yaml at the root.
 Groups merge in the order base.yaml lists them under `fragments`, so a later group refines an earlier one whatever the
-order on the command line. A fragment may choose fragments of other groups, for when the command line does not.
+order on the command line. A fragment may choose fragments of other groups, for when the command line does not. A
+fragment of the same name below ./conf comes before the shipped one; base.yaml is always the shipped one.
 """
 
 import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, field, make_dataclass
+from dataclasses import asdict, field, fields, is_dataclass, make_dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,10 +19,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from moepp import plugins
 from moepp.errors import UsageError
 from moepp.records import write_text
+from moepp.shipped import CONF, first_file, names, overlaid
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
 Schema = TypeVar("Schema")
 
 
@@ -33,6 +35,8 @@ def compose(schema: type[Schema], arguments: Iterable[str | Mapping[str, Any]], 
     the dataclasses refuse.
     """
     base = _load(conf / "base.yaml")
+    folders = overlaid(conf)
+    groups = {group.name for folder in folders for group in folder.iterdir() if group.is_dir()}
     defaults, chosen, overrides = dict(base.pop("fragments", {})), {}, []
     for argument in arguments:
         if isinstance(argument, Mapping):
@@ -41,14 +45,12 @@ def compose(schema: type[Schema], arguments: Iterable[str | Mapping[str, Any]], 
         key, equals, value = argument.partition("=")
         if not equals or not key:
             raise UsageError(f"'{argument}' is not an override; write key=value, for example model.top_k=2")
-        if (conf / key).is_dir():
+        if key in groups:
             chosen[key] = value
         else:
             overrides.append(_dotted(argument))
-    fragments = _fragments(conf, defaults, chosen)
-    layers = [OmegaConf.create(base), *fragments, *overrides]
-    groups = [folder.name for folder in conf.iterdir() if folder.is_dir()]
-    return _join(schema, layers, groups)
+    fragments = _fragments(folders, defaults, chosen)
+    return _join(schema, [OmegaConf.create(base), *fragments, *overrides], groups)
 
 
 def compose_kind(group: str, kinds: Mapping[str, type], arguments: Iterable[str], conf: Path = CONF) -> Any:
@@ -64,10 +66,10 @@ def compose_kind(group: str, kinds: Mapping[str, type], arguments: Iterable[str]
             name = value
         else:
             overrides.append(_dotted(argument))
-    values = _fragment(conf, group, name).get(group, {})
+    values = _fragment(overlaid(conf), group, name).get(group, {})
     kind = values.pop("kind", None)
     if kind not in kinds:
-        raise UsageError(f"{conf / group / name}.yaml: {group}.kind={kind}; choose from {', '.join(kinds)}")
+        raise UsageError(f"{group}={name}: {group}.kind={kind}; choose from {', '.join(kinds)}")
     schema = make_dataclass(group, [(group, kinds[kind], field(default_factory=kinds[kind]))])
     layers = [OmegaConf.create({group: values} if values else {}), *overrides]
     return getattr(_join(schema, layers), group)
@@ -77,13 +79,14 @@ def load(schema: type[Schema], path: Path) -> Schema:
     """The config that `save` froze. Raises UsageError in one line that begins with the path."""
     layer = _load(path)
     try:
-        return _join(schema, [layer])
+        return _join(schema, [layer], folder=path.parent)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
 
 
 def save(config: Any, path: Path) -> None:
-    """Writes the resolved config as YAML."""
+    """Writes the resolved config as YAML, and its plugins' sources beside it."""
+    plugins.keep(getattr(config, "plugins", ()), path.parent)
     write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True))
 
 
@@ -95,15 +98,45 @@ def flatten(config: Any) -> dict[str, Any]:
 def identity(config: Any, ignore: Iterable[str]) -> str:
     """12 hex digits of everything that can change the result; `ignore` lists dotted keys or prefixes that cannot.
 
-    An empty mapping says nothing: a schema may gain one without giving every run another identity.
+    What equals the schema's default is left out, so that a new key gives no finished run another identity. A default
+    that changes does: `differences` tells such a run from the one that is asked for now.
     """
     ignored = tuple(ignore)
-    kept = {
-        key: value
-        for key, value in flatten(config).items()
-        if value != {} and not any(key == i or key.startswith(i + ".") for i in ignored)
-    }
+    kept = {key: value for key, value in _chosen(config, type(config)()) if not _lies_in(key, ignored)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _chosen(value: Any, default: Any, key: str = "") -> Iterable[tuple[str, Any]]:
+    """(dotted key, value) of what differs from the default; a mapping counts as a whole."""
+    if is_dataclass(value) and type(value) is type(default):
+        for part in fields(value):
+            inside = f"{key}.{part.name}" if key else part.name
+            yield from _chosen(getattr(value, part.name), getattr(default, part.name), inside)
+    elif value != default:
+        yield key, _shortened(value)
+
+
+def _shortened(value: Any) -> Any:
+    """Plain data that says of a dataclass, such as one source of a mixture, only what differs from its defaults."""
+    if isinstance(value, Mapping):
+        return {name: _shortened(item) for name, item in value.items()}
+    return dict(_chosen(value, type(value)())) if is_dataclass(value) else value
+
+
+def differences(saved: Mapping[str, Any], config: Any, ignore: Iterable[str]) -> dict[str, tuple[Any, Any]]:
+    """{dotted key: (saved, now)} of every value that a saved config and this one do not share, beside what `ignore`
+    lists. A key that the saved one lacks has its default there; one that the schema has lost counts for nothing.
+    """
+    ignored, defaults = tuple(ignore), flatten(type(config)())
+    now, before = flatten(config), defaults | dict(leaves(saved))
+    open_ended = tuple(key for key, value in defaults.items() if isinstance(value, Mapping))
+    keys = [key for key in before | now if key in now or _lies_in(key, open_ended)]
+    pairs = {key: (before.get(key), now.get(key)) for key in keys if not _lies_in(key, ignored)}
+    return {key: (old, new) for key, (old, new) in pairs.items() if old != new and {} not in (old, new)}
+
+
+def _lies_in(key: str, groups: Iterable[str]) -> bool:
+    return any(key == group or key.startswith(f"{group}.") for group in groups)
 
 
 def _load(path: Path) -> DictConfig:
@@ -118,18 +151,18 @@ def _load(path: Path) -> DictConfig:
     return loaded
 
 
-def _fragments(conf: Path, defaults: Mapping[str, str], chosen: Mapping[str, str]) -> list[DictConfig]:
+def _fragments(folders: Sequence[Path], defaults: Mapping[str, str], chosen: Mapping[str, str]) -> list[DictConfig]:
     """The fragments in merge order. A chosen one may itself list `fragments` for groups that were not chosen."""
-    loaded = {group: _fragment(conf, group, name) for group, name in chosen.items()}
+    loaded = {group: _fragment(folders, group, name) for group, name in chosen.items()}
     implied = {group: name for layer in loaded.values() for group, name in layer.pop("fragments", {}).items()}
-    names = {**defaults, **implied, **chosen}
-    return [loaded[group] if group in loaded else _fragment(conf, group, name) for group, name in names.items()]
+    wanted = {**defaults, **implied, **chosen}
+    return [loaded[group] if group in loaded else _fragment(folders, group, name) for group, name in wanted.items()]
 
 
-def _fragment(conf: Path, group: str, name: str) -> DictConfig:
-    path = conf / group / f"{name}.yaml"
-    if not path.is_file():
-        known = sorted(p.stem for p in (conf / group).glob("*.yaml"))
+def _fragment(folders: Sequence[Path], group: str, name: str) -> DictConfig:
+    path = first_file(folders, f"{group}/{name}.yaml")
+    if path is None:
+        known = names(folder / group for folder in folders)
         raise UsageError(f"{group}={name}: no such fragment; choose from {', '.join(known)}{_nearest(name, known)}")
     return _load(path)
 
@@ -141,14 +174,19 @@ def _dotted(argument: str) -> DictConfig:
         raise UsageError(f"cannot read '{argument}': {' '.join(str(error).split())}") from None
 
 
-def _join(schema: type[Schema], layers: Sequence[DictConfig], groups: Iterable[str] = ()) -> Schema:
+def _join(
+    schema: type[Schema], layers: Sequence[DictConfig], groups: Iterable[str] = (), folder: Path | None = None
+) -> Schema:
     """Merges the layers over the schema's defaults; `groups` are names that a misspelt key may have meant."""
     known, defaults = _defaults(schema)
     try:
         for layer in layers:
             _refuse_unknown_keys(layer, known, groups)
         # Each merge copies its first argument, and a typed config costs twenty times what an untyped one does.
-        return OmegaConf.to_object(OmegaConf.merge(defaults, OmegaConf.merge(*layers)))
+        merged = OmegaConf.merge(defaults, OmegaConf.merge(*layers))
+        if "plugin_sources" in known:  # before the names that they register are checked
+            plugins.load(merged.plugins, merged.plugin_sources, folder)
+        return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise UsageError(f"{getattr(error, 'full_key', None) or 'config'}: {str(error).splitlines()[0]}") from None
     except ValueError as error:  # raised by a dataclass that refuses its values

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from moepp.config import CONF
 from moepp.errors import RunError, reason
+from moepp.shipped import PACKAGE
 
 # A kill, and what Slurm sends to every process of a job before it takes the machine back (--signal=USR1 or USR2).
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -41,8 +41,8 @@ def stop_requests() -> Iterator[threading.Event]:
 
 
 def python_path() -> str:
-    """PYTHONPATH with which the checkout is importable even when the command was given from another folder."""
-    return os.pathsep.join(filter(None, [str(CONF.parent), os.environ.get("PYTHONPATH")]))
+    """PYTHONPATH with which moepp is importable even when the command was given from another folder."""
+    return os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
 
 
 def start(

@@ -2,7 +2,8 @@
 
     config.yaml       the resolved config                 budget.json      parameters, FLOPs, tokens
     provenance.json   commit, versions, hardware, data    metrics.jsonl    one JSON object per logged step
-    tables/           per-layer, per-expert tables        checkpoints/     what a second call resumes from
+    tokenizer.json    what turns its text into ids        checkpoints/     what a second call resumes from
+    tables/           per-layer, per-expert tables
     evaluation/       scores on downstream tasks, one file each
     mlflow.json       the MLflow run, once mirrored       log.txt          what a child process printed
     done              the run reached its last step and its final evaluation
@@ -13,7 +14,8 @@
     leases/           which worker of a sweep may start that process
     attempt.json      the checkpoint that its latest attempt began from, and how many workers have died since
 
-A run is finished when `done` exists: an exit code or a tracker's status proves nothing.
+A run is finished when `done` exists and its metrics are whole: an exit code or a tracker's status proves nothing.
+It is enough by itself: it generates, is scored and reported on a machine that has neither its text nor its tokens.
 """
 
 import fcntl
@@ -21,6 +23,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +34,7 @@ from typing import Any
 from moepp.errors import RunError
 from moepp.locks import locked
 
+TOKENIZER = "tokenizer.json"
 SECONDS_FOR_A_LOOK = 0.5  # `RunRecord.held` takes the lock for an instant, and must not turn away who comes to train
 _here: set[Path] = set()  # records whose lock this process has
 _guard = threading.Lock()
@@ -66,6 +70,16 @@ def fsync(path: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def link_or_copy(source: Path | str, target: Path | str) -> None:
+    """`target` appears whole. For files that are never written again: one copy on the disk where it can be linked."""
+    try:
+        os.link(source, target)
+    except OSError:
+        temporary = Path(target).with_name(f".{Path(target).name}.{secrets.token_hex(4)}")
+        shutil.copy2(source, temporary)
+        os.replace(temporary, target)
 
 
 def digest_of(*files: Path) -> str:
@@ -123,14 +137,30 @@ class RunRecord:
 
     @property
     def status(self) -> str:
-        """`done`, `pruned`, `failed`, `started` (has metrics or checkpoints, may be running) or `waiting`."""
+        """`done`, `damaged` (done, but its metrics are not whole), `pruned`, `failed`, `started` (has metrics or
+        checkpoints, may be running) or `waiting`.
+        """
         if (self.path / "done").exists():
-            return "done"
+            return "damaged" if self.damage else "done"
         if (self.path / "pruned.json").exists():
             return "pruned"
         if (self.path / "failed.json").exists():
             return "failed"
         return "started" if (self.path / "metrics.jsonl").exists() else "waiting"
+
+    @property
+    def damage(self) -> str:
+        """What is wrong with a finished run's metrics; empty where they are whole: lines that end, no hole among them,
+        final ones too. A line that says something else is found when it is read.
+        """
+        path = self.path / "metrics.jsonl"
+        try:
+            text = path.read_bytes()
+        except OSError as error:
+            return f"{path} cannot be read ({error.strerror}); restore it, or remove {self.path} to train it again"
+        if text.endswith(b"\n") and b"\0" not in text and b'"final/' in text:
+            return ""
+        return f"{path} is cut off or has holes; restore it, or remove {self.path} to train it again"
 
     @property
     def checkpoints(self) -> Path:

@@ -166,4 +166,4 @@ def test_generate_continues_a_prompt(capsys, tmp_path):
     assert code == 0 and first.startswith("the union")
     assert cli(capsys, "generate", run, "--prompt", "the union", "--tokens", "5", "--temperature", "0")[1] == first
     code, _, err = cli(capsys, "generate", str(tmp_path / "runs"))
-    assert code == 2 and "no config file" in err
+    assert code == 2 and "is no run" in err

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moepp.errors import RunError
-from moepp.records import MetricsTail, RunRecord, write_text
+from moepp.records import MetricsTail, RunRecord, link_or_copy, write_text
 
 HOLDER = """
 import sys
@@ -111,6 +111,49 @@ def test_without_file_locks_a_record_is_worked_in_and_nobody_knows(record, monke
     assert record.held is None
     with record.lock():
         assert record.held is True
+
+
+DAMAGE = {
+    "cut": lambda text: text[:-5],
+    "cut at a line's end": lambda text: text[: text.index(b"\n") + 1],
+    "empty": lambda text: b"",
+    "NUL": lambda text: bytes(len(text)),
+    "a hole": lambda text: bytes(8) + text[8:],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_finished_run_whose_metrics_are_not_whole_is_damaged(record, damage):
+    record.log(1, {"train/loss": 0.5})
+    record.log(1, {"final/val_loss": 0.5})
+    record.finish()
+    assert record.status == "done" and record.damage == ""
+    path = record.path / "metrics.jsonl"
+    path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    assert record.status == "damaged"
+    assert str(path) in record.damage and "restore it" in record.damage and "\n" not in record.damage
+    (record.path / "done").unlink()
+    assert record.status == "started"  # an unfinished one may well end within a line
+
+
+def test_a_finished_run_whose_metrics_are_gone_is_damaged(record):
+    record.finish()
+    assert record.status == "damaged" and "No such file" in record.damage
+
+
+def test_a_linked_file_appears_whole_and_is_copied_where_it_cannot_be_linked(record, monkeypatch):
+    source = record.path / "source"
+    source.write_text("text")
+    link_or_copy(source, record.path / "link")
+    assert (record.path / "link").samefile(source)
+
+    def refuse(*_):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    link_or_copy(source, record.path / "copy")
+    assert (record.path / "copy").read_text() == "text" and not (record.path / "copy").samefile(source)
+    assert sorted(path.name for path in record.path.iterdir()) == ["copy", "link", "source"]
 
 
 @pytest.fixture

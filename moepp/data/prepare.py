@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from moepp import register
 from moepp.data.settings import DataConfig
 from moepp.data.token_files import DTYPES, FORMAT, Header, TokenFiles
 from moepp.errors import RunError, UsageError
@@ -26,7 +27,7 @@ def token_digest(config: DataConfig) -> str:
     trained = config.tokenizer == "bpe"
     decides = {
         "format": FORMAT,
-        "corpus": corpora.fingerprint(config),
+        "corpus": corpora.corpus_of(config).fingerprint(),
         "tokenizer": config.vocab_size if trained else _tokenizer_hash(config),
         "split": [config.val_share, config.split_seed],
     }
@@ -67,6 +68,7 @@ def prepare(config: DataConfig, progress: bool = True) -> TokenFiles:
     return files
 
 
+@register.corpus("tokens")
 def _open_prepared(config: DataConfig) -> TokenFiles:
     if not isinstance(config.path, str) or not config.path:
         raise UsageError("data.corpus=tokens needs data.path: one folder of prepared tokens")
@@ -138,7 +140,7 @@ def _build(config: DataConfig, folder: Path, progress: bool, alone: bool) -> Non
             dtype=dtype,
             vocab_size=vocab_size,
             end_of_text=end_of_text(tokenizer),
-            corpus=corpora.origin(config),
+            corpus=corpora.corpus_of(config).origin(),
             train=write_split(tokenizer, train_texts, dtype, result / "train.bin"),
             val=write_split(tokenizer, val_texts, dtype, result / "val.bin", result / "val.lengths.bin"),
         )

@@ -1,7 +1,9 @@
 """What data can be told: where text comes from, how it becomes batches. Read without torch, as layers/settings.py."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any
+
+from moepp import register
 
 
 @dataclass
@@ -28,7 +30,8 @@ class SourceConfig(HubConfig):
 class DataConfig:
     """Where the text comes from, how it becomes tokens, and how tokens become batches."""
 
-    corpus: Literal["sotu", "text", "hub", "mixture", "tokens"] = "sotu"
+    corpus: str = "sotu"  # sotu, text, hub, mixture, tokens, or a registered one
+    corpus_options: dict[str, Any] = field(default_factory=dict)  # of a registered corpus
     path: str | list[str] = (
         ""  # text: files or globs, JSONL and compressed ones too; tokens: a prepared folder; mixture:
     )
@@ -51,6 +54,7 @@ class DataConfig:
     digest: str = ""  # of the tokens, once a run is frozen: a changed corpus is then refused
 
     def __post_init__(self) -> None:
+        register.corpus.check(self.corpus, self.corpus_options)
         for name in ("vocab_size", "seq_len", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name}={getattr(self, name)} must be at least 1")

@@ -10,24 +10,22 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from moepp.data.prepare import prepare
 from moepp.data.settings import DataConfig
-from moepp.data.token_files import TokenFiles
 from moepp.data.tokenizer import end_of_text, load_tokenizer
 from moepp.errors import UsageError
 from moepp.models.decoder import Decoder
 from moepp.models.official import load_official
-from moepp.models.weight_files import find_weights, read_json
-from moepp.records import digest_of
+from moepp.models.weight_files import find_weights, read_json_object
+from moepp.records import TOKENIZER, digest_of
 from moepp.training.initial import checkpoint_file
+from moepp.training.loading import load_run
 from moepp.training.throughput import autocast_of
-from moepp.training.weights import load_decoder
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """`context` is the longest input in tokens: what the model was trained on. `prefix` is the token before a text that
-    has nothing before it. `data` and `tokens` are a run's own.
+    has nothing before it. `data` is a run's own.
     """
 
     model: Decoder
@@ -37,7 +35,6 @@ class Checkpoint:
     tokenizer: Tokenizer | None  # in a text, the name of a special token is text
     autocast: Callable[[], AbstractContextManager]
     data: DataConfig | None = None
-    tokens: TokenFiles | None = None
 
     @property
     def device(self) -> torch.device:
@@ -84,24 +81,22 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def _run(path: Path, device: torch.device, dtype: torch.dtype | None) -> Checkpoint:
-    model, config = load_decoder(path)
-    tokens = prepare(config.data, progress=False)
-    file = tokens.path / "tokenizer.json"
+    run = load_run(path)
+    file, end, data = run.path / TOKENIZER, run.end_of_text, run.config.data
     tokenizer = _tokenizer(file, digest_of(file)) if file.is_file() else None
-    autocast = autocast_of(config, device) if dtype is None else nullcontext
-    end, context = tokens.header.end_of_text, config.data.seq_len
-    return Checkpoint(model.to(device, dtype), end, end, context, tokenizer, autocast, config.data, tokens)
+    autocast = autocast_of(run.config, device) if dtype is None else nullcontext
+    return Checkpoint(run.model.to(device, dtype), end, end, data.seq_len, tokenizer, autocast, data)
 
 
 def _official(path: Path, device: torch.device, dtype: torch.dtype | None) -> Checkpoint:
-    if not (path / "tokenizer.json").is_file():
+    file = path / TOKENIZER
+    if not file.is_file():
         raise UsageError(
-            f"{path} has no tokenizer.json; save one there with transformers:"
+            f"{path} has no {TOKENIZER}; save one there with transformers:"
             " AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
-    file = path / "tokenizer.json"
     tokenizer = _tokenizer(file, digest_of(file))  # before the weights, which may take minutes
-    keys, end = read_json(path / "config.json"), end_of_text(tokenizer)
+    keys, end = read_json_object(path / "config.json"), end_of_text(tokenizer)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     model = load_official(path, dtype, device, attention="fused").eval()
     prefix, context = keys.get("bos_token_id", end), keys.get("max_position_embeddings", 2048)

@@ -12,17 +12,17 @@ from moepp.errors import UsageError
 from moepp.evaluation.results import GOLD, TaskResult, means
 from moepp.evaluation.tasks import TaskRequest, parse_tasks
 from moepp.records import RunRecord, read_json
-from moepp.reports.tables import aligned, number
+from moepp.statistics.tables import Table, as_lines, number
 
 BATCH_TOKENS = 4096  # padded, of one batch
 
 
 def evaluate_checkpoint(source: Path, tasks: str, folder: Path | None, limit: int | None, batch_tokens: int) -> str:
     """The table of a checkpoint's scores; those of a finished run are sent to MLflow too."""
-    from moepp.evaluation.keeping import Kept
+    from moepp.evaluation.score_store import ScoreStore
 
     results = list(scored(source, tasks, folder, limit, batch_tokens))
-    run = Kept.of(source).run
+    run = ScoreStore.of(source).run
     if run is not None:
         _mirror(run.path.parent)
     return "\n".join(describe(results))
@@ -41,17 +41,17 @@ def scored(
         raise UsageError(f"--batch-tokens {batch_tokens} must be at least 1")
     from moepp.evaluation.evaluate import about, evaluate_task
     from moepp.evaluation.harness import MoEPlusPlus
-    from moepp.evaluation.keeping import Kept
+    from moepp.evaluation.score_store import ScoreStore
     from moepp.evaluation.tasks import load_task
 
-    kept, model = Kept.of(source), None
+    store, model = ScoreStore.of(source), None
     for request in requests:
         task = load_task(request, folder, limit)
-        result = kept.find(about(task, kept.checkpoint))
+        result = store.find(about(task, store.checkpoint))
         if result is None:
             model = model or MoEPlusPlus(source, batch_tokens=batch_tokens, progress=_terminal())
-            result = evaluate_task(model, task, kept.checkpoint)
-            kept.keep(result)
+            result = evaluate_task(model, task, store.checkpoint)
+            store.keep(result)
         yield result
 
 
@@ -69,17 +69,18 @@ def evaluate_sweep(directory: Path, tasks: str, folder: Path | None, limit: int 
 
 def describe(results: Sequence[TaskResult]) -> list[str]:
     """A row per task, the means, and what to know about them."""
-    rows = [["task", "shots", "n", "accuracy", "±", "acc_norm", "±", "gold bits/byte", "±", "cut"]]
+    columns = ("task", "shots", "n", "accuracy", "±", "acc_norm", "±", "gold bits/byte", "±", "cut")
+    rows = []
     for result in results:
         scores = result.scores()
         row = [result.about.task, str(result.about.shots), str(len(result.examples))]
         for name in (result.accuracy_metric, "acc_norm", GOLD):
             score = scores.get(name)
             row += [number(score and score.value), number(score and score.error)]
-        rows.append([*row, f"{result.about.cut:.0%}"])
+        rows.append((*row, f"{result.about.cut:.0%}"))
     found = "; ".join(f"{name} {value:.4f}" for name, value in means(results).items())
     return [
-        *aligned(rows),
+        *as_lines(Table("", "", columns, tuple(rows))),
         f"means over {len(results)} tasks: {found}",
         f"±: one standard error; cut: prompts longer than the context of {results[0].about.context} tokens, which keep"
         " their end",
@@ -89,7 +90,7 @@ def describe(results: Sequence[TaskResult]) -> list[str]:
 def check_request(tasks: str, folder: Path | None, limit: int | None) -> list[TaskRequest]:
     """What is asked for. Raises UsageError for what can be seen to be impossible before a model is loaded."""
     if find_spec("lm_eval") is None:
-        raise UsageError("evaluation needs lm-evaluation-harness: pip install 'moepp[eval]'")
+        raise UsageError("evaluation needs lm-evaluation-harness: pip install lm-eval")
     if folder is not None and not folder.is_dir():
         raise UsageError(f"--tasks-dir {folder} is no folder")
     if limit is not None and limit < 1:

@@ -14,7 +14,7 @@ import torch
 from moepp.errors import RunError
 from moepp.evaluation.evaluate import about, evaluate_task
 from moepp.evaluation.harness import MoEPlusPlus
-from moepp.evaluation.keeping import Kept
+from moepp.evaluation.score_store import ScoreStore
 from moepp.evaluation.tasks import LoadedTask, TaskRequest, load_task
 from moepp.process import die_with
 
@@ -56,15 +56,15 @@ def _begin(parent: int, threads: int) -> None:
 
 
 def _missing(run: Path, asked: Asked) -> list[LoadedTask]:
-    kept = Kept.of(run)
-    return [task for task in _load(asked) if kept.find(about(task, kept.checkpoint)) is None]
+    store = ScoreStore.of(run)
+    return [task for task in _load(asked) if store.find(about(task, store.checkpoint)) is None]
 
 
 def _score(run: Path, asked: Asked) -> Path:
-    kept, missing = Kept.of(run), _missing(run, asked)
+    store, missing = ScoreStore.of(run), _missing(run, asked)
     model = MoEPlusPlus(run) if missing else None
     for task in missing:
-        kept.keep(evaluate_task(model, task, kept.checkpoint))
+        store.keep(evaluate_task(model, task, store.checkpoint))
     return run
 
 

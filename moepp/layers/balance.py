@@ -8,7 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-from moepp.layers.settings import BalanceConfig, ExpertCounts
+from . import registry
+from .settings import BalanceConfig, ExpertCounts
 
 
 def load_targets(counts: ExpertCounts, tau: float) -> Tensor:
@@ -29,31 +30,45 @@ def selection_counts(expert_TK: Tensor, experts: int) -> Tensor:
 def load_balance_loss(
     probs_TN: Tensor, count_N: Tensor, tokens: int, counts: ExpertCounts, config: BalanceConfig
 ) -> Tensor:
-    """One layer's sum_i eta_i f_i P_i (Eq. 7), times N in all forms but the `paper`'s. Not yet multiplied by beta.
+    """One layer's loss in the config's form, not yet multiplied by beta.
 
-    f_i = count_i / tokens carries no gradient; P_i is the mean probability. eta is 1 for FFN experts and tau for the
-    others. `null_averaged` (AdaMoE, arXiv 2406.13233) gives every zero-computation expert the mean f of all of them.
-    `grouped` sees two groups only.
+    A form sees each expert's mean probability P_i, and f_i = count_i / tokens, which carries no gradient.
     """
     share_N = count_N.to(probs_TN.dtype) / tokens
-    if config.form == "grouped":
-        return group_loss(probs_TN.mean(0), share_N, counts, config.expected_ffn)
-    if config.form == "null_averaged":
-        share_N[counts.ffn :] = share_N[counts.ffn :].mean()
-    eta_N = torch.ones_like(probs_TN[0])
+    form = registry.balance[config.form]
+    return form(probs_TN.mean(0), share_N, counts, config, **config.options)
+
+
+@registry.balance("paper")
+def weighted_loss(mean_probs_N: Tensor, share_N: Tensor, counts: ExpertCounts, config: BalanceConfig) -> Tensor:
+    """sum_i eta_i f_i P_i (Eq. 7); eta is 1 for FFN experts and tau for the others."""
+    eta_N = torch.ones_like(mean_probs_N)
     eta_N[counts.ffn :] = config.tau
-    loss = (eta_N * share_N * probs_TN.mean(0)).sum()
-    return loss if config.form == "paper" else loss * counts.total
+    return (eta_N * share_N * mean_probs_N).sum()
 
 
-def group_loss(mean_probs_N: Tensor, share_N: Tensor, counts: ExpertCounts, expected_ffn: float) -> Tensor:
+@registry.balance("switch")
+def scaled_loss(mean_probs_N: Tensor, share_N: Tensor, counts: ExpertCounts, config: BalanceConfig) -> Tensor:
+    """Eq. 7 times N."""
+    return weighted_loss(mean_probs_N, share_N, counts, config) * counts.total
+
+
+@registry.balance("null_averaged")
+def null_averaged_loss(mean_probs_N: Tensor, share_N: Tensor, counts: ExpertCounts, config: BalanceConfig) -> Tensor:
+    """Every zero-computation expert has the mean f of all of them (AdaMoE, arXiv 2406.13233); times N."""
+    share_N[counts.ffn :] = share_N[counts.ffn :].mean()
+    return scaled_loss(mean_probs_N, share_N, counts, config)
+
+
+@registry.balance("grouped")
+def group_loss(mean_probs_N: Tensor, share_N: Tensor, counts: ExpertCounts, config: BalanceConfig) -> Tensor:
     """LongCat-Flash's device loss with one device (arXiv 2509.01322): f_1 P_1 + f_2 P_2 for the FFN experts and the
     zero-computation experts, each f a group's slots over those it should get, K_e T and (K - K_e) T.
     """
     ffn_share, other_share = share_N[: counts.ffn].sum(), share_N[counts.ffn :].sum()
-    expected_other = ffn_share + other_share - expected_ffn
+    expected_other = ffn_share + other_share - config.expected_ffn
     ffn_probs, other_probs = mean_probs_N[: counts.ffn].sum(), mean_probs_N[counts.ffn :].sum()
-    return ffn_share / expected_ffn * ffn_probs + other_share / expected_other * other_probs
+    return ffn_share / config.expected_ffn * ffn_probs + other_share / expected_other * other_probs
 
 
 def router_losses(logits_TN: Tensor, probs_TN: Tensor, config: BalanceConfig) -> Tensor:

@@ -1,16 +1,20 @@
 """Control of the router beside the gradient: selection biases and an adaptive loss weight.
 
 State lives in buffers, so that checkpoints carry it. `step` is called once per optimizer step with the counts of all
-its micro-batches and devices. Shape suffixes: N all experts.
+its micro-batches and devices. Of a control's buffers the layer reads `bias_N`, which counts in the top-k choice, and
+`multiplier`, which the balance loss is multiplied by. Shape suffixes: N all experts.
 """
 
 import torch
 from torch import Tensor, nn
 
-from moepp.layers.balance import load_targets
-from moepp.layers.settings import BalanceConfig, ExpertCounts
+from . import registry
+from .balance import load_targets
+from .settings import BalanceConfig, ExpertCounts
 
 
+@registry.control("loss_free")
+@registry.control("longcat")
 class SelectionBias(nn.Module):
     """A bias per expert that counts in the top-k choice only.
 
@@ -26,6 +30,10 @@ class SelectionBias(nn.Module):
         self.register_buffer("bias_N", torch.zeros(counts.total))
         self.register_buffer("rate", torch.tensor(config.control_rate))
 
+    def reset_parameters(self) -> None:
+        self.bias_N.zero_()
+        self.rate.fill_(self.config.control_rate)
+
     def step(self, chosen_N: Tensor, tokens: int) -> None:
         load_N = chosen_N / chosen_N.sum()
         if self.config.control == "loss_free":
@@ -38,6 +46,7 @@ class SelectionBias(nn.Module):
         self.rate *= self.config.control_decay
 
 
+@registry.control("remoe")
 class SparsityControl(nn.Module):
     """ReMoE's multiplier on the loss (arXiv 2412.14711): times 1 + rate where a token has more than `expected_ffn`
     active FFN experts on average, divided by it where fewer.
@@ -48,12 +57,15 @@ class SparsityControl(nn.Module):
         self.config, self.counts = config, counts
         self.register_buffer("multiplier", torch.ones(()))
 
+    def reset_parameters(self) -> None:
+        self.multiplier.fill_(1)
+
     def step(self, chosen_N: Tensor, tokens: int) -> None:
         excess = chosen_N[: self.counts.ffn].sum() / tokens - self.config.expected_ffn
         self.multiplier *= (1 + self.config.control_rate) ** excess.sign()
 
 
-def build_control(config: BalanceConfig, counts: ExpertCounts) -> SelectionBias | SparsityControl | None:
+def build_control(config: BalanceConfig, counts: ExpertCounts) -> nn.Module | None:
     if config.control is None:
         return None
-    return SparsityControl(config, counts) if config.control == "remoe" else SelectionBias(config, counts)
+    return registry.control[config.control](config, counts, **config.control_options)

@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .initial import draw
+
 
 class DenseFFN(nn.Module):
     """w_out (silu(gate) * up), where w_in x = [gate, up]. Of width n * hidden it is the sum of n ungated experts."""
@@ -11,6 +13,10 @@ class DenseFFN(nn.Module):
         super().__init__()
         self.w_in = nn.Linear(dim, 2 * hidden, bias=False)
         self.w_out = nn.Linear(hidden, dim, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        draw(self)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w_in(x).chunk(2, -1)

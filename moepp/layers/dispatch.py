@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moepp.layers.kernels import grouped, sorted_rows, triton_experts
-from moepp.layers.kernels.base import RoutedTokens
-from moepp.layers.settings import Backend
+from .kernels import grouped, sorted_rows, triton_experts
+from .kernels.base import RoutedTokens
+from .settings import Backend
 
 Kernel = Callable[[Tensor, Tensor, RoutedTokens], Tensor]
 BACKENDS: dict[str, Kernel] = {

@@ -1,17 +1,24 @@
-"""The two kinds of experts: FFN experts that cost a matrix product, and zero-computation experts that cost next to
+"""FFN experts, which cost a matrix product, and the other types of experts; the zero-computation ones cost next to
 nothing.
 
-Shape suffixes: T tokens, K top-k, R rows handed to FFN experts, D model width, F hidden width, E FFN experts, C
-constant experts, Z all zero-computation experts, N all experts. Expert order is FFN, constant, copy, zero.
+A registered type is an AffineExperts, or any module that maps the rows of its tokens, `(x_RD, expert_R) -> y_RD` with
+`expert_R` counting the experts of the type. Either is built from `(config, count)`.
+Shape suffixes: T tokens, K top-k, R rows handed to experts, D model width, F hidden width, E FFN experts, C experts of
+one other type, N all experts. Expert order is FFN, constant, copy, zero, then registered types.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moepp.layers.dispatch import LocalDispatcher, SlotCounts
-from moepp.layers.kernels.base import Affine, RoutedTokens
-from moepp.layers.settings import Backend, ExpertCounts
+from . import registry
+from .dispatch import LocalDispatcher, SlotCounts
+from .initial import draw
+from .kernels.base import Affine, RoutedTokens
+from .router import Routing
+from .settings import Backend, MoEConfig
+
+Terms = tuple[Tensor | float, Tensor | None]  # of AffineExperts.terms
 
 
 class FFNExperts(nn.Module):
@@ -27,40 +34,104 @@ class FFNExperts(nn.Module):
         self.w_in = nn.Parameter(torch.empty(experts, 2 * hidden, dim))
         self.w_out = nn.Parameter(torch.empty(experts, dim, hidden))
         self.dispatcher = LocalDispatcher(backend)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        draw(self)
 
     def forward(self, tokens: RoutedTokens, counts: SlotCounts | None = None) -> Tensor:
         """Sum over k of gate * expert(x), plus what the other experts add, [T, D] in the gates' dtype."""
         return self.dispatcher(self.w_in, self.w_out, tokens, counts)
 
 
-class ZeroComputationExperts(nn.Module):
-    """Zero (Eq. 3), copy (Eq. 4) and constant (Eq. 5) experts as one affine map of the input, nothing gathered.
+class AffineExperts(nn.Module):
+    """Experts of one type whose output is a multiple of the input plus a mix of vectors, a x + b V: all types together
+    are one affine map of the input, which the FFN experts' pass adds, nothing gathered.
 
-    A constant expert j mixes its input with a learned vector: a_j1 x + a_j2 v_j, [a_j1, a_j2] = softmax(W_j x).
+    A type gives `terms`, and `vectors_CD` where it has vectors. C is the number of experts of the type.
     """
+
+    def __init__(self, config: MoEConfig, count: int):
+        super().__init__()
+        self.count = count
+
+    def reset_parameters(self) -> None:
+        draw(self)
+
+    def terms(self, x_TD: Tensor, dtype: torch.dtype) -> Terms:
+        """a and b of every token and expert, chosen or not: a [T, C], or one number for all, and b [T, C], None without
+        vectors. In `dtype`, which is the gates'.
+        """
+        raise NotImplementedError
+
+    def vectors_CD(self) -> Tensor | None:
+        """V, a vector for each expert."""
+        return None
+
+
+@registry.expert("zero")
+class ZeroExperts(AffineExperts):
+    """Nothing (Eq. 3)."""
+
+    def terms(self, x_TD: Tensor, dtype: torch.dtype) -> Terms:
+        return 0.0, None
+
+
+@registry.expert("copy")
+class CopyExperts(AffineExperts):
+    """The input (Eq. 4)."""
+
+    def terms(self, x_TD: Tensor, dtype: torch.dtype) -> Terms:
+        return 1.0, None
+
+
+@registry.expert("constant")
+class ConstantExperts(AffineExperts):
+    """The input mixed with a learned vector (Eq. 5): a_1 x + a_2 v, [a_1, a_2] = softmax(W_c x)."""
 
     no_weight_decay = ("vectors",)
 
-    def __init__(self, counts: ExpertCounts, dim: int):
-        super().__init__()
-        self.counts = counts
-        if counts.constant:
-            self.w_mix = nn.Parameter(torch.empty(2 * counts.constant, dim))  # W_c of Eq. 5, two rows per expert
-            self.vectors = nn.Parameter(torch.empty(counts.constant, dim))  # v of Eq. 5
+    def __init__(self, config: MoEConfig, count: int):
+        super().__init__(config, count)
+        self.w_mix = nn.Parameter(torch.empty(2 * count, config.dim))  # W_c, two rows per expert
+        self.vectors = nn.Parameter(torch.empty(count, config.dim))  # v
+        self.reset_parameters()
 
-    def mix(self, x_TD: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """[a_j1, a_j2] of every token and constant expert, chosen or not, [T, C, 2]; None without constant experts."""
-        if not self.counts.constant:
-            return None
-        mix_TC2 = F.linear(x_TD.to(dtype), self.w_mix.to(dtype)).unflatten(1, (self.counts.constant, 2))
-        return mix_TC2.softmax(-1)
+    def terms(self, x_TD: Tensor, dtype: torch.dtype) -> Terms:
+        mix_TC2 = F.linear(x_TD.to(dtype), self.w_mix.to(dtype)).unflatten(1, (self.count, 2)).softmax(-1)
+        return mix_TC2[..., 0], mix_TC2[..., 1]
 
-    def forward(self, gate_TZ: Tensor, mix_TC2: Tensor | None) -> Affine:
-        """`gate_TZ` holds a token's gate for every zero-computation expert, 0 where not chosen, in expert order."""
-        counts = self.counts
-        gate_TC, gate_copies, _ = gate_TZ.split([counts.constant, counts.copy, counts.zero], 1)
-        scale_T = gate_copies.sum(1)
-        if mix_TC2 is None:
-            return Affine(scale_T)
-        scale_T = scale_T + (gate_TC * mix_TC2[..., 0]).sum(1)
-        return Affine(scale_T, gate_TC * mix_TC2[..., 1], self.vectors.to(gate_TZ.dtype))
+    def vectors_CD(self) -> Tensor:
+        return self.vectors
+
+
+def module_name(kind: str) -> str:
+    """What the layer calls the experts of a type: checkpoints know the constant ones by another name."""
+    return {"constant": "zero_computation"}.get(kind, f"{kind}_experts")
+
+
+def one_affine(types: list[AffineExperts], gates: list[Tensor], terms: list[Terms]) -> Affine:
+    """All types as one map, by the gates [T, C] of each, 0 where not chosen."""
+    scale_T = gates[0].new_zeros(len(gates[0]))
+    mixes, vectors = [], []
+    for experts, gate_TC, (a, b_TC) in zip(types, gates, terms, strict=True):
+        if isinstance(a, Tensor):
+            scale_T = scale_T + (gate_TC * a).sum(1)
+        elif a:
+            scale_T = scale_T + (gate_TC.sum(1) if a == 1 else a * gate_TC.sum(1))
+        if b_TC is not None:
+            mixes.append(gate_TC * b_TC)
+            vectors.append(experts.vectors_CD().to(gate_TC.dtype))
+    return Affine(scale_T, *((_joined(mixes, 1), _joined(vectors, 0)) if mixes else ()))
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def add_rows(y_TD: Tensor, x_TD: Tensor, routing: Routing, ids: range, experts: nn.Module) -> Tensor:
+    """`y_TD` and the gated outputs of a type that is not affine, computed for the rows of its slots alone."""
+    expert_TK = routing.expert_TK
+    token_R, slot_R = ((expert_TK >= ids.start) & (expert_TK < ids.stop)).nonzero(as_tuple=True)
+    y_RD = experts(x_TD[token_R], expert_TK[token_R, slot_R] - ids.start)
+    return y_TD.index_add(0, token_R, (routing.gate_TK[token_R, slot_R, None] * y_RD).to(y_TD.dtype))

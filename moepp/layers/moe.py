@@ -1,18 +1,19 @@
-"""The MoE++ layer: router -> gates -> capacity -> zero-computation experts + FFN experts.
+"""The MoE++ layer: router -> gates -> capacity -> affine (zero-computation) experts + FFN experts.
 
 Vanilla MoE is this layer with no zero-computation experts and no gating residual.
 Shape suffixes: B batch, S sequence, T = B*S tokens, K slots of a token (top-k), D model width, N all experts (FFN,
-constant, copy, zero), W devices that share a batch.
+constant, copy, zero, registered types), W devices that share a batch.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moepp.layers.balance import (
+from . import registry
+from .balance import (
     accepted_counts,
     accepted_slots,
     expert_capacities,
@@ -20,22 +21,14 @@ from moepp.layers.balance import (
     router_losses,
     selection_counts,
 )
-from moepp.layers.control import SelectionBias, SparsityControl, build_control
-from moepp.layers.dense import DenseFFN
-from moepp.layers.dispatch import SlotCounts
-from moepp.layers.experts import FFNExperts, ZeroComputationExperts
-from moepp.layers.kernels.base import Affine, RoutedTokens
-from moepp.layers.rival_routers import RecurrentRouter, SharedNullRouter
-from moepp.layers.router import (
-    Router,
-    Routing,
-    form_gates,
-    normalize_logits,
-    select_positive,
-    select_top_k,
-    select_top_p,
-)
-from moepp.layers.settings import MoEConfig
+from .control import build_control
+from .dense import DenseFFN
+from .dispatch import SlotCounts
+from .experts import AffineExperts, FFNExperts, Terms, add_rows, module_name, one_affine
+from .initial import draw
+from .kernels.base import Affine, RoutedTokens
+from .router import Routing, route
+from .settings import MoEConfig
 
 
 @dataclass
@@ -58,26 +51,37 @@ class MoELayer(nn.Module):
     """Routes every token to `top_k` of N experts (or as `selection` says).
 
     `first` marks the network's first MoE layer, which has no gating residual. `gru` is the recurrent routers' common
-    one.
+    one, where there is more than this layer.
     """
 
     def __init__(self, config: MoEConfig, first: bool = False, gru: nn.GRUCell | None = None):
         super().__init__()
         self.config = config
         experts = config.experts
-        self.router = self._build_router(first, gru)
+        self.router = registry.router[config.router](config, first, **config.router_options)
+        if gru is not None:
+            self.router.share(gru)
         self.ffn = FFNExperts(experts.ffn, config.dim, config.hidden, config.backend)
-        self.zero_computation = ZeroComputationExperts(experts, config.dim) if experts.zero_computation else None
+        self.ids = {kind: experts.ids(kind) for kind, count in experts.by_kind().items() if count and kind != "ffn"}
+        for kind, ids in self.ids.items():
+            options = config.expert_options.get(kind, {})
+            self.add_module(module_name(kind), registry.expert[kind](config, len(ids), **options))
         self.shared = DenseFFN(config.dim, experts.shared * config.hidden) if experts.shared else None
         self.control = build_control(config.balance, experts)
 
-    def _build_router(self, first: bool, gru: nn.GRUCell | None) -> nn.Module:
-        config, experts = self.config, self.config.experts
-        if config.router == "shared_null":
-            return SharedNullRouter(config.dim, experts.total, experts.zero)
-        if config.router == "recurrent":
-            return RecurrentRouter(config.dim, experts.total, gru)
-        return Router(config.dim, experts.total, config.gating_residual and not first, config.router)
+    def reset_parameters(self) -> None:
+        draw(self)
+        if self.control is not None:
+            self.control.reset_parameters()
+
+    def of_kind(self, kind: str) -> nn.Module:
+        """The experts of a type that the layer has, all but the FFN experts'."""
+        return getattr(self, module_name(kind))
+
+    @property
+    def affine(self) -> list[str]:
+        """The types whose experts are affine maps of the input."""
+        return [kind for kind in self.ids if isinstance(self.of_kind(kind), AffineExperts)]
 
     def forward(self, x_BSD: Tensor, previous: Tensor | None = None) -> tuple[Tensor, MoEStats]:
         """`previous` is the previous MoE layer's `MoEStats.carried`."""
@@ -85,26 +89,16 @@ class MoELayer(nn.Module):
         logits_TN, carried = self.router(x_TD, previous)
         routing = self.route(logits_TN)
         counts = self.count(routing)
-        mix_TC2 = self.mix(self.expert_input(x_TD), routing)  # before the wait for counts of other devices
+        terms = self.terms(self.expert_input(x_TD), routing)  # before the wait for counts of other devices
         kept, accepted = routing, counts
         if self.training and self.config.capacity_factor is not None:
             kept, accepted = self.drop_over_capacity(routing, counts)
-        y_TD = self.expert_forward(x_TD, kept, accepted, mix_TC2)
+        y_TD = self.expert_forward(x_TD, kept, accepted, terms)
         # After the experts: where counts come from other devices, nothing before this needs to wait for them.
         return y_TD.view_as(x_BSD), self.statistics(logits_TN, carried, routing, counts, accepted)
 
     def route(self, logits_TN: Tensor) -> Routing:
-        config = self.config
-        if config.logits_norm is not None:
-            logits_TN = normalize_logits(logits_TN, config.logits_norm)
-        if config.selection == "relu":
-            routing = select_positive(logits_TN.relu())
-        elif config.selection == "top_p":
-            routing = select_top_p(logits_TN.softmax(-1), config.top_p)
-        else:
-            bias_N = self.control.bias_N if isinstance(self.control, SelectionBias) else None
-            routing = select_top_k(logits_TN.softmax(-1), config.top_k, bias_N)
-        return form_gates(routing, config.gate, config.experts.zero)
+        return route(logits_TN, self.config, getattr(self.control, "bias_N", None))
 
     def count(self, routing: Routing) -> SlotCounts:
         """How many slots of the whole batch chose each expert."""
@@ -122,31 +116,32 @@ class MoELayer(nn.Module):
         accepted_WKN = accepted_counts(count_WKN, limit_N)
         kept_TK = accepted_slots(expert_TK, accepted_WKN[counts.device])
         expert_TK = expert_TK.masked_fill(~kept_TK, experts.total)
-        kept = Routing(expert_TK, routing.gate_TK * kept_TK, routing.probs_TN, most_ffn_slots=experts.ffn * of_ffn)
+        gate_TK, most = routing.gate_TK * kept_TK, experts.ffn * of_ffn
+        kept = replace(routing, expert_TK=expert_TK, gate_TK=gate_TK, most_ffn_slots=most)
         return kept, SlotCounts(accepted_WKN, counts.device)
 
     def expert_input(self, x_TD: Tensor) -> Tensor:
         return x_TD * self.config.top_k if self.config.multiply_by_top_k else x_TD
 
-    def mix(self, x_TD: Tensor, routing: Routing) -> Tensor | None:
-        """`ZeroComputationExperts.mix` in the gates' dtype: it does not depend on which slots are kept."""
-        if self.zero_computation is None:
-            return None
+    def terms(self, x_TD: Tensor, routing: Routing) -> list[Terms]:
+        """`AffineExperts.terms` of every affine type, in the gates' dtype; the same whichever slots are kept."""
         with torch.autocast(x_TD.device.type, enabled=False):
-            return self.zero_computation.mix(x_TD, routing.gate_TK.dtype)
+            return [self.of_kind(kind).terms(x_TD, routing.gate_TK.dtype) for kind in self.affine]
 
     def expert_forward(
-        self, x_TD: Tensor, routing: Routing, counts: SlotCounts | None = None, mix_TC2: Tensor | None = None
+        self, x_TD: Tensor, routing: Routing, counts: SlotCounts | None = None, terms: list[Terms] | None = None
     ) -> Tensor:
         """The gated sum of the chosen experts, and the shared ones, [T, D] in x_TD's dtype: all of the layer but the
-        router. `counts` and `mix_TC2` are the routing's, where they are known.
+        router. `counts` and `terms` are the routing's, where they are known.
         """
         x_TD = self.expert_input(x_TD)
-        others = self.zero_computation_terms(x_TD, routing, mix_TC2)
+        others = self.affine_map(x_TD, routing, terms)
         tokens = RoutedTokens(
             x_TD, routing.expert_TK, routing.gate_TK, others, routing.most_ffn_slots, self.kept_rows(len(x_TD))
         )
         y_TD = self.ffn(tokens, counts).to(x_TD.dtype)
+        for kind in self.ids.keys() - set(self.affine):
+            y_TD = add_rows(y_TD, x_TD, routing, self.ids[kind], self.of_kind(kind))
         return y_TD if self.shared is None else y_TD + self.shared(x_TD)
 
     def kept_rows(self, tokens: int) -> int | None:
@@ -154,17 +149,20 @@ class MoELayer(nn.Module):
         per_token = self.config.ffn_rows
         return math.ceil(per_token * tokens) if self.training and per_token is not None else None
 
-    def zero_computation_terms(self, x_TD: Tensor, routing: Routing, mix_TC2: Tensor | None = None) -> Affine | None:
-        """What the zero-computation experts add for these tokens, not yet evaluated; None where there are none."""
-        if self.zero_computation is None:
+    def affine_map(self, x_TD: Tensor, routing: Routing, terms: list[Terms] | None = None) -> Affine | None:
+        """What the affine experts add for these tokens, not yet evaluated; None where there are none."""
+        if not (kinds := self.affine):
             return None
-        if mix_TC2 is None:
-            mix_TC2 = self.mix(x_TD, routing)
+        if terms is None:
+            terms = self.terms(x_TD, routing)
         total, ffn = self.config.experts.total, self.config.experts.ffn
         gate_TN = routing.gate_TK.new_zeros(len(x_TD), total + 1)  # column N takes dropped slots
         gate_TN = gate_TN.scatter_add(1, routing.expert_TK, routing.gate_TK)
+        gates = dict(
+            zip(self.ids, gate_TN[:, ffn:total].split([len(ids) for ids in self.ids.values()], 1), strict=True)
+        )
         with torch.autocast(x_TD.device.type, enabled=False):
-            return self.zero_computation(gate_TN[:, ffn:total], mix_TC2)
+            return one_affine([self.of_kind(kind) for kind in kinds], [gates[kind] for kind in kinds], terms)
 
     def statistics(
         self, logits_TN: Tensor, carried: Tensor, routing: Routing, counts: SlotCounts, accepted: SlotCounts
@@ -174,11 +172,11 @@ class MoELayer(nn.Module):
         count_WKN = counts.wait()
         tokens = len(probs_TN) * len(count_WKN)
         loss = load_balance_loss(probs_TN, count_WKN.sum((0, 1)), tokens, config.experts, balance)
-        if isinstance(self.control, SparsityControl):
-            loss = loss * self.control.multiplier
+        if (multiplier := getattr(self.control, "multiplier", None)) is not None:
+            loss = loss * multiplier
         weighted = balance.z_loss or balance.entropy_loss
         router_loss = router_losses(logits_TN, probs_TN, balance) if weighted else None
-        if config.selection == "relu":  # scores, not probabilities
+        if routing.unnormalized:
             probs_TN = F.normalize(probs_TN, p=1, dim=-1)
         entropy = torch.special.entr(probs_TN.detach()).sum(-1).mean()
         chosen_N, accepted_N = (c.count_WKN[c.device].sum(0) for c in (counts, accepted))

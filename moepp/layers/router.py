@@ -3,29 +3,39 @@
 Shape suffixes: T tokens, K slots of a token, D model width, N all experts (FFN, constant, copy, zero).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moepp.layers.settings import GateForm, RouterForm
+from . import registry
+from .initial import draw
+from .settings import MoEConfig
 
 
+@registry.router("linear")
+@registry.router("two_layer")
 class Router(nn.Module):
     """logits^j = W^j x^j + W_g^j logits^(j-1), in at least float32 (Eq. 6).
 
-    The carried logits are pre-softmax and contain every earlier layer's residual; no detach, no bias. The first layer
-    has no W_g: an unused parameter would break DDP. The `two_layer` form (released code) replaces W^j x by
-    W tanh(W_hidden x) with 8 N hidden units.
+    The carried logits are pre-softmax and contain every earlier layer's residual; no detach, no bias. The network's
+    first MoE layer has no W_g: an unused parameter would break DDP. The `two_layer` form (released code) replaces W^j x
+    by W tanh(W_hidden x) with 8 N hidden units.
     """
 
-    def __init__(self, dim: int, experts: int, gating_residual: bool, form: RouterForm = "linear"):
+    def __init__(self, config: MoEConfig, first: bool):
         super().__init__()
-        hidden = 8 * experts if form == "two_layer" else None
-        self.hidden = nn.Parameter(torch.empty(hidden, dim)) if hidden else None
-        self.weight = nn.Parameter(torch.empty(experts, hidden or dim))
-        self.residual = nn.Parameter(torch.empty(experts, experts)) if gating_residual else None
+        experts = config.experts.total
+        hidden = 8 * experts if config.router == "two_layer" else None
+        residual = config.gating_residual and not first
+        self.hidden = nn.Parameter(torch.empty(hidden, config.dim)) if hidden else None
+        self.weight = nn.Parameter(torch.empty(experts, hidden or config.dim))
+        self.residual = nn.Parameter(torch.empty(experts, experts)) if residual else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        draw(self)
 
     def forward(self, x_TD: Tensor, previous_TN: Tensor | None) -> tuple[Tensor, Tensor]:
         """Raw logits [T, N], and what the next MoE layer's router receives: the same logits."""
@@ -43,14 +53,25 @@ class Router(nn.Module):
 @dataclass
 class Routing:
     """Where each token goes. `expert_TK` int64, with id N in slots that are not used; `gate_TK` its weights; `probs_TN`
-    the router's scores, which the balance loss reads: the softmax, or the ReLU where that selects. At most
+    the router's scores, which the balance loss reads: they sum to 1 over the experts unless `unnormalized`. At most
     `most_ffn_slots` slots choose FFN experts, where capacity limits them.
     """
 
     expert_TK: Tensor
     gate_TK: Tensor
     probs_TN: Tensor
+    unnormalized: bool = False
     most_ffn_slots: int | None = None
+
+
+def route(logits_TN: Tensor, config: MoEConfig, bias_N: Tensor | None = None) -> Routing:
+    """Logits to each token's experts and gates, by the config's selection and gate form. A control's bias counts in a
+    top-k choice.
+    """
+    if config.logits_norm is not None:
+        logits_TN = normalize_logits(logits_TN, config.logits_norm)
+    routing = registry.selection[config.selection](logits_TN, config, bias_N, **config.selection_options)
+    return replace(routing, gate_TK=registry.gate[config.gate](routing, config, **config.gate_options))
 
 
 def normalize_logits(logits_TN: Tensor, std: float) -> Tensor:
@@ -60,41 +81,61 @@ def normalize_logits(logits_TN: Tensor, std: float) -> Tensor:
     return logits_TN * (std / logits_TN.std(dim=-1, keepdim=True))
 
 
-def select_top_k(probs_TN: Tensor, top_k: int, bias_N: Tensor | None) -> Routing:
-    """The `top_k` experts with the highest score; a bias counts in the choice, not in the gate."""
+@registry.selection("top_k")
+def select_top_k(logits_TN: Tensor, config: MoEConfig, bias_N: Tensor | None) -> Routing:
+    """The `top_k` experts with the highest probability; a bias counts in the choice, not in the gate."""
+    probs_TN = logits_TN.softmax(-1)
     if bias_N is None:
-        gate_TK, expert_TK = probs_TN.topk(top_k, dim=-1)
+        gate_TK, expert_TK = probs_TN.topk(config.top_k, dim=-1)
     else:
-        expert_TK = (probs_TN + bias_N).topk(top_k, dim=-1).indices
+        expert_TK = (probs_TN + bias_N).topk(config.top_k, dim=-1).indices
         gate_TK = probs_TN.gather(1, expert_TK)
     return Routing(expert_TK, gate_TK, probs_TN)
 
 
-def select_top_p(probs_TN: Tensor, threshold: float) -> Routing:
-    """The smallest set of experts whose probabilities sum to `threshold` or more, in N slots."""
+@registry.selection("top_p")
+def select_top_p(logits_TN: Tensor, config: MoEConfig, bias_N: Tensor | None) -> Routing:
+    """The smallest set of experts whose probabilities sum to `top_p` or more, in N slots."""
+    probs_TN = logits_TN.softmax(-1)
     gate_TK, expert_TK = probs_TN.sort(dim=-1, descending=True, stable=True)
-    unused_TK = gate_TK.cumsum(-1) - gate_TK >= threshold  # what stands before it is enough
+    unused_TK = gate_TK.cumsum(-1) - gate_TK >= config.top_p  # what stands before it is enough
     return Routing(expert_TK.masked_fill(unused_TK, probs_TN.shape[1]), gate_TK.masked_fill(unused_TK, 0), probs_TN)
 
 
-def select_positive(scores_TN: Tensor) -> Routing:
+@registry.selection("relu")
+def select_positive(logits_TN: Tensor, config: MoEConfig, bias_N: Tensor | None) -> Routing:
     """Every expert with a positive score, in N slots: any number per token, none included."""
-    tokens, experts = scores_TN.shape
+    scores_TN, (tokens, experts) = logits_TN.relu(), logits_TN.shape
     expert_TN = torch.arange(experts, device=scores_TN.device).expand(tokens, experts)
-    return Routing(expert_TN.masked_fill(scores_TN <= 0, experts), scores_TN, scores_TN)
+    return Routing(expert_TN.masked_fill(scores_TN <= 0, experts), scores_TN, scores_TN, unnormalized=True)
 
 
-def form_gates(routing: Routing, form: GateForm, zero_experts: int) -> Routing:
-    """The gates of the chosen experts from their scores.
+@registry.gate("softmax")
+def scores_as_gates(routing: Routing, config: MoEConfig) -> Tensor:
+    """The scores themselves, not renormalised (Eq. 1)."""
+    return routing.gate_TK
 
-    `softmax`: the scores themselves, not renormalised (Eq. 1). `renormalized`: divided by their sum over the chosen.
-    `released`: the zero experts' (the last `zero_experts` ids) gates are set to 0 first, so {FFN, zero} gives the FFN
-    weight 1; a token that chose zero experts only gets gates 0.
+
+@registry.gate("renormalized")
+def renormalized_gates(routing: Routing, config: MoEConfig) -> Tensor:
+    """The scores divided by their sum over the chosen."""
+    return _shares(routing.gate_TK)
+
+
+@registry.gate("released")
+def released_gates(routing: Routing, config: MoEConfig) -> Tensor:
+    """Renormalised after the zero experts' gates are set to 0, so {FFN, zero} gives the FFN weight 1; a token that
+    chose zero experts only gets gates 0.
     """
-    gate_TK, experts = routing.gate_TK, routing.probs_TN.shape[1]
-    if form == "released" and zero_experts:
-        gate_TK = gate_TK.masked_fill(routing.expert_TK >= experts - zero_experts, 0)
-    if form != "softmax":
-        total_T1 = gate_TK.sum(-1, keepdim=True)
-        gate_TK = gate_TK / torch.where(total_T1 > 0, total_T1, 1)
-    return Routing(routing.expert_TK, gate_TK, routing.probs_TN)
+    gate_TK, expert_TK, zeros = routing.gate_TK, routing.expert_TK, config.experts.ids("zero")
+    if zeros:
+        is_zero_TK = expert_TK >= zeros.start
+        if zeros.stop < config.experts.total:  # where registered types follow
+            is_zero_TK = is_zero_TK & (expert_TK < zeros.stop)
+        gate_TK = gate_TK.masked_fill(is_zero_TK, 0)
+    return _shares(gate_TK)
+
+
+def _shares(gate_TK: Tensor) -> Tensor:
+    total_T1 = gate_TK.sum(-1, keepdim=True)
+    return gate_TK / torch.where(total_T1 > 0, total_T1, 1)

@@ -1,8 +1,11 @@
 """Parameters and forward FLOPs of a decoder by part, computed from its config alone."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+from moepp.layers import registry
 from moepp.layers.settings import MoEConfig, ffn_share
 from moepp.models.settings import DecoderConfig
 
@@ -31,24 +34,51 @@ def parameters(config: DecoderConfig) -> dict[str, int]:
         "head": 0 if config.tie_embeddings else config.vocab_size * dim,
         "attention": config.layers * 2 * dim * config.head_dim * (config.heads + config.num_kv_heads),
         "norms": (2 * config.layers + 1) * dim,
-        "router": moe * _router_parameters(config),
+        "router": _router_parameters(config, moe),
         "router_gru": 6 * config.router_width**2 if config.router == "recurrent" else 0,  # one for all layers
-        "gating_residual": max(0, moe - 1) * experts.total**2 if config.gating_residual else 0,
+        "gating_residual": max(0, moe - 1) * experts.total**2 if _has_gating_residual(config) else 0,
         "constant_experts": moe * experts.constant * 3 * dim,
+        **{f"{kind}_experts": moe * count for kind, count in _parameters_of_others(config).items()},
         "ffn_experts": moe * experts.ffn * 3 * dim * config.hidden,
         "shared_experts": moe * experts.shared * 3 * dim * config.hidden,
         "dense_ffn": (config.layers - moe) * 3 * dim * config.dense_width,
     }
 
 
-def _router_parameters(config: DecoderConfig) -> int:
+def _has_gating_residual(config: DecoderConfig) -> bool:
+    """A registered router carries what it likes, among its own parameters."""
+    return config.gating_residual and config.router in registry.router.defined
+
+
+def _router_parameters(config: DecoderConfig, layers: int) -> int:
     experts, dim = config.experts.total, config.dim
-    return {
+    if config.router not in registry.router.defined:
+        router, options = registry.router[config.router], config.router_options
+        return sum(_counted(router, config, layer == 0, **options) for layer in range(layers))
+    each = {
         "linear": experts * dim,
         "two_layer": 8 * experts * (dim + experts),
         "shared_null": (experts - config.experts.zero + 1) * dim,
         "recurrent": config.router_width * (dim + experts),
-    }[config.router]
+    }
+    return layers * each[config.router]
+
+
+def _parameters_of_others(config: DecoderConfig) -> dict[str, int]:
+    options = config.expert_options
+    return {
+        kind: _counted(registry.expert[kind], config, count, **options.get(kind, {}))
+        for kind, count in config.experts.others.items()
+        if count
+    }
+
+
+def _counted(part: Callable[..., Any], *given: Any, **options: Any) -> int:
+    """Parameters of a registered part, which states no number; whoever registers one has imported torch."""
+    import torch
+
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in part(*given, **options).parameters())
 
 
 def active_parameters(config: DecoderConfig, ffn_per_token: float | None = None) -> int:
@@ -66,7 +96,8 @@ def active_parameters(config: DecoderConfig, ffn_per_token: float | None = None)
 def forward_flops(config: DecoderConfig, seq_len: int, ffn_per_token: float | None = None) -> dict[str, float]:
     """Forward FLOPs per token by part; a multiply-add counts two, attention scores count the causal half.
 
-    `ffn_per_token` is measured; None takes the balanced layer's expectation. Training costs three times as much.
+    `ffn_per_token` is measured; None takes the balanced layer's expectation. A registered router or expert type is
+    taken to use every parameter once per token. Training costs three times as much.
     """
     part = parameters(config)
     used = expected_ffn_per_token(config) if ffn_per_token is None else ffn_per_token
@@ -75,6 +106,7 @@ def forward_flops(config: DecoderConfig, seq_len: int, ffn_per_token: float | No
         "attention": 2 * part["attention"] + 2 * config.layers * seq_len * config.dim,
         "router": 2 * (part["router"] + moe * part["router_gru"] + part["gating_residual"]),
         "constant_experts": 2 * part["constant_experts"],
+        **{f"{kind}_experts": 2 * part[f"{kind}_experts"] for kind, count in config.experts.others.items() if count},
         "ffn_experts": 2 * part["ffn_experts"] * used / config.experts.ffn,
         "shared_experts": 2 * part["shared_experts"],
         "dense_ffn": 2 * part["dense_ffn"],

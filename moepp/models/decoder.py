@@ -6,39 +6,23 @@ vocabulary, N experts.
 
 import hashlib
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from moepp import register
 from moepp.layers.balance import combine_layers
 from moepp.layers.dense import DenseFFN
+from moepp.layers.initial import uninitialized
 from moepp.layers.moe import MoELayer, MoEStats
 from moepp.layers.rival_routers import shared_gru
 from moepp.models.attention import Attention, KeyValueCache, rotary_table
+from moepp.models.budget import active_parameters, forward_flops
 from moepp.models.cross_entropy import linear_cross_entropy, target_scores
+from moepp.models.protocol import ModelOutput
 from moepp.models.settings import DecoderConfig
-
-
-@dataclass
-class DecoderOutput:
-    """`stats` of every MoE layer, first to last, and `logits` [B, S, V]; in place of these the losses where there were
-    targets, and `hidden_states` where they were asked for.
-    """
-
-    stats: list[MoEStats]
-    logits: Tensor | None = None
-    cross_entropy: Tensor | None = None  # mean over the targets, in nats; without gradients also of each of them:
-    nats_BS: Tensor | None = None
-    right_BS: Tensor | None = None  # whether the target has the largest logit
-    hidden_states: list[Tensor] | None = None  # the embeddings, each block's output but the last, and the final norm's
-
-    @property
-    def router_logits(self) -> list[Tensor]:
-        """Raw logits [T, N] of every MoE layer, gating residual included."""
-        return [layer.logits_TN for layer in self.stats]
 
 
 class Block(nn.Module):
@@ -64,21 +48,44 @@ class Block(nn.Module):
         return x_BSD + y_BSD, stats
 
 
+@register.model("decoder")
 class Decoder(nn.Module):
-    """The language model. `seed` fixes the initial weights; None leaves them unset, for loading a checkpoint or the
-    meta device.
+    """The language model (a `CausalLM`, protocol.py). `seed` fixes the initial weights; None leaves them unset, for
+    loading a checkpoint. On the meta device there are none.
     """
 
-    def __init__(self, config: DecoderConfig, seed: int | None = None):
+    def __init__(self, config: DecoderConfig, seed: int | None = 0):
         super().__init__()
         self.config = config
+        with uninitialized():
+            self._build(config)
+        if seed is not None:
+            self.reset_parameters(seed)
+
+    def _build(self, config: DecoderConfig) -> None:
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.router_gru = shared_gru(config.router_width) if config.router == "recurrent" else None
         self.blocks = nn.ModuleList(Block(config, index, self.router_gru) for index in range(config.layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
-        if seed is not None:
-            initialize(self, seed)
+
+    def reset_parameters(self, seed: int = 0) -> None:
+        """Every matrix, embedding and constant vector from N(0, init_std); projections that write into the residual
+        stream from N(0, init_std / sqrt(2 * layers)) (Megatron's scaled init; the paper states none); norms at 1.
+
+        Each parameter has its own generator, seeded by `seed` and its name: arms of an ablation share the initial value
+        of every parameter they have in common.
+        """
+        for layer in self.moe_layers():
+            if layer.control is not None:
+                layer.control.reset_parameters()
+        std, scaled = self.config.init_std, self.config.init_std / math.sqrt(2 * self.config.layers)
+        for name, parameter in self.named_parameters():
+            if "norm" in name:
+                nn.init.ones_(parameter)
+            elif not parameter.is_meta:
+                generator = _generator(parameter.device, seed, name)
+                nn.init.normal_(parameter, 0, scaled if "w_out" in name else std, generator)
 
     def forward(
         self,
@@ -86,7 +93,7 @@ class Decoder(nn.Module):
         caches: list[KeyValueCache] | None = None,
         hidden_states: bool = False,
         targets_BS: Tensor | None = None,
-    ) -> DecoderOutput:
+    ) -> ModelOutput:
         """`ids_BS` int64 token ids; with `caches`, the tokens that follow those already cached. `targets_BS`, the ids
         that come next, are scored here, so that many logits need never exist at once (cross_entropy.py).
         """
@@ -107,11 +114,11 @@ class Decoder(nn.Module):
                 carried = layer.carried
                 stats.append(layer)
         x_BSD = self.norm(x_BSD)
-        output = DecoderOutput(stats, hidden_states=[*states, x_BSD] if hidden_states else None)
+        output = ModelOutput(stats, hidden_states=[*states, x_BSD] if hidden_states else None)
         self._read(x_BSD, targets_BS, output)
         return output
 
-    def _read(self, x_BSD: Tensor, targets_BS: Tensor | None, output: DecoderOutput) -> None:
+    def _read(self, x_BSD: Tensor, targets_BS: Tensor | None, output: ModelOutput) -> None:
         weight_VD = self.embedding.weight if self.head is None else self.head.weight
         if targets_BS is None:
             output.logits = F.linear(x_BSD, weight_VD)
@@ -122,7 +129,7 @@ class Decoder(nn.Module):
             output.cross_entropy = nats_T.mean()
             output.nats_BS, output.right_BS = nats_T.view_as(targets_BS), right_T.view_as(targets_BS)
 
-    def balance_loss(self, output: DecoderOutput) -> Tensor:
+    def balance_loss(self, output: ModelOutput) -> Tensor:
         """beta * L_b over all layers (Eq. 9), and the mean of their z-loss and entropy loss; 0 without MoE layers."""
         if not output.stats:
             return torch.zeros((), device=self.embedding.weight.device)
@@ -137,6 +144,12 @@ class Decoder(nn.Module):
         for layer, chosen_N in zip(self.moe_layers(), chosen_LN, strict=True):
             if layer.control is not None:
                 layer.control.step(chosen_N, tokens)
+
+    def active_parameters(self, ffn_per_token: float | None = None) -> int:
+        return active_parameters(self.config, ffn_per_token)
+
+    def forward_flops(self, seq_len: int, ffn_per_token: float | None = None) -> dict[str, float]:
+        return forward_flops(self.config, seq_len, ffn_per_token)
 
     def moe_layers(self) -> list[MoELayer]:
         return [block.ffn for block in self.blocks if isinstance(block.ffn, MoELayer)]
@@ -165,19 +178,6 @@ class Decoder(nn.Module):
         return ids_BS
 
 
-def initialize(model: Decoder, seed: int) -> None:
-    """Every matrix, embedding and constant vector from N(0, init_std); projections that write into the residual stream
-    from N(0, init_std / sqrt(2 * layers)) (Megatron's scaled init; the paper states none); norms at 1.
-
-    Each parameter has its own generator, seeded by `seed` and its name: arms of an ablation share the initial value of
-    every parameter they have in common.
-    """
-    std, scaled = model.config.init_std, model.config.init_std / math.sqrt(2 * model.config.layers)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.fill_(1)
-                continue
-            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-            generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:7]))
-            parameter.normal_(0, scaled if "w_out" in name else std, generator=generator)
+def _generator(device: torch.device, seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7]))

@@ -23,7 +23,7 @@ from moepp.models.weight_files import (
     find_folder,
     find_weights,
     map_tensors,
-    read_json,
+    read_json_object,
     read_tensors,
     some,
     write_tensors,
@@ -79,13 +79,13 @@ def load_official(
     that cannot be reached or read, or that does not fit its own config.json.
     """
     folder = find_folder(source)
-    keys = read_json(folder / "config.json")
+    keys = read_json_object(folder / "config.json")
     try:
         config = replace(decoder_config(keys), attention=attention)
     except ValueError as error:
         raise UsageError(f"{folder / 'config.json'}: {error}") from None
     with torch.device("meta"):
-        model = Decoder(config).to(dtype)
+        model = Decoder(config, seed=None).to(dtype)
     files = find_weights(folder)
     _check(folder, {name: tensor.shape for file in files for name, tensor in map_tensors(file).items()}, model)
     tensors = official_tensors(model.to_empty(device=device))

@@ -1,8 +1,9 @@
 """What a decoder can be told. Read without torch, as layers/settings.py."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
+from moepp import register
 from moepp.layers.settings import MoEConfig
 
 AttentionKernel = Literal["fused", "plain"]
@@ -12,6 +13,8 @@ AttentionKernel = Literal["fused", "plain"]
 class DecoderConfig(MoEConfig):
     """The whole model; the MoE layers' keys are inherited."""
 
+    name: str = "decoder"  # or a registered one
+    options: dict[str, Any] = field(default_factory=dict)  # of a registered one
     vocab_size: int = 2048
     layers: int = 4
     heads: int = 4
@@ -30,6 +33,7 @@ class DecoderConfig(MoEConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        register.model.check(self.name, self.options)
         if self.dim % self.heads or (self.dim // self.heads) % 2:
             raise ValueError(f"dim={self.dim} must divide into heads={self.heads} of even width")
         if self.heads % self.num_kv_heads:

@@ -46,7 +46,7 @@ def find_weights(folder: Path) -> list[Path]:
 
 
 def _indexed(index: Path) -> list[Path]:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise UsageError(f"{index} has no weight_map from tensors to files")
     files = [index.parent / name for name in sorted(set(weight_map.values()))]
@@ -55,7 +55,7 @@ def _indexed(index: Path) -> list[Path]:
     return files
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file that must be there."""
     try:
         value = json.loads(path.read_text())
@@ -96,31 +96,23 @@ def read_tensors(path: Path, wanted: Container[str]) -> Iterator[tuple[str, Tens
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int) -> None:
-    """Writes model.safetensors, or shards of at most `shard_bytes` and their index."""
-    shards = list(_shards(tensors, shard_bytes))
-    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        names = ["model.safetensors"]
-    for name, shard in zip(names, shards, strict=True):
-        save_file({key: tensor.cpu() for key, tensor in shard.items()}, folder / name, metadata={"format": "pt"})
-    if len(shards) > 1:
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        write_json(
-            folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map}
-        )
+    """Writes model.safetensors, or shards of at most `shard_bytes` and their index; a larger tensor has a shard to
+    itself.
+    """
+    from huggingface_hub import split_state_dict_into_shards_factory
 
-
-def _shards(tensors: Mapping[str, Tensor], limit: int) -> Iterator[dict[str, Tensor]]:
-    """The tensors in order, in groups of at most `limit` bytes; a larger tensor has a group to itself."""
-    shard, size = {}, 0
-    for name, tensor in tensors.items():
-        if shard and size + tensor.nbytes > limit:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor
-        size += tensor.nbytes
-    yield shard
+    # Not its version for torch, which keeps in one shard whatever shares memory, as all slices of a parameter do here.
+    split = split_state_dict_into_shards_factory(
+        dict(tensors),
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
+    for name, keys in split.filename_to_tensors.items():
+        save_file({key: tensors[key].cpu() for key in keys}, folder / name, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
 
 
 def some(names: list[str]) -> str:

@@ -30,7 +30,7 @@ class AlphaBeta:
 
 
 @dataclass(frozen=True)
-class Exchange:
+class MeasuredExchange:
     """A measured exchange: messages and bytes of the busiest device, and how long it took."""
 
     messages: float
@@ -38,7 +38,7 @@ class Exchange:
     seconds: float
 
 
-def fit(measured: Sequence[Exchange]) -> AlphaBeta:
+def fit(measured: Sequence[MeasuredExchange]) -> AlphaBeta:
     """The alpha and beta, neither negative, with the least squared relative errors: short exchanges count like long.
 
     Raises ValueError for fewer than two exchanges, which do not tell alpha from beta.
@@ -68,7 +68,7 @@ class Error:
     count: int
 
 
-def error(model: AlphaBeta, measured: Sequence[Exchange]) -> Error:
+def error(model: AlphaBeta, measured: Sequence[MeasuredExchange]) -> Error:
     off = [model.seconds(each.messages, each.size) / each.seconds - 1 for each in measured]
     return Error(
         statistics.median(abs(o) for o in off), max(abs(o) for o in off), statistics.median(off), len(measured)

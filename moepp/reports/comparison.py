@@ -3,12 +3,12 @@
 import math
 import statistics
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import permutations
 from typing import TypeVar
 
 from moepp.errors import UsageError
-from moepp.reports.experiment import Contrast, Experiment
+from moepp.reports.paper import PaperScores
 from moepp.reports.results import SweepResults
 from moepp.statistics.seeds import (
     POWER,
@@ -19,6 +19,7 @@ from moepp.statistics.seeds import (
     minimal_detectable_difference,
     paired_difference,
 )
+from moepp.sweeps.spec import Contrast, Trend
 
 OBJECTIVE = "val_loss"  # nats per token: continuous, so it decides; accuracy illustrates
 BUDGETS = {
@@ -32,6 +33,18 @@ EQUAL_WITHIN = 0.01  # relative
 
 Losses = Mapping[str, Mapping[int, float]]  # arm -> seed -> validation loss
 Name = TypeVar("Name", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Design:
+    """What is compared with the baseline: arms in the order of display, effects that take several of them together,
+    and the paper's scores where there are any.
+    """
+
+    arms: tuple[str, ...]
+    contrasts: Mapping[str, Contrast] = field(default_factory=dict)
+    trend: Trend | None = None
+    paper: PaperScores | None = None
 
 
 @dataclass(frozen=True)
@@ -66,11 +79,11 @@ class Ordering:
     agreeing: int  # pairs our means put the same way, noise ignored
     confirmed: tuple[tuple[str, str], ...]  # separated beyond noise, in the paper's direction
     contradicted: tuple[tuple[str, str], ...]  # separated beyond noise, against it
-    kept: int  # pairs that the paper's own scores rank the same way without the experiment's noisy task
+    kept: int  # pairs that the paper's own scores rank the same way without the noisy task
 
 
 @dataclass(frozen=True)
-class Budget:
+class BudgetRange:
     """One budget over all arms; `spread` is max / min - 1."""
 
     name: str
@@ -85,40 +98,37 @@ class Budget:
 
 @dataclass(frozen=True)
 class Comparison:
-    experiment: Experiment
+    design: Design
     results: SweepResults
     differences: dict[str, Difference]  # arm -> arm minus baseline
     contrasts: dict[str, Difference]
     noise: NoiseFloor
-    ordering: Ordering | None  # None where the experiment has no paper's numbers
-    budgets: dict[str, Budget]
+    ordering: Ordering | None  # None where there are no paper's numbers
+    budgets: dict[str, BudgetRange]
 
 
-def compare(experiment: Experiment, results: SweepResults) -> Comparison:
+def compare(design: Design, results: SweepResults) -> Comparison:
     """Beside the paper's numbers of the runs' size, where it has some. Raises UsageError when the sweep's baseline is
-    no arm of the experiment, or no arm of it has a finished run.
+    none of the arms, or no arm has a finished run.
     """
-    experiment = experiment.at_size(results.size)
-    if results.baseline not in experiment.arms:
+    arms, paper = design.arms, design.paper and design.paper.at_size(results.size)
+    if results.baseline not in arms:
         raise UsageError(
-            f"sweep {results.name} has baseline '{results.baseline}', which is no arm of experiment {experiment.name};"
-            f" its arms are {', '.join(experiment.arms)}"
+            f"sweep {results.name} has baseline '{results.baseline}', which is none of the arms {', '.join(arms)}"
         )
-    if not any(arm in results.runs for arm in experiment.arms):
-        raise UsageError(
-            f"sweep {results.name} has no finished run of the arms {', '.join(experiment.arms)}; run it first"
-        )
-    loss = {arm: results.by_seed(arm, OBJECTIVE) for arm in experiment.arms}
-    against = {arm: Contrast((arm,), (results.baseline,)) for arm in experiment.arms if arm != results.baseline}
+    if not any(arm in results.runs for arm in arms):
+        raise UsageError(f"sweep {results.name} has no finished run of the arms {', '.join(arms)}; run it first")
+    loss = {arm: results.by_seed(arm, OBJECTIVE) for arm in arms}
+    against = {arm: Contrast([arm], [results.baseline]) for arm in arms if arm != results.baseline}
     differences = _differences(against, loss)
     return Comparison(
-        experiment=experiment,
+        design=replace(design, paper=paper),
         results=results,
         differences=differences,
-        contrasts=_differences(experiment.contrasts, loss),
+        contrasts=_differences(design.contrasts, loss),
         noise=_noise(list(loss[results.baseline].values()), list(differences.values())),
-        ordering=_ordering(experiment, loss) if experiment.paper else None,
-        budgets={name: budget for name in BUDGETS if (budget := _budget(experiment.arms, results, name))},
+        ordering=_ordering(paper, loss) if paper else None,
+        budgets={name: budget for name in BUDGETS if (budget := _budget(arms, results, name))},
     )
 
 
@@ -126,10 +136,10 @@ def _differences(contrasts: Mapping[Name, Contrast], loss: Losses) -> dict[Name,
     """Each contrast over the seeds that all its arms finished, Holm-corrected as one family; no seed, no entry."""
     found = {}
     for name, contrast in contrasts.items():
-        seeds = sorted(set.intersection(*(set(loss[arm]) for arm in (*contrast.on, *contrast.off))))
+        seeds = sorted(set.intersection(*(set(loss[arm]) for arm in (*contrast.arms, *contrast.minus))))
         on, off = (
             [statistics.fmean(loss[arm][seed] for arm in side) for seed in seeds]
-            for side in (contrast.on, contrast.off)
+            for side in (contrast.arms, contrast.minus)
         )
         if seeds:
             by_seed = {seed: a - b for seed, a, b in zip(seeds, on, off, strict=True)}
@@ -153,11 +163,11 @@ def _noise(baseline: Sequence[float], differences: Sequence[Difference]) -> Nois
     return NoiseFloor(baseline_std, std, pairs, alone, corrected)
 
 
-def _ordering(experiment: Experiment, loss: Losses) -> Ordering:
-    average = {arm: row.average for arm, row in experiment.paper.items()}
-    other_tasks = {arm: experiment.average_without_noisy_task(row) for arm, row in experiment.paper.items()}
+def _ordering(paper: PaperScores, loss: Losses) -> Ordering:
+    average = {arm: row.average for arm, row in paper.rows.items()}
+    other_tasks = {arm: paper.average_without_noisy_task(row) for arm, row in paper.rows.items()}
     ranked = {
-        (better, worse): Contrast((better,), (worse,))
+        (better, worse): Contrast([better], [worse])
         for better, worse in permutations(average, 2)
         if average[better] > average[worse]
     }
@@ -171,9 +181,9 @@ def _ordering(experiment: Experiment, loss: Losses) -> Ordering:
     )
 
 
-def _budget(arms: Sequence[str], results: SweepResults, name: str) -> Budget | None:
+def _budget(arms: Sequence[str], results: SweepResults, name: str) -> BudgetRange | None:
     means = {arm: mean for arm in arms if (mean := results.mean(arm, name))}
     if not means:
         return None
     low, high = min(means.items(), key=lambda item: item[1]), max(means.items(), key=lambda item: item[1])
-    return Budget(BUDGETS[name], low, high, high[1] / low[1] - 1)
+    return BudgetRange(BUDGETS[name], low, high, high[1] / low[1] - 1)

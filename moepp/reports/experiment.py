@@ -1,86 +1,103 @@
-"""What an experiment file declares: a question, the sweep that answers it, and where there are any, the paper's numbers
-beside ours.
+"""What every experiment is: a question, the runs that answer it, and a function from these to findings.
+
+    def measure(context: Context) -> Findings: ...
+
+    EXPERIMENT = Experiment(name="fig6", ..., measure=measure, runs=(Runs("gating_residual", arms=("moepp",)),))
+
+A sweep is one by itself (moepp/reports/arms.py). A file of experiments/ holds what a sweep file cannot say: numbers of
+the paper to stand beside ours, or something else that is measured. Imports that cost time belong inside `measure`: the
+file itself is read for every listing.
 """
 
-import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moepp.errors import UsageError
+from moepp.records import RunRecord, read_json
+from moepp.reports.results import SweepResults, load_sweep_results
+from moepp.statistics.claims import Claim
+from moepp.statistics.style import Figure
+from moepp.statistics.tables import Table
+
+SCALES = ("smoke", "laptop", "gpu", "paper")
 
 
 @dataclass(frozen=True)
-class PaperRow:
-    """One row of the paper's table. `scores` are task accuracies in %, in the order of `Experiment.tasks`.
+class Runs:
+    """Trained runs that an experiment needs: arms of a sweep, all of them unless named, and the sweep's seeds."""
 
-    `ffn_share` (of all routed slots) follows from the paper's Eq. 8; the time of the expert forward is measured there,
-    and `speedup` is that of its vanilla MoE over it.
+    sweep: str  # a file of sweeps/ or the path of one
+    arms: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()  # instead of the sweep's
+    timed: bool = False  # whether all arms are timed together once they are trained
+
+
+@dataclass(frozen=True)
+class Context:
+    """What `measure` may use. `options` holds only keys that the experiment declares."""
+
+    scale: str
+    directories: Mapping[str, Path] = field(default_factory=dict)  # `Runs.sweep` -> `runs/<sweep>-<scale>/`
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    def results(self, sweep: str) -> SweepResults:
+        return load_sweep_results(self.directories[sweep])
+
+    def run_directories(self, sweep: str, arm: str) -> dict[int, Path]:
+        """The finished runs of an arm by seed. Raises UsageError when there is none."""
+        directory = self.directories[sweep]
+        trials = (read_json(directory / "sweep.json") or {"trials": []})["trials"]
+        found = {trial["seed"]: directory / trial["path"] for trial in trials if trial["arm"] == arm}
+        done = {seed: path for seed, path in sorted(found.items()) if RunRecord(path).status == "done"}
+        if not done:
+            raise UsageError(f"{directory} holds no finished run of arm {arm}; `reproduce` trains it")
+        return done
+
+    def path(self, option: str) -> Path | None:
+        """The file or folder that an option names; None without one. Raises UsageError when it is not there."""
+        value = self.options.get(option)
+        if not value:
+            return None
+        path = Path(value).expanduser()
+        if not path.exists():
+            raise UsageError(f"{option}={value}: there is no such file or folder")
+        return path
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What `measure` found. `sections` follow on the tables in a report; `summary` is what a command prints and a
+    tracker's page shows, the first table unless given.
     """
 
-    scores: tuple[float, ...]
-    ffn_share: float
-    expert_forward_ms: float | None = None
-    speedup: float | None = None
-
-    @property
-    def average(self) -> float:
-        """The average as the paper prints it, which makes ties of rows it does not tell apart."""
-        return round(statistics.fmean(self.scores), 1)
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """An effect: the mean over the arms `on` minus the mean over the arms `off`, within each seed."""
-
-    on: tuple[str, ...]
-    off: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Trend:
-    """A figure of loss and expert time against a number that arms differ in. An arm may be in several series; a
-    baseline that is in none is drawn as a level.
-    """
-
-    x: str  # what the number is, for the axis
-    series: Mapping[str, Mapping[str, float]]  # its name -> arm -> x
+    tables: tuple[Table, ...] = ()
+    figures: tuple[Figure, ...] = ()
+    claims: tuple[Claim, ...] = ()
+    notes: tuple[str, ...] = ()  # on this measurement: data used, what could not be measured and why
+    setup: Mapping[str, Any] = field(default_factory=dict)  # into provenance.json: batch, dtype, repeats, seeds
+    verdict: tuple[str, ...] = ()  # sentences that follow from the numbers and are no claims
+    sections: Mapping[str, Sequence[str | Table]] = field(default_factory=dict)
+    summary: Table | None = None
+    data: tuple[Table, ...] = ()  # saved, not shown
+    metrics: Mapping[str, float] = field(default_factory=dict)  # the few that a tracker's parent run shows
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One table or figure of the paper, or a question of our own. Where there are no numbers of the paper, `paper`,
-    `tasks` and `noisy_task` stay empty. `arms` are arms of the sweep in display order; the sweep says which is the
-    baseline.
+    """`options` are keys of the command line that only this experiment knows (`pos=FILE`), each with its help; every
+    other `key=value` is a config value of the runs it needs.
     """
 
     name: str
     title: str
     question: str
-    sweep: str
-    arms: tuple[str, ...]
+    measure: Callable[[Context], Findings]
+    expected: str = ""  # direction, said before anything was measured
     reference: str = ""  # where in the paper
-    tasks: tuple[str, ...] = ()  # columns of PaperRow.scores
-    noisy_task: str = ""  # the one task whose scores are near chance and carry much of the paper's average
-    paper: Mapping[str, PaperRow] = field(default_factory=dict)  # by arm: the rows set beside ours
-    paper_size: str = ""  # the paper's model that `paper` is of, as in conf/size
-    paper_sizes: Mapping[str, Mapping[str, PaperRow]] = field(default_factory=dict)  # where it has rows of several
-    contrasts: Mapping[str, Contrast] = field(default_factory=dict)
-    trend: Trend | None = None
+    runs: tuple[Runs, ...] = ()
+    options: Mapping[str, str] = field(default_factory=dict)
+    paper: tuple[Table, ...] = ()  # the paper's numbers
     notes: tuple[str, ...] = ()  # what the paper leaves open and what was chosen here
-
-    def at_size(self, size: str) -> "Experiment":
-        """The paper's rows of that size beside ours; as it stands where the paper has none."""
-        if size not in self.paper_sizes:
-            return self
-        return replace(self, paper=self.paper_sizes[size], paper_size=size)
-
-    def average_without_noisy_task(self, row: PaperRow) -> float:
-        """The paper's scores averaged over the other tasks, to two digits (which keeps exact ties exact)."""
-        scores = [s for task, s in zip(self.tasks, row.scores, strict=True) if task != self.noisy_task]
-        return round(statistics.fmean(scores), 2)
-
-    def paper_effect(self, contrast: str) -> float | None:
-        """The contrast in the paper's averages, in percentage points; None where the paper lacks one of its arms."""
-        sides = self.contrasts[contrast].on, self.contrasts[contrast].off
-        if not all(arm in self.paper for side in sides for arm in side):
-            return None
-        on, off = (statistics.fmean(self.paper[arm].average for arm in side) for side in sides)
-        return on - off
+    scales: tuple[str, ...] = SCALES  # where there is but one, `--scale` changes nothing

@@ -10,10 +10,9 @@ from string import Template
 from typing import Any
 
 from moepp.records import read_json
-from moepp.reports.experiment import Experiment
-from moepp.reports.study import SCALES, Study
-from moepp.reports.study_report import markdown_tables
-from moepp.reports.tables import NONE, markdown, paper_table
+from moepp.reports.experiment import SCALES, Experiment
+from moepp.reports.report import markdown
+from moepp.statistics.tables import NONE
 
 TEMPLATE = Path(__file__).with_name("page.html")
 OPEN = ("Verdict", "Quality", "Tables", "Figures", "Compute and speed")  # the other sections of a report begin folded
@@ -41,10 +40,13 @@ class Report:
         return self.folder.name
 
 
-def write_page(experiments: Sequence[Experiment | Study], results: Path) -> Path:
+def write_page(experiments: Sequence[Experiment], results: Path) -> Path:
     """Writes and returns `results`/index.html: `experiments` in their order, those not run yet too, then every other
-    report below `results`, such as benchmarks.
+    report below `results`, such as benchmarks. A sweep without a report is left out where another experiment has its
+    runs.
     """
+    covered = {runs.sweep for experiment in experiments for runs in experiment.runs if runs.sweep != experiment.name}
+    experiments = [e for e in experiments if e.name not in covered or (results / e.name).is_dir()]
     known = {experiment.name for experiment in experiments}
     others = sorted({path.parent.parent for path in results.glob("*/*/report.md")} - {results / name for name in known})
     entries = [_entry(experiment, _reports(results / experiment.name)) for experiment in experiments]
@@ -72,14 +74,15 @@ class Entry:
     run: bool
 
 
-def _entry(experiment: Experiment | Study, reports: list[Report]) -> Entry:
+def _entry(experiment: Experiment, reports: list[Report]) -> Entry:
     label = html.escape(f"{experiment.reference}: {experiment.title}" if experiment.reference else experiment.title)
     body = []
     if not reports:
         body.append(f"<p><strong>{html.escape(experiment.question)}</strong></p>")
         body.append(f"<p class=missing>Not run yet. {_command(experiment)}</p>")
-        if paper := _paper(experiment):
-            body.append(f"<details><summary>The paper's numbers</summary>{_html(paper)}</details>")
+        if experiment.paper:
+            paper = _html(markdown(experiment.paper))
+            body.append(f"<details><summary>The paper's numbers</summary>{paper}</details>")
     body += [_report(report, opened=report is reports[0]) for report in reports]
     found = _findings(reports[0]) if reports else "not run yet"
     return _assemble(experiment.name, experiment.reference, label, experiment.title, reports, found, body)
@@ -142,15 +145,9 @@ def _commit(folder: Path) -> str:
     return f"<p class=made>{html.escape(said)}</p>" if said else ""
 
 
-def _command(experiment: Experiment | Study) -> str:
-    options = "".join(f" {key}=..." for key in getattr(experiment, "options", {}))
+def _command(experiment: Experiment) -> str:
+    options = "" if experiment.runs else "".join(f" {key}=..." for key in experiment.options)
     return f"<code>python run.py reproduce {html.escape(experiment.name + options)}</code>"
-
-
-def _paper(experiment: Experiment | Study) -> str:
-    if isinstance(experiment, Study):
-        return markdown_tables(experiment.paper)
-    return markdown(paper_table(experiment)) if experiment.paper else ""
 
 
 def _html(text: str, folder: Path | None = None) -> str:

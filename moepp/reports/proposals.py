@@ -19,7 +19,7 @@ class Proposal:
     name: str
     arm: str
     point: dict[str, Any]
-    state: str  # done, pruned, failed or unfinished
+    state: str  # done, pruned, failed, damaged or unfinished
     step: int
     loss: float | None
 
@@ -39,7 +39,7 @@ def read_proposals(directory: Path) -> list[Proposal]:
 def _proposal(directory: Path, trials: Sequence[dict[str, Any]], objective: str) -> Proposal:
     records = [RunRecord(directory / trial["path"]) for trial in trials]
     states = {record.status for record in records}
-    state = next((state for state in ("failed", "pruned") if state in states), "unfinished")
+    state = next((state for state in ("failed", "damaged", "pruned") if state in states), "unfinished")
     key = "val/loss"
     if states == {"done"}:
         state, key = "done", objective

@@ -1,103 +1,104 @@
-"""`python run.py reproduce` and `report`: trains what is missing, measures, writes results/<experiment>/<scale>/."""
+"""`python run.py reproduce` and `report`: trains what is missing, measures, and writes a report beside the records."""
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import discover
 from moepp.errors import RunError, UsageError
+from moepp.experiments import discover
 from moepp.records import RunRecord, read_json, write_json
-from moepp.reports.experiment import Experiment
-from moepp.reports.rerun import reproduce_command
-from moepp.reports.results import load_sweep_results
-from moepp.reports.study import Runs, Study, StudyContext
+from moepp.reports.arms import TASKS, of_records, of_sweep
+from moepp.reports.experiment import Context, Experiment, Runs
+from moepp.reports.provenance import provenance
+from moepp.reports.rerun import command
+from moepp.shipped import SWEEPS, names, overlaid
 
 RESULTS = Path("results")
+RUNS = Path("runs")  # where records are unless `runs=` says otherwise
 
 
-def find(name: str) -> Experiment | Study:
-    experiments = discover()
-    if name not in experiments:
-        nearest = difflib.get_close_matches(name, experiments, n=1, cutoff=0.5)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        raise UsageError(f"no experiment '{name}'; choose from {', '.join(experiments)}{hint}")
-    return experiments[name]
+def find(what: str) -> Experiment:
+    """By the name of an experiment or of a sweep, or by the path of a sweep file. Raises UsageError."""
+    experiments, sweeps = discover(), names(overlaid(SWEEPS))
+    if what in experiments:
+        return experiments[what]
+    if what in sweeps or what.endswith(".yaml"):
+        return of_sweep(what)
+    known = [*experiments, *sweeps]
+    nearest = difflib.get_close_matches(what, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    raise UsageError(f"no experiment and no sweep '{what}'; choose from {', '.join(known)}{hint}")
 
 
-def in_order() -> list[Experiment | Study]:
-    """The paper's tables, its figures, then our own questions."""
+def in_order() -> list[Experiment]:
+    """The paper's tables, its figures, our own questions, then every sweep."""
 
-    def place(experiment: Experiment | Study) -> tuple[int, str, str]:
+    def place(experiment: Experiment) -> tuple[int, str, str]:
         kinds = [kind for kind, word in enumerate(("Table", "Fig")) if experiment.reference.startswith(word)]
         return (*(kinds or [2 if experiment.reference else 3]), experiment.reference, experiment.name)
 
-    return sorted(discover().values(), key=place)
+    experiments = discover()
+    sweeps = [of_sweep(name) for name in names(overlaid(SWEEPS)) if name not in experiments]
+    return [*sorted(experiments.values(), key=place), *sweeps]
 
 
 def listing() -> list[str]:
     """One line per experiment."""
-    return [f"{e.name:<16} {e.reference:<12} {e.title}  ({_needs(e)})" for e in in_order()]
+    return [f"{e.name:<25} {e.reference:<16} {e.title}  ({_needs(e)})" for e in in_order()]
 
 
-def _needs(experiment: Experiment | Study) -> str:
-    sweeps = [experiment.sweep] if isinstance(experiment, Experiment) else [runs.sweep for runs in experiment.runs]
-    options = [] if isinstance(experiment, Experiment) else [f"{key}=..." for key in experiment.options]
-    return ", ".join([*(f"sweep {sweep}" for sweep in sweeps), *options]) or "trains nothing"
+def _needs(experiment: Experiment) -> str:
+    options = [f"{key}=..." for key in experiment.options] if experiment.options != TASKS else []
+    return ", ".join([*(f"sweep {runs.sweep}" for runs in experiment.runs), *options]) or "trains nothing"
 
 
 def reproduce(
-    name: str,
+    what: str,
     scale: str,
     workers: int = 0,
     arguments: Sequence[str] = (),
     seeds: Sequence[int] | None = None,
     flags: Mapping[str, str] | None = None,
+    out: Path | None = None,
 ) -> None:
-    """Trains what the experiment's runs lack, writes its report and prints the table.
+    """Trains what the experiment's runs lack, writes its report and prints its summary.
 
-    `arguments` are config values of the runs and, of a study, its own options; `flags` are options given as flags, of
-    an arm comparison `tasks` with `tasks_dir` and `limit`: downstream tasks on which every trial is scored.
-    Raises UsageError for a scale, key or option that does not fit.
+    `what` is an experiment, a sweep, the path of a sweep file, or the folder of a sweep's records. `arguments` are
+    config values of the runs and the experiment's own options; `flags` are such options given as flags. The report goes
+    beside the records, or to `out`/<name>/<scale>/. Raises UsageError for a scale, key or option that does not fit.
     """
-    experiment = find(name)
-    if isinstance(experiment, Study):
-        _reproduce_study(experiment, scale, workers, arguments, seeds, flags or {})
-        return
-    score = _task_scorer(flags or {})
-    from moepp.sweeps.timing import time_arms
-
-    directory = _train(Runs(experiment.sweep), scale, workers, arguments, seeds)
-    time_arms(directory)
-    score(directory)
-    _write_comparison(experiment, directory)
-
-
-def _task_scorer(flags: Mapping[str, str]) -> Callable[[Path], None]:
-    """Scores the trials of a sweep on downstream tasks, where `tasks` asks for it; what is wrong is said at once."""
-    if "tasks" not in flags:
-        if flags:
-            raise UsageError(f"--{min(flags).replace('_', '-')} belongs to --tasks, which names what to score")
-        return lambda directory: None
-    from moepp.evaluation.commands import check_request, evaluate_sweep
-
-    folder, limit = flags.get("tasks_dir"), flags.get("limit")
-    asked = (flags["tasks"], Path(folder) if folder else None, int(limit) if limit else None)
-    check_request(*asked)
-
-    def score(directory: Path) -> None:
-        evaluate_sweep(directory, *asked)
-        write_json(directory / "tasks.json", flags)  # for reports to say how they are made
-
-    return score
+    if plan := _records(what):
+        what, scale, arguments = plan["name"], plan["scale"], [*arguments, f"runs={Path(what).parent}"]
+    experiment = find(what)
+    scale = _scale(experiment, scale)
+    options, overrides = _own_options(experiment, arguments, flags or {})
+    score = _asks_for_tasks(experiment, options)
+    needed = () if options.get("weights") else experiment.runs  # a checkpoint takes the place of trained runs
+    directories = {runs.sweep: _train(runs, scale, workers, overrides, seeds) for runs in needed}
+    for directory in directories.values() if score else ():
+        _score(directory, options)
+    _publish(experiment, Context(scale, directories, options), out)
 
 
-def report(name: str, scale: str, runs: Path | str) -> None:
-    """Rebuilds the report of an arm comparison from its records, without training."""
-    experiment = find(name)
-    if isinstance(experiment, Study):
-        raise UsageError(f"{name} is measured, not read from records: `python run.py reproduce {name}` repeats it")
-    _write_comparison(experiment, Path(runs) / f"{experiment.sweep}-{scale}")
+def report(what: str, scale: str, runs: Path | str = RUNS, out: Path | None = None) -> None:
+    """The report of runs that are there already, without training. Arguments and errors as of `reproduce`."""
+    if plan := _records(what):
+        experiment, scale = of_records(Path(what)), plan["scale"]
+        directories = {experiment.runs[0].sweep: Path(what)}
+    else:
+        experiment = find(what)
+        scale = _scale(experiment, scale)
+        directories = {needed.sweep: Path(runs) / f"{_sweep_name(needed)}-{scale}" for needed in experiment.runs}
+    _publish(experiment, Context(scale, directories), out)
+
+
+def report_sweep(sweep: str, directory: Path, out: Path | None = None) -> None:
+    """What comes after the last trial of a sweep: its arms are timed together, and it reports itself."""
+    experiment = of_sweep(sweep)
+    [runs] = experiment.runs
+    _time(runs, directory)
+    _publish(experiment, Context(read_json(directory / "sweep.json")["scale"], {sweep: directory}), out)
 
 
 def page() -> Path:
@@ -105,6 +106,44 @@ def page() -> Path:
     from moepp.reports.page import write_page
 
     return write_page(in_order(), RESULTS)
+
+
+def _records(what: str) -> Any:
+    """The sweep.json of a folder of records; None for anything else."""
+    return read_json(Path(what) / "sweep.json") if Path(what).is_dir() else None
+
+
+def _sweep_name(runs: Runs) -> str:
+    from moepp.sweeps.spec import read_sweep
+
+    return read_sweep(runs.sweep).name
+
+
+def _scale(experiment: Experiment, scale: str) -> str:
+    if len(experiment.scales) == 1:
+        return experiment.scales[0]
+    if scale not in experiment.scales:
+        raise UsageError(f"{experiment.name} has no scale '{scale}'; choose from {', '.join(experiment.scales)}")
+    return scale
+
+
+def _own_options(
+    experiment: Experiment, arguments: Sequence[str], flags: Mapping[str, str]
+) -> tuple[dict[str, str], list[str]]:
+    """The experiment's own options, and the config values that remain for its runs."""
+    given = dict(flags)
+    overrides = []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key in experiment.options:
+            given[key] = value
+        else:
+            overrides.append(argument)
+    unknown = [key for key in given if key not in experiment.options]
+    if unknown or (overrides and not experiment.runs):
+        known = ", ".join(f"{key}= ({about})" for key, about in experiment.options.items()) or "no options"
+        raise UsageError(f"{experiment.name} knows no {[*unknown, *overrides][0]}; it takes {known}")
+    return given, overrides
 
 
 def _train(runs: Runs, scale: str, workers: int, overrides: Sequence[str], seeds: Sequence[int] | None) -> Path:
@@ -117,90 +156,71 @@ def _train(runs: Runs, scale: str, workers: int, overrides: Sequence[str], seeds
     )
     if directory is None:
         raise RunError("nothing is reported yet; the same command does it once all trials are done")
+    _time(runs, directory)
     return directory
 
 
-def _reproduce_study(
-    study: Study,
-    scale: str,
-    workers: int,
-    arguments: Sequence[str],
-    seeds: Sequence[int] | None,
-    flags: Mapping[str, str],
-) -> None:
-    from moepp.reports.study_report import study_note, terminal_study, write_study
+def _time(runs: Runs, directory: Path) -> None:
+    if runs.timed:
+        from moepp.sweeps.timing import time_arms
 
-    scale = study.scales[0] if len(study.scales) == 1 else scale
-    if scale not in study.scales:
-        raise UsageError(f"{study.name} has no scale '{scale}'; choose from {', '.join(study.scales)}")
-    options, overrides = _split(study, arguments, flags)
-    needed = () if options.get("weights") else study.runs  # a checkpoint takes the place of trained runs
-    directories = {runs.sweep: _train(runs, scale, workers, overrides, seeds) for runs in needed}
-    found = study.measure(StudyContext(scale, directories, options))
-    command = reproduce_command(study.name, scale, arguments, seeds or (), flags)
-    folder = _folder(study.name, scale, directories)
-    files = write_study(study, found, folder, _provenance(command, scale, directories))
-    for directory in directories.values():
-        _log(directory, study.name, {}, files, study_note(study, found, command))
-    print(terminal_study(found))
+        time_arms(directory)
+
+
+def _asks_for_tasks(experiment: Experiment, options: Mapping[str, str]) -> bool:
+    """Whether trials are to be scored on downstream tasks; what is wrong with that is said before anything trains."""
+    if "tasks" not in experiment.options or not experiment.runs or not options:
+        return False
+    if "tasks" not in options:
+        raise UsageError(f"{min(options)} belongs to tasks, which names what to score")
+    from moepp.evaluation.commands import check_request
+
+    check_request(*_request(options))
+    return True
+
+
+def _request(options: Mapping[str, str]) -> tuple[str, Path | None, int | None]:
+    folder, limit = options.get("tasks_dir"), options.get("limit")
+    if limit is not None and not limit.isdecimal():
+        raise UsageError(f"limit={limit} must be a whole number of examples")
+    return options["tasks"], Path(folder) if folder else None, int(limit) if limit else None
+
+
+def _score(directory: Path, options: Mapping[str, str]) -> None:
+    from moepp.evaluation.commands import evaluate_sweep
+
+    evaluate_sweep(directory, *_request(options))
+    write_json(directory / "tasks.json", dict(options))  # for reports to say how they are made
+
+
+def _publish(experiment: Experiment, context: Context, out: Path | None) -> None:
+    """Measures, writes the report, puts it onto the sweeps' parent runs in the tracker, and prints its summary."""
+    from moepp.reports.report import note, terminal, write_report
+
+    found, made_by = experiment.measure(context), command(experiment, context)
+    folder = _folder(experiment, context, out)
+    files = write_report(experiment, found, folder, provenance(made_by, context))
+    for directory in context.directories.values():
+        _log(directory, experiment.name, found.metrics, files, note(experiment, found, made_by))
+    print(terminal(found))
     print(f"\nreport: {folder / 'report.md'}")
+    for sweep, directory in context.directories.items():
+        runs = "" if directory.parent == RUNS else f" runs={directory.parent}"
+        print(f"compare the runs in the browser: python run.py ui {sweep} --scale {context.scale}{runs}")
 
 
-def _split(study: Study, arguments: Sequence[str], flags: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """The study's own options, and the config values that remain for its runs."""
-    given = dict(flags)
-    overrides = []
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key in study.options:
-            given[key] = value
-        else:
-            overrides.append(argument)
-    unknown = [key for key in given if key not in study.options]
-    if unknown or (overrides and not study.runs):
-        known = ", ".join(f"{key}= ({about})" for key, about in study.options.items()) or "no options"
-        raise UsageError(f"{study.name} knows no {[*unknown, *overrides][0]}; it takes {known}")
-    return given, overrides
+def _folder(experiment: Experiment, context: Context, out: Path | None) -> Path:
+    """Beside the records it was made from; below `out` with the size, as in gpu-1b, where the command chose one."""
+    if out is not None:
+        results = map(context.results, context.directories)
+        chosen = {found.size for found in results if found.chose_size}
+        return out / experiment.name / "-".join([context.scale, *sorted(chosen)])
+    own = f"{experiment.name}-{context.scale}"
+    beside = next(iter(context.directories.values()), RUNS / own)
+    return beside / "report" if beside.name == own else beside / "report" / experiment.name
 
 
-def _provenance(command: str, scale: str, directories: Mapping[str, Path]) -> dict[str, Any]:
-    """Where a study's numbers come from; `command` is the one that repeats them."""
-    from moepp.training.provenance import collect
-
-    made = collect({})
-    trials = {sweep: (read_json(path / "sweep.json") or {}).get("trials", []) for sweep, path in directories.items()}
-    about = {key: made[key] for key in ("started", "git", "versions", "hardware")}
-    return {"command": command, "scale": scale, **about, "runs": trials}
-
-
-def _folder(name: str, scale: str, directories: Mapping[str, Path]) -> Path:
-    """results/<name>/<scale>/; with the size, as in gpu-1b, where the runs have another than the scale's own."""
-    from moepp.sweeps.spec import load_sweep
-
-    for sweep, directory in directories.items():
-        size = load_sweep_results(directory).size
-        if size not in ("", load_sweep(sweep).size(scale)):
-            return RESULTS / name / f"{scale}-{size}"
-    return RESULTS / name / scale
-
-
-def _write_comparison(experiment: Experiment, directory: Path) -> None:
-    from moepp.reports.comparison import compare
-    from moepp.reports.report import report_metrics, report_note, write_report
-    from moepp.reports.tables import terminal_table
-
-    results = load_sweep_results(directory)
-    folder = _folder(experiment.name, results.scale, {experiment.sweep: directory})
-    files = write_report(experiment, results, folder)
-    comparison = compare(experiment, results)
-    _log(directory, experiment.name, report_metrics(comparison), files, report_note(comparison))
-    print(terminal_table(comparison))
-    ui = f"python run.py ui {experiment.sweep} --scale {results.scale}"
-    ui += f" runs={directory.parent}" if str(directory.parent) != "runs" else ""
-    print(f"\nreport: {folder / 'report.md'}    compare the runs in the browser: {ui}")
-
-
-def _log(directory: Path, experiment: str, metrics: Mapping[str, float], files: list[Path], note: str) -> None:
+def _log(directory: Path, experiment: str, metrics: Mapping[str, float], files: list[Path], text: str) -> None:
     """Puts a report onto the parent run of a sweep that it read, where its runs are tracked."""
     from moepp.tracking.mirror import log_report
     from moepp.tracking.settings import TrackingConfig
@@ -208,4 +228,4 @@ def _log(directory: Path, experiment: str, metrics: Mapping[str, float], files: 
     first = read_json(directory / "sweep.json")["trials"][0]["path"]
     tracking = TrackingConfig(**RunRecord(directory / first).read("config.yaml").get("tracking", {"backend": "jsonl"}))
     if tracking.backend == "mlflow":
-        log_report(directory, tracking, directory.parent, experiment, metrics, files, note)
+        log_report(directory, tracking, directory.parent, experiment, metrics, files, text)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moepp.config import leaves
 from moepp.errors import UsageError
 from moepp.records import RunRecord, read_json
 from moepp.reports.targets import target_share
@@ -27,6 +28,7 @@ class Run:
     experts: dict[str, int]  # ffn, zero, copy, constant, shared; empty for a dense model
     target_share: float | None  # of all slots, what the balance aims to send to FFN experts
     provenance: dict[str, Any]
+    config: dict[str, Any]  # by dotted key
     curve: tuple[tuple[float, float], ...]
     first_ms: int
     last_ms: int
@@ -67,6 +69,11 @@ class SweepResults:
     def size(self) -> str:
         """That of the runs, which is the same in all arms."""
         return next(run.size for by_seed in self.runs.values() for run in by_seed.values())
+
+    @property
+    def chose_size(self) -> bool:
+        """Whether the command named another size than the scale's own."""
+        return any(word.startswith(("size=", "recipe=")) for word in self.overrides)
 
     def target_share(self, arm: str) -> float | None:
         return next((run.target_share for run in self.runs.get(arm, {}).values()), None)
@@ -146,6 +153,8 @@ def _unfinished(record: RunRecord) -> str | None:
     if record.status == "failed":
         reason = record.read("failed.json").get("reason", "no reason recorded")
         return f"failed ({' '.join(reason.split())[:200]})"  # a reason may be the tail of a log: keep it to one line
+    if record.status == "damaged":
+        return f"damaged ({record.damage})"
     if record.status == "pruned":
         return f"pruned ({record.read('pruned.json')['reason']})"
     if record.status != "done":
@@ -168,6 +177,7 @@ def _read(record: RunRecord, arm: str, seed: int) -> Run:
         experts=model.get("experts", {}) if model.get("moe_every", 1) else {},
         target_share=target_share(model),
         provenance=record.read("provenance.json"),
+        config=dict(leaves(config)),
         curve=tuple((line["step"] * tokens_per_step, line["val/loss"]) for line in lines if "val/loss" in line),
         first_ms=lines[0]["time"],
         last_ms=next(line["time"] for line in reversed(lines) if "final/val_loss" in line),  # tasks may follow later

@@ -12,8 +12,9 @@ from typing import Any
 from moepp.config import leaves
 from moepp.errors import UsageError
 from moepp.records import RunRecord, read_json
-from moepp.reports.tables import ALONE, MEASURED, NONE, Rows, aligned
+from moepp.reports.tables import ALONE, MEASURED, shown
 from moepp.statistics.seeds import Estimate, paired_difference
+from moepp.statistics.tables import NONE, as_lines
 from moepp.tracking import pages
 
 LABELS = ("name", "runs", "tags", "tracking")  # of the config: where a run lies, not what it is
@@ -29,6 +30,7 @@ class Side:
     label: str
     runs: dict[int, RunRecord]
     is_arm: bool
+    damaged: tuple[str, ...] = ()  # what is wrong with finished runs that are left out
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ def read_side(text: str) -> Side:
     """`<run directory>` or `<sweep directory>:<arm>`. Raises UsageError when it is neither or nothing has finished."""
     if (Path(text) / "config.yaml").is_file():
         record = RunRecord(text)
+        if record.status == "damaged":
+            raise UsageError(record.damage)
         return Side(text, {record.read("config.yaml").get("seed", 0): record}, is_arm=False)
     folder, colon, arm = text.rpartition(":")
     directory = Path(folder if colon else text)
@@ -65,9 +69,10 @@ def read_side(text: str) -> Side:
         raise UsageError(f"{text} names no arm of the sweep; write {directory}:ARM with one of {', '.join(arms)}")
     records = {trial["seed"]: RunRecord(directory / trial["path"]) for trial in sweep["trials"] if trial["arm"] == arm}
     finished = {seed: record for seed, record in sorted(records.items()) if record.status == "done"}
+    damaged = tuple(record.damage for record in records.values() if record.status == "damaged")
     if not finished:
-        raise UsageError(f"no run of {text} has finished")
-    return Side(text, finished, is_arm=True)
+        raise UsageError("; ".join([f"no run of {text} has finished", *damaged]))
+    return Side(text, finished, True, damaged)
 
 
 def pair(a: Side, b: Side) -> Pairs:
@@ -123,9 +128,10 @@ def side_by_side(a: Side, b: Side) -> str:
     pairs = pair(a, b)
     seeds = f"paired over seeds {', '.join(str(seed) for seed in a.runs if seed in b.runs)}"
     lines = [f"A  {a.label}", f"B  {b.label}", *([seeds] if a.is_arm or b.is_arm else [])]
+    lines += [f"damaged and left out: {damage}" for damage in (*a.damaged, *b.damaged)]
     for title, changes in (("config", config_changes(pairs)), ("made with", provenance_changes(pairs))):
         rows = [[title, "A", "B"], *([change.key, change.a, change.b] for change in changes)]
-        lines += ["", *(aligned(rows) if changes else [f"{title}: no difference"])]
+        lines += ["", *(as_lines(shown(rows)) if changes else [f"{title}: no difference"])]
     page = comparison_page(record for pair in pairs for record in pair)
     browser = f"in the browser (make ui): {page}" if page else "in the browser: not before `python run.py sync`"
     return "\n".join([*lines, "", *_metric_lines(metric_differences(pairs)), "", browser])
@@ -134,12 +140,13 @@ def side_by_side(a: Side, b: Side) -> str:
 def _metric_lines(metrics: Sequence[MetricDifference]) -> list[str]:
     if not metrics:
         return ["no final metrics yet: a run has not finished"]
-    rows: Rows = [["final", "A", "B", "B - A"]]
+    rows = [["final", "A", "B", "B - A"]]
     for metric in metrics:
         rows.append([metric.name, f"{metric.a:.6g}", f"{metric.b:.6g}", _signed(metric.difference)])
     if all(metric.difference.n == 1 for metric in metrics):
-        return aligned(rows)
-    return [*aligned(rows), f"± 95 % interval of the paired difference; {ALONE} excludes 0, each metric taken alone"]
+        return as_lines(shown(rows))
+    legend = f"± 95 % interval of the paired difference; {ALONE} excludes 0, each metric taken alone"
+    return [*as_lines(shown(rows)), legend]
 
 
 def _signed(difference: Estimate) -> str:

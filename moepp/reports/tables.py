@@ -1,12 +1,13 @@
-"""Tables of a comparison: rows as text for the report and the terminal, full-precision columns for the CSV."""
+"""Tables of a comparison: what is shown, with intervals and marks, and the full precision beside it."""
+
+from collections.abc import Sequence
 
 from moepp.reports.comparison import Comparison, Difference
 from moepp.reports.effective_speedup import effective_speedup
-from moepp.reports.experiment import Experiment
 from moepp.reports.results import ROUTINGS, SweepResults
 from moepp.statistics.seeds import Estimate
+from moepp.statistics.tables import NONE, Cell, Table, number, quantity
 
-NONE = "–"  # no value: never NaN, never 0
 ALONE, CORRECTED = "†", "‡"  # a difference whose own interval excludes 0; one that survives Holm's correction
 MEASURED = (
     "val_loss", "val_bits_per_byte", "val_accuracy",
@@ -15,21 +16,13 @@ MEASURED = (
     "tokens_per_s", "step_time_ms", "peak_mem_gib", "expert_forward_ms", "expert_forward_ms_balanced", "train_seconds",
     "total_params", "active_params", "flops_per_token", "tokens",
 )  # fmt: skip
-Rows = list[list[str]]
+LEGEND = f"loss: validation, ± 95 % interval; {ALONE} excludes 0 alone, {CORRECTED} after Holm's correction, as p is"
 
 
-def number(value: float | None, form: str = ".4f") -> str:
-    return NONE if value is None else format(value, form)
-
-
-def quantity(value: float | None) -> str:
-    """1234567 -> 1.23M."""
-    if value is None:
-        return NONE
-    for factor, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= factor:
-            return f"{value / factor:.3g}{unit}"
-    return f"{value:.3g}"
+def shown(rows: Sequence[Sequence[Cell]], caption: str = "") -> Table:
+    """Of a header and rows that are text already."""
+    head, *body = rows
+    return Table("", caption, tuple(head), tuple(map(tuple, body)))
 
 
 def plus_minus(estimate: Estimate | None, sign: str = "") -> str:
@@ -62,7 +55,8 @@ def experts(results: SweepResults, arm: str) -> str:
     if not counts:
         return NONE
     shared = f", {counts['shared']} shared" if counts.get("shared") else ""
-    return f"{counts['ffn']} + {counts['zero']}/{counts['copy']}/{counts['constant']}{shared}"
+    others = "".join(f", {count} {kind}" for kind, count in counts.get("others", {}).items())
+    return f"{counts['ffn']} + {counts['zero']}/{counts['copy']}/{counts['constant']}{others}{shared}"
 
 
 def speedups(results: SweepResults, arm: str, routing: str) -> tuple[float | None, float | None]:
@@ -72,12 +66,37 @@ def speedups(results: SweepResults, arm: str, routing: str) -> tuple[float | Non
     return measured, ideal
 
 
-def quality_table(comparison: Comparison) -> Rows:
-    results, experiment = comparison.results, comparison.experiment
+def overview(comparison: Comparison) -> Table:
+    """The short form, for the end of a command within 120 columns and for a tracker's page."""
+    results, paper = comparison.results, comparison.design.paper
+    rows = [["arm", "n", "loss", f"minus {results.baseline}", "p", "bpb", "FFN/tok", "speed-up", "ideal", "tokens/s"]]
+    rows[0] += ["paper %"] if paper else []
+    for arm in comparison.design.arms:
+        found = comparison.differences.get(arm)
+        measured, ideal = speedups(results, arm, "learned")
+        rows.append([
+            arm,
+            seeds(comparison, arm),
+            plus_minus(results.estimate(arm, "val_loss")),
+            signed(found),
+            p_value(found),
+            number(results.mean(arm, "val_bits_per_byte")),
+            number(results.mean(arm, "ffn_per_token"), ".2f"),
+            number(measured, ".2f"),
+            number(ideal, ".2f"),
+            number(results.training_speeds.get(arm), ".0f"),
+        ])  # fmt: skip
+        if paper:
+            printed = paper.rows.get(arm)
+            rows[-1].append(number(printed and printed.average, ".1f"))
+    return shown(rows, LEGEND)
+
+
+def quality_table(comparison: Comparison) -> Table:
+    results, paper = comparison.results, comparison.design.paper
     rows = [["arm", "n", "validation loss", f"minus {results.baseline}", "p (Holm)", "bits per byte", "accuracy"]]
-    if experiment.paper:
-        rows[0] += ["paper: average, %", f"paper: minus {results.baseline}"]
-    for arm in experiment.arms:
+    rows[0] += ["paper: average, %", f"paper: minus {results.baseline}"] if paper else []
+    for arm in comparison.design.arms:
         found = comparison.differences.get(arm)
         rows.append([
             arm,
@@ -87,44 +106,39 @@ def quality_table(comparison: Comparison) -> Rows:
             p_value(found),
             plus_minus(results.estimate(arm, "val_bits_per_byte")),
             plus_minus(results.estimate(arm, "val_accuracy")),
+            *(_paper_quality(comparison, arm) if paper else ()),
         ])  # fmt: skip
-        if experiment.paper:
-            rows[-1] += _paper_quality(experiment, arm, results.baseline)
-    return rows
+    return shown(rows)
 
 
-def _paper_quality(experiment: Experiment, arm: str, baseline: str) -> list[str]:
-    if arm not in experiment.paper:
+def _paper_quality(comparison: Comparison, arm: str) -> list[str]:
+    rows, baseline = comparison.design.paper.rows, comparison.results.baseline
+    if arm not in rows:
         return [NONE, NONE]
-    paper, base = experiment.paper[arm].average, experiment.paper[baseline].average
-    return [f"{paper:.1f}", NONE if arm == baseline else f"{paper - base:+.1f}"]
+    average, base = rows[arm].average, rows[baseline].average
+    return [f"{average:.1f}", NONE if arm == baseline else f"{average - base:+.1f}"]
 
 
-def effects_table(comparison: Comparison) -> Rows:
-    """The experiment's contrasts: arms with something against arms without it."""
-    experiment = comparison.experiment
-    rows = [["effect of", "n", "validation loss, on minus off", "p (Holm)"]]
-    if experiment.paper:
-        rows[0].append("paper: average, on minus off, %")
-    for name in experiment.contrasts:
+def effects_table(comparison: Comparison) -> Table:
+    """The contrasts: arms with something against arms without it."""
+    paper = comparison.design.paper
+    rows = [["effect of", "n", "difference in validation loss", "p (Holm)"]]
+    rows[0] += ["paper: difference in average, %"] if paper else []
+    for name, contrast in comparison.design.contrasts.items():
         found = comparison.contrasts.get(name)
         rows.append([name, str(found.estimate.n if found else 0), signed(found), p_value(found)])
-        if experiment.paper:
-            rows[-1].append(number(experiment.paper_effect(name), "+.2f"))
-    return rows
+        rows[-1] += [number(paper.effect(contrast), "+.2f")] if paper else []
+    return shown(rows)
 
 
-def cost_table(comparison: Comparison) -> Rows:
+def cost_table(comparison: Comparison) -> Table:
     """Expert compute and speed; `ideal` is the speed-up if time were proportional to the timed batch's FFN compute."""
-    results, experiment = comparison.results, comparison.experiment
+    results, paper = comparison.results, comparison.design.paper
     rows = [["arm", "experts: FFN + zero/copy/constant", "FFN experts per token", "FFN share", "FFN share, target"]]
-    rows[0] += [
-        f"{routing}: {column}" for routing in ROUTINGS for column in ("expert forward, ms", "speed-up", "ideal")
-    ]
-    rows[0].append("training, tokens/s")
-    if experiment.paper:
-        rows[0] += ["paper: FFN share", "paper: speed-up"]
-    for arm in experiment.arms:
+    timed = ("expert forward, ms", "speed-up", "ideal")
+    rows[0] += [f"{routing}: {column}" for routing in ROUTINGS for column in timed]
+    rows[0] += ["training, tokens/s", *(["paper: FFN share", "paper: speed-up"] if paper else [])]
+    for arm in comparison.design.arms:
         row = [arm, experts(results, arm), number(results.mean(arm, "ffn_per_token"), ".3f")]
         row += [number(results.mean(arm, "ffn_share"), ".3f"), number(results.target_share(arm), ".3f")]
         for routing in ROUTINGS:
@@ -132,31 +146,18 @@ def cost_table(comparison: Comparison) -> Rows:
             measured, ideal = speedups(results, arm, routing)
             row += [number(time and time.median_ms, ".2f"), number(measured, ".2f"), number(ideal, ".2f")]
         row.append(number(results.training_speeds.get(arm), ".0f"))
-        if experiment.paper:
-            paper = experiment.paper.get(arm)
-            row += [number(paper and paper.ffn_share, ".3f"), number(paper and paper.speedup, ".2f")]
+        if paper:
+            printed = paper.rows.get(arm)
+            row += [number(printed and printed.ffn_share, ".3f"), number(paper.speedup(arm), ".2f")]
         rows.append(row)
-    return rows
+    return shown(rows)
 
 
-def paper_table(experiment: Experiment) -> Rows:
-    """The paper's own rows; where it has several sizes, the one beside ours first."""
-    sizes = {experiment.paper_size: experiment.paper} | dict(experiment.paper_sizes)
-    rows = [["size", "arm", *experiment.tasks, "average", f"without {experiment.noisy_task}", "FFN share",
-             "expert forward, ms", "speed-up"]]  # fmt: skip
-    for size, by_arm in sizes.items():
-        for arm, row in by_arm.items():
-            means = [f"{row.average:.1f}", f"{experiment.average_without_noisy_task(row):.2f}", f"{row.ffn_share:.3f}"]
-            times = [number(row.expert_forward_ms, ".1f"), number(row.speedup, ".2f")]
-            rows.append([size.upper(), arm, *(f"{score:.1f}" for score in row.scores), *means, *times])
-    return rows
-
-
-def effective_table(comparison: Comparison) -> Rows:
+def effective_table(comparison: Comparison) -> Table:
     """Tokens and time that the baseline needs to reach each arm's final loss, over the arm's own."""
     results = comparison.results
     rows = [["arm", "n", "baseline's tokens / arm's", "interval", "training speed", "effective speed-up"]]
-    for arm in comparison.experiment.arms:
+    for arm in comparison.design.arms:
         found = effective_speedup(results, arm)
         if found is None or arm == results.baseline:
             continue
@@ -164,10 +165,10 @@ def effective_table(comparison: Comparison) -> Rows:
         interval = "{:.2f} to {:.2f}".format(*found.interval) if found.interval else NONE
         time = NONE if found.time is None else f"{found.bound}{found.time:.2f}"
         rows.append([arm, n, f"{found.bound}{found.tokens:.2f}", interval, number(found.speed, ".2f"), time])
-    return rows
+    return shown(rows)
 
 
-def budget_table(comparison: Comparison) -> Rows:
+def budget_table(comparison: Comparison) -> Table:
     results = comparison.results
     budgets = {
         "total_params": "total parameters",
@@ -176,106 +177,46 @@ def budget_table(comparison: Comparison) -> Rows:
         "tokens": "training tokens",
     }
     rows = [["arm", *budgets.values(), "training time, s", "peak memory, GiB"]]
-    for arm in comparison.experiment.arms:
+    for arm in comparison.design.arms:
         row = [arm, *(quantity(results.mean(arm, name)) for name in budgets)]
         row += [number(results.mean(arm, "train_seconds"), ".0f"), number(results.mean(arm, "peak_mem_gib"), ".2f")]
         rows.append(row)
-    return rows
+    return shown(rows)
 
 
-def csv_table(comparison: Comparison) -> Rows:
+def full_table(comparison: Comparison) -> Table:
     """One row per arm: every mean with its interval, differences, times and the paper's numbers, at full precision."""
-    results, experiment = comparison.results, comparison.experiment
-    rows = []
-    for arm in experiment.arms:
-        found = comparison.differences.get(arm)
-        cells = {
-            "arm": arm,
-            "experts": experts(results, arm),
-            "seeds": " ".join(map(str, sorted(results.runs.get(arm, {})))),
-        }
-        for metric in MEASURED:
-            cells |= _interval(metric, results.estimate(arm, metric))
-        cells["ffn_share_target"] = results.target_share(arm)
-        cells |= _interval("difference", found.estimate if found else None)
-        cells |= {"difference_n": found.estimate.n if found else None, "p": found.estimate.p_value if found else None}
-        cells |= {"p_holm": found.p_holm if found else None}
-        for routing in ROUTINGS:
-            time = results.expert_times.get((arm, routing))
-            cells |= {f"{routing}_median_ms": time and time.median_ms, f"{routing}_min_ms": time and time.min_ms}
-            cells[f"{routing}_speedup"], cells[f"{routing}_ideal_speedup"] = speedups(results, arm, routing)
-            cells[f"{routing}_speedup_of_min"] = results.ratio(arm, routing, lambda time: time.min_ms)
-        cells["training_tokens_per_s"] = results.training_speeds.get(arm)
-        effective = effective_speedup(results, arm)
-        cells |= {"effective_tokens": effective and effective.tokens, "effective_speedup": effective and effective.time}
-        cells |= {"effective_bound": effective and effective.bound.strip()}
-        if experiment.paper:
-            paper = experiment.paper.get(arm)
-            cells |= {f"paper_{name}": paper and getattr(paper, name) for name in ("average", "ffn_share", "speedup")}
-        rows.append(cells)
-    return [list(rows[0]), *(["" if value is None else str(value) for value in cells.values()] for cells in rows)]
+    rows = [_full_row(comparison, arm) for arm in comparison.design.arms]
+    return Table("table", "Every number of the comparison.", tuple(rows[0]), tuple(tuple(row.values()) for row in rows))
 
 
-def terminal_table(comparison: Comparison) -> str:
-    """The short form for the end of a command, within 120 columns."""
-    results, experiment = comparison.results, comparison.experiment
-    rows = [
-        [
-            "arm",
-            "n",
-            "loss",
-            f"minus {results.baseline}",
-            "p",
-            "bpb",
-            "FFN/tok",
-            "speed-up",
-            "ideal",
-            "tokens/s",
-        ]
-    ]
-    if experiment.paper:
-        rows[0].append("paper %")
-    for arm in experiment.arms:
-        found = comparison.differences.get(arm)
-        measured, ideal = speedups(results, arm, "learned")
-        rows.append([
-            arm,
-            seeds(comparison, arm),
-            number(results.mean(arm, "val_loss")),
-            signed(found),
-            p_value(found),
-            number(results.mean(arm, "val_bits_per_byte")),
-            number(results.mean(arm, "ffn_per_token"), ".2f"),
-            number(measured, ".2f"),
-            number(ideal, ".2f"),
-            number(results.training_speeds.get(arm), ".0f"),
-        ])  # fmt: skip
-        if experiment.paper:
-            paper = experiment.paper.get(arm)
-            rows[-1].append(number(paper and paper.average, ".1f"))
-    legend = (
-        f"loss: validation, ± 95 % interval; {ALONE} excludes 0 alone, {CORRECTED} after Holm's correction, as p is"
-    )
-    return "\n".join([*aligned(rows), legend])
+def _full_row(comparison: Comparison, arm: str) -> dict[str, Cell]:
+    results, found, paper = comparison.results, comparison.differences.get(arm), comparison.design.paper
+    trained = " ".join(map(str, sorted(results.runs.get(arm, {}))))
+    cells: dict[str, Cell] = {"arm": arm, "experts": experts(results, arm), "seeds": trained}
+    for metric in MEASURED:
+        cells |= _interval(metric, results.estimate(arm, metric))
+    cells["ffn_share_target"] = results.target_share(arm)
+    cells |= _interval("difference", found.estimate if found else None)
+    cells |= {"difference_n": found.estimate.n if found else None, "p": found.estimate.p_value if found else None}
+    cells |= {"p_holm": found.p_holm if found else None}
+    for routing in ROUTINGS:
+        time = results.expert_times.get((arm, routing))
+        cells |= {f"{routing}_median_ms": time and time.median_ms, f"{routing}_min_ms": time and time.min_ms}
+        cells[f"{routing}_speedup"], cells[f"{routing}_ideal_speedup"] = speedups(results, arm, routing)
+        cells[f"{routing}_speedup_of_min"] = results.ratio(arm, routing, lambda time: time.min_ms)
+    cells["training_tokens_per_s"] = results.training_speeds.get(arm)
+    effective = effective_speedup(results, arm)
+    cells |= {"effective_tokens": effective and effective.tokens, "effective_speedup": effective and effective.time}
+    cells |= {"effective_bound": effective and effective.bound.strip()}
+    if paper:
+        printed = paper.rows.get(arm)
+        cells |= {f"paper_{name}": printed and getattr(printed, name) for name in ("average", "ffn_share")}
+        cells["paper_speedup"] = paper.speedup(arm)
+    return cells
 
 
-def aligned(rows: Rows) -> list[str]:
-    """First column left, the others right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-
-
-def markdown(rows: Rows) -> str:
-    head, *body = (f"| {' | '.join(row)} |" for row in rows)
-    return "\n".join([head, "|---|" + "---:|" * (len(rows[0]) - 1), *body])
-
-
-def _interval(name: str, estimate: Estimate | None) -> dict[str, float | None]:
+def _interval(name: str, estimate: Estimate | None) -> dict[str, Cell]:
     if estimate is None:
         return {name: None, f"{name}_low": None, f"{name}_high": None}
     return {name: estimate.mean, f"{name}_low": estimate.low, f"{name}_high": estimate.high}

@@ -17,6 +17,7 @@ def target_share(model: Mapping[str, Any]) -> float | None:
     if not experts or not model.get("moe_every", 1) or model.get("selection", "top_k") != "top_k":
         return None
     zero_computation = sum(experts[kind] for kind in ("zero", "copy", "constant"))
+    zero_computation += sum(experts.get("others", {}).values())
     if not zero_computation:
         return 1.0
     if not balance:

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from moepp.evaluation.results import GOLD, NOISY_TASK, TaskResult, load_task_results
-from moepp.reports.experiment import Experiment
+from moepp.reports.paper import PaperScores
 from moepp.reports.results import SweepResults
-from moepp.reports.tables import ALONE, CORRECTED, NONE, Rows, markdown, number
+from moepp.reports.tables import ALONE, CORRECTED, shown
 from moepp.statistics.resampling import Interval, bootstrap_chance, paired_bootstrap, percentile_interval
 from moepp.statistics.seeds import SIGNIFICANCE, Estimate, holm, mean_interval, paired_difference
+from moepp.statistics.tables import NONE, Cell, Table, number
 
 PRINTED = {  # the harness's names -> the paper's
     "sciq": "SciQ", "piqa": "PIQA", "winogrande": "WinoGrande", "arc_easy": "ARC-E", "hellaswag": "HellaSwag",
@@ -32,6 +33,11 @@ a paired 95 % t-interval over seeds; the second a paired 95 % bootstrap over the
 and averaged over the same seeds: it holds for these runs and other examples. `{ALONE}`: the interval before it excludes
 0. `{CORRECTED}`: it still does at 5 % after Holm's correction over the arms of its row. Nothing is corrected for the
 number of tasks. Means over tasks are unweighted."""
+ASKED = (
+    "What was asked. Prompts longer than the context are cut: they lose their first examples, and a score then is not"
+    " one with that many shots."
+)
+Rows = list[list[str]]
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ MEASURES = (
 
 
 @dataclass(frozen=True)
-class Difference:
+class TaskDifference:
     """An arm minus the baseline, with p corrected over the arms; None where a single seed has no scatter."""
 
     seeds: Estimate
@@ -72,10 +78,15 @@ class Difference:
     p_seeds: float | None
     p_examples: float
 
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        seeds, examples = self.seeds, self.examples
+        return seeds.mean, seeds.half_width, self.p_seeds, examples.low, examples.high, self.p_examples
+
 
 @dataclass(frozen=True)
 class TaskTables:
-    """`setup`, `accuracy` and `gold` are shown; `csv` has both measures at full precision, a line per arm and row;
+    """`setup`, `accuracy` and `gold` are shown; `full` has both measures at full precision, a line per arm and row;
     `asked` goes into provenance.json; `left_out` names tasks that not all runs answered alike.
     """
 
@@ -83,32 +94,20 @@ class TaskTables:
     left_out: tuple[str, ...]
     baseline: str
     asked: dict[str, dict[str, Any]]
-    setup: Rows
-    accuracy: Rows
-    accuracy_differences: Rows
-    gold: Rows
-    csv: Rows
+    setup: Table
+    accuracy: Table
+    accuracy_differences: Table
+    gold: Table
+    full: Table
 
     @property
-    def text(self) -> str:
-        """The report's section."""
+    def section(self) -> tuple[str | Table, ...]:
+        """Of the report."""
         missing = f"Not shown, because runs lack them or were asked something else: {', '.join(self.left_out)}."
+        left_out = (missing,) if self.left_out else ()
         if not self.tasks:
-            return missing
-        return "\n\n".join([
-            *([missing] if self.left_out else []),
-            "What was asked. Prompts longer than the context are cut: they lose their first examples, and a score"
-            " then is not one with that many shots.",
-            markdown(self.setup),
-            "Accuracy in % (exact match for NQ):",
-            markdown(self.accuracy),
-            f"Accuracy minus {self.baseline}, in points:",
-            markdown(self.accuracy_differences),
-            f"Bits per byte of the gold answer, of {self.baseline} and of the other arms minus {self.baseline}; lower"
-            " is better:",
-            markdown(self.gold),
-            HOW_TO_READ,
-        ])  # fmt: skip
+            return left_out
+        return (*left_out, self.setup, self.accuracy, self.accuracy_differences, self.gold, HOW_TO_READ)
 
 
 def task_tables(results: SweepResults, arms: Sequence[str]) -> TaskTables | None:
@@ -131,29 +130,35 @@ def task_tables(results: SweepResults, arms: Sequence[str]) -> TaskTables | None
         left_out=tuple(task for task in named if task not in tasks),
         baseline=results.baseline,
         asked={task: _asked(runs, task) for task in tasks},
-        setup=_setup(runs, tasks),
-        accuracy=_values_table(accuracy, values["accuracy"], arms, tasks),
-        accuracy_differences=_differences_table(accuracy, found["accuracy"], others, tasks),
-        gold=_join(
-            _values_table(gold, values[GOLD], [results.baseline], tasks),
-            _differences_table(gold, found[GOLD], others, tasks),
+        setup=shown(_setup(runs, tasks), ASKED),
+        accuracy=shown(_value_rows(accuracy, values["accuracy"], arms, tasks), "Accuracy in % (exact match for NQ):"),
+        accuracy_differences=shown(
+            _difference_rows(accuracy, found["accuracy"], others, tasks),
+            f"Accuracy minus {results.baseline}, in points:",
         ),
-        csv=_csv(values, found, arms, tasks),
+        gold=shown(
+            _join(
+                _value_rows(gold, values[GOLD], [results.baseline], tasks),
+                _difference_rows(gold, found[GOLD], others, tasks),
+            ),
+            f"Bits per byte of the gold answer, of {results.baseline} and of the other arms minus {results.baseline};"
+            " lower is better:",
+        ),
+        full=_full(values, found, arms, tasks),
     )
 
 
-def paper_accuracy(experiment: Experiment, tasks: Sequence[str]) -> Rows | None:
+def paper_accuracy(paper: PaperScores, tasks: Sequence[str]) -> Table | None:
     """The paper's scores of these tasks by arm, with their means; None where it has none of them."""
-    printed = [task for task in tasks if PRINTED.get(task) in experiment.tasks]
-    if not printed or not experiment.paper:
+    printed = [task for task in tasks if PRINTED.get(task) in paper.tasks]
+    if not printed:
         return None
-    scores = {arm: dict(zip(experiment.tasks, row.scores, strict=True)) for arm, row in experiment.paper.items()}
-    arms = [arm for arm in experiment.arms if arm in scores]
+    scores = {arm: dict(zip(paper.tasks, row.scores, strict=True)) for arm, row in paper.rows.items()}
     rows = [
-        [row, *(f"{statistics.fmean(scores[arm][PRINTED[task]] for task in group):.1f}" for arm in arms)]
+        [row, *(f"{statistics.fmean(of_arm[PRINTED[task]] for task in group):.1f}" for of_arm in scores.values())]
         for row, group in _groups(printed).items()
     ]
-    return [["task", *arms], *rows]
+    return shown([["task", *scores], *rows], f"The paper's, of its {paper.size.upper()} model:")
 
 
 def _asked_alike(runs: Sequence[Mapping[str, TaskResult]], task: str) -> bool:
@@ -210,7 +215,7 @@ def _values(measure: Measure, scores: Scores, tasks: Sequence[str]) -> dict[str,
 
 def _differences(
     measure: Measure, scores: Scores, tasks: Sequence[str], baseline: str, others: Sequence[str]
-) -> dict[str, dict[str, Difference]]:
+) -> dict[str, dict[str, TaskDifference]]:
     """row -> arm -> difference, of the arms that share a seed with the baseline."""
     seeds = {arm: sorted(scores[arm].keys() & scores[baseline].keys()) for arm in others}
     arms = [arm for arm in others if seeds[arm]]
@@ -237,7 +242,7 @@ def _differences(
         p_seeds = dict(zip(tested, holm([estimates[i].p_value for i in tested]), strict=True))
         p_examples = holm([bootstrap_chance(draws_D) for draws_D in draws_DM.T])
         found[row] = {
-            arm: Difference(
+            arm: TaskDifference(
                 estimates[i], percentile_interval(effect_M[i], draws_DM[:, i]), p_seeds.get(i), p_examples[i]
             )
             for i, arm in enumerate(arms)
@@ -251,7 +256,7 @@ def _mean_of_seeds(
     return np.mean([measure.of(by_seed[seed][task]) for seed in seeds], axis=0)
 
 
-def _values_table(
+def _value_rows(
     measure: Measure, values: Mapping[str, Mapping[str, Mapping[int, float]]], arms: Sequence[str], tasks: Sequence[str]
 ) -> Rows:
     rows = [["task", *arms]]
@@ -264,8 +269,8 @@ def _values_table(
     return rows
 
 
-def _differences_table(
-    measure: Measure, found: Mapping[str, Mapping[str, Difference]], arms: Sequence[str], tasks: Sequence[str]
+def _difference_rows(
+    measure: Measure, found: Mapping[str, Mapping[str, TaskDifference]], arms: Sequence[str], tasks: Sequence[str]
 ) -> Rows:
     rows = [["task", *arms]]
     for row in _groups(tasks):
@@ -273,7 +278,7 @@ def _differences_table(
     return rows
 
 
-def _cell(difference: Difference | None, form: str) -> str:
+def _cell(difference: TaskDifference | None, form: str) -> str:
     if difference is None:
         return NONE
     examples = difference.examples
@@ -296,25 +301,21 @@ def _join(left: Rows, right: Rows) -> Rows:
     return [[*a, *b[1:]] for a, b in zip(left, right, strict=True)]
 
 
-def _csv(
+def _full(
     values: Mapping[str, Mapping[str, Mapping[str, Mapping[int, float]]]],
-    found: Mapping[str, Mapping[str, Mapping[str, Difference]]],
+    found: Mapping[str, Mapping[str, Mapping[str, TaskDifference]]],
     arms: Sequence[str],
     tasks: Sequence[str],
-) -> Rows:
-    head = ["measure", "task", "arm", "seeds", "value", "half_width", "difference", "difference_half_width", "p_holm"]
-    rows = [[*head, "examples_low", "examples_high", "examples_p_holm"]]
+) -> Table:
+    columns = ("measure", "task", "arm", "seeds", "value", "half_width", "difference", "difference_half_width",
+               "p_holm", "examples_low", "examples_high", "examples_p_holm")  # fmt: skip
+    rows: list[tuple[Cell, ...]] = []
     for measure, by_arm in values.items():
         for row in _groups(tasks):
             for arm in arms:
                 if not by_arm[arm].get(row):
                     continue
                 own, against = mean_interval(list(by_arm[arm][row].values())), found[measure].get(row, {}).get(arm)
-                cells = [measure, row, arm, own.n, own.mean, own.half_width]
-                if against is None:
-                    cells += [None] * 6
-                else:
-                    cells += [against.seeds.mean, against.seeds.half_width, against.p_seeds]
-                    cells += [against.examples.low, against.examples.high, against.p_examples]
-                rows.append(["" if cell is None else str(cell) for cell in cells])
-    return rows
+                cells = (measure, row, arm, own.n, own.mean, own.half_width)
+                rows.append((*cells, *(against.cells if against else (None,) * 6)))
+    return Table("tasks", "Scores on downstream tasks.", columns, tuple(rows))

@@ -1,18 +1,15 @@
-"""The figure of an experiment's `Trend`: validation loss and expert time of arms against a number they differ in."""
+"""The figure of a sweep's `trend`: validation loss and expert time of arms against a number they differ in."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moepp.reports.comparison import OBJECTIVE, Comparison
 from moepp.reports.results import SweepResults
-from moepp.reports.tables import Rows
 from moepp.statistics.seeds import Estimate
-from moepp.statistics.style import BLUE, GREY, INK, axes_of
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from moepp.statistics.style import BLUE, GREY, INK, Figure, axes_of
+from moepp.statistics.tables import Table
 
 LOOKS = (  # told apart by marker and line, so that grey paper loses nothing
     {"color": INK, "marker": "o", "ls": "-"},
@@ -33,32 +30,38 @@ class Point:
         return math.nan if self.loss.half_width is None else self.loss.half_width
 
 
-def trend(comparison: Comparison) -> "tuple[Figure, Rows] | None":
-    """None where the experiment declares no trend, or no arm of it has run."""
-    declared, results = comparison.experiment.trend, comparison.results
-    series = {name: _points(arms, results) for name, arms in declared.series.items()} if declared else {}
+def trend(comparison: Comparison) -> Figure | None:
+    """None where the sweep declares no trend, or no arm of it has run."""
+    declared, results = comparison.design.trend, comparison.results
+    series = {name: _points(arms, results, declared.x) for name, arms in declared.series.items()} if declared else {}
     drawn = [point for points in series.values() for point in points]
     if not drawn:
         return None
     inside = any(results.baseline in arms for arms in declared.series.values())
-    level = [] if inside else _points({results.baseline: None}, results)
+    level = [] if inside else _points([results.baseline], results)
     timed = any(point.expert_forward_ms for point in drawn)
-    figure, axes = axes_of(width=8.4 if timed else 4.6, height=3.4, columns=1 + timed)
-    _draw_loss(axes[0] if timed else axes, series, level)
-    if timed:
-        _draw_time(axes[1], series, level)
-    for one in figure.axes:
-        one.set_xlabel(declared.x)
-    figure.legend(loc="outside upper right", ncols=3)
-    return figure, _rows(declared.x, {**series, "baseline": level})
+
+    def draw():
+        figure, axes = axes_of(width=8.4 if timed else 4.6, height=3.4, columns=1 + timed)
+        _draw_loss(axes[0] if timed else axes, series, level)
+        if timed:
+            _draw_time(axes[1], series, level)
+        for one in figure.axes:
+            one.set_xlabel(declared.x)
+        figure.legend(loc="outside upper right", ncols=3)
+        return figure
+
+    return Figure(_data(declared.x, {**series, "baseline": level}), draw)
 
 
-def _points(arms: Mapping[str, float | None], results: SweepResults) -> list[Point]:
+def _points(arms: Sequence[str], results: SweepResults, x: str = "") -> list[Point]:
     found = []
-    for arm, x in arms.items():
+    for arm in arms:
         time = results.expert_times.get((arm, "learned"))
-        if loss := results.estimate(arm, OBJECTIVE):
-            found.append(Point(arm, x, loss, time and time.median_ms))
+        value = next((run.config.get(x) for run in results.runs.get(arm, {}).values()), None)
+        loss = results.estimate(arm, OBJECTIVE)
+        if loss and (not x or isinstance(value, int | float)):
+            found.append(Point(arm, value, loss, time and time.median_ms))
     return found
 
 
@@ -89,10 +92,14 @@ def _draw_time(axes: Any, series: Mapping[str, Sequence[Point]], level: Sequence
     axes.set_ylabel("expert forward, ms (learned routing)")
 
 
-def _rows(x: str, series: Mapping[str, Sequence[Point]]) -> Rows:
-    rows = [["series", "arm", x, "n", "val_loss", "low", "high", "expert_forward_ms"]]
-    for name, points in series.items():
-        for p in points:
-            cells = (p.x, p.loss.n, p.loss.mean, p.loss.low, p.loss.high, p.expert_forward_ms)
-            rows.append([name, p.arm, *("" if cell is None else str(cell) for cell in cells)])
-    return rows
+def _data(x: str, series: Mapping[str, Sequence[Point]]) -> Table:
+    rows = tuple(
+        (name, p.arm, p.x, p.loss.n, p.loss.mean, p.loss.low, p.loss.high, p.expert_forward_ms)
+        for name, points in series.items()
+        for p in points
+    )
+    caption = (
+        "Validation loss against what is varied, mean and 95 % interval over the seeds of each arm by itself; where"
+        " timed, the expert forward beside it."
+    )
+    return Table("trend", caption, ("series", "arm", x, "n", "val_loss", "low", "high", "expert_forward_ms"), rows)

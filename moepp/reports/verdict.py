@@ -3,22 +3,22 @@
 from collections.abc import Callable
 
 from moepp.reports.comparison import BUDGETS, EQUAL_WITHIN, Comparison, Difference
-from moepp.reports.experiment import Experiment
-from moepp.reports.results import SweepResults
-from moepp.reports.tables import quantity, signed, speedups
+from moepp.reports.tables import signed, speedups
 from moepp.statistics.seeds import POWER, SIGNIFICANCE
+from moepp.statistics.tables import quantity
 
 
 def verdict(comparison: Comparison) -> list[str]:
     """One entry per claim: arms, effects, the paper's order, speed."""
-    missing = len(missing_runs(comparison.experiment, comparison.results))
+    missing = len(missing_runs(comparison))
     preliminary = [f"Preliminary, planned runs still missing: {missing}."] if missing else []
-    order = [_order(comparison)] if comparison.experiment.paper else []
+    order = [_order(comparison)] if comparison.design.paper else []
     return [*preliminary, _arms(comparison), *_effects(comparison), *order, _speed(comparison)]
 
 
-def missing_runs(experiment: Experiment, results: SweepResults) -> list[str]:
-    return [f"{arm}, seed {seed}: {why}" for (arm, seed), why in results.missing.items() if arm in experiment.arms]
+def missing_runs(comparison: Comparison) -> list[str]:
+    missing = comparison.results.missing.items()
+    return [f"{arm}, seed {seed}: {why}" for (arm, seed), why in missing if arm in comparison.design.arms]
 
 
 def noise_floor(comparison: Comparison) -> list[str]:
@@ -52,7 +52,7 @@ def held_equal(comparison: Comparison) -> list[str]:
                 f"Not equal: {budget.name}, {quantity(least)} ({low}) to {quantity(most)} ({high}),"
                 f" {budget.spread:.1%} more."
             )
-    shares = {arm: share for arm in comparison.experiment.arms if (share := results.mean(arm, "ffn_share"))}
+    shares = {arm: share for arm in comparison.design.arms if (share := results.mean(arm, "ffn_share"))}
     if shares and max(shares.values()) / min(shares.values()) - 1 > EQUAL_WITHIN:
         low, high = min(shares, key=shares.__getitem__), max(shares, key=shares.__getitem__)
         said.append(
@@ -91,7 +91,7 @@ def _effects(comparison: Comparison) -> list[str]:
         found = "not distinguishable from none at this scale"
         if difference.significant:
             found = f"{'lower' if difference.estimate.mean < 0 else 'higher'} validation loss, beyond noise"
-        said.append(f"Effect of {name}, on minus off: {signed(difference)}, {found}.")
+        said.append(f"Effect of {name}: {signed(difference)}, {found}.")
     return said
 
 
@@ -112,24 +112,25 @@ def _order(comparison: Comparison) -> str:
         said += f"{len(order.confirmed)} go the paper's way, {len(order.contradicted)} against it ({against})."
     return (
         f"{said} Noise ignored, our mean losses agree with {order.agreeing} of {order.ranked} (half would by chance);"
-        f" without {comparison.experiment.noisy_task} the paper's own scores keep {order.kept}."
+        f" without {comparison.design.paper.noisy_task} the paper's own scores keep {order.kept}."
     )
 
 
 def _speed(comparison: Comparison) -> str:
-    results, experiment = comparison.results, comparison.experiment
-    timed = {arm: times for arm in experiment.arms if None not in (times := speedups(results, arm, "learned"))}
+    results, design = comparison.results, comparison.design
+    timed = {arm: times for arm in design.arms if None not in (times := speedups(results, arm, "learned"))}
     timed.pop(results.baseline, None)
     if not timed:
         return "Expert forward times were not measured together for these arms, so no speed-up is shown."
     fastest = max(timed, key=lambda arm: timed[arm][0])
-    reported = {arm: row.speedup for arm, row in experiment.paper.items() if row.speedup}
+    paper = design.paper
+    reported = {arm: speedup for arm in (paper.rows if paper else ()) if (speedup := paper.speedup(arm))}
     shown = dict.fromkeys([fastest, *(arm for arm in timed if arm in reported)])
     said = []
     for arm in shown:
         measured, ideal = timed[arm]
-        paper = f", paper {reported[arm]:.2f}x" if arm in reported else ""
-        said.append(f"{arm} {measured:.2f}x (ideal for its FFN compute {ideal:.2f}x{paper})")
+        printed = f", paper {reported[arm]:.2f}x" if arm in reported else ""
+        said.append(f"{arm} {measured:.2f}x (ideal for its FFN compute {ideal:.2f}x{printed})")
     return f"Expert forward against {results.baseline}, learned routing: {'; '.join(said)}. Fastest: {fastest}."
 
 

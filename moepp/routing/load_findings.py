@@ -15,7 +15,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from moepp.routing.loads import KINDS, ExpertLoad
-from moepp.statistics.claims import Effect
+from moepp.statistics.hypotheses import Effect
 from moepp.statistics.resampling import DRAWS, bootstrap_sums, chance, correlation, rank_correlation, shuffled_sums
 
 Statistic = Callable[[np.ndarray], np.ndarray]  # sums [..., H, K, M] -> [...]
@@ -240,11 +240,11 @@ def zero_over_other_kinds(load: ExpertLoad, per_expert: bool, seed: int = 0) -> 
     """Share of all slots of the zero experts minus that of the copy or the constant experts, whichever is larger, mean
     over layers and tasks: of a whole type, or of its experts on average.
     """
-    counts = [load.kinds.count(kind) if per_expert else 1 for kind in KINDS]
+    counts = [load.kinds.count(kind) if per_expert else 1 for kind in load.types]
     halved = HalvedSums(load, load.by_kind_XLI.reshape(len(load.tokens_X), -1), seed)
 
     def statistic(sums: np.ndarray) -> np.ndarray:
-        chosen = sums.sum(-3).reshape(*sums.shape[:-3], halved.groups, load.layers, len(KINDS))
+        chosen = sums.sum(-3).reshape(*sums.shape[:-3], halved.groups, load.layers, len(load.types))
         share = (chosen / chosen.sum(-1, keepdims=True)).mean((-3, -2)) / np.maximum(counts, 1)
         return share[..., ZERO] - share[..., 1:ZERO].max(-1)
 

@@ -9,20 +9,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moepp.reports.study import Claim, Plot, Table
 from moepp.routing import load_findings as findings
-from moepp.routing.loads import KINDS, ExpertLoad, ffn_per_token, shares_KLN
-from moepp.statistics.claims import Hypothesis, decide, over_models
+from moepp.routing.loads import ExpertLoad, ffn_per_token, shares_KLN
+from moepp.statistics.claims import Claim
+from moepp.statistics.hypotheses import Hypothesis, decide, over_models
 from moepp.statistics.resampling import Interval
-from moepp.statistics.style import BLUE, COLOURS, INK, axes_of
+from moepp.statistics.style import BLUE, COLOURS, INK, Figure, axes_of
+from moepp.statistics.tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 Loads = Mapping[str, ExpertLoad]
 LAYERS_IN_A_FIGURE = 5  # as in the paper's appendix
 FILL = {"constant": ("0.75", "////"), "copy": ("0.88", "...."), "zero": ("white", "")}
+REGISTERED = ("0.6", "xxxx")  # of all types that the package does not know
 
 
 def middle_layer(layers: int) -> int:
@@ -39,12 +40,12 @@ def load_table(loads: Loads, paper: Mapping[str, float], name: str = "load", gro
     for k, group in enumerate(first.groups):
         ffn = over_models([Interval(*(float(side[k, layer]) for side in found)) for found in use.values()])
         shares = [
-            float(np.mean([_kind_shares(load, layer)[k, KINDS.index(kind)] for load in loads.values()]))
-            for kind in KINDS
+            float(np.mean([_kind_shares(load, layer)[k, load.types.index(kind)] for load in loads.values()]))
+            for kind in first.types
         ]
         row = [group, len(first.rows(group)), ffn.value, ffn.low, ffn.high, *shares]
         rows.append((*row, paper.get(group)) if paper else tuple(row))
-    columns = ["group", "examples", "FFN experts per token", "low", "high", *(f"{kind} share" for kind in KINDS)]
+    columns = ["group", "examples", "FFN experts per token", "low", "high", *(f"{kind} share" for kind in first.types)]
     if paper:
         columns.append("paper: FFN experts per token")
     caption = f"Expert load by {groups} in layer {layer + 1} of {first.layers}. {intervals(loads)}"
@@ -61,7 +62,7 @@ def _kind_shares(load: ExpertLoad, layer: int) -> np.ndarray:
     return sums / sums.sum(-1, keepdims=True)
 
 
-def load_plots(loads: Loads) -> tuple[Plot, ...]:
+def load_plots(loads: Loads) -> tuple[Figure, ...]:
     """Stacked bars of every layer of the first model, five layers a figure, after that of the middle layer."""
     name, load = next(iter(loads.items()))
     parts = [
@@ -71,13 +72,13 @@ def load_plots(loads: Loads) -> tuple[Plot, ...]:
     return middle_plot(loads, "middle_layer"), *by_layer
 
 
-def middle_plot(loads: Loads, stem: str) -> Plot:
+def middle_plot(loads: Loads, stem: str) -> Figure:
     """Stacked bars of the middle layer of the first model."""
     name, load = next(iter(loads.items()))
     return _stacked(load, stem, [middle_layer(load.layers)], name)
 
 
-def _stacked(load: ExpertLoad, stem: str, layers: Sequence[int], model: str) -> Plot:
+def _stacked(load: ExpertLoad, stem: str, layers: Sequence[int], model: str) -> Figure:
     shares = shares_KLN(load)
     ffn = shares[..., : load.kinds.count("ffn")].sum(-1) * load.chosen_XLN.sum() / load.layers / load.tokens_X.sum()
     rows = [
@@ -91,13 +92,13 @@ def _stacked(load: ExpertLoad, stem: str, layers: Sequence[int], model: str) -> 
         " constant, copy and zero experts. Points: FFN experts per token."
     )
 
-    def draw() -> "Figure":
+    def draw():
         figure, axes = axes_of(width=7.2, height=0.9 + 1.7 * len(layers), rows=len(layers))
         for layer, one in zip(layers, np.atleast_1d(axes), strict=True):
             _bars(one, load, shares[:, layer], ffn[:, layer], layer, legend=layer == layers[0])
         return figure
 
-    return Plot(Table(stem, caption, ("group", "layer", "expert", "kind", "share"), tuple(rows)), draw)
+    return Figure(Table(stem, caption, ("group", "layer", "expert", "kind", "share"), tuple(rows)), draw)
 
 
 def _span(layers: Sequence[int]) -> str:
@@ -108,7 +109,7 @@ def _bars(axes: "Axes", load: ExpertLoad, share_KN: np.ndarray, ffn_K: np.ndarra
     groups = np.arange(len(load.groups))
     bottom, seen = np.zeros(len(groups)), set()
     for expert, kind in enumerate(load.kinds):
-        colour, hatch = (BLUE, "") if kind == "ffn" else FILL[kind]
+        colour, hatch = (BLUE, "") if kind == "ffn" else FILL.get(kind, REGISTERED)
         label = kind if kind not in seen else None
         axes.bar(
             groups, share_KN[:, expert], 0.7, bottom, color=colour, hatch=hatch, edgecolor=INK, lw=0.4, label=label

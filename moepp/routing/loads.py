@@ -42,10 +42,15 @@ class ExpertLoad:
     def layers(self) -> int:
         return self.chosen_XLN.shape[1]
 
+    @property
+    def types(self) -> tuple[str, ...]:
+        """KINDS, and the registered types that the model has."""
+        return tuple(dict.fromkeys([*KINDS, *self.kinds]))
+
     @cached_property
     def by_kind_XLI(self) -> np.ndarray:
-        """The same counts summed over experts of a type, [X, L, 4] in the order of KINDS."""
-        member_NI = np.array([[kind == name for name in KINDS] for kind in self.kinds], dtype=float)
+        """The same counts summed over experts of a type, [X, L, I] in the order of `types`."""
+        member_NI = np.array([[kind == name for name in self.types] for kind in self.kinds], dtype=float)
         return self.chosen_XLN @ member_NI
 
     def rows(self, group: str) -> np.ndarray:

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from moepp.data.tokenizer import encode, token_bytes
 from moepp.errors import UsageError
 from moepp.evaluation.checkpoints import Checkpoint, load_checkpoint
-from moepp.reports.study import StudyContext
+from moepp.reports.experiment import Context
 from moepp.routing import sources
 from moepp.routing import traces as routing
 from moepp.routing.loads import ExpertLoad
@@ -23,7 +23,7 @@ SUBJECT_EXAMPLES = {"smoke": 6, "laptop": 30, "gpu": 300, "paper": 1_000_000}  #
 WORDS = {"smoke": 300, "laptop": 100_000, "gpu": 1_000_000, "paper": 10_000_000}
 
 
-def expert_loads(context: StudyContext, sweep: str, arm: str) -> tuple[dict[str, ExpertLoad], str]:
+def expert_loads(context: Context, sweep: str, arm: str) -> tuple[dict[str, ExpertLoad], str]:
     """Load by model ("seed 0", ..., or the name of the released checkpoint) over task texts, and what these are."""
     loads, texts, about = {}, None, ""
     for name, checkpoint in _checkpoints(context, sweep, arm):
@@ -34,7 +34,7 @@ def expert_loads(context: StudyContext, sweep: str, arm: str) -> tuple[dict[str,
 
 
 def score_distributions(
-    context: StudyContext, sweep: str, arms: tuple[str, ...], task: str
+    context: Context, sweep: str, arms: tuple[str, ...], task: str
 ) -> tuple[dict[str, dict[str, RoutingScores]], str]:
     """Routing scores by arm and model over the texts of one task where it is given, else over held-out documents."""
     scores: dict[str, dict[str, RoutingScores]] = {}
@@ -49,7 +49,7 @@ def score_distributions(
     return scores, f"{about} Shown here: {', '.join(dict.fromkeys(text.group for text in texts))}."
 
 
-def token_uses(context: StudyContext, sweep: str, arm: str) -> tuple[dict[str, TokenUse], str]:
+def token_uses(context: Context, sweep: str, arm: str) -> tuple[dict[str, TokenUse], str]:
     """FFN experts of every token by model, with its string, its word's tag and its part of the word."""
     uses, texts, labels, about = {}, None, None, ""
     for name, checkpoint in _checkpoints(context, sweep, arm):
@@ -61,7 +61,7 @@ def token_uses(context: StudyContext, sweep: str, arm: str) -> tuple[dict[str, T
     return uses, about
 
 
-def _checkpoints(context: StudyContext, sweep: str, arm: str) -> Iterator[tuple[str, Checkpoint]]:
+def _checkpoints(context: Context, sweep: str, arm: str) -> Iterator[tuple[str, Checkpoint]]:
     weights = context.path("weights")
     if weights is not None:
         yield weights.name, load_checkpoint(weights)
@@ -74,12 +74,12 @@ def _trace(checkpoint: Checkpoint, texts: list[Text]) -> Iterator[routing.Trace]
     return routing.trace(checkpoint.model, texts, checkpoint.prefix, checkpoint.context, checkpoint.autocast)
 
 
-def _task_texts(context: StudyContext, checkpoint: Checkpoint) -> tuple[list[Text], str]:
+def _task_texts(context: Context, checkpoint: Checkpoint) -> tuple[list[Text], str]:
     limits = _amount(context, "limit", EXAMPLES), _amount(context, "subject_limit", SUBJECT_EXAMPLES)
     return sources.task_texts(checkpoint, context.path("tasks_dir"), *limits)
 
 
-def _amount(context: StudyContext, option: str, by_scale: dict[str, int]) -> int:
+def _amount(context: Context, option: str, by_scale: dict[str, int]) -> int:
     given = context.options.get(option, "")
     if given and not (given.isdecimal() and int(given) > 1):
         raise UsageError(f"{option}={given} must be a whole number of at least 2")

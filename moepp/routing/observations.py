@@ -1,19 +1,15 @@
 """The observations of the paper's appendix on task-level expert load: hypotheses, tests, tables and a figure."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moepp.reports.study import Plot, Table
 from moepp.routing import load_findings as findings
 from moepp.routing.load_report import middle_layer
 from moepp.routing.loads import KINDS, ExpertLoad, bits_per_byte
-from moepp.statistics.claims import Effect, Hypothesis
-from moepp.statistics.style import BLUE, GREY, INK, MARKERS, axes_of
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from moepp.statistics.hypotheses import Effect, Hypothesis
+from moepp.statistics.style import BLUE, GREY, INK, MARKERS, Figure, axes_of
+from moepp.statistics.tables import Table
 
 Loads = Mapping[str, ExpertLoad]  # of every model over the same texts
 Tests = list[tuple[Hypothesis, list[Effect]]]
@@ -100,14 +96,16 @@ def observation_tables(loads: Loads, tests: Tests) -> tuple[Table, ...]:
 def _task_rows(load: ExpertLoad) -> np.ndarray:
     rows = [load.rows(group) for group in load.groups]
     kinds = [load.by_kind_XLI[r].sum(0).mean(0) / load.tokens_X[r].sum() for r in rows]
-    return np.column_stack([bits_per_byte(load), [k[KINDS.index("ffn")] for k in kinds], [k[-1] for k in kinds]])
+    return np.column_stack(
+        [bits_per_byte(load), [k[KINDS.index("ffn")] for k in kinds], [k[KINDS.index("zero")] for k in kinds]]
+    )
 
 
-def observation_plot(tables: Sequence[Table]) -> Plot:
+def observation_plot(tables: Sequence[Table]) -> Figure:
     """Difficulty against the use of FFN and of zero experts."""
     tasks = tables[0]
 
-    def draw() -> "Figure":
+    def draw():
         figure, axes = axes_of(width=7.2, height=3.4, columns=2)
         for column, one, colour, marker in zip((2, 3), axes, (BLUE, GREY), MARKERS, strict=False):
             one.plot([row[1] for row in tasks.rows], [row[column] for row in tasks.rows], marker, color=colour, mec=INK)
@@ -117,4 +115,4 @@ def observation_plot(tables: Sequence[Table]) -> Plot:
             one.set_ylabel(tasks.columns[column])
         return figure
 
-    return Plot(Table("difficulty", "Difficulty of tasks and their use of experts.", tasks.columns, tasks.rows), draw)
+    return Figure(Table("difficulty", "Difficulty of tasks and their use of experts.", tasks.columns, tasks.rows), draw)

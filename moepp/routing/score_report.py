@@ -2,18 +2,15 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moepp.reports.study import Claim, Plot, Table, Verdict, judge
 from moepp.routing.scores import MODE_BINS, RoutingScores
+from moepp.statistics.claims import Claim, Verdict, judge
 from moepp.statistics.resampling import Interval
 from moepp.statistics.seeds import SIGNIFICANCE, holm, mean_interval, paired_difference
-from moepp.statistics.style import BLUE, COLOURS, axes_of
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from moepp.statistics.style import BLUE, COLOURS, Figure, axes_of
+from moepp.statistics.tables import Table
 
 Scores = Mapping[str, Mapping[str, RoutingScores]]  # arm -> model ("seed 0") -> scores of all layers
 RANKS = ("highest", "second")
@@ -57,7 +54,7 @@ def layer_table(scores: Scores) -> Table:
     return Table("score_layers", "The same by layer; the first has no residual in either arm.", columns, tuple(rows))
 
 
-def histogram_plot(scores: Scores) -> Plot:
+def histogram_plot(scores: Scores) -> Figure:
     """Both scores' histograms, arm beside arm, over all models and layers."""
     share, edges = {}, np.arange(MODE_BINS) / MODE_BINS
     for arm, models in scores.items():
@@ -71,7 +68,7 @@ def histogram_plot(scores: Scores) -> Plot:
         if values[rank, b]
     )
 
-    def draw() -> "Figure":
+    def draw():
         figure, axes = axes_of(width=7.2, height=3.0, columns=len(share))
         for one, (arm, values) in zip(np.atleast_1d(axes), share.items(), strict=True):
             for rank, colour, hatch in ((0, BLUE, ""), (1, COLOURS[1], "////")):
@@ -84,7 +81,7 @@ def histogram_plot(scores: Scores) -> Plot:
         return figure
 
     caption = "The two highest routing scores of every token and layer, all models together."
-    return Plot(Table("histograms", caption, ("arm", "score", "from", "share of tokens"), rows), draw)
+    return Figure(Table("histograms", caption, ("arm", "score", "from", "share of tokens"), rows), draw)
 
 
 def claims(scores: Scores, on: str, off: str) -> tuple[Claim, ...]:

@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 from moepp.data.corpora import message_names
-from moepp.errors import UsageError
+from moepp.data.prepare import prepare
+from moepp.errors import RunError, UsageError
 from moepp.evaluation.checkpoints import Checkpoint
 from moepp.routing.tagged import TaggedText, read_tagged, split_words
 from moepp.routing.task_texts import read_tasks
@@ -53,9 +54,15 @@ def tagged_texts(checkpoint: Checkpoint, file: Path | None, words: int) -> tuple
 
 def _held_out(checkpoint: Checkpoint) -> list[Text]:
     """The longest held-out documents, grouped, in their order."""
-    if checkpoint.tokens is None:
+    if checkpoint.data is None:
         raise UsageError("a released checkpoint brings no held-out text: give tasks_dir=DIR (Fig. 5: pos=FILE)")
-    tokens = checkpoint.tokens
+    try:
+        tokens = prepare(checkpoint.data, progress=False)
+    except (UsageError, RunError) as error:
+        raise UsageError(
+            f"the held-out text of the run is not on this machine ({error}): bring it, or give tasks_dir=DIR"
+            " (Fig. 5: pos=FILE)"
+        ) from None
     texts = documents(tokens.val, tokens.val_lengths, checkpoint.end_of_text)
     names = {}
     if checkpoint.data.corpus == "sotu":

@@ -1,18 +1,15 @@
 """Tables, figures and claims on FFN experts per token by part of speech, part of a word and token string (Fig. 5)."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moepp.reports.study import Cell, Claim, Plot, Table
 from moepp.routing.tokens import LabelUse, TokenUse, by_label, difference
-from moepp.statistics.claims import Effect, Hypothesis, decide, over_models
+from moepp.statistics.claims import Claim
+from moepp.statistics.hypotheses import Effect, Hypothesis, decide, over_models
 from moepp.statistics.resampling import Interval
-from moepp.statistics.style import BLUE, GREY, INK, axes_of
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from moepp.statistics.style import BLUE, GREY, INK, Figure, axes_of
+from moepp.statistics.tables import Cell, Table
 
 Uses = Mapping[str, TokenUse]  # of every model over the same tokens
 WHOLE, FRAGMENT = "whole word", "fragment"  # parts of words with a letter: the only ones counted as words here
@@ -63,10 +60,10 @@ def paper_table(uses: Uses, paper: Mapping[str, float]) -> Table:
     return Table("paper_strings", caption, ("string", "paper", *columns), tuple(rows))
 
 
-def paper_plot(table: Table) -> Plot:
+def paper_plot(table: Table) -> Figure:
     """Dots with intervals, in the paper's order."""
 
-    def draw() -> "Figure":
+    def draw():
         figure, axes = axes_of(width=9.0, height=3.8)
         place = np.arange(len(table.rows))
         axes.plot(place, [row[1] for row in table.rows], "_", color=INK, ms=9, mew=2, label="paper")
@@ -84,10 +81,10 @@ def paper_plot(table: Table) -> Plot:
         axes.figure.legend(loc="outside upper center", ncols=3)
         return figure
 
-    return Plot(table, draw)
+    return Figure(table, draw)
 
 
-def string_plot(uses: Uses) -> Plot:
+def string_plot(uses: Uses) -> Figure:
     """Every token string by rank; those that are drawn and named are chosen by count and rank alone."""
     rows = _rows(uses, {name: use.string_T for name, use in uses.items()})
     drawn = [row for row in rows if row[1] >= LEAST_TOKENS and row[4] is not None]
@@ -96,7 +93,7 @@ def string_plot(uses: Uses) -> Plot:
         f" evenly spread in rank; the data hold all {len(rows)} strings. {_interval(uses)}"
     )
 
-    def draw() -> "Figure":
+    def draw():
         figure, axes = axes_of(width=9.0, height=3.6)
         rank = np.arange(len(drawn))
         low, value, high = (np.array([row[column] for row in drawn], dtype=float) for column in (4, 3, 5))
@@ -111,7 +108,7 @@ def string_plot(uses: Uses) -> Plot:
         axes.legend()
         return figure
 
-    return Plot(Table("strings", caption, ("string", *COLUMNS), tuple(rows)), draw)
+    return Figure(Table("strings", caption, ("string", *COLUMNS), tuple(rows)), draw)
 
 
 def _drawable(string: str) -> str:
@@ -119,11 +116,11 @@ def _drawable(string: str) -> str:
     return "".join(character if ord(character) < 0x3000 else "□" for character in string)
 
 
-def label_plot(table: Table, name: str, label: str) -> Plot:
+def label_plot(table: Table, name: str, label: str) -> Figure:
     """Bars with intervals; of a table with parts of words, whole words beside later fragments."""
     rows = [row for row in table.rows if label != "part of speech" or row[1] == "all"]
 
-    def draw() -> "Figure":
+    def draw():
         figure, axes = axes_of(width=6.4, height=1.0 + 0.28 * len(rows))
         value, low, high = (
             np.array([np.nan if row[column] is None else row[column] for row in rows], dtype=float)
@@ -137,7 +134,7 @@ def label_plot(table: Table, name: str, label: str) -> Plot:
         axes.set_xlabel("FFN experts per token")
         return figure
 
-    return Plot(Table(name, table.caption, table.columns, tuple(rows)), draw)
+    return Figure(Table(name, table.caption, table.columns, tuple(rows)), draw)
 
 
 def claims(uses: Uses) -> tuple[Claim, ...]:

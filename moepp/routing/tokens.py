@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moepp.statistics.claims import Effect
+from moepp.statistics.hypotheses import Effect
 from moepp.statistics.resampling import DRAWS, Interval, bootstrap_sums
 
 LABELS_AT_A_TIME = 256

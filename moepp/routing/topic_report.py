@@ -1,18 +1,13 @@
 """Tables and figures on expert load by topic: the areas of MMLU and its subjects, where the texts have them."""
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-from moepp.reports.study import Plot, Table
 from moepp.routing.load_report import Loads, intervals, load_table, middle_plot
 from moepp.routing.loads import KINDS, ExpertLoad
-from moepp.statistics.claims import over_models
+from moepp.statistics.hypotheses import over_models
 from moepp.statistics.resampling import Interval, bootstrap_sums
-from moepp.statistics.style import BLUE, INK, MARKERS, axes_of
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from moepp.statistics.style import BLUE, INK, MARKERS, Figure, axes_of
+from moepp.statistics.tables import Table
 
 MEASURES = ("FFN experts per token", *(f"{kind} share" for kind in KINDS[1:]))
 
@@ -23,7 +18,7 @@ def topic_tables(loads: Loads) -> tuple[Table, ...]:
     return (load_table(areas, {}, "topics", "topic, the areas of MMLU,"), _subject_table(loads)) if areas else ()
 
 
-def topic_plots(loads: Loads, tables: tuple[Table, ...]) -> tuple[Plot, ...]:
+def topic_plots(loads: Loads, tables: tuple[Table, ...]) -> tuple[Figure, ...]:
     """`tables` as `topic_tables` gives them."""
     return (middle_plot(_grouped(loads, "topic"), "topics_middle_layer"), _subject_plot(tables[1])) if tables else ()
 
@@ -75,10 +70,10 @@ def _ratios(sums: np.ndarray) -> np.ndarray:
     return np.concatenate([sums[..., :1] / sums[..., -1:], sums[..., 1:-1] / slots], axis=-1)
 
 
-def _subject_plot(table: Table) -> Plot:
+def _subject_plot(table: Table) -> Figure:
     """A row per subject, by area, those with most FFN experts first; a panel per measure."""
 
-    def draw() -> "Figure":
+    def draw():
         figure, axes = axes_of(width=9.0, height=1.2 + 0.17 * len(table.rows), columns=len(MEASURES))
         areas = list(dict.fromkeys(row[1] for row in table.rows))
         starts = [next(y for y, row in enumerate(table.rows) if row[1] == area) for area in areas]
@@ -96,4 +91,4 @@ def _subject_plot(table: Table) -> Plot:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(areas))
         return figure
 
-    return Plot(table, draw)
+    return Figure(table, draw)

@@ -1,92 +1,46 @@
-"""Stated tests of one or several trained models: effects with intervals, corrected as a family, and what they decide.
+"""Statements, and what the numbers make of them."""
 
-One model is judged over its examples: the verdict is about this model and other examples. Several models, of different
-seeds, are judged over the models by Student's t: the verdict is then about another training run too.
-"""
+from dataclasses import dataclass
+from typing import Literal
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-
-import numpy as np
-
-from moepp.reports.study import Claim, judge
-from moepp.statistics.resampling import Interval, bootstrap_chance, percentile_interval
-from moepp.statistics.seeds import SIGNIFICANCE, holm, mean_interval
+Verdict = Literal["holds", "fails", "undecided"]
 
 
 @dataclass(frozen=True)
-class Effect:
-    """A statistic of one model with its interval over examples, and p against the bound of its hypothesis."""
-
-    interval: Interval
-    p: float
-
-    @classmethod
-    def of(cls, value: float, draws_D: np.ndarray, bound: float = 0.0, p: float | None = None) -> "Effect":
-        """`draws_D` are bootstrap draws; they give p where no permutation test does."""
-        return cls(percentile_interval(value, draws_D), bootstrap_chance(draws_D, bound) if p is None else p)
-
-
-@dataclass(frozen=True)
-class Hypothesis:
-    """What is claimed: that the effect lies above a bound, or below it (one of the two is given)."""
+class Claim:
+    """A statement and what the numbers make of it. `effect` with its interval is in `unit`; None where the statement is
+    no estimate. `p` is corrected within its family, where there is one.
+    """
 
     statement: str
-    unit: str
-    above: float | None = None
-    below: float | None = None
-    paper: str = ""
-    note: str = ""
+    verdict: Verdict
+    effect: float | None = None
+    low: float | None = None
+    high: float | None = None
+    unit: str = ""
+    p: float | None = None
+    paper: str = ""  # what the paper reports for it
+    note: str = ""  # how it was decided, or what stands against it
 
-    @property
-    def bound(self) -> float:
-        return self.above if self.above is not None else self.below
+    def __str__(self) -> str:
+        said = self.statement
+        if self.effect is not None:
+            interval = "" if self.low is None else f" [{self.low:.4g}, {self.high:.4g}]"
+            corrected = "" if self.p is None else f", p {self.p:.3f}" if self.p >= 0.001 else ", p <0.001"
+            said += f": {self.effect:.4g}{interval}{f' {self.unit}' if self.unit else ''}{corrected}"
+        said += f". Paper: {self.paper}" if self.paper else ""
+        return f"{said}. {self.note}" if self.note else f"{said}."
 
 
-def over_models(intervals: Sequence[Interval]) -> Interval:
-    """One model's own interval over examples, or the t-interval of the mean over several models; NaN throughout where
-    a model has no value.
+def judge(low: float | None, high: float | None, above: float | None = None, below: float | None = None) -> Verdict:
+    """`holds` where the whole interval lies above (below) the bound, `fails` where all of it lies on the other side.
+
+    Give one of the two bounds. Without an interval nothing is decided.
     """
-    if len(intervals) == 1:
-        return intervals[0]
-    if not all(np.isfinite(interval.value) for interval in intervals):
-        return Interval(float("nan"), float("nan"), float("nan"))
-    estimate = mean_interval([interval.value for interval in intervals])
-    return Interval(estimate.mean, estimate.low, estimate.high)
-
-
-def decide(tests: Sequence[tuple[Hypothesis, Sequence[Effect]]]) -> tuple[Claim, ...]:
-    """The claims of a family of tests, each with the effects of all models, p by Holm over the family.
-
-    `holds` and `fails` need both: an interval that leaves out the bound, and p below 5 % after correction.
-    """
-    found = []
-    for hypothesis, effects in tests:
-        interval = over_models([effect.interval for effect in effects])
-        p = effects[0].p
-        if not np.isfinite(interval.value):
-            p = 1.0
-        elif len(effects) > 1:
-            p = mean_interval([effect.interval.value - hypothesis.bound for effect in effects]).p_value
-        found.append((hypothesis, len(effects), interval, p))
-    corrected = holm([p for *_, p in found])
-    return tuple(_claim(*test, p_holm=p) for test, p in zip(found, corrected, strict=True))
-
-
-def _claim(hypothesis: Hypothesis, models: int, interval: Interval, p: float, p_holm: float) -> Claim:
-    verdict = judge(interval.low, interval.high, above=hypothesis.above, below=hypothesis.below)
-    units = f"t-interval over {models} models" if models > 1 else "one model, interval over its examples"
-    claim = Claim(
-        statement=hypothesis.statement,
-        verdict=verdict if p_holm < SIGNIFICANCE else "undecided",
-        effect=interval.value,
-        low=interval.low,
-        high=interval.high,
-        unit=hypothesis.unit,
-        p=p_holm,
-        paper=hypothesis.paper,
-        note="; ".join(filter(None, [hypothesis.note, units])),
-    )
-    return (
-        claim if np.isfinite(interval.value) else replace(claim, verdict="undecided", effect=None, low=None, high=None)
-    )
+    if (above is None) == (below is None):
+        raise ValueError("give either above or below")
+    if low is None or high is None:
+        return "undecided"
+    if above is not None:
+        return "holds" if low > above else "fails" if high < above else "undecided"
+    return "holds" if high < below else "fails" if low > below else "undecided"

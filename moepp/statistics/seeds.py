@@ -70,30 +70,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def share_interval(right: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """The exact (Clopper-Pearson) interval of a share of which `right` out of `n` examples are counted; it does not
-    collapse where all or none are.
-    """
-    from scipy.special import betaincinv
-
-    tail = (1 - level) / 2
-    low = float(betaincinv(right, n - right + 1, tail)) if right else 0.0
-    high = float(betaincinv(right + 1, n - right, 1 - tail)) if right < n else 1.0
-    return low, high
-
-
-def share_tests(right: int, n: int, low: float, high: float) -> tuple[float, float]:
-    """p of two exact binomial tests of a share: that it does not lie within (low, high), refuted by an equivalence test
-    (two one-sided tests); and that it does, refuted beyond the nearer bound.
-    """
-    from scipy.special import bdtr, bdtrc
-
-    low, high = max(0.0, low), min(1.0, high)
-    at_least = [float(bdtrc(right - 1, n, bound)) if right else 1.0 for bound in (low, high)]
-    at_most = [float(bdtr(right, n, bound)) for bound in (low, high)]
-    return max(at_least[0], at_most[1]), min(at_most[0], at_least[1])
-
-
 def minimal_detectable_difference(
     std: float, n: int, level: float = 0.95, power: float = 0.8, paired: bool = True
 ) -> float | None:

@@ -1,12 +1,15 @@
-"""One look for all figures. Markers and hatches carry the meaning, so that a grey print loses nothing."""
+"""The one figure of all reports, and its look: markers and hatches carry the meaning, so a grey print loses nothing."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moepp.statistics.tables import Table
+
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Canvas
 
 STYLE = {
     "font.size": 9,
@@ -28,6 +31,16 @@ COLOURS = ("0.1", "#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#d55e00", "#8c8c8
 MARKERS = "os^vDPX*"
 
 
+@dataclass(frozen=True)
+class Figure:
+    """Saved as `data.name`.svg and .png, and `data` as .csv: exactly what is drawn. `draw` makes its canvas with
+    `axes_of`, and is called in the common style.
+    """
+
+    data: Table
+    draw: "Callable[[], Canvas]"
+
+
 @contextmanager
 def styled() -> Iterator[None]:
     """Figures made and saved inside look alike, whatever the user's own matplotlib settings."""
@@ -37,17 +50,19 @@ def styled() -> Iterator[None]:
         yield
 
 
-def axes_of(width: float, height: float, columns: int = 1, rows: int = 1) -> "tuple[Figure, Any]":
-    """A figure of `width` x `height` inches, without pyplot's global state, and its axes (an array of several)."""
-    from matplotlib.figure import Figure
+def axes_of(width: float, height: float, columns: int = 1, rows: int = 1) -> "tuple[Canvas, Any]":
+    """A canvas of `width` x `height` inches, without pyplot's global state, and its axes (an array of several)."""
+    from matplotlib.figure import Figure as Canvas
 
-    figure = Figure(figsize=(width, height))
-    return figure, figure.subplots(rows, columns)
+    canvas = Canvas(figsize=(width, height))
+    return canvas, canvas.subplots(rows, columns)
 
 
-def save(figure: "Figure", stem: Path) -> list[Path]:
-    """Writes `stem`.svg and `stem`.png, which hold no date and no version, so that bytes repeat."""
-    svg, png = stem.with_name(f"{stem.name}.svg"), stem.with_name(f"{stem.name}.png")
-    figure.savefig(svg, metadata={"Date": None, "Creator": None})
-    figure.savefig(png, dpi=150, metadata={"Software": None})
+def save(figure: Figure, folder: Path) -> list[Path]:
+    """Draws the figure's .svg and .png, which hold no date and no version, so that bytes repeat."""
+    svg, png = (folder / f"{figure.data.name}{suffix}" for suffix in (".svg", ".png"))
+    with styled():
+        canvas = figure.draw()
+        canvas.savefig(svg, metadata={"Date": None, "Creator": None})
+        canvas.savefig(png, dpi=150, metadata={"Software": None})
     return [svg, png]

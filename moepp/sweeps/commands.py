@@ -47,13 +47,17 @@ def plan(call: SweepCall) -> None:
     print(f"time: about {estimate}{most} ({source}; {done} trials are done, {len(slots)} run at a time)")
 
 
-def run(call: SweepCall, launcher: Sequence[str]) -> None:
-    """Trains everything that is not done; `launcher` holds the words that say where."""
+def run(call: SweepCall, launcher: Sequence[str]) -> Path | None:
+    """Trains everything that is not done and returns the folder of the records; None where nobody waited for that.
+
+    `launcher` holds the words that say where.
+    """
     from moepp.sweeps.launchers import launch
 
     directory = launch(call, launcher)
     if directory is not None:
         _finished(directory)
+    return directory
 
 
 def work(call: SweepCall) -> None:
@@ -85,12 +89,12 @@ def retry(call: SweepCall) -> None:
 def describe(title: str, status: SweepStatus) -> list[str]:
     """The counts, then every trial that is not done."""
     counted = [(status.count(state), state) for state in STATES]
-    counts = ", ".join(f"{count} {state}" for count, state in counted if count or state != "pruned")
+    counts = ", ".join(f"{count} {state}" for count, state in counted if count or state not in ("pruned", "damaged"))
     counts += f", {status.unproposed} to be proposed" if status.unproposed else ""
     left = status.seconds_left
     lines = [f"{title}: {counts}" + ("" if left is None else f"; about {_duration(left)} left")]
     for trial in status.trials:
-        if trial.state in ("running", "failed"):
+        if trial.state in ("running", "failed", "damaged"):
             lines += _lines(trial)
     waiting = [trial for trial in status.trials if trial.state == "waiting"]
     for trial in waiting[:LISTED]:

@@ -137,7 +137,7 @@ class ForkedTrial:
         self.server.send(_Signal(self.number, signal.SIGKILL))
 
 
-def serve() -> Path | None:
+def serve_forks() -> Path | None:
     """Makes this process, whose standard input is a pipe from the runner, the fork server.
 
     Returns in every fork, with the config that it is to train, and None here once the runner has gone.

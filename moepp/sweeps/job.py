@@ -11,7 +11,7 @@ from moepp.config import save
 from moepp.errors import DiskFull, Interrupted
 from moepp.process import STOP_SIGNALS, cause_of_end, last_lines
 from moepp.records import RunRecord, write_json
-from moepp.sweeps.leases import LEASE_FILE, NO_LEASE, STALE_SECONDS, Heart, Lease, LeaseWatch
+from moepp.sweeps.leases import LEASE_FILE, NO_LEASE, STALE_SECONDS, Heartbeat, Lease, LeaseWatch
 from moepp.sweeps.progress import TrialProgress
 from moepp.sweeps.slots import Slot
 from moepp.sweeps.spec import Trial
@@ -41,9 +41,9 @@ Start = Callable[[Path, Path, Mapping[str, str]], Process]  # of a trial: given 
 class Job:
     """The trial, its record and, while this worker has them, its lease and its process."""
 
-    def __init__(self, trial: Trial, retries: int, heart: Heart, stale: float = STALE_SECONDS):
+    def __init__(self, trial: Trial, retries: int, heartbeat: Heartbeat, stale: float = STALE_SECONDS):
         self.trial, self.label = trial, f"{trial.arm} s{trial.seed}"
-        self.retries, self.heart = retries, heart
+        self.retries, self.heartbeat = retries, heartbeat
         self.record = RunRecord(trial.directory)
         self.progress = TrialProgress(self.record, trial.config.trainer.steps)
         self.watch = LeaseWatch(self.record.path / "leases", stale)
@@ -85,7 +85,7 @@ class Job:
             if self.settled:
                 lease.release()
                 return False
-        self.heart.add(lease)
+        self.heartbeat.add(lease)
         self.lease = lease
         return True
 
@@ -129,7 +129,7 @@ class Job:
 
     def release(self) -> None:
         if self.lease is not None:
-            self.heart.release(self.lease)
+            self.heartbeat.release(self.lease)
         self.lease = None
 
     def _count_death(self) -> None:

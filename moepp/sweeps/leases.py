@@ -194,7 +194,7 @@ def _successor(path: Path) -> Path:
     return path.with_name(str(int(path.name) + 1))
 
 
-class Heart:
+class Heartbeat:
     """Beats for all leases that this process holds."""
 
     def __init__(self, stale: float = STALE_SECONDS):
@@ -212,7 +212,7 @@ class Heart:
         lease.release()
 
     @contextmanager
-    def beating(self) -> Iterator[None]:
+    def running(self) -> Iterator[None]:
         """Beats in a thread until the block ends."""
         stop = threading.Event()
 
@@ -224,7 +224,7 @@ class Heart:
                     with suppress(OSError):  # the next beat tries again; meanwhile the trial guards itself
                         lease.beat()
 
-        thread = threading.Thread(target=beat, daemon=True, name="heart")
+        thread = threading.Thread(target=beat, daemon=True, name="heartbeat")
         thread.start()
         try:
             yield
@@ -236,15 +236,15 @@ class Heart:
 @contextmanager
 def exclusive(folder: Path, stale: float = STALE_SECONDS) -> Iterator[None]:
     """Waits for the lease and holds it, however long the block takes."""
-    watch, heart = LeaseWatch(folder, stale), Heart(stale)
+    watch, heartbeat = LeaseWatch(folder, stale), Heartbeat(stale)
     while (lease := watch.claim()) is None:
         time.sleep(0.1)
-    heart.add(lease)
+    heartbeat.add(lease)
     try:
-        with heart.beating():
+        with heartbeat.running():
             yield
     finally:
-        heart.release(lease)
+        heartbeat.release(lease)
 
 
 def end_without_lease() -> float:

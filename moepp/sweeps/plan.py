@@ -4,18 +4,23 @@ The newest call says what is wanted. Trials of an arm or a seed that it leaves o
 nobody waits for them.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence, Set
-from contextlib import suppress
+from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from moepp.config import flatten, load
+from moepp.config import flatten
 from moepp.errors import UsageError
-from moepp.records import UnreadableRecord, read_json, write_json
+from moepp.records import RunRecord, UnreadableRecord, read_json, write_json
 from moepp.sweeps.leases import exclusive
 from moepp.sweeps.spec import Sweep, Trial
 
-ABOUT = ("name", "question", "paper", "baseline", "match", "objective", "retries")  # what the sweep file says
+ABOUT = (  # what the sweep file says
+    "name", "question", "paper", "baseline", "match", "objective", "retries", "contrasts", "trend", "notes",
+)  # fmt: skip
 
 
 def read_plan(directory: Path) -> dict[str, Any] | None:
@@ -60,7 +65,7 @@ def _merged(
     called: Mapping[str, Any],
     search: Mapping[str, Any],
 ) -> tuple[Any, Any]:
-    known = read_plan(directory) or {"trials": []}
+    known, defaults = read_plan(directory) or {"trials": []}, _defaults()
     if known["trials"] and known.get("search") != search.get("search"):
         raise UsageError(
             f"{directory} holds a search through another space or at other seeds, or no search; start afresh under"
@@ -72,8 +77,9 @@ def _merged(
     promised = {(trial["arm"], trial["seed"]): trial for trial in known["trials"]}
     for trial in trials:
         path, key = trial.directory.name, (trial.arm, trial.seed)
-        if key in promised and promised[key]["path"] != path:
-            raise UsageError(_conflict(directory, trial, promised[key]["path"]))
+        if key in promised:
+            folder = directory / promised[key]["path"]
+            _refuse_other_settings(folder, trial, path != folder.name, defaults != known.get("defaults"))
         entry = {"arm": trial.arm, "seed": trial.seed, "path": path, "steps": trial.config.trainer.steps}
         group = {"group": trial.group} if trial.group else {}
         promised[key] = {**entry, **group, "point": trial.point} if trial.point else {**entry, **group}
@@ -83,9 +89,10 @@ def _merged(
             left_out = entry["group"] not in sweep.arms if search else key not in asked
             kept = {name: value for name, value in entry.items() if name != "left_out"}
             promised[key] = {**kept, "left_out": True} if left_out else kept
-    about = {key: getattr(sweep, key) for key in ABOUT}
+    said = asdict(sweep)
+    about = {key: said[key] for key in ABOUT}
     about |= {"pruner": pruner} if (pruner := sweep.pruner_at(scale)) else {}
-    return known, {**about, **called, **search, "scale": scale, "trials": list(promised.values())}
+    return known, {**about, **called, **search, "scale": scale, "defaults": defaults, "trials": list(promised.values())}
 
 
 def _refuse_another_sweep(directory: Path, known: Mapping[str, Any], sweep: Sweep, begun: Set[str]) -> None:
@@ -104,15 +111,22 @@ def _refuse_another_sweep(directory: Path, known: Mapping[str, Any], sweep: Swee
         )
 
 
-def _conflict(directory: Path, trial: Trial, path: str) -> str:
-    from moepp.training.settings import NOT_IDENTITY, RunConfig
+def _refuse_other_settings(begun: Path, trial: Trial, other_run: bool, other_defaults: bool) -> None:
+    """`begun` is the folder of the trial that the sweep has under this arm and seed."""
+    from moepp.training.settings import changed_settings, say_changes
 
-    changed = []
-    with suppress(UsageError):  # not started yet, or written by a version with other keys
-        old, new = flatten(load(RunConfig, directory / path / "config.yaml")), flatten(trial.config)
-        changed = [f"{key}: {old[key]} then, {new[key]} now" for key in new if old.get(key) != new[key]]
-        changed = [change for change in changed if not change.startswith(NOT_IDENTITY)]
-    return (
-        f"{directory} holds this sweep with other settings of arm {trial.arm} ({'; '.join(changed[:3]) or path});"
-        " start afresh under another name or with runs=FOLDER, or remove that folder"
-    )
+    changed = changed_settings(RunRecord(begun), trial.config) if other_run or other_defaults else {}
+    if other_run or changed:
+        raise UsageError(
+            f"{begun.parent} holds this sweep with other settings of arm {trial.arm} "
+            f"({say_changes(changed) or begun.name}); start afresh under another name or with runs=FOLDER, or remove"
+            " that folder"
+        )
+
+
+@lru_cache(maxsize=1)
+def _defaults() -> str:
+    """A digest of the schema's: reading what every trial was begun with takes long where there are a thousand."""
+    from moepp.training.settings import RunConfig
+
+    return hashlib.sha256(json.dumps(flatten(RunConfig()), default=str).encode()).hexdigest()[:12]

@@ -108,7 +108,7 @@ def _step(config: "RunConfig") -> Callable[[], None]:
 
     gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
-    module = LanguageModel(config, end_of_text=0).to(device)
+    module = LanguageModel.of_run(config, end_of_text=0).to(device)
     optimizer = build_optimizer(module, config.optim)
     shape = (config.data.batch_size // config.trainer.accumulate, config.data.seq_len + 1)
     tokens = torch.randint(config.model.vocab_size, shape, device=device)

@@ -18,7 +18,7 @@ from moepp.process import start, stop_requests
 from moepp.sweeps.budgets import match_trials, require_match
 from moepp.sweeps.fork_server import ForkServer, can_fork
 from moepp.sweeps.job import Job, Start
-from moepp.sweeps.leases import STALE_SECONDS, Heart, Lease, LeaseWatch
+from moepp.sweeps.leases import STALE_SECONDS, Heartbeat, Lease, LeaseWatch
 from moepp.sweeps.plan import promise
 from moepp.sweeps.progress import SweepProgress
 from moepp.sweeps.search import Search, refuse_storage
@@ -65,27 +65,27 @@ def run_sweep(
     if workers < 0:
         raise UsageError(f"workers={workers} must not be negative")
     deadline = time.monotonic() + 60 * minutes
-    begun = begin(sweep, scale, extra, seeds, workers, one_share)
-    config, directory = begun.config, begun.directory
-    heart = Heart(stale)
+    prepared = begin(sweep, scale, extra, seeds, workers, one_share)
+    config, directory = prepared.config, prepared.directory
+    heartbeat = Heartbeat(stale)
     with _one_line_about_the_disk(directory):
-        job = partial(Job, retries=sweep.retries, heart=heart, stale=stale)
+        job = partial(Job, retries=sweep.retries, heartbeat=heartbeat, stale=stale)
         mirrored = config.tracking.backend == "mlflow"
-        mirror = _SharedMirror(directory, config.tracking, config.runs, heart, stale) if mirrored else None
+        mirror = _SharedMirror(directory, config.tracking, config.runs, heartbeat, stale) if mirrored else None
         with (
-            own_share(begun.slots) if one_share else nullcontext(begun.slots) as slots,
+            own_share(prepared.slots) if one_share else nullcontext(prepared.slots) as slots,
             _starting(command, slots) as start_trial,
         ):
-            runner = _Runner(slots, start_trial, job, progress, begun.search, deadline)
-            runner.learn(begun.trials)
-            with heart.beating(), follow(mirror) if mirror else nullcontext():
+            runner = _Runner(slots, start_trial, job, progress, prepared.search, deadline)
+            runner.learn(prepared.trials)
+            with heartbeat.running(), follow(mirror) if mirror else nullcontext():
                 runner.run()
     raise_failures(sweep, scale, [f"{job.label}: {job.failure}" for job in runner.jobs if job.failure], runner.planned)
     return directory
 
 
 @dataclass(frozen=True)
-class Begun:
+class PreparedSweep:
     """A sweep whose trials are checked, have their data prepared and are promised: workers anywhere can run them."""
 
     directory: Path
@@ -102,7 +102,7 @@ def begin(
     seeds: Sequence[int] | None,
     workers: int = 0,
     one_share: bool = False,
-) -> Begun:
+) -> PreparedSweep:
     """What comes before the first trial. Arguments and errors as of `run_sweep`."""
     matched = match_trials(sweep, scale, extra, seeds, workers, one_share)
     require_match(sweep.match, matched.arms, matched.seconds)
@@ -123,7 +123,7 @@ def begin(
             if shared := share_finished_runs(trials):
                 print(f"{shared} of {len(trials)} trials are finished runs of other sweeps")
             promise(directory, sweep, scale, trials, extra)
-    return Begun(directory, config, trials, search, slots)
+    return PreparedSweep(directory, config, trials, search, slots)
 
 
 def raise_failures(sweep: Sweep, scale: str, failures: Sequence[str], trials: int) -> None:
@@ -178,10 +178,10 @@ class DataFreezer:
 class _SharedMirror:
     """The MLflow mirror of a sweep's folder, kept by a process of one of its runners: two would do all work twice."""
 
-    def __init__(self, directory: Path, tracking: TrackingConfig, runs: str, heart: Heart, stale: float):
+    def __init__(self, directory: Path, tracking: TrackingConfig, runs: str, heartbeat: Heartbeat, stale: float):
         self.uri = store_uri(tracking, runs)
         self._start = partial(Follower, directory, tracking, runs, folder=True)
-        self._heart, self._watch = heart, LeaseWatch(directory / "mirror", stale)
+        self._heartbeat, self._watch = heartbeat, LeaseWatch(directory / "mirror", stale)
         self._lease: Lease | None = None
 
     def sync(self, ended: bool = False) -> None:
@@ -192,7 +192,7 @@ class _SharedMirror:
             self._lease = self._watch.claim()
             if self._lease is None:
                 return
-            self._heart.add(self._lease)
+            self._heartbeat.add(self._lease)
             self._follower = self._start()
         elif self._follower.gone:
             self._follower = self._start()
@@ -201,7 +201,7 @@ class _SharedMirror:
 
     def _give_up(self) -> None:
         self._follower.end()
-        self._heart.release(self._lease)
+        self._heartbeat.release(self._lease)
         self._lease = None
 
 

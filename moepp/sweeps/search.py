@@ -152,7 +152,7 @@ class Search:
             if frozen.state.is_finished() or "open" in states:
                 continue
             try:
-                if "failed" in states:
+                if states & {"failed", "damaged"}:
                     study.tell(frozen.number, state=optuna.trial.TrialState.FAIL)
                 elif "pruned" in states:
                     trial = optuna.Trial(study, frozen._trial_id)
@@ -205,7 +205,7 @@ def _optuna() -> Any:
     try:
         import optuna
     except ImportError:
-        raise UsageError("space.tpe needs Optuna: pip install 'moepp[sweep]'") from None
+        raise UsageError("space.tpe needs Optuna: pip install optuna") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     return optuna

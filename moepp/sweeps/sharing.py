@@ -2,15 +2,15 @@
 sweep is vanilla MoE of another, and is copied instead of trained again.
 """
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 from moepp.config import save
-from moepp.records import RunRecord, write_json
+from moepp.records import TOKENIZER, RunRecord, link_or_copy, write_json
 from moepp.sweeps.spec import Trial
+from moepp.training.settings import changed_settings
 
 OF_ITS_OWN = ("config.yaml", "mlflow.json", "lock", "leases")  # what a copy does not take over
 
@@ -25,9 +25,14 @@ def share_finished_runs(trials: Iterable[Trial]) -> int:
         if target.exists():
             continue
         found = (path for path in sorted(target.parent.parent.glob(f"*/{target.name}")) if path != target)
-        source = next((path for path in found if RunRecord(path).status == "done"), None)
+        source = next((path for path in found if _is_result_of(path, trial)), None)
         shared += source is not None and _copy(source, target, trial)
     return shared
+
+
+def _is_result_of(path: Path, trial: Trial) -> bool:
+    record = RunRecord(path)
+    return record.status == "done" and not changed_settings(record, trial.config)
 
 
 def _copy(source: Path, target: Path, trial: Trial) -> bool:
@@ -36,7 +41,7 @@ def _copy(source: Path, target: Path, trial: Trial) -> bool:
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         copy = shutil.copytree(
-            source, scratch / "run", ignore=shutil.ignore_patterns(*OF_ITS_OWN), copy_function=_link_or_copy
+            source, scratch / "run", ignore=shutil.ignore_patterns(*OF_ITS_OWN), copy_function=_link_what_stays
         )
         save(trial.config, copy / "config.yaml")
         provenance = RunRecord(source).read("provenance.json")
@@ -52,12 +57,7 @@ def _copy(source: Path, target: Path, trial: Trial) -> bool:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _link_or_copy(source: str, target: str) -> None:
-    """Weights are large and never written again: they are linked where the file system can. Records are copied."""
-    if Path(source).suffix == ".ckpt":
-        try:
-            os.link(source, target)
-            return
-        except OSError:
-            pass
-    shutil.copy2(source, target)
+def _link_what_stays(source: str, target: str) -> None:
+    """Weights and the tokenizer are large and never written again; what else is in a record is."""
+    once = Path(source).suffix == ".ckpt" or Path(source).name == TOKENIZER
+    (link_or_copy if once else shutil.copy2)(source, target)

@@ -2,20 +2,20 @@
 
 import copy
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from moepp.config import CONF, compose, load
+from moepp.config import compose, flatten, load
 from moepp.errors import UsageError
+from moepp.plugins import listed
+from moepp.shipped import SWEEPS, first_file, names, overlaid
 from moepp.sweeps import pruning
 from moepp.sweeps.space import Point, SearchSpace, expand, overrides, search_space
 
 if TYPE_CHECKING:
     from moepp.training.settings import RunConfig
-
-SWEEPS = CONF.parent / "sweeps"
 
 
 @dataclass
@@ -29,6 +29,24 @@ class Scale:
 
 
 @dataclass
+class Contrast:
+    """An effect: the mean over `arms` minus the mean over the arms `minus`, within each seed."""
+
+    arms: list[str] = field(default_factory=list)
+    minus: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Trend:
+    """A figure of loss and expert time against `x`, a key of the config that is a number. An arm may be in several
+    series; a baseline that is in none is drawn as a level.
+    """
+
+    x: str = ""
+    series: dict[str, list[str]] = field(default_factory=dict)  # its name -> its arms
+
+
+@dataclass
 class Sweep:
     """A file of sweeps/. An arm holds what it changes: a list of overrides, or a mapping shaped like the config.
 
@@ -38,6 +56,7 @@ class Sweep:
     name: str = ""
     question: str = ""
     paper: str = ""  # the tables it re-creates
+    plugins: str | list[str] = field(default_factory=list)  # of all runs; a file's path may begin at the sweep's folder
     base: list[str] = field(default_factory=list)  # overrides common to all runs
     scales: dict[str, Scale] = field(default_factory=dict)
     baseline: str = ""
@@ -51,6 +70,13 @@ class Sweep:
     )
     objective: str = "final/val_loss"  # minimised by a search
     retries: int = 1  # times that a crashed trial is started again
+    contrasts: dict[str, Contrast] = field(default_factory=dict)  # of the report: effects beside those of single arms
+    trend: Trend | None = None
+    notes: list[str] = field(default_factory=list)  # what is to be known when the report is read
+
+    @property
+    def title(self) -> str:
+        return self.name.replace("_", " ").capitalize()
 
     def folder(self, scale: str, extra: Iterable[str] = ()) -> Path:
         """Where the sweep's records are, found without composing a config: `runs/<sweep>-<scale>/`."""
@@ -95,11 +121,22 @@ class Sweep:
         seeds, pruned = self.chosen_seeds(scale, seeds), expand(self.space) if self.pruner_at(scale) else {}
         # To compose takes tens of milliseconds, which a copy for each seed does not.
         configs = {arm: self._compose(arm, _layers(changes), scale, extra) for arm, changes in self.arms.items()}
+        self._check_axis(configs)
         groups = {arm: "space" if arm in pruned and arm != self.baseline else "" for arm in configs}
         trials = [Trial(a, s, _seeded(config, s), groups[a]) for s in seeds for a, config in configs.items()]
         _refuse_equal_arms(trials)
         _refuse_rungs_between_validations(pruning.parse(self.pruner_at(scale)), trials)
         return trials
+
+    def _check_axis(self, configs: Mapping[str, "RunConfig"]) -> None:
+        drawn = {arm for arms in self.trend.series.values() for arm in arms} if self.trend else set()
+        for arm in [arm for arm in configs if arm in drawn]:
+            value = flatten(configs[arm]).get(self.trend.x)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise UsageError(
+                    f"sweep {self.name}: trend.x={self.trend.x} is {value} in arm {arm}; it must be a key of the config"
+                    " that holds a number"
+                )
 
     def proposal(
         self,
@@ -132,7 +169,8 @@ class Sweep:
     def _compose(self, arm: str, layers: Sequence[Any], scale: str, extra: Iterable[str]) -> "RunConfig":
         from moepp.training.settings import RunConfig
 
-        config = compose(RunConfig, [*self.base, *self.scale(scale).set, *layers, *extra])
+        named = [{"plugins": self.plugins}] if self.plugins else []
+        config = compose(RunConfig, [*named, *self.base, *self.scale(scale).set, *layers, *extra])
         config.name = f"{self.name}-{scale}"
         config.tags |= self._tags(scale, arm)
         return config
@@ -160,14 +198,18 @@ class Trial:
         return run_directory(self.config)
 
 
-def load_sweep(name_or_path: str) -> Sweep:
-    """The sweep of that name in sweeps/, or in a file of your own (`*.yaml`). Raises UsageError in one line."""
-    path = Path(name_or_path)
+def read_sweep(name_or_path: str) -> Sweep:
+    """The sweep of that name in ./sweeps or among the shipped ones, or in a file of your own (`*.yaml`).
+
+    Raises UsageError in one line.
+    """
+    path, folders = Path(name_or_path), overlaid(SWEEPS)
     if path.suffix != ".yaml":
-        path = SWEEPS / f"{name_or_path}.yaml"
-        if not path.is_file():
-            raise UsageError(_unknown("sweep", name_or_path, sorted(found.stem for found in SWEEPS.glob("*.yaml"))))
+        path = first_file(folders, f"{name_or_path}.yaml")
+        if path is None:
+            raise UsageError(_unknown("sweep", name_or_path, names(folders)))
     sweep = load(Sweep, path)
+    sweep.plugins = [_beside(path, plugin) for plugin in listed(sweep.plugins)]
     if sweep.pruner and not sweep.space:
         raise UsageError(f"{path}: pruner needs a space; named arms are there to be compared, and run to their end")
     for pruner in (sweep.pruner, *(scale.pruner or {} for scale in sweep.scales.values())):
@@ -192,7 +234,29 @@ def load_sweep(name_or_path: str) -> Sweep:
         if not isinstance(changes, dict | list):
             raise UsageError(f"{path}: arm {arm} must be a list of overrides or a mapping shaped like the config")
     _refuse_equal_names(path, sweep.arms)
+    _check_report_keys(path, sweep, searched=search is not None)
     return sweep
+
+
+def _beside(path: Path, plugin: str) -> str:
+    file = path.parent / plugin
+    return str(file) if plugin.endswith(".py") and file.is_file() else plugin
+
+
+def _check_report_keys(path: Path, sweep: Sweep, searched: bool) -> None:
+    named = {f"contrasts: {name}": [*sides.arms, *sides.minus] for name, sides in sweep.contrasts.items()}
+    if sweep.trend:
+        named |= {f"trend: {name}": arms for name, arms in sweep.trend.series.items()}
+        if not sweep.trend.x or not sweep.trend.series:
+            raise UsageError(f"{path}: trend needs x, a key of the config, and series, names with their arms")
+    if searched and named:
+        raise UsageError(f"{path}: {min(named)}: a search trains proposals, not its arms as they stand")
+    for key, arms in named.items():
+        if unknown := [arm for arm in arms if arm not in sweep.arms]:
+            raise UsageError(f"{path}: {key}: {_unknown('arm', unknown[0], sweep.arms)}")
+    for name, sides in sweep.contrasts.items():
+        if not sides.arms or not sides.minus or set(sides.arms) & set(sides.minus):
+            raise UsageError(f"{path}: contrasts: {name}: needs arms, and others to take off as minus")
 
 
 def _refuse_equal_names(path: Path, arms: Iterable[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from moepp.records import RunRecord, UnreadableRecord
 from moepp.sweeps.leases import Holder, died_here, is_free, newest
 
-STATES = ("done", "pruned", "running", "failed", "waiting")
+STATES = ("done", "pruned", "running", "failed", "damaged", "waiting")
 TIMED_TRIALS = 20  # finished ones whose time stands for the rest
 RATE_LINES = 10  # newest logged lines whose speed stands for the rest of a trial
 
@@ -24,7 +24,7 @@ class TrialStatus:
     step: int
     steps: int
     seconds_left: float | None = None  # of a running trial, at its latest speed
-    note: str = ""  # who runs it, or why it failed
+    note: str = ""  # who runs it, or what is wrong with it
     log: tuple[str, ...] = ()  # last lines of a failed trial
 
 
@@ -73,7 +73,7 @@ def read_status(directory: Path, plan: dict[str, Any]) -> SweepStatus:
 
 
 def outcome(record: RunRecord, retries: int) -> tuple[str, str]:
-    """`done`, `pruned`, `failed` or, while somebody may try the trial (again), `open`; and why it failed.
+    """`done`, `pruned`, `damaged`, `failed` or, while somebody may try the trial (again), `open`; and why it failed.
 
     A trial has failed once it has crashed more than `retries` times, or when the books on that cannot be read.
     """
@@ -81,6 +81,8 @@ def outcome(record: RunRecord, retries: int) -> tuple[str, str]:
         status = record.status
         if status in ("done", "pruned"):
             return status, ""
+        if status == "damaged":
+            return status, record.damage
         record.read("attempt.json")
         crashes, reason = len(record.crashes), record.read("failed.json").get("reason", "")
     except UnreadableRecord as error:
@@ -101,6 +103,8 @@ def _trial(path: Path, trial: dict[str, Any], retries: int) -> TrialStatus:
     status, reason = outcome(record, retries)
     if status == "done":
         return TrialStatus(label, "done", path, steps, steps)
+    if status == "damaged":
+        return TrialStatus(label, status, path, steps, steps, None, reason)
     if status == "pruned":
         pruned = record.read("pruned.json")
         return TrialStatus(label, "pruned", path, pruned["step"], steps, None, pruned["reason"])

@@ -36,11 +36,11 @@ def time_arms(directory: Path, repeats: int = 15) -> dict[str, Any]:
         training_times,
         validation_ids,
     )
-    from moepp.training.weights import load_decoder
+    from moepp.training.weights import load_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    loaded = {arm: load_decoder(run) for arm, run in runs.items()}
+    loaded = {arm: load_model(run) for arm, run in runs.items()}
     config = next(iter(loaded.values()))[1]
     tokens, precision = prepare(config.data, progress=False), autocast_of(config, device)
     ids = validation_ids(tokens, config.data.seq_len).to(device)

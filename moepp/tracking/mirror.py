@@ -94,8 +94,8 @@ class Mirror:
 
     def _status(self, status: str, ended: bool) -> str:
         """MLflow's word for the record's status."""
-        if status in ("done", "failed"):
-            return {"done": "FINISHED", "failed": "FAILED"}[status]
+        if status in ("done", "failed", "damaged"):
+            return "FINISHED" if status == "done" else "FAILED"
         held = self.held
         trained = status == "started" and (not ended if held is None else held)
         return "RUNNING" if trained else "KILLED"
@@ -211,8 +211,8 @@ class FolderMirror:
         self._put_views(parent)
         wanted = [trial for trial in sweep["trials"] if not trial.get("left_out")]  # by the newest call
         statuses = {RunRecord(self.directory / trial["path"]).status for trial in wanted}
-        settled = "FAILED" if "failed" in statuses else "FINISHED"
-        open_ = statuses - {"done", "failed", "pruned"} or len(wanted) < sweep.get("planned", 0)
+        settled = "FAILED" if statuses & {"failed", "damaged"} else "FINISHED"
+        open_ = statuses - {"done", "failed", "damaged", "pruned"} or len(wanted) < sweep.get("planned", 0)
         worked_at = open_ and (not ended or self.held)
         parent.put_status("RUNNING" if worked_at else "KILLED" if open_ else settled)
 
@@ -228,7 +228,8 @@ class FolderMirror:
     def _put_views(self, parent: MirroredRun) -> None:
         known = self._params.values()
         arms = list(dict.fromkeys(run["arm"] for run in known if "arm" in run))
-        varied = [n for n in AXES if n not in ("arm", "seed") and len({run.get(n) for run in known}) > 1]
+        names = dict.fromkeys([*AXES, *(n for run in known for n in run if n.startswith("n_"))])
+        varied = [n for n in names if n not in ("arm", "seed") and len({run.get(n) for run in known}) > 1]
         views = saved_views(self.directory.name, parent.run_id, parent.start_ms, arms, varied)
         if views != self._views:
             parent.put_views(views)
@@ -341,7 +342,9 @@ def _open_parent(directory: Path, sweep: Mapping[str, Any], tracking: TrackingCo
 def axes(config: Mapping[str, Any], budget: Mapping[str, Any]) -> dict[str, str]:
     """Params of a run. `null` is a value like any other: MLflow's charts leave out runs that lack a param."""
     known = dict(leaves(config))
+    others = config.get("model", {}).get("experts", {}).get("others", {})
     values = {name: known[key] for name, key in AXES.items() if key in known}
+    values |= {f"n_{kind}": count for kind, count in others.items()}
     values |= {name: round(budget[name]) for name in BUDGETS if name in budget}
     return {name: "null" if value is None else str(value) for name, value in values.items()}
 

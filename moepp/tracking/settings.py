@@ -1,7 +1,9 @@
 """Where runs can be looked at. Read without MLflow."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from moepp import register
 
 
 @dataclass
@@ -11,3 +13,12 @@ class TrackingConfig:
     backend: Literal["mlflow", "jsonl"] = "mlflow"  # jsonl: the run record alone
     uri: str = ""  # empty: MLFLOW_TRACKING_URI, else sqlite:///<runs>/mlflow.db
     experiment: str = "moepp"
+    loggers: list[str] = field(default_factory=list)  # more places: csv, tensorboard, wandb, or registered ones
+    logger_options: dict[str, Any] = field(default_factory=dict)  # of loggers, each below its name
+
+    def __post_init__(self) -> None:
+        for name in dict.fromkeys([*self.loggers, *self.logger_options]):
+            options = self.logger_options.get(name, {})
+            if not isinstance(options, dict):
+                raise ValueError(f"tracking.logger_options.{name}={options} must be a mapping of options")
+            register.logger.check(name, options)

@@ -15,28 +15,29 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 from torch import Tensor
 
 from moepp.errors import Interrupted, RunError
-from moepp.models.budget import forward_flops
 from moepp.process import STOP_SIGNALS
 from moepp.records import RunRecord, fsync
 from moepp.strategies.base import MoEStrategy
-from moepp.training.module import LanguageModel
+from moepp.training.module import LanguageModel, is_logged
 from moepp.training.ranks.rank import largest
 from moepp.training.system_metrics import SystemMeter
 from moepp.training.throughput import StepTimer, peak_flops, peak_memory_gib
+from moepp.training.trainer import RecordedTrainer
 
+LOGGED = ("train/loss", "train/balance_loss", "router/")  # by the module itself
 PARTIAL = "saving.ckpt"  # what a checkpoint is called while it is written
 
 
 class MetricsReporter(Callback):
-    """Logs losses, routing, speed and system load every `log_every` steps, and each validation, under the number of
-    finished steps.
+    """Logs losses, routing, speed and system load every `log_every_n_steps` of the Trainer, and each validation.
 
-    Lightning's own `self.log` counts steps from 0 and writes after checkpoints are saved; a resumed run would lose or
-    shift lines.
+    A RecordedTrainer writes them to its loggers at once, under the number of finished steps. Any other gets them by
+    `self.log`, counts steps from 0 and writes after checkpoints are saved; a resumed run would lose or shift lines.
+    `tokens_per_step` are those of all devices in one optimizer step, in sequences of `seq_len`.
     """
 
-    def setup(self, trainer: pl.Trainer, pl_module: LanguageModel, stage: str) -> None:
-        self.config = pl_module.config
+    def __init__(self, tokens_per_step: int, seq_len: int):
+        self.tokens_per_step, self.seq_len = tokens_per_step, seq_len
         self.grad_norm: Tensor | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
@@ -44,7 +45,7 @@ class MetricsReporter(Callback):
         self.system = SystemMeter(pl_module.device)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: LanguageModel, optimizer: Any) -> None:
-        if self._due(trainer.global_step + 1):
+        if is_logged(trainer, trainer.global_step + 1):
             parameters = [p for p in pl_module.parameters() if p.grad is not None]  # none where DeepSpeed keeps them
             if isinstance(trainer.strategy, MoEStrategy):
                 self.grad_norm = trainer.strategy.gradient_norm(parameters)
@@ -53,7 +54,7 @@ class MetricsReporter(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LanguageModel, *_: Any) -> None:
         step = trainer.global_step
-        if not self._due(step) or trainer.fit_loop._should_accumulate():
+        if not is_logged(trainer, step) or trainer.fit_loop._should_accumulate():
             return
         raise_if_not_finite(trainer, pl_module)
         losses = torch.stack(list(pl_module.train_losses.values()))
@@ -66,15 +67,18 @@ class MetricsReporter(Callback):
         if self.grad_norm is not None:
             metrics["train/grad_norm"] = float(self.grad_norm)
         metrics["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
-        metrics["train/tokens"] = step * self._tokens_per_step()
+        metrics["train/tokens"] = step * self.tokens_per_step
         routing = {name: float(value) for name, value in pl_module.train_routing.compute().items()}
         metrics.update({f"router/{name}": value for name, value in routing.items()})
-        metrics.update(self._speed(step, pl_module.device, routing["ffn_per_token"], trainer.world_size))
+        flops = 3 * sum(pl_module.model.forward_flops(self.seq_len, routing["ffn_per_token"]).values())
+        metrics.update(self._speed(step, pl_module.device, flops, trainer.world_size))
         if isinstance(trainer.strategy, MoEStrategy):
             metrics.update(trainer.strategy.metrics())
         metrics.update(self.system.read())
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step)
+        if isinstance(trainer, RecordedTrainer):
+            trainer.write(metrics)
+        else:
+            pl_module.log_dict({name: value for name, value in metrics.items() if not name.startswith(LOGGED)})
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
@@ -83,22 +87,15 @@ class MetricsReporter(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        metrics = {f"val/{name}": value for name, value in pl_module.validation_metrics().items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, trainer.global_step)
+        if isinstance(trainer, RecordedTrainer):
+            trainer.write({f"val/{name}": value for name, value in pl_module.validation_metrics().items()})
         self.timer.resume()
 
-    def _due(self, step: int) -> bool:
-        return step % self.config.trainer.log_every == 0
-
-    def _tokens_per_step(self) -> int:
-        return self.config.data.batch_size * self.config.data.seq_len
-
-    def _speed(self, step: int, device: torch.device, ffn_per_token: float, devices: int) -> dict[str, float]:
+    def _speed(self, step: int, device: torch.device, flops: float, devices: int) -> dict[str, float]:
+        """`flops` of a token, forward and backward."""
         seconds, steps = self.timer.lap(), step - self.timed_from
         self.timed_from = step
-        tokens_per_s = steps * self._tokens_per_step() / seconds
-        flops = 3 * sum(forward_flops(self.config.model, self.config.data.seq_len, ffn_per_token).values())
+        tokens_per_s = steps * self.tokens_per_step / seconds
         speed = {
             "perf/tokens_per_s": tokens_per_s,
             "perf/step_time_ms": seconds / steps * 1000,
@@ -112,7 +109,8 @@ class MetricsReporter(Callback):
 
 
 class ResumeCheckpoint(Checkpoint):
-    """Keeps the newest full training state in the record, every `every` steps and when the process is asked to stop.
+    """Keeps the two newest full training states in the record, for a disk may damage one: every `every` steps and when
+    the process is asked to stop.
 
     A stop signal to any of the run's processes ends the run after the step in progress, with Interrupted. Saved is
     always between two steps, and after the validation where one is due: a resumed run neither repeats nor skips
@@ -169,12 +167,12 @@ class ResumeCheckpoint(Checkpoint):
     def _save_where_due(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         step = trainer.global_step
         stopping = largest(self.stopping)  # the ranks agree here, once in every step, for all must save the same one
-        if not stopping and step % self.every:
-            return
+        if trainer.should_stop or (not stopping and step % self.every):
+            return  # a run that is continued comes to the same end by itself
         raise_if_not_finite(trainer, pl_module)
         save_whole(trainer, self.record, f"step-{step:08d}.ckpt")
         if trainer.is_global_zero:
-            for older in resume_points(self.record.checkpoints)[:-1]:
+            for older in resume_points(self.record.checkpoints)[:-2]:
                 remove(older)
         if stopping:
             raise Interrupted(f"stopped at step {step}; the same command continues")
@@ -220,8 +218,9 @@ def raise_if_not_finite(trainer: pl.Trainer, module: LanguageModel) -> None:
     bad = largest(int(module.first_bad_step))
     if bad < 0:
         return
-    lr = module.config.optim.lr
-    saved = resume_points(trainer.checkpoint_callback.record.checkpoints)
+    lr = module.optim.lr
+    keepers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ResumeCheckpoint)]
+    saved = [point for keeper in keepers for point in resume_points(keeper.record.checkpoints)]
     kept = f"the last good checkpoint is {os.path.relpath(saved[-1])}" if saved else "no checkpoint was saved before it"
     scheduled = trainer.optimizers[0].param_groups[0]["lr"] if trainer.optimizers else math.nan
     raise RunError(

@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from moepp.training.settings import CLOZE_CHOICES
+from moepp.training.settings import CLOZE_CHOICES, ClozeConfig
 from moepp.training.throughput import StepTimer
 
 if TYPE_CHECKING:
@@ -70,14 +70,15 @@ class ClozeScorer(Callback):
     before MetricsReporter in the list of callbacks.
     """
 
+    def __init__(self, settings: ClozeConfig, seq_len: int, val_every: int):
+        self.settings, self.seq_len, self.val_every = settings, seq_len, val_every
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: "LanguageModel") -> None:
-        config = pl_module.config
-        self.asked = questions(trainer.datamodule.files, config.data.seq_len, config.cloze.questions)
+        self.asked = questions(trainer.datamodule.files, self.seq_len, self.settings.questions)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: "LanguageModel") -> None:
-        settings, points = pl_module.config.trainer, pl_module.config.cloze.points
-        validation, validations = trainer.global_step // settings.val_every, settings.steps // settings.val_every
-        if trainer.state.fn != "fit" or not _due(validation, validations, points):
+        validation, validations = trainer.global_step // self.val_every, trainer.max_steps // self.val_every
+        if trainer.state.fn != "fit" or not _due(validation, validations, self.settings.points):
             return
 
         def logits_of(ids_BS: Tensor) -> Tensor:

@@ -4,22 +4,17 @@ generation) finds it as it was, and no parameter gets another name.
 
 import os
 import shutil
-from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from moepp.errors import UsageError
 from moepp.layers.dispatch import TRACEABLE
-from moepp.models.decoder import Decoder, DecoderOutput
-from moepp.training.loss import training_losses
+from moepp.training.loss import Losses, training_losses
 from moepp.training.settings import RunConfig
 
 COMPILER = "inductor"
-
-Losses = Callable[[Decoder, Tensor], tuple[Tensor, Tensor, DecoderOutput]]
 
 
 def losses_of(config: RunConfig) -> Losses:

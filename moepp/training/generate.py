@@ -4,19 +4,17 @@ from pathlib import Path
 
 import torch
 
-from moepp.data.prepare import prepare
 from moepp.errors import UsageError
-from moepp.training.weights import load_decoder
+from moepp.training.loading import load_run
 
 
 def continue_text(directory: Path, prompt: str, tokens: int, temperature: float, seed: int) -> str:
     """`prompt` and `tokens` more tokens from the model of a finished run; temperature 0 is greedy."""
-    from tokenizers import Tokenizer
-
-    model, config = load_decoder(directory)
-    tokenizer = Tokenizer.from_file(str(prepare(config.data, progress=False).path / "tokenizer.json"))
-    ids = tokenizer.encode(prompt).ids
+    run = load_run(directory)
+    if not hasattr(run.model, "generate"):
+        raise UsageError(f"{directory}: model.name={run.config.model.name} has no method `generate`")
+    ids = run.tokenizer.encode(prompt).ids
     if not ids:
         raise UsageError("the prompt holds no token; give some text with --prompt")
     generator = torch.Generator().manual_seed(seed)
-    return tokenizer.decode(model.generate(torch.tensor([ids]), tokens, temperature, generator)[0].tolist())
+    return run.tokenizer.decode(run.model.generate(torch.tensor([ids]), tokens, temperature, generator)[0].tolist())

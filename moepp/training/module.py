@@ -1,6 +1,8 @@
 """The LightningModule: next-token cross-entropy plus the balance loss, and validation that is exact over devices."""
 
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,11 +12,13 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 
 from moepp.layers.moe import MoEStats
-from moepp.models.decoder import Decoder
+from moepp.models.build import build_model, describe_model
+from moepp.models.protocol import CausalLM
 from moepp.training.compiled import losses_of
+from moepp.training.loss import Losses, training_losses
 from moepp.training.optim import build_optimizer, learning_rate_scale
 from moepp.training.routing_stats import RoutingStatistics
-from moepp.training.settings import RunConfig
+from moepp.training.settings import OptimConfig, RunConfig
 
 
 class BitsPerByte(Metric):
@@ -22,7 +26,7 @@ class BitsPerByte(Metric):
     are left out.
     """
 
-    def __init__(self, end_of_text: int):
+    def __init__(self, end_of_text: int | None):
         super().__init__()
         self.end_of_text = end_of_text
         self.add_state("nats", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
@@ -30,7 +34,8 @@ class BitsPerByte(Metric):
 
     def update(self, nats: Tensor, targets: Tensor, lengths: Tensor) -> None:
         """`nats` of every target, the target ids, and the bytes each target stands for; all [B, S]."""
-        self.nats += nats.double().masked_fill(targets == self.end_of_text, 0).sum()
+        no_text = -1 if self.end_of_text is None else self.end_of_text
+        self.nats += nats.double().masked_fill(targets == no_text, 0).sum()
         self.bytes += lengths.sum()
 
     def compute(self) -> Tensor:
@@ -38,19 +43,38 @@ class BitsPerByte(Metric):
 
 
 class LanguageModel(pl.LightningModule):
-    """Trains a Decoder as `config` says. `end_of_text` is the token id that separates documents."""
+    """Trains a model on token ids, by any Lightning Trainer.
 
-    def __init__(self, config: RunConfig, end_of_text: int):
+    `model` is a `CausalLM`, or the description of one that a checkpoint holds. A batch of training is ids [B, S+1]; one
+    of validation the same, or a pair with the UTF-8 bytes [B, S] that each target stands for. The schedule has `steps`
+    optimizer steps, None: as many as the trainer takes. `end_of_text` is the id that separates documents, None: no id
+    does. `losses` may be a compiled form of `training_losses`, with `cuda_graphs` one whose replays write where those
+    before did.
+
+    Logs train/loss, train/balance_loss, router/* and val/loss, val/accuracy, val/bits_per_byte (where bytes are known).
+    """
+
+    def __init__(
+        self,
+        model: CausalLM | Mapping[str, Any],
+        optim: OptimConfig | Mapping[str, Any] | None = None,
+        steps: int | None = None,
+        end_of_text: int | None = None,
+        losses: Losses = training_losses,
+        cuda_graphs: bool = False,
+    ):
         super().__init__()
-        self.config = config
-        self.model = Decoder(config.model, config.seed)
-        self.losses = losses_of(config)
+        self.model = build_model(model) if isinstance(model, Mapping) else model
+        self.optim = OptimConfig(**optim) if isinstance(optim, Mapping) else optim or OptimConfig()
+        self.steps, self.losses, self.cuda_graphs = steps, losses, cuda_graphs
+        parts = {"optim": asdict(self.optim), "steps": steps, "end_of_text": end_of_text}
+        self.save_hyperparameters(describe_model(self.model) | parts)
         self.val_loss = MeanMetric()
         self.val_accuracy = MeanMetric()
         self.val_bits_per_byte = BitsPerByte(end_of_text)
-        self.val_routing = RoutingStatistics(config.model)
+        self.val_routing = RoutingStatistics(self.model.config)
         # Of the last step only, so that a resumed run logs the same.
-        self.train_routing = RoutingStatistics(config.model)
+        self.train_routing = RoutingStatistics(self.model.config)
         self.train_losses: dict[str, Tensor] = {}
         # Counts of the micro-batches since the last optimizer step. Checkpoints are saved right after a step, where
         # there are none, so these need no buffer.
@@ -59,27 +83,41 @@ class LanguageModel(pl.LightningModule):
         self.validated_step = -1  # finished steps at the last validation
         # Step of the first loss that was not finite, -1 while there is none; kept on the device, so that watching costs
         # no synchronisation.
+        self.first_bad_step: Tensor
         self.register_buffer("first_bad_step", torch.tensor(-1), persistent=False)
+
+    @classmethod
+    def of_run(cls, config: RunConfig, end_of_text: int) -> "LanguageModel":
+        """As `config` says. Its checkpoints hold all of the config, as plain values."""
+        trainer, model = config.trainer, build_model(config.model, config.seed)
+        module = cls(model, config.optim, trainer.steps, end_of_text, losses_of(config), trainer.cuda_graphs)
+        module.save_hyperparameters({"config": asdict(config)})
+        return module
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if is_logged(self.trainer, self.global_step):
+            self.log_dict({f"router/{name}": value for name, value in self.train_routing.compute().items()})
 
     def on_train_start(self) -> None:
         """With CUDA graphs gradients are summed into buffers of their own: else the first would lie where replays
         write.
         """
-        if self.config.trainer.cuda_graphs:
+        if self.cuda_graphs:
             for parameter in self.parameters():
                 parameter.grad = torch.zeros_like(parameter)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
-        optimizer.zero_grad(set_to_none=not self.config.trainer.cuda_graphs)
+        optimizer.zero_grad(set_to_none=not self.cuda_graphs)
 
-    def training_step(self, tokens: Tensor) -> Tensor:
+    def training_step(self, tokens: Tensor | Sequence[Tensor]) -> Tensor:
         """`tokens` [B, S+1]; returns cross-entropy + beta * L_b (Eq. 9)."""
-        if self.config.trainer.cuda_graphs:
+        if self.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()  # replays overwrite what the step before put out
-        cross_entropy, balance, output = self.losses(self.model, tokens)
+        cross_entropy, balance, output = self.losses(self.model, _ids(tokens))
         loss = cross_entropy + balance
         losses = {"train/loss": cross_entropy, "train/balance_loss": balance}
         self.train_losses = {name: value.detach().clone() for name, value in losses.items()}
+        self.log_dict(self.train_losses)
         self.train_routing.reset()
         self.train_routing.update(output.stats)
         self._count(output.stats)
@@ -91,7 +129,7 @@ class LanguageModel(pl.LightningModule):
         """Adds a micro-batch to the counts of its step: here and not in the layers, which activation checkpointing runs
         twice.
         """
-        if self.config.model.balance.control is None or not stats:
+        if self.model.config.balance.control is None or not stats:
             return
         chosen_LN = torch.stack([layer.chosen_N for layer in stats])
         self.step_chosen_LN = chosen_LN if self.step_chosen_LN is None else self.step_chosen_LN + chosen_LN
@@ -106,14 +144,15 @@ class LanguageModel(pl.LightningModule):
             self.model.step_control(self.step_chosen_LN, self.step_tokens * self.trainer.world_size)
             self.step_chosen_LN, self.step_tokens = None, 0
 
-    def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
-        """`batch`: tokens [B, S+1] and the bytes [B, S] that each target stands for."""
-        tokens, lengths = batch
+    def validation_step(self, batch: Tensor | Sequence[Tensor]) -> None:
+        """`batch`: tokens [B, S+1], or a pair with the bytes [B, S] that each target stands for."""
+        tokens = _ids(batch)
         targets = tokens[:, 1:]
         output = self.model(tokens[:, :-1], targets_BS=targets)
         self.val_loss.update(output.nats_BS)
         self.val_accuracy.update(output.right_BS.float())
-        self.val_bits_per_byte.update(output.nats_BS, targets, lengths)
+        if not isinstance(batch, Tensor) and len(batch) > 1:
+            self.val_bits_per_byte.update(output.nats_BS, targets, batch[1])
         self.val_routing.update(output.stats)
 
     def on_validation_epoch_start(self) -> None:
@@ -122,17 +161,29 @@ class LanguageModel(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self.validated_step = self.trainer.global_step
+        self.log_dict({f"val/{name}": value for name, value in self.validation_metrics().items()})
 
     def validation_metrics(self) -> dict[str, float]:
         """`loss`, `bits_per_byte`, `accuracy` of the last validation."""
-        return {
-            "loss": float(self.val_loss.compute()),
-            "bits_per_byte": float(self.val_bits_per_byte.compute()),
-            "accuracy": float(self.val_accuracy.compute()),
-        }
+        metrics = {"loss": float(self.val_loss.compute())}
+        if self.val_bits_per_byte.update_called:
+            metrics["bits_per_byte"] = float(self.val_bits_per_byte.compute())
+        return metrics | {"accuracy": float(self.val_accuracy.compute())}
 
-    def configure_optimizers(self) -> dict:
-        optim, steps = self.config.optim, self.config.trainer.steps
-        optimizer = build_optimizer(self, optim)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_scale(step, steps, optim))
+    def configure_optimizers(self) -> dict[str, Any]:
+        steps = self.steps or int(self.trainer.estimated_stepping_batches)
+        optimizer = build_optimizer(self, self.optim)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate_scale(step, steps, self.optim)
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def is_logged(trainer: pl.Trainer, step: int) -> bool:
+    """Whether metrics of the step, counted from 1, are wanted."""
+    return trainer.log_every_n_steps > 0 and step % trainer.log_every_n_steps == 0
+
+
+def _ids(batch: Tensor | Sequence[Tensor]) -> Tensor:
+    """A DataLoader over a TensorDataset gives lists of one tensor."""
+    return batch if isinstance(batch, Tensor) else batch[0]

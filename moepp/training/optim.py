@@ -1,10 +1,19 @@
-"""AdamW and the learning-rate schedules."""
+"""Optimizers by name, and the learning-rate schedules.
 
+A registered optimizer is called with the module and the config; its other parameters are its options.
+"""
+
+import inspect
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
+from moepp import register
+from moepp.training.muon import MuonAdamW
 from moepp.training.settings import OptimConfig
 
 
@@ -24,8 +33,13 @@ def learning_rate_scale(step: int, steps: int, config: OptimConfig) -> float:
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only.
+def build_optimizer(module: nn.Module, config: OptimConfig) -> Optimizer:
+    """The optimizer that the config names."""
+    return register.optimizer[config.name](module, config, **config.options)
+
+
+def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """The trained parameters, with weight decay on matrices only.
 
     Norm scales and the constant experts' vectors are not matrices, though the latter are stacked; a module lists such
     parameter names in `no_weight_decay`.
@@ -35,14 +49,65 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW
     decayed = [p for p in parameters if p.ndim >= 2 and id(p) not in exempt]
     kept = [p for p in parameters if p.ndim < 2 or id(p) in exempt]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
-    )
-    # Lightning takes a fused optimizer for one that unscales gradients itself and refuses to clip under bf16-mixed,
-    # where there is no scaler.
+    return [group for group in groups if group["params"]]
+
+
+@register.optimizer("adamw")
+def adamw(module: nn.Module, config: OptimConfig) -> Optimizer:
+    return clipped_under_autocast(torch.optim.AdamW(parameter_groups(module, config), **_adam_options(config)))
+
+
+@register.optimizer("muon")
+def muon(
+    module: nn.Module,
+    config: OptimConfig,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    ns_steps: int = 5,
+    adjust_lr_fn: str = "match_rms_adamw",
+) -> Optimizer:
+    """Muon for the matrices between embedding and head, AdamW for the rest. By default the update has the size of
+    AdamW's (arXiv 2502.16982), so that `optim.lr` means the same.
+    """
+    tokens = {id(m.weight) for name, m in module.named_modules() if _reads_or_writes_tokens(name, m)}
+    options = {"momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn}
+    decayed, *kept = parameter_groups(module, config)
+    groups = [
+        {**decayed, "params": [p for p in decayed["params"] if id(p) not in tokens], "muon": options},
+        {**decayed, "params": [p for p in decayed["params"] if id(p) in tokens]},
+        *kept,
+    ]
+    return clipped_under_autocast(MuonAdamW([g for g in groups if g["params"]], **_adam_options(config)))
+
+
+def _reads_or_writes_tokens(name: str, module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) or (name.rpartition(".")[2] == "head" and isinstance(module, nn.Linear))
+
+
+def _adam_options(config: OptimConfig) -> dict[str, Any]:
+    return {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps, "fused": True}
+
+
+def clipped_under_autocast(optimizer: Optimizer) -> Optimizer:
+    """Lightning takes a fused optimizer for one that unscales gradients itself and refuses to clip under bf16-mixed,
+    where there is no scaler.
+    """
     optimizer._step_supports_amp_scaling = False
     return optimizer
+
+
+def _from_torch(made: type[Optimizer]) -> Callable[..., Optimizer]:
+    """`made` as a registered optimizer, with its own options but for what OptimConfig says."""
+
+    def build(module: nn.Module, config: OptimConfig, **options: Any) -> Optimizer:
+        return clipped_under_autocast(made(parameter_groups(module, config), lr=config.lr, **options))
+
+    parameters = list(inspect.signature(made, eval_str=True).parameters.values())
+    given = list(inspect.signature(build).parameters.values())[:2]
+    own = [p for p in parameters if p.name not in ("params", "lr", "weight_decay")]
+    build.__signature__ = inspect.Signature(given + [p.replace(kind=p.KEYWORD_ONLY) for p in own])
+    return build
+
+
+for _name in register.OPTIMIZERS:
+    register.optimizer(_name)(_from_torch(getattr(torch.optim, _name)))

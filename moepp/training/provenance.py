@@ -11,21 +11,32 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("torch", "lightning", "torchmetrics", "omegaconf", "mlflow", "datasets", "tokenizers", "numpy")
+from moepp.plugins import sources
+from moepp.shipped import PACKAGE
 
-CIRCUMSTANCES = ("host", "git", "versions", "hardware", "data")  # what makes two attempts at a run comparable
+PACKAGES = ("moepp", "torch", "lightning", "torchmetrics", "omegaconf", "mlflow", "datasets", "tokenizers", "numpy")
+
+CIRCUMSTANCES = (
+    "host",
+    "git",
+    "versions",
+    "plugins",
+    "hardware",
+    "data",
+)  # what makes two attempts at a run comparable
 ATTEMPT = ("started", *CIRCUMSTANCES)
 
 
 def collect(data_header: Mapping[str, Any]) -> dict[str, Any]:
     """The content of provenance.json; `data_header` is the header of the prepared tokens."""
+    plugins = sources()
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(_shorten(argument) for argument in sys.argv),
         "host": socket.gethostname(),
-        "git": git(ROOT),
+        "git": git(PACKAGE.parent),
         "versions": {"python": platform.python_version(), **_versions()},
+        **({"plugins": plugins} if plugins else {}),
         "hardware": _hardware(),
         "data": dict(data_header),
     }
@@ -50,11 +61,13 @@ def _circumstances(provenance: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def git(root: Path) -> dict[str, Any]:
-    """`sha` and `dirty` (changes to tracked files) of the checkout that holds moepp; empty for an installed package."""
+    """`sha` and `dirty` (changes to tracked files, but for results/) of the checkout that holds moepp; empty for an
+    installed package.
+    """
     # A virtual environment may lie inside a stranger's repository: only a repository that tracks this code counts.
     if _git(root, "ls-files", "--error-unmatch", "moepp/__init__.py") is None:
         return {}
-    changes = _git(root, "status", "--porcelain", "--untracked-files=no")
+    changes = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ":(exclude)results")
     return {"sha": _git(root, "rev-parse", "HEAD"), "dirty": bool(changes)}
 
 

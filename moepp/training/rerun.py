@@ -33,6 +33,8 @@ def rerun(directory: Path) -> RunRecord:
     UsageError when the run has not ended, is a repetition itself, lacks a file, or its data changed.
     """
     original = RunRecord(directory.resolve())
+    if original.status == "damaged":
+        raise UsageError(original.damage)
     if original.status not in ENDED:
         raise UsageError(f"{directory} is no run that has ended; only what is done, pruned or failed can be repeated")
     folder = original.path.parent
@@ -47,7 +49,7 @@ def rerun(directory: Path) -> RunRecord:
         trainer=replace(config.trainer, threads=_threads(original, config), expert_timing=False),
     )
     again = RunRecord(run_directory(config))
-    if again.status in ENDED:
+    if again.status in (*ENDED, "damaged"):
         shutil.rmtree(again.path)
     return _repeat(original, again, config)
 

@@ -50,15 +50,9 @@ class RoutingStatistics(Metric):
             return {name: torch.zeros(()) for name in ("ffn_per_token", "entropy")}
         share_LN, ffn = self.share_LN(), self.experts.ffn
         metrics = {"ffn_per_token": (self.chosen_LN[:, :ffn].sum(1) / self.tokens).mean()}
-        metrics["ffn_share"] = share_LN[:, :ffn].sum(1).mean()
-        start = ffn
-        for kind, count in (
-            ("constant", self.experts.constant),
-            ("copy", self.experts.copy),
-            ("zero", self.experts.zero),
-        ):
-            metrics[f"{kind}_share"] = share_LN[:, start : start + count].sum(1).mean()
-            start += count
+        counts = self.experts.by_kind()
+        for kind, share_LC in zip(counts, share_LN.split(list(counts.values()), 1), strict=True):
+            metrics[f"{kind}_share"] = share_LC.sum(1).mean()
         load_LE = share_LN[:, :ffn]
         metrics["load_max_over_mean"] = (load_LE.amax(1) / load_LE.mean(1).clamp(min=1e-12)).mean()
         metrics["entropy"] = self.entropy / self.batches

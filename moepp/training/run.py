@@ -14,6 +14,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+from lightning.pytorch.callbacks import Callback
 
 from moepp import config as configs
 from moepp.data.batches import TokenDataModule
@@ -21,8 +22,9 @@ from moepp.data.prepare import prepare
 from moepp.data.token_files import TokenFiles
 from moepp.errors import Interrupted, PeerLost, RunError, UsageError
 from moepp.layers.kernels.base import BackendError
-from moepp.models.budget import Budget, active_parameters, forward_flops
-from moepp.records import RunRecord, UnreadableRecord, write_json
+from moepp.models.budget import Budget
+from moepp.models.decoder import Decoder
+from moepp.records import TOKENIZER, RunRecord, UnreadableRecord, link_or_copy, write_json
 from moepp.strategies import make_strategy
 from moepp.training.callbacks import MetricsReporter, ResumeCheckpoint, remove, resume_points, save_whole, step_of
 from moepp.training.cloze import ClozeScorer
@@ -34,9 +36,10 @@ from moepp.training.pruning import Judge, Pruning
 from moepp.training.ranks.launch import SECONDS_TO_ARRIVE, launch
 from moepp.training.ranks.rank import Rank, from_rank_zero, is_lost_connection, process_group
 from moepp.training.record_logger import RecordLogger
-from moepp.training.settings import RunConfig
+from moepp.training.settings import RunConfig, changed_settings, run_directory, say_changes
 from moepp.training.throughput import autocast_of, expert_forward_times, validation_ids
-from moepp.training.weights import DamagedCheckpoint, begin_from, load_checkpoint
+from moepp.training.trainer import RecordedTrainer, make_callbacks, make_loggers, make_profiler
+from moepp.training.weights import DamagedCheckpoint, begin_from, read_checkpoint
 
 
 def freeze(config: RunConfig) -> RunConfig:
@@ -49,23 +52,35 @@ def freeze(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, data=data, init_weights=initial_weights(config.init_from))
 
 
-def train(config: RunConfig, directory: Path, judge: Judge | None = None) -> RunRecord:
-    """Trains a frozen config in its run directory, or continues, or returns at once when it is done or pruned.
+def train(config: RunConfig, directory: Path | None = None, judge: Judge | None = None) -> RunRecord:
+    """Trains a frozen config in its run directory, or continues, or returns at once when it is done or pruned. Without
+    a directory the config is frozen here, and its own is taken.
 
     `judge` may stop it early, with the status `pruned`. Over several devices this process starts one for each
     (launch.py), or is one of those that torchrun or srun started; of these, rank 0 alone writes the record. Raises
     RunError for what goes wrong after a correct start, and leaves the reason in failed.json; Interrupted after SIGTERM.
     """
+    if directory is None:
+        config = freeze(config)
+        directory = run_directory(config)
     rank, record = Rank.here(), RunRecord(directory)
     config = rank.spread(config)
     _refuse_what_is_missing(config)
     try:
         with record.lock() if rank.keeps_record(config) else nullcontext():
+            _refuse_other_record(record, config)
             if record.status not in ("done", "pruned"):
                 _train_or_say_why(record, config, rank, judge)
     except OSError as error:
         raise RunError(_say_what_file(error, directory)) from error
     return record
+
+
+def _refuse_other_record(record: RunRecord, config: RunConfig) -> None:
+    if record.status == "damaged":
+        raise RunError(record.damage)
+    if changed := changed_settings(record, config):
+        raise UsageError(f"{record.path} was begun with other settings ({say_changes(changed)}); choose another name=")
 
 
 def _say_what_file(error: OSError, directory: Path) -> str:
@@ -140,13 +155,14 @@ def _train(record: RunRecord, config: RunConfig, rank: Rank, judge: Judge | None
     resume = from_rank_zero(_resume_point(record) if rank.rank == 0 else None)
     if rank.rank == 0:
         _record_provenance(record, dataclasses.asdict(tokens.header), resumed=resume is not None)
-    module = LanguageModel(config, tokens.header.end_of_text)
+        _keep_tokenizer(record, tokens)
+    module = LanguageModel.of_run(config, tokens.header.end_of_text)
     data = TokenDataModule(config.data, config.seed, config.trainer.accumulate)
     trainer = _trainer(record, config, rank, judge)
     if config.init_from and resume is None:
         begin_from(config, module.model)
     trainer.fit(module, data, ckpt_path=resume and _arrived(resume))
-    if trainer.should_stop:  # pruned
+    if any(isinstance(callback, Pruning) and callback.reason for callback in trainer.callbacks):
         return
     if module.validated_step != trainer.global_step:
         trainer.validate(module, data, verbose=False)
@@ -163,9 +179,16 @@ def _record_provenance(record: RunRecord, header: dict, resumed: bool) -> None:
     write_json(record.path / "provenance.json", continued(before, collect(header)))
 
 
+def _keep_tokenizer(record: RunRecord, tokens: TokenFiles) -> None:
+    """Tokens that were prepared elsewhere may come without one."""
+    source, target = tokens.path / TOKENIZER, record.path / TOKENIZER
+    if source.is_file() and not target.exists():
+        link_or_copy(source, target)
+
+
 def _trainer(record: RunRecord, config: RunConfig, rank: Rank, judge: Judge | None) -> pl.Trainer:
     settings = config.trainer
-    trainer = pl.Trainer(
+    return RecordedTrainer(
         strategy=make_strategy(**dataclasses.asdict(config.strategy)),
         plugins=[TorchElasticEnvironment() if rank.started_by else LightningEnvironment()],
         accelerator=settings.accelerator,
@@ -180,24 +203,26 @@ def _trainer(record: RunRecord, config: RunConfig, rank: Rank, judge: Judge | No
         val_check_interval=settings.val_every * settings.accumulate,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
-        logger=RecordLogger(record),
+        profiler=make_profiler(settings.profiler, record),
+        logger=[RecordLogger(record), *make_loggers(config.tracking, record)],
         log_every_n_steps=settings.log_every,
-        callbacks=[
-            *([ClozeScorer()] if config.cloze.points else []),
-            MetricsReporter(),
-            *([Pruning(judge)] if judge else []),
-            ResumeCheckpoint(record, settings.checkpoint_every, settings.val_every),
-        ],
+        callbacks=[*make_callbacks(settings.callbacks), *_own_callbacks(record, config, judge)],
         default_root_dir=record.path,
         use_distributed_sampler=False,
         enable_progress_bar=settings.progress,
         enable_model_summary=False,
     )
-    # Lightning would broadcast in its handler of SIGTERM, wherever that interrupts a rank, and before every batch, with
-    # all errors hidden. ResumeCheckpoint has the ranks agree at the end of a step instead.
-    trainer._signal_connector.register_signal_handlers = lambda: None
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
-    return trainer
+
+
+def _own_callbacks(record: RunRecord, config: RunConfig, judge: Judge | None) -> list[Callback]:
+    """After those of the config, whose metrics belong into the same lines and whose state into the same checkpoints."""
+    data, every = config.data, config.trainer.val_every
+    return [
+        *([ClozeScorer(config.cloze, data.seq_len, every)] if config.cloze.points else []),
+        MetricsReporter(data.batch_size * data.seq_len, data.seq_len),
+        *([Pruning(judge)] if judge else []),
+        ResumeCheckpoint(record, config.trainer.checkpoint_every, every),
+    ]
 
 
 def _resume_point(record: RunRecord) -> Path | None:
@@ -206,7 +231,7 @@ def _resume_point(record: RunRecord) -> Path | None:
     """
     for point in reversed(resume_points(record.checkpoints)):
         try:
-            step = step_of(point) if point.is_dir() else load_checkpoint(point)["global_step"]
+            step = step_of(point) if point.is_dir() else read_checkpoint(point)["global_step"]
         except DamagedCheckpoint as error:
             aside = point.with_name(f"damaged-{point.name}")
             point.replace(aside)
@@ -240,12 +265,15 @@ def _finish(
     final = {f"val_{name}": value for name, value in module.validation_metrics().items()} | routing
     final["router_entropy"] = final.pop("entropy")
     final |= _speed(record)
-    final["train_seconds"] = trainer.checkpoint_callback.seconds
+    final["train_seconds"] = next(c.seconds for c in trainer.callbacks if isinstance(c, ResumeCheckpoint))
+    if trainer.global_step < config.trainer.steps:
+        final["stopped_at_step"] = trainer.global_step  # by a callback, early
     if config.cloze.points and "step_time_ms" in final:
         final["cloze_share"] = _cloze_seconds(record) / (trainer.global_step * final["step_time_ms"] / 1000)
-    final["active_params"] = active_parameters(config.model, routing["ffn_per_token"])
-    final["flops_per_token"] = sum(forward_flops(config.model, config.data.seq_len, routing["ffn_per_token"]).values())
-    if config.trainer.expert_timing and config.strategy.name in ("single", "ddp"):  # others shard what is timed
+    final["active_params"] = module.model.active_parameters(routing["ffn_per_token"])
+    final["flops_per_token"] = sum(module.model.forward_flops(config.data.seq_len, routing["ffn_per_token"]).values())
+    timed = config.trainer.expert_timing and isinstance(module.model, Decoder)
+    if timed and config.strategy.name in ("single", "ddp"):  # others shard what is timed
         module.to(trainer.strategy.root_device)  # from the CPU, where Lightning leaves it
         final |= _expert_times(module, config, tokens)
     save_whole(trainer, record, FINAL_WEIGHTS, weights_only=True)

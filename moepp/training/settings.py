@@ -1,12 +1,15 @@
 """The schema of one training run: every component's own dataclass, joined."""
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from moepp.config import identity
+from moepp import plugins, register
+from moepp.config import differences, identity
 from moepp.data.settings import DataConfig
 from moepp.models.settings import DecoderConfig
+from moepp.records import RunRecord, UnreadableRecord
 from moepp.tracking.settings import TrackingConfig
 
 CLOZE_CHOICES = 4  # continuations to choose from: the text's own and those of other questions
@@ -14,22 +17,25 @@ CLOZE_CHOICES = 4  # continuations to choose from: the text's own and those of o
 
 @dataclass
 class OptimConfig:
-    """AdamW and its schedule, by optimizer steps. Paper, Table B: lr 5e-4 -> 5e-5, decay 0.1, clip 1.0; betas are not
-    stated there.
+    """The optimizer and its schedule, by optimizer steps. Paper, Table B: AdamW, lr 5e-4 -> 5e-5, decay 0.1, clip 1.0;
+    betas are not stated there.
     """
 
+    name: str = "adamw"  # or muon (with AdamW beside it), SGD, Adafactor, ... of torch.optim, a registered one
+    options: dict[str, Any] = field(default_factory=dict)  # the optimizer's own, beside what follows
     lr: float = 5e-4
     final_lr_share: float = 0.1  # of lr, reached at the last step
     schedule: Literal["cosine", "wsd"] = "cosine"
     warmup_steps: int = 100
     decay_share: float = 0.2  # wsd: share of all steps spent in the linear decay
-    beta1: float = 0.9
+    beta1: float = 0.9  # these three of AdamW; others have their own in options
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
     grad_clip: float = 1.0  # global norm; 0 switches clipping off
 
     def __post_init__(self) -> None:
+        register.optimizer.check(self.name, self.options)
         if self.lr <= 0:
             raise ValueError(f"optim.lr={self.lr} must be positive")
         if not 0 < self.decay_share <= 1:
@@ -70,8 +76,15 @@ class TrainerConfig:
     threads: int = 0  # CPU threads of each process; 0 leaves torch's choice
     stop_s: float = 120.0  # for a run that is asked to stop, to finish its step and save; then it is killed
     progress: bool = True
+    profiler: Literal["", "simple", "advanced", "pytorch"] = ""  # of Lightning; its report goes into the run's folder
+    callbacks: dict[str, Any] = field(default_factory=dict)  # options by name: EarlyStopping, ModelCheckpoint, ... of
+    # Lightning, or registered ones
 
     def __post_init__(self) -> None:
+        for name, options in self.callbacks.items():
+            if not isinstance(options, dict):
+                raise ValueError(f"trainer.callbacks.{name}={options} must be a mapping of options, {{}} for none")
+            register.callback.check(name, options)
         for name in ("steps", "accumulate", "val_every", "log_every", "checkpoint_every", "devices", "num_nodes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"trainer.{name}={getattr(self, name)} must be at least 1")
@@ -111,6 +124,9 @@ class RunConfig:
     `init_from`, a finished run's directory or a run's checkpoint file, gives the initial weights instead; optimizer,
     schedule and batches begin anew. Both runs need the same tokenizer. `init_weights` is their digest, filled in when
     the run is frozen.
+
+    `plugins` are modules, or paths of files, that register parts: those named here, and those whose parts are used.
+    `plugin_sources` are the digests of their sources, by name, filled in as well.
     """
 
     name: str = "train"
@@ -118,6 +134,8 @@ class RunConfig:
     init_from: str = ""
     init_weights: dict[str, str] = field(default_factory=dict)
     runs: str = "runs"  # folder of all run records
+    plugins: str | list[str] = field(default_factory=list)
+    plugin_sources: dict[str, str] = field(default_factory=dict)
     model: DecoderConfig = field(default_factory=DecoderConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -128,11 +146,19 @@ class RunConfig:
     tags: dict[str, str] = field(default_factory=dict)  # arm, baseline, sweep, experiment, paper_table
 
     def __post_init__(self) -> None:
+        used = [plugins.owner(module) for module in _foreign_modules(self)]
+        self.plugins = list(dict.fromkeys([*plugins.listed(self.plugins), *used]))
+        self.plugin_sources = plugins.digests(self.plugins) | self.plugin_sources
         trainer, devices = self.trainer, self.trainer.devices * self.trainer.num_nodes
         if self.strategy.name == "single" and devices > 1:
             raise ValueError(
                 f"strategy=single trains on one device, not on trainer.devices={trainer.devices} times "
                 f"trainer.num_nodes={trainer.num_nodes}; choose another, such as strategy=ddp"
+            )
+        if self.optim.name == "muon" and self.strategy.name in ("fsdp", "expert_parallel_fsdp", "deepspeed"):
+            raise ValueError(
+                f"optim.name=muon needs whole matrices, and strategy={self.strategy.name} divides them: choose "
+                "strategy=ddp or expert_parallel, or optim.name=adamw"
             )
         parts = devices * trainer.accumulate
         if self.data.batch_size % parts:
@@ -143,6 +169,25 @@ class RunConfig:
         for impossible, reason in _not_compiled(self) if trainer.compile else ():
             if impossible:
                 raise ValueError(reason)
+
+
+def _foreign_modules(config: RunConfig) -> list[str]:
+    """Those that define the parts which are not the package's own."""
+    model, balance = config.model, config.model.balance
+    used = [
+        (register.model, [model.name]),
+        (register.router, [model.router]),
+        (register.expert, model.experts.others),
+        (register.selection, [model.selection]),
+        (register.gate, [model.gate]),
+        (register.balance, [balance.form]),
+        (register.control, [balance.control] if balance.control else []),
+        (register.corpus, [config.data.corpus]),
+        (register.optimizer, [config.optim.name]),
+        (register.callback, config.trainer.callbacks),
+        (register.logger, config.tracking.loggers),
+    ]
+    return [registry.module(name) for registry, names in used for name in names if name not in registry.defined]
 
 
 def _not_compiled(config: RunConfig) -> list[tuple[bool, str]]:
@@ -169,13 +214,27 @@ def _not_compiled(config: RunConfig) -> list[tuple[bool, str]]:
 
 # What cannot change a result: a run moved to other devices, folders or trackers is still the same run.
 NOT_IDENTITY = (
-    "name", "runs", "tags", "init_from", "model.backend", "model.ffn_rows", "tracking", "cloze", "data.cache",
-    "data.workers", "trainer.compile", "trainer.cuda_graphs", "trainer.deterministic", "trainer.log_every",
-    "trainer.checkpoint_every", "trainer.expert_timing", "trainer.accelerator", "trainer.devices", "trainer.num_nodes",
-    "trainer.threads", "trainer.stop_s", "trainer.progress", "strategy",
+    "name", "runs", "tags", "plugins", "init_from", "model.backend", "model.ffn_rows", "tracking", "cloze",
+    "data.cache", "data.workers", "trainer.compile", "trainer.cuda_graphs", "trainer.deterministic",
+    "trainer.log_every", "trainer.checkpoint_every", "trainer.expert_timing", "trainer.accelerator", "trainer.devices",
+    "trainer.num_nodes", "trainer.threads", "trainer.stop_s", "trainer.progress", "trainer.profiler", "strategy",
 )  # fmt: skip
 
 
 def run_directory(config: RunConfig) -> Path:
     """`runs/<name>/<identity>`: the same config always finds its own record, checkpoint and MLflow run."""
     return Path(config.runs) / config.name / identity(config, NOT_IDENTITY)
+
+
+def changed_settings(record: RunRecord, config: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """{dotted key: (begun with, asked for now)}: the identity leaves out defaults, so a record may lie where `config`
+    belongs and have been begun before a default changed. Empty for a record without a config that can be read.
+    """
+    with suppress(UnreadableRecord):
+        if saved := record.read("config.yaml"):
+            return differences(saved, config, NOT_IDENTITY)
+    return {}
+
+
+def say_changes(changed: dict[str, tuple[Any, Any]]) -> str:
+    return "; ".join(f"{key}: {then} then, {now} now" for key, (then, now) in changed.items())

@@ -8,7 +8,8 @@ import torch
 
 from moepp.config import load
 from moepp.errors import RunError, UsageError
-from moepp.models.decoder import Decoder
+from moepp.models.build import build_model
+from moepp.models.protocol import CausalLM
 from moepp.records import digest_of
 from moepp.training.initial import checkpoint_file, initial_file
 from moepp.training.settings import RunConfig
@@ -18,17 +19,17 @@ class DamagedCheckpoint(RunError):
     """A checkpoint that a broken disk has cut or scrambled."""
 
 
-def load_decoder(source: Path) -> tuple[Decoder, RunConfig]:
+def load_model(source: Path) -> tuple[CausalLM, RunConfig]:
     """The trained model of a finished run, or of one of a run's checkpoint files, on the CPU, and its config."""
     run = checkpoint_file(source).resolve().parent.parent if source.suffix == ".ckpt" else source
     config = load(RunConfig, run / "config.yaml")
     file = checkpoint_file(source)
-    model = Decoder(config.model)
+    model = build_model(config.model)
     model.load_state_dict(_weights(file))
     return model.eval(), config
 
 
-def begin_from(config: RunConfig, model: Decoder) -> None:
+def begin_from(config: RunConfig, model: CausalLM) -> None:
     """Gives the model the weights of `init_from`, whole and before any strategy takes its part of them. Raises
     UsageError where they do not fit or have changed since the run was frozen.
     """
@@ -47,11 +48,11 @@ def begin_from(config: RunConfig, model: Decoder) -> None:
 
 def _weights(file: Path) -> dict[str, torch.Tensor]:
     """The decoder's state, without what else a checkpoint holds."""
-    state = load_checkpoint(file)["state_dict"]
+    state = read_checkpoint(file)["state_dict"]
     return {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
 
 
-def load_checkpoint(path: Path) -> dict:
+def read_checkpoint(path: Path) -> dict:
     """What a checkpoint file holds, tensors on the CPU and read when they are used. Raises DamagedCheckpoint."""
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)

@@ -8,11 +8,13 @@ from contextlib import chdir, suppress
 from pathlib import Path
 from typing import Any
 
-from experiments import discover
 from moepp.errors import UsageError
 from moepp.records import read_json, write_json, write_text
+from moepp.reports.arms import of_records
+from moepp.reports.experiment import Context
+from moepp.reports.provenance import provenance
 from moepp.reports.report import write_report
-from moepp.reports.results import load_sweep_results
+from moepp.reports.rerun import command
 from window.parcel import unpack
 from window.runs import SWEEP
 from window.summary import runs_table, table, tests
@@ -78,7 +80,7 @@ def _keep_runs(work: Path, state: Mapping[str, Any], results: Path, name: str) -
     for directory in sorted({path.parent.parent for path in work.glob(f"runs/{SWEEP}-*/*/done")}):
         target = (results / SWEEP / name).resolve()
         with chdir(work):  # a report names its runs from where it is
-            write_report(discover()[SWEEP], load_sweep_results(directory.relative_to(work)), target)
+            _write_report(directory.relative_to(work), target)
         provenance = {
             **read_json(target / "provenance.json"),
             "window": state,
@@ -86,6 +88,12 @@ def _keep_runs(work: Path, state: Mapping[str, Any], results: Path, name: str) -
         }
         write_json(target / "provenance.json", provenance)
         yield target
+
+
+def _write_report(directory: Path, target: Path) -> None:
+    experiment = of_records(directory)
+    context = Context(read_json(directory / "sweep.json")["scale"], {SWEEP: directory})
+    write_report(experiment, experiment.measure(context), target, provenance(command(experiment, context), context))
 
 
 def _readme(work: Path, machine: Mapping[str, str]) -> Iterator[str]:

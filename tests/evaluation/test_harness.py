@@ -5,7 +5,7 @@ from shutil import copy, copytree
 import pytest
 import torch
 
-pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'moepp[eval]'")
+pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install lm-eval")
 
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager

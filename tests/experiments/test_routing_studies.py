@@ -7,18 +7,18 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
-from experiments import fig4, fig5, fig6, findings
 from moepp.config import compose
 from moepp.data.prepare import prepare
 from moepp.errors import UsageError
+from moepp.experiments import fig4, fig5, fig6, findings
 from moepp.models.official import save_official
 from moepp.records import write_json
-from moepp.reports.study import SCALES, StudyContext
-from moepp.reports.study_report import write_study
+from moepp.reports.experiment import SCALES, Context
+from moepp.reports.report import write_report
 from moepp.routing import measure as measured
 from moepp.training.run import freeze, train
 from moepp.training.settings import RunConfig, run_directory
-from moepp.training.weights import load_decoder
+from moepp.training.weights import load_model
 
 ARMS = {"moepp": "true", "moepp_no_residual": "false"}
 WORDS = [
@@ -68,15 +68,15 @@ def measure(sweep, tmp_path):
     """Measures a study, writes its report and returns both."""
 
     def measured(study, **options):
-        report = study.measure(StudyContext("smoke", {"gating_residual": sweep}, options))
+        report = study.measure(Context("smoke", {"gating_residual": sweep}, options))
         provenance = {"command": "reproduce", "scale": "smoke", "started": "2026-01-02", "hardware": {"cpu": "x"}}
-        return report, write_study(study, report, tmp_path / study.name, provenance)
+        return report, write_report(study, report, tmp_path / study.name, provenance)
 
     return measured
 
 
 def table(report, name):
-    found = next(t for t in (*report.tables, *(plot.data for plot in report.plots)) if t.name == name)
+    found = next(t for t in (*report.tables, *(figure.data for figure in report.figures)) if t.name == name)
     return [dict(zip(found.columns, row, strict=True)) for row in found.rows]
 
 
@@ -108,7 +108,7 @@ def tasks(tmp_path_factory):
 
 
 def test_fig4_from_a_fresh_clone_groups_held_out_documents(measure):
-    report, files = measure(fig4.STUDY)
+    report, files = measure(fig4.EXPERIMENT)
     rows = table(report, "load")
     assert 3 <= len(rows) <= 12 and all(row["group"].startswith("document") for row in rows)
     for row in rows:
@@ -123,7 +123,7 @@ def test_fig4_from_a_fresh_clone_groups_held_out_documents(measure):
 
 
 def test_fig4_of_tasks_stands_beside_the_paper(measure, tasks, sweep):
-    report, files = measure(fig4.STUDY, tasks_dir=str(tasks), limit="10", subject_limit="7")
+    report, files = measure(fig4.EXPERIMENT, tasks_dir=str(tasks), limit="10", subject_limit="7")
     rows = {row["group"]: row for row in table(report, "load")}
     assert list(rows) == ["ARC-E", "ARC-C", "MMLU"] and rows["ARC-C"]["examples"] == 10
     assert rows["MMLU"]["examples"] == 3 * 7
@@ -147,7 +147,7 @@ def test_fig4_paper_bars_sum_to_one():
 
 
 def test_findings_test_every_observation_that_the_texts_allow(measure, tasks):
-    report, _ = measure(findings.STUDY, tasks_dir=str(tasks), limit="24")
+    report, _ = measure(findings.EXPERIMENT, tasks_dir=str(tasks), limit="24")
     statements = " ".join(claim.statement for claim in report.claims)
     assert len(report.claims) == 9 and "ARC-C uses more" in statements and "Topics" in statements
     effects = table(report, "effects")
@@ -161,7 +161,7 @@ def test_findings_test_every_observation_that_the_texts_allow(measure, tasks):
 
 
 def test_findings_without_tasks_leave_out_what_needs_them(measure):
-    report, _ = measure(findings.STUDY)
+    report, _ = measure(findings.EXPERIMENT)
     assert len(report.claims) == 7 and not any("ARC" in claim.statement for claim in report.claims)
 
 
@@ -172,7 +172,7 @@ def test_fig5_counts_every_token_by_string_tag_and_part(measure, tmp_path):
             chosen = [generator.randrange(len(WORDS)) for _ in range(12)]
             row = {"file": i // 3, "words": [WORDS[j] for j in chosen], "pos": [TAGS[j] for j in chosen]}
             file.write(json.dumps(row) + "\n")
-    report, files = measure(fig5.STUDY, pos=str(tmp_path / "pos.jsonl"), words="360")
+    report, files = measure(fig5.EXPERIMENT, pos=str(tmp_path / "pos.jsonl"), words="360")
     tags = [row for row in table(report, "tags") if row["part of the word"] == "all"]
     assert {row["part of speech"] for row in tags} == set(TAGS)
     counted = sum(row["tokens"] for row in tags)
@@ -189,7 +189,7 @@ def test_fig5_counts_every_token_by_string_tag_and_part(measure, tmp_path):
 
 
 def test_fig5_without_tags_has_the_strings_and_says_so(measure):
-    report, files = measure(fig5.STUDY)
+    report, files = measure(fig5.EXPERIMENT)
     assert "without parts of speech" in report.notes[0]
     assert [t.name for t in report.tables] == ["parts", "paper_strings"] and table(report, "strings")
     assert "by_tag.svg" not in {path.name for path in files}
@@ -197,7 +197,7 @@ def test_fig5_without_tags_has_the_strings_and_says_so(measure):
 
 
 def test_fig6_pairs_the_arms_by_seed(measure):
-    report, files = measure(fig6.STUDY)
+    report, files = measure(fig6.EXPERIMENT)
     rows = table(report, "scores")
     assert [(row["arm"], row["score"]) for row in rows] == [
         (arm, rank) for arm in ARMS for rank in ("highest", "second")
@@ -214,19 +214,19 @@ def test_fig6_pairs_the_arms_by_seed(measure):
 
 def test_a_released_checkpoint_takes_the_place_of_runs(measure, sweep, tasks, tmp_path):
     directory = json.loads((sweep / "sweep.json").read_text())["trials"][0]["path"]
-    model, config = load_decoder(Path(directory))
+    model, config = load_model(Path(directory))
     with pytest.raises(UsageError, match="has no tokenizer"):
         save_official(model, tmp_path / "release")
-        measure(fig4.STUDY, weights=str(tmp_path / "release"), tasks_dir=str(tasks))
+        measure(fig4.EXPERIMENT, weights=str(tmp_path / "release"), tasks_dir=str(tasks))
     tokenizer = prepare(config.data).path / "tokenizer.json"
     (tmp_path / "release" / "tokenizer.json").write_text(tokenizer.read_text())
-    report, _ = measure(fig4.STUDY, weights=str(tmp_path / "release"), tasks_dir=str(tasks))
+    report, _ = measure(fig4.EXPERIMENT, weights=str(tmp_path / "release"), tasks_dir=str(tasks))
     assert "one model" in report.claims[0].note
     with pytest.raises(UsageError, match="a released checkpoint brings no held-out text"):
-        measure(fig4.STUDY, weights=str(tmp_path / "release"))
+        measure(fig4.EXPERIMENT, weights=str(tmp_path / "release"))
 
 
-@pytest.mark.parametrize("study", [fig4.STUDY, fig5.STUDY, fig6.STUDY, findings.STUDY])
+@pytest.mark.parametrize("study", [fig4.EXPERIMENT, fig5.EXPERIMENT, fig6.EXPERIMENT, findings.EXPERIMENT])
 def test_every_scale_of_the_runs_can_be_measured(study):
     assert study.scales == SCALES
     for amount in (measured.EXAMPLES, measured.SUBJECT_EXAMPLES, measured.WORDS):
@@ -243,9 +243,9 @@ def test_a_token_that_begins_a_word_is_told_from_its_namesake():
 
 @pytest.mark.parametrize(
     ("study", "options", "message"),
-    [(fig4.STUDY, {"limit": "many"}, "limit=many must be a whole number of at least 2"),
-     (fig4.STUDY, {"tasks_dir": "nowhere"}, "tasks_dir=nowhere: there is no such file or folder"),
-     (fig5.STUDY, {"pos": "nowhere.jsonl"}, "pos=nowhere.jsonl: there is no such file or folder")],
+    [(fig4.EXPERIMENT, {"limit": "many"}, "limit=many must be a whole number of at least 2"),
+     (fig4.EXPERIMENT, {"tasks_dir": "nowhere"}, "tasks_dir=nowhere: there is no such file or folder"),
+     (fig5.EXPERIMENT, {"pos": "nowhere.jsonl"}, "pos=nowhere.jsonl: there is no such file or folder")],
 )  # fmt: skip
 def test_wrong_options_are_one_line(measure, study, options, message):
     with pytest.raises(UsageError, match=message):

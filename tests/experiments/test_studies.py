@@ -6,11 +6,11 @@ import pytest
 from reports.synthetic_sweep import write_sweep
 from scipy import stats
 
-from experiments import best_rate, seeds, table1, table2
 from moepp.config import load
+from moepp.experiments import best_rate, seeds, table1, table2
 from moepp.records import RunRecord, read_json, write_json
-from moepp.reports.study import StudyContext
-from moepp.reports.study_report import write_study
+from moepp.reports.experiment import Context
+from moepp.reports.report import write_report
 from moepp.reports.targets import balanced_share
 from moepp.training.settings import RunConfig
 
@@ -34,7 +34,7 @@ def tau_sweep(tmp_path, monkeypatch):
         (directory / f"trials/{arm}-0/config.yaml").write_text(
             "model: {experts: {ffn: 8, zero: 0, copy: 0, constant: 0}}"
         )
-    return StudyContext("laptop", {"tau": directory})
+    return Context("laptop", {"tau": directory})
 
 
 def test_table1_finds_the_fixed_part_and_what_training_missed(tau_sweep, tmp_path):
@@ -46,7 +46,7 @@ def test_table1_finds_the_fixed_part_and_what_training_missed(tau_sweep, tmp_pat
     fixed = next(claim for name, claim in by_series.items() if name.startswith("here, balanced routing"))
     assert fixed.effect == pytest.approx(0.25) and fixed.low == pytest.approx(0.25)
     assert [row[1] for row in report.tables[0].rows][:2] == pytest.approx([1.0, 0.8 / 4.8])
-    files = write_study(table1.STUDY, report, tmp_path / "out", PROVENANCE)
+    files = write_report(table1.EXPERIMENT, report, tmp_path / "out", PROVENANCE)
     assert {"compute.csv", "fits.csv", "time.csv", "time.svg", "time.png"} <= {path.name for path in files}
 
 
@@ -80,7 +80,7 @@ def test_table1_reports_the_arms_there_are(tau_sweep, lost, series):
 
 def test_table2_compares_every_number_of_the_shapes(monkeypatch):
     monkeypatch.setitem(table2.SHAPES, "1b", (12, 768, 2048, 16, 48, "16 + 1/1/2"))
-    report = table2.measure(StudyContext("paper"))
+    report = table2.measure(Context("paper"))
     shapes = {claim.statement[:2]: claim for claim in report.claims if "are the paper's" in claim.statement}
     assert {size: claim.verdict for size, claim in shapes.items()} == {
         "0.": "holds", "1b": "fails", "2b": "holds", "7b": "holds",
@@ -93,7 +93,7 @@ def test_seeds_tells_paired_from_unrelated_noise(tmp_path):
     base = {seed: 3 + 0.1 * (seed % 4) for seed in range(7)}
     ours = {seed: loss - 0.05 + 0.001 * (seed % 2) for seed, loss in base.items()}
     directory = write_sweep(tmp_path, {"vanilla": base, "moepp": ours})
-    report = seeds.measure(StudyContext("laptop", {"gating_residual": directory}))
+    report = seeds.measure(Context("laptop", {"gating_residual": directory}))
     [claim] = report.claims
     assert claim.verdict == "holds" and claim.effect < 0.05
     detectable = {row[0]: row[1:] for row in report.tables[-1].rows}
@@ -101,7 +101,7 @@ def test_seeds_tells_paired_from_unrelated_noise(tmp_path):
     pooled = (statistics.variance(base.values()) + statistics.variance(ours.values())) ** 0.5
     effect, critical = detectable[5][1] / (pooled / 5**0.5), stats.t.ppf(0.975, 8)
     assert 1 - stats.nct.cdf(critical, 8, effect) == pytest.approx(0.8, abs=1e-3)
-    write_study(seeds.STUDY, report, tmp_path / "out", PROVENANCE)
+    write_report(seeds.EXPERIMENT, report, tmp_path / "out", PROVENANCE)
 
 
 def test_seeds_decides_nothing_where_the_noise_of_unrelated_seeds_is_as_unsure(tmp_path):
@@ -109,13 +109,13 @@ def test_seeds_decides_nothing_where_the_noise_of_unrelated_seeds_is_as_unsure(t
     base = dict(enumerate([3.0, 3.1, 3.2, 3.05, 3.15]))
     ours = dict(enumerate([3.02, 3.05, 3.14, 3.09, 3.05]))
     directory = write_sweep(tmp_path, {"vanilla": base, "moepp": ours})
-    [claim] = seeds.measure(StudyContext("laptop", {"gating_residual": directory})).claims
+    [claim] = seeds.measure(Context("laptop", {"gating_residual": directory})).claims
     assert claim.verdict == "undecided" and claim.low < claim.effect < 1 < claim.high
 
 
 def test_seeds_says_when_there_are_too_few(tmp_path):
     directory = write_sweep(tmp_path, {"vanilla": {0: 3.0, 1: 3.1}, "moepp": {0: 3.0, 1: 3.2}})
-    report = seeds.measure(StudyContext("laptop", {"gating_residual": directory}))
+    report = seeds.measure(Context("laptop", {"gating_residual": directory}))
     assert not report.claims and "Fewer than three seeds" in report.notes[0]
 
 
@@ -133,31 +133,31 @@ def test_best_rate_judges_each_side_at_the_rate_the_other_seeds_chose(tmp_path):
     sweep = read_json(directory / "sweep.json")
     write_json(directory / "sweep.json", sweep | {"baseline": "vanilla_0.005"})
     assert RunRecord(directory / "trials/moepp_0.01-0").status == "done"
-    report = best_rate.measure(StudyContext("laptop", {"learning_rate": directory}))
+    report = best_rate.measure(Context("laptop", {"learning_rate": directory}))
     own, shared = report.claims
     assert own.verdict == "holds" and own.effect == pytest.approx(-0.499)  # 2.5 against 3.0
     assert shared.verdict == "holds" and shared.effect == pytest.approx(-0.499)  # 3.5 against 4.0
     assert report.notes == (
         "Best rate of vanilla MoE: 0.0025 (3 of 3 choices).", "Best rate of MoE++: 0.01 (3 of 3 choices).",
     )  # fmt: skip
-    write_study(best_rate.STUDY, report, tmp_path / "out", PROVENANCE)
+    write_report(best_rate.EXPERIMENT, report, tmp_path / "out", PROVENANCE)
 
     for seed in range(3):
         (directory / f"trials/vanilla_0.02-{seed}/done").unlink()  # diverged with every seed
     (directory / "trials/moepp_0.005-1/done").unlink()
-    report = best_rate.measure(StudyContext("laptop", {"learning_rate": directory}))
+    report = best_rate.measure(Context("laptop", {"learning_rate": directory}))
     [own] = report.claims  # the shared rate is no longer there on both sides
     assert own.verdict == "holds" and own.effect == pytest.approx(-0.499)
     assert report.notes[:2] == (
         "Left out: vanilla MoE at 0.02, which lacks a finished run of seed 0, 1, 2.",
         "Left out: MoE++ at 0.005, which lacks a finished run of seed 1.",
     )
-    write_study(best_rate.STUDY, report, tmp_path / "out", PROVENANCE)
+    write_report(best_rate.EXPERIMENT, report, tmp_path / "out", PROVENANCE)
 
 
 def test_best_rate_without_a_whole_seed_says_so(tmp_path):
     losses = {f"{side}_{rate}": {i % 2: 3.0} for side in best_rate.SIDES for i, rate in enumerate(best_rate.RATES)}
     directory = write_sweep(tmp_path, losses)
-    report = best_rate.measure(StudyContext("laptop", {"learning_rate": directory}))
+    report = best_rate.measure(Context("laptop", {"learning_rate": directory}))
     assert not report.claims and "no rate can be chosen" in report.notes[-1]
-    write_study(best_rate.STUDY, report, tmp_path / "out", PROVENANCE)
+    write_report(best_rate.EXPERIMENT, report, tmp_path / "out", PROVENANCE)

@@ -3,10 +3,9 @@ import sys
 
 import pytest
 
-from experiments import discover
-from moepp.reports.experiment import Experiment
-from moepp.reports.study import SCALES, Study
-from moepp.sweeps.spec import load_sweep
+from moepp.experiments import discover
+from moepp.reports.experiment import SCALES, Experiment
+from moepp.sweeps.spec import read_sweep
 
 PRINTED = {  # averages as the paper prints them
     "table3": {"vanilla": 44.3, "tau_0.10": 43.4, "tau_0.25": 44.9, "tau_0.50": 44.9, "tau_0.75": 45.6,
@@ -17,49 +16,43 @@ PRINTED = {  # averages as the paper prints them
 }  # fmt: skip
 
 
-COMPARISONS = {name: found for name, found in discover().items() if isinstance(found, Experiment)}
-STUDIES = {name: found for name, found in discover().items() if isinstance(found, Study)}
+EXPERIMENTS = discover()
 
 
-@pytest.fixture(params=sorted(COMPARISONS))
+@pytest.fixture(params=sorted(EXPERIMENTS))
 def experiment(request) -> Experiment:
-    return COMPARISONS[request.param]
+    return EXPERIMENTS[request.param]
 
 
-@pytest.fixture(params=sorted(STUDIES))
-def study(request) -> Study:
-    return STUDIES[request.param]
+def design(name):
+    return EXPERIMENTS[name].measure.design
 
 
 def test_a_file_name_is_its_experiments_name():
-    assert all(name == experiment.name for name, experiment in discover().items())
-    assert set(discover()) >= set(PRINTED)
+    assert all(name == experiment.name for name, experiment in EXPERIMENTS.items())
+    assert set(EXPERIMENTS) >= set(PRINTED)
 
 
 def test_every_experiment_is_complete(experiment):
-    sweep = load_sweep(experiment.sweep)
-    assert set(experiment.arms) <= set(sweep.arms) and sweep.baseline in experiment.arms
-    if experiment.paper:
-        assert set(experiment.arms) == set(experiment.paper)
-        assert all(len(row.scores) == len(experiment.tasks) for row in experiment.paper.values())
-        assert experiment.noisy_task in experiment.tasks and experiment.reference and experiment.paper_size
-    for arms in experiment.trend.series.values() if experiment.trend else ():
-        assert set(arms) <= set(experiment.arms)
-    for contrast in experiment.contrasts.values():
-        assert set(contrast.on) | set(contrast.off) <= set(experiment.arms) and not set(contrast.on) & set(contrast.off)
+    assert experiment.question.endswith("?") and set(experiment.scales) <= set(SCALES)
+    assert experiment.expected or experiment.name in PRINTED
+    for runs in experiment.runs:
+        sweep = read_sweep(runs.sweep)
+        assert set(runs.arms) <= set(sweep.arms) and set(experiment.scales) <= set(sweep.scales)
+    assert all(len(row) == len(table.columns) for table in experiment.paper for row in table.rows)
 
 
-def test_every_study_is_complete(study):
-    assert study.question.endswith("?") and study.expected and set(study.scales) <= set(SCALES)
-    for runs in study.runs:
-        sweep = load_sweep(runs.sweep)
-        assert set(runs.arms) <= set(sweep.arms) and set(study.scales) <= set(sweep.scales)
-    assert all(len(row) == len(table.columns) for table in study.paper for row in table.rows)
+@pytest.mark.parametrize("name", sorted(PRINTED))
+def test_a_table_of_the_paper_fits_its_sweep(name):
+    sweep, paper = read_sweep(EXPERIMENTS[name].runs[0].sweep), design(name).paper
+    assert set(design(name).arms) == set(paper.rows) <= set(sweep.arms) and sweep.baseline in paper.rows
+    assert all(len(row.scores) == len(paper.tasks) for row in paper.rows.values())
+    assert paper.noisy_task in paper.tasks and EXPERIMENTS[name].reference and design(name).contrasts
 
 
 @pytest.mark.parametrize("name", sorted(PRINTED))
 def test_task_scores_give_the_papers_printed_averages(name):
-    assert {arm: row.average for arm, row in discover()[name].paper.items()} == PRINTED[name]
+    assert {arm: row.average for arm, row in design(name).paper.rows.items()} == PRINTED[name]
 
 
 TABLE3 = {  # size -> averages, averages without BoolQ (of vanilla MoE first) and throughput gains
@@ -75,38 +68,40 @@ TABLE3 = {  # size -> averages, averages without BoolQ (of vanilla MoE first) an
 
 @pytest.mark.parametrize("size", TABLE3)
 def test_table3_of_every_size_gives_what_the_paper_derives_from_it(size):
-    experiment = discover()["table3"].at_size(size)
+    paper = design("table3").paper.at_size(size)
     averages, without, gains = TABLE3[size]
-    rows = list(experiment.paper.values())
+    rows = list(paper.rows.values())
     assert tuple(row.average for row in rows) == averages
-    assert [experiment.average_without_noisy_task(row) for row in rows] == pytest.approx(without, abs=0.006)
-    assert tuple(round(100 * (row.speedup - 1), 1) for row in rows[1:]) == pytest.approx(gains, abs=0.11)
-    assert all(len(row.scores) == len(experiment.tasks) for row in rows)
+    assert [paper.average_without_noisy_task(row) for row in rows] == pytest.approx(without, abs=0.006)
+    speedups = [paper.speedup(arm) for arm in paper.rows]
+    assert speedups[0] is None
+    assert tuple(round(100 * (speedup - 1), 1) for speedup in speedups[1:]) == pytest.approx(gains, abs=0.11)
+    assert all(len(row.scores) == len(paper.tasks) for row in rows)
 
 
 def test_the_ffn_shares_of_table3_follow_each_sizes_experts():
-    table3 = discover()["table3"]
-    shares = {size: rows["tau_0.75"].ffn_share for size, rows in table3.paper_sizes.items()}
+    paper = design("table3").paper
+    shares = {size: rows["tau_0.75"].ffn_share for size, rows in paper.sizes.items()}
     assert shares == pytest.approx({"0.6b": 0.6, "1b": 0.75, "2b": 0.75, "7b": 0.75})
-    assert table3.at_size("tiny") == table3 and table3.paper_size == "0.6b"
+    assert paper.at_size("tiny") == paper and paper.size == "0.6b"
 
 
 def test_table5_effects_split_the_eight_arms_in_halves():
-    experiment = discover()["table5"]
-    for name, contrast in experiment.contrasts.items():
+    contrasts = design("table5").contrasts
+    assert list(contrasts) == ["zero experts", "copy experts", "constant experts"]  # the residual is Table 6's
+    assert list(design("table6").contrasts) == ["the gating residual"]
+    for name, contrast in contrasts.items():
         kind = name.split()[0]
-        assert (len(contrast.on), len(contrast.off)) == (4, 4) and kind in contrast.on
-        assert {"+".join(part for part in arm.split("+") if part != kind) or "vanilla" for arm in contrast.on} == set(
-            contrast.off
-        )
-    assert experiment.paper_effect("zero experts") == pytest.approx(0.125)
+        assert (len(contrast.arms), len(contrast.minus)) == (4, 4) and kind in contrast.arms
+        without = {"+".join(part for part in arm.split("+") if part != kind) or "vanilla" for arm in contrast.arms}
+        assert without == set(contrast.minus)
+    assert design("table5").paper.effect(contrasts["zero experts"]) == pytest.approx(0.125)
 
 
 def test_listing_experiments_imports_nothing_heavy():
     heavy = ("torch", "lightning", "mlflow", "matplotlib", "numpy", "scipy", "datasets")
-    script = (
-        f"import sys; from experiments import discover; discover(); print([m for m in {heavy} if m in sys.modules])"
-    )
+    discovered = "import sys; from moepp.experiments import discover; discover()"
+    script = f"{discovered}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,

@@ -129,7 +129,7 @@ def test_top_p(threshold):
 
 def test_rmoe_through_two_layers():
     gru = nn.GRUCell(6, 6, bias=False).double()
-    layers = [make_layer("rmoe", gru=gru) for _ in range(2)]
+    layers = [make_layer("rmoe", "model.router_width=6", gru=gru) for _ in range(2)]
     nn.init.normal_(layers[1].router.projection, generator=torch.Generator().manual_seed(1))
     x_TD, carried, h = make_inputs(), None, torch.zeros(TOKENS, 6, dtype=torch.float64)
     found, wanted = [], []

@@ -95,9 +95,9 @@ def test_with_a_variable_number_of_experts_all_may_be_active():
 
 
 def test_the_arms_of_the_routers_sweep_share_their_ffn_compute():
-    from moepp.sweeps.spec import load_sweep
+    from moepp.sweeps.spec import read_sweep
 
-    models = {trial.arm: trial.config.model for trial in load_sweep("routers").trials("laptop", seeds=[0])}
+    models = {trial.arm: trial.config.model for trial in read_sweep("routers").trials("laptop", seeds=[0])}
     width = {
         arm: (expected_ffn_per_token(model) + model.experts.shared) * model.hidden
         for arm, model in models.items()

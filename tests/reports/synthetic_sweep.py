@@ -4,6 +4,12 @@ import json
 from pathlib import Path
 
 from moepp.records import RunRecord, write_json, write_text
+from moepp.reports.comparison import Comparison, compare
+from moepp.reports.experiment import Context, Experiment
+from moepp.reports.provenance import provenance
+from moepp.reports.report import write_report
+from moepp.reports.rerun import command
+from moepp.reports.results import load_sweep_results
 
 START_MS = 1_700_000_000_000
 STEPS, TOKENS = 100, 102_400
@@ -51,3 +57,14 @@ def write_times(directory: Path, times: Times) -> None:
     training = [{"arm": arm, "tokens": 512, "median_ms": 3 * median} for arm, (median, _) in times.items()]
     about = {"hardware": "two cores", "threads": 2, "repeats": 30}
     write_json(directory / "timing.json", {**about, "expert_forward": rows, "training": training})
+
+
+def written(experiment: Experiment, directory: Path, folder: Path) -> list[Path]:
+    """The report of a sweep's experiment on these records."""
+    context = Context("laptop", {experiment.runs[0].sweep: directory})
+    made = provenance(command(experiment, context), context)
+    return write_report(experiment, experiment.measure(context), folder, made)
+
+
+def compared(experiment: Experiment, directory: Path) -> Comparison:
+    return compare(experiment.measure.design, load_sweep_results(directory))

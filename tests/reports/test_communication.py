@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from moepp.reports.communication import AlphaBeta, Cluster, Exchange, Work, error, fit, predict
+from moepp.reports.communication import AlphaBeta, Cluster, MeasuredExchange, Work, error, fit, predict
 
 TRUE = AlphaBeta(alpha=20e-6, beta=1 / 5e9)
 SIZES = [(messages, size) for messages in (1, 3, 7) for size in (1e3, 1e5, 1e7)]
@@ -14,23 +14,25 @@ WORK = Work(
 
 
 def test_exact_times_give_back_alpha_and_beta():
-    found = fit([Exchange(m, s, TRUE.seconds(m, s)) for m, s in SIZES])
+    found = fit([MeasuredExchange(m, s, TRUE.seconds(m, s)) for m, s in SIZES])
     assert found.alpha == pytest.approx(TRUE.alpha) and found.bandwidth == pytest.approx(5e9)
-    assert error(found, [Exchange(m, s, TRUE.seconds(m, s)) for m, s in SIZES]).largest < 1e-9
+    assert error(found, [MeasuredExchange(m, s, TRUE.seconds(m, s)) for m, s in SIZES]).largest < 1e-9
 
 
 def test_neither_cost_is_negative():
-    found = fit([Exchange(1, 1e3, 1e-3), Exchange(1, 1e6, 1e-4)])  # the longer was faster
+    found = fit([MeasuredExchange(1, 1e3, 1e-3), MeasuredExchange(1, 1e6, 1e-4)])  # the longer was faster
     assert found.alpha > 0 and found.beta == 0 and found.bandwidth == float("inf")
 
 
 def test_one_exchange_is_not_enough():
     with pytest.raises(ValueError, match="do not determine alpha and beta"):
-        fit([Exchange(1, 1e3, 1e-3)])
+        fit([MeasuredExchange(1, 1e3, 1e-3)])
 
 
 def test_errors_are_relative_and_keep_their_sign():
-    found = error(TRUE, [Exchange(m, s, TRUE.seconds(m, s) * by) for (m, s), by in zip(SIZES, [2.0] * 9, strict=True)])
+    found = error(
+        TRUE, [MeasuredExchange(m, s, TRUE.seconds(m, s) * by) for (m, s), by in zip(SIZES, [2.0] * 9, strict=True)]
+    )
     assert (found.median, found.largest, found.bias, found.count) == (0.5, 0.5, -0.5, 9)
 
 

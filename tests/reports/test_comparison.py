@@ -1,12 +1,10 @@
 import pytest
+from moepp.experiments.table6 import EXPERIMENT as TABLE6
 from scipy import stats
-from synthetic_sweep import write_run, write_sweep
+from synthetic_sweep import compared, write_run, write_sweep
 
-from experiments.table6 import EXPERIMENT as TABLE6
 from moepp.errors import UsageError
 from moepp.records import write_json
-from moepp.reports.comparison import compare
-from moepp.reports.results import load_sweep_results
 from moepp.reports.tables import signed
 from moepp.reports.verdict import held_equal, noise_floor, verdict
 
@@ -24,7 +22,7 @@ NOISY = {
 
 
 def comparison(tmp_path, losses, times=None):
-    return compare(TABLE6, load_sweep_results(write_sweep(tmp_path, losses, times)))
+    return compared(TABLE6, write_sweep(tmp_path, losses, times))
 
 
 def test_differences_are_paired_and_corrected_over_the_arms(tmp_path):
@@ -118,7 +116,7 @@ def test_a_missing_baseline_is_said(tmp_path):
 def test_missing_runs_make_the_verdict_preliminary(tmp_path):
     write_sweep(tmp_path, CLEAR)
     (tmp_path / f"trials/{FULL}-2/done").unlink()
-    assert verdict(compare(TABLE6, load_sweep_results(tmp_path)))[0] == "Preliminary, planned runs still missing: 1."
+    assert verdict(compared(TABLE6, tmp_path))[0] == "Preliminary, planned runs still missing: 1."
 
 
 def test_says_what_is_equal_what_is_not_and_when_a_declared_match_is_broken(tmp_path):
@@ -127,7 +125,7 @@ def test_says_what_is_equal_what_is_not_and_when_a_declared_match_is_broken(tmp_
     budget = {"total_params": 1_005_000, "active_params": 500_000, "flops_per_token": 8e5, "tokens": 204_800}
     for seed in range(3):
         write_json(tmp_path / f"trials/{FULL}-{seed}/budget.json", budget)
-    said = held_equal(compare(TABLE6, load_sweep_results(tmp_path)))
+    said = held_equal(compared(TABLE6, tmp_path))
     assert said[0] == "Equal within 1%: total parameters, activated parameters."
     assert f"Not equal: forward FLOPs per token, 800k ({FULL}) to 1M (vanilla), 25.0% more." in said
     assert any(f"runs from 0.667 ({FULL}) to 0.750 (vanilla)" in line for line in said)
@@ -140,5 +138,5 @@ def test_an_experiment_without_its_baseline_or_its_arms_is_refused(tmp_path):
     write_sweep(tmp_path / "b", CLEAR)
     sweep = {"name": "s", "question": "?", "scale": "laptop", "baseline": "dense", "match": "tokens"}
     write_json(tmp_path / "b/sweep.json", {**sweep, "trials": [{"arm": FULL, "seed": 0, "path": f"trials/{FULL}-0"}]})
-    with pytest.raises(UsageError, match="baseline 'dense', which is no arm of experiment table6"):
-        compare(TABLE6, load_sweep_results(tmp_path / "b"))
+    with pytest.raises(UsageError, match="baseline 'dense', which is none of the arms vanilla, no_residual"):
+        compared(TABLE6, tmp_path / "b")

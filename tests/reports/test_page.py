@@ -2,11 +2,14 @@ from html.parser import HTMLParser
 
 import pytest
 
-from moepp.reports.experiment import Experiment, PaperRow
+from moepp.reports.experiment import Experiment, Findings, Runs
 from moepp.reports.page import write_page
-from moepp.reports.study import Claim, Plot, Study, StudyReport, Table
-from moepp.reports.study_report import write_study
+from moepp.reports.paper import PaperRow, PaperScores
+from moepp.reports.report import write_report
 from moepp.statistics import style
+from moepp.statistics.claims import Claim
+from moepp.statistics.style import Figure
+from moepp.statistics.tables import Table
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
@@ -40,11 +43,18 @@ def draw():
     return figure
 
 
-STUDY = Study("fig9", "A & <b>figure</b>", "Does it grow?", "it does.", lambda context: None, reference="Fig. 9")
+def measure(context):
+    raise AssertionError("a page measures nothing")
+
+
+EXPERIMENT = Experiment("fig9", "A & <b>figure</b>", "Does it grow?", measure, "it does.", reference="Fig. 9")
+SCORES = PaperScores(
+    ("PIQA", "BoolQ"), "BoolQ", {"1b": {"a": PaperRow((50.0, 40.0), 1.0), "b": PaperRow((51.25, 40.0), 0.5)}}, "1b"
+)
 ABSENT = Experiment(
-    "table9", "Not run", "Why not?", "sweep", ("a", "b"), reference="Table 9", tasks=("PIQA", "BoolQ"),
-    noisy_task="BoolQ", paper={"a": PaperRow((50.0, 40.0), 1.0), "b": PaperRow((51.25, 40.0), 0.5, speedup=1.5)},
-)  # fmt: skip
+    "table9", "Not run", "Why not?", measure, reference="Table 9", runs=(Runs("covered"),), paper=(SCORES.table(),)
+)
+COVERED = Experiment("covered", "A sweep", "What of it?", measure, runs=(Runs("covered"),))
 
 
 @pytest.fixture
@@ -59,11 +69,11 @@ def page(tmp_path):
         "git": {"sha": "0" * 40},
     }
     for scale in ("smoke", "gpu"):
-        report = StudyReport((table,), (Plot(data, draw),), claims)
-        write_study(STUDY, report, tmp_path / "fig9" / scale, {**made, "scale": scale})
+        report = Findings((table,), (Figure(data, draw),), claims)
+        write_report(EXPERIMENT, report, tmp_path / "fig9" / scale, {**made, "scale": scale})
     (tmp_path / "bench/quick").mkdir(parents=True)
     (tmp_path / "bench/quick/report.md").write_text("# A benchmark\n\nTimes.\n\n| a | b |\n|---|---|\n| 1 | 2 |\n")
-    return write_page([STUDY, ABSENT], tmp_path).read_text()
+    return write_page([EXPERIMENT, ABSENT, COVERED], tmp_path).read_text()
 
 
 def test_the_page_is_well_formed_and_every_link_leads_somewhere(page, tmp_path):
@@ -101,9 +111,9 @@ def test_text_is_escaped_and_the_largest_scale_comes_first(page):
 def test_runs_of_another_size_come_after_those_of_the_scales_own(tmp_path):
     made = {"command": "python run.py", "started": "2026-01-02", "hardware": {}}
     for scale in ("smoke", "gpu-1b", "gpu", "paper"):
-        report = StudyReport((Table("counts", "Counts.", ("n",), ((1,),)),))
-        write_study(STUDY, report, tmp_path / "fig9" / scale, {**made, "scale": scale})
-    ids = Outline(write_page([STUDY], tmp_path).read_text()).ids
+        report = Findings((Table("counts", "Counts.", ("n",), ((1,),)),))
+        write_report(EXPERIMENT, report, tmp_path / "fig9" / scale, {**made, "scale": scale})
+    ids = Outline(write_page([EXPERIMENT], tmp_path).read_text()).ids
     assert [name for name in ids if name.startswith("fig9-")] == [
         "fig9-paper", "fig9-gpu", "fig9-gpu-1b", "fig9-smoke",
     ]  # fmt: skip

@@ -95,6 +95,15 @@ def test_a_run_that_has_not_finished_still_shows_its_config(tmp_path, sweep):
     assert "total_params" in text and "val_loss" not in text
 
 
+def test_damaged_runs_are_left_out_and_named(sweep):
+    metrics = sweep / "trials/vanilla-0/metrics.jsonl"
+    metrics.write_bytes(bytes(64))
+    text = side_by_side(*sides(sweep))
+    assert "paired over seeds 1, 2" in text and f"damaged and left out: {metrics} is cut off" in text
+    with pytest.raises(UsageError, match=r"vanilla-0/metrics\.jsonl is cut off"):
+        read_side(str(sweep / "trials/vanilla-0"))
+
+
 def test_the_text_holds_settings_metrics_and_the_way_to_the_browser(sweep):
     lines = side_by_side(*sides(sweep)).splitlines()
     assert lines[2] == "paired over seeds 0, 1, 2"

@@ -1,19 +1,18 @@
 import json
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
-from reports.synthetic_sweep import write_sweep
+from moepp.experiments.table5 import EXPERIMENT as TABLE5
+from reports.synthetic_sweep import write_sweep, written
 
-from experiments.table5 import EXPERIMENT as TABLE5
 from moepp.evaluation.results import FOLDER, About, Example, TaskResult, write_task_result
 from moepp.records import read_json
-from moepp.reports.experiment import Experiment
-from moepp.reports.report import write_report
+from moepp.reports.arms import of_records
 from moepp.reports.results import load_sweep_results
 from moepp.reports.task_tables import paper_accuracy, task_tables
 
+PAPER = TABLE5.measure.design.paper
 LOSSES = {"vanilla": {0: 3.0, 1: 3.1}, "zero": {0: 2.9, 1: 3.0}, "copy": {0: 2.9, 1: 3.0}}
 N = 200
 
@@ -52,15 +51,15 @@ def trials(directory):
 
 
 def table(rows):
-    return {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[1:]}
+    return {row[0]: dict(zip(rows.columns, row, strict=True)) for row in rows.rows}
 
 
 def test_the_papers_scores_stand_beside_the_tasks_it_has(sweep, tmp_path):
-    rows = table(paper_accuracy(TABLE5, ("sciq", "piqa", "boolq", "lambada_openai")))
+    rows = table(paper_accuracy(PAPER, ("sciq", "piqa", "boolq", "lambada_openai")))
     assert list(rows) == ["piqa", "boolq", "lambada_openai", "mean", "mean without BoolQ"]
     assert [row["vanilla"] for row in rows.values()] == ["68.4", "41.2", "42.5", "50.7", "55.5"]
-    assert paper_accuracy(TABLE5, ("sciq",)) is None and paper_accuracy(replace(TABLE5, paper={}), ("piqa",)) is None
-    write_report(TABLE5, load_sweep_results(sweep), tmp_path / "report")
+    assert paper_accuracy(PAPER, ("sciq",)) is None
+    written(TABLE5, sweep, tmp_path / "report")
     text = (tmp_path / "report/report.md").read_text()
     assert "The paper's, of its 1B model:\n\n| task | vanilla |" in text and "| boolq | 41.2 |" in text
 
@@ -84,10 +83,10 @@ def test_differences_have_an_interval_over_seeds_and_one_over_examples(sweep):
     assert gold["boolq"]["zero"] == "+0.000 ± 0.000 [+0.000, +0.000]"
     assert "‡" not in gold["sciq"]["copy"].split(" [")[1]
     assert table(found.accuracy_differences)["sciq"]["zero"].startswith("+20.0 ± 0.0")
-    lines = {(line[0], line[1], line[2]): dict(zip(found.csv[0], line, strict=True)) for line in found.csv[1:]}
+    lines = {line[:3]: dict(zip(found.full.columns, line, strict=True)) for line in found.full.rows}
     line = lines["gold_bits_per_byte", "sciq", "zero"]
     assert float(line["examples_low"]) == pytest.approx(low, abs=5e-4) and float(line["examples_p_holm"]) < 0.01
-    assert lines["accuracy", "sciq", "vanilla"]["difference"] == "" and float(line["value"]) > 2
+    assert lines["accuracy", "sciq", "vanilla"]["difference"] is None and float(line["value"]) > 2
 
 
 def test_holm_is_over_the_arms(sweep):
@@ -95,7 +94,7 @@ def test_holm_is_over_the_arms(sweep):
     results = load_sweep_results(sweep)
     both, one = (task_tables(results, arms) for arms in (list(LOSSES), ["vanilla", "zero"]))
     p = [
-        next(float(line[-1]) for line in found.csv if line[:3] == ["gold_bits_per_byte", "sciq", "zero"])
+        next(line[-1] for line in found.full.rows if line[:3] == ("gold_bits_per_byte", "sciq", "zero"))
         for found in (both, one)
     ]
     assert p[0] == pytest.approx(2 * p[1])
@@ -106,8 +105,7 @@ def test_what_was_asked_is_shown_and_recorded(sweep, tmp_path):
     found = task_tables(results, list(LOSSES))
     assert table(found.setup)["sciq"]["prompts cut"] == "25% to 100%"
     assert table(found.setup)["boolq"]["data"] == "boolq.jsonl:ab" and table(found.setup)["boolq"]["shots"] == "0"
-    experiment = Experiment("demo", "A demo", "Which?", "zero_computation_experts", tuple(LOSSES))
-    write_report(experiment, results, tmp_path / "out")
+    written(of_records(sweep), sweep, tmp_path / "out")
     asked = json.loads((tmp_path / "out" / "provenance.json").read_text())["tasks"]["sciq"]
     assert asked["cut"] == [0.25, 1.0] and asked["lm_eval"] == "0.4.13" and asked["examples"] == N
     text = (tmp_path / "out" / "report.md").read_text()
@@ -123,7 +121,7 @@ def test_a_task_counts_only_where_every_run_was_asked_the_same(sweep, other):
     write_task_result(first / FOLDER, result("sciq", np.ones(N), np.ones(N), **other))
     found = task_tables(load_sweep_results(sweep), list(LOSSES))
     assert found.tasks == ("boolq", "nq_open") and found.left_out == ("sciq",)
-    assert "were asked something else: sciq." in found.text
+    assert "were asked something else: sciq." in found.section[0]
 
 
 def test_without_tasks_there_are_no_tables(tmp_path):

@@ -218,10 +218,10 @@ def run_scenario(
     config = compose(RunConfig, [*overrides, *MODELS[scenario.model], *more])
     made_by = WrongScale if scenario.wrong_scale else partial(make_strategy, scenario.strategy)
     strategy = made_by(expert_parallel_size=scenario.expert_parallel_size, timeout_s=60)
-    module = (SGDLanguageModel if scenario.optimizer == "sgd" else LanguageModel)(config, 0)
+    module = (SGDLanguageModel if scenario.optimizer == "sgd" else LanguageModel).of_run(config, 0)
     ban(module, scenario.banned)
     watch = Watch(folder / f"{scenario.name}.middle.ckpt")
-    cloze = [ClozeScorer()] if config.cloze.points else []
+    cloze = [ClozeScorer(config.cloze, config.data.seq_len, config.trainer.val_every)] if config.cloze.points else []
     trainer = pl.Trainer(
         accelerator=accelerator, devices=int(os.environ.get("WORLD_SIZE", 1)), strategy=strategy,
         precision=scenario.precision, max_steps=STEPS, max_epochs=-1, gradient_clip_val=CLIP,

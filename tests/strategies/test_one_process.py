@@ -304,9 +304,9 @@ def test_validation_passes_are_not_counted():
 
 def test_what_needs_no_counts_comes_before_the_wait_for_them(monkeypatch):
     layer, happened = tiny().train().moe_layers()[0], []
-    pending, mix = SimpleNamespace(wait=lambda: happened.append("wait")), layer.zero_computation.mix
+    pending, terms = SimpleNamespace(wait=lambda: happened.append("wait")), layer.zero_computation.terms
     monkeypatch.setattr(layer.ffn.dispatcher, "share", lambda count_KN: SlotCounts(count_KN[None], 0, pending))
-    monkeypatch.setattr(layer.zero_computation, "mix", lambda *given: (happened.append("mix"), mix(*given))[1])
+    monkeypatch.setattr(layer.zero_computation, "terms", lambda *given: (happened.append("terms"), terms(*given))[1])
     assert layer.config.capacity_factor is not None
     layer(torch.randn(1, 4, 8))
-    assert happened == ["mix", "wait"]
+    assert happened == ["terms", "wait"]

@@ -171,6 +171,16 @@ def test_retry_forgets_failures_and_nothing_else(capsys, toy):
     assert failed.crashes == [] and len(failed.metrics()) == 5
 
 
+def test_status_names_a_finished_trial_whose_metrics_are_damaged(capsys, toy):
+    done, damaged, _ = began(toy.parent / "runs" / "toy-smoke", 3)
+    finish(done)
+    finish(damaged)
+    (damaged.path / "metrics.jsonl").write_bytes(b"")
+    code, out, _ = sweep(capsys, "status", toy)
+    assert code == 0 and out.startswith("toy-smoke: 1 done, 0 running, 0 failed, 1 damaged, 1 waiting")
+    assert f"damaged  arm1 s0, step 100 of 100: {damaged.path}/metrics.jsonl is cut off" in out
+
+
 def logged(lines=40):
     """What a trial of the laptop scale leaves in its metrics.jsonl: some 20 figures in each of dozens of lines."""
     figures = {f"router/figure_{n}": 0.123456789 * n for n in range(20)}

@@ -14,8 +14,8 @@ from moepp.errors import Interrupted, RunError, UsageError
 from moepp.records import RunRecord, read_json
 from moepp.sweeps.launchers import LAUNCHERS, launch, split
 from moepp.sweeps.launchers.call import SweepCall
-from moepp.sweeps.launchers.crew import begin_elsewhere, wait
 from moepp.sweeps.launchers.slurm import Worker
+from moepp.sweeps.launchers.worker_pool import begin_elsewhere, wait
 
 SUBMITIT = "the extra `slurm` is not installed"
 LOCAL_JOBS = ["launcher=slurm", "launcher.cluster=local"]
@@ -26,8 +26,8 @@ EACH_STEP = list(range(1, 21))
 def call(tmp_path, monkeypatch):
     """A sweep of two fake trials of 20 steps; its workers are those of run_fake_sweep."""
     monkeypatch.setattr("moepp.data.prepare.prepare", run_fake_sweep.no_preparation)
-    monkeypatch.setattr("moepp.sweeps.spec.load_sweep", lambda name: run_fake_sweep.sweep())
-    monkeypatch.setattr("moepp.sweeps.launchers.crew.LOOK_SECONDS", 0.1)
+    monkeypatch.setattr("moepp.sweeps.spec.read_sweep", lambda name: run_fake_sweep.sweep())
+    monkeypatch.setattr("moepp.sweeps.launchers.worker_pool.LOOK_SECONDS", 0.1)
     monkeypatch.setenv("SECONDS_PER_STEP", "0.05")
     worker = [sys.executable, str(Path(run_fake_sweep.__file__)), str(tmp_path / "runs"), '{"one_share": true}']
     monkeypatch.setattr(SweepCall, "work", lambda self: worker)
@@ -101,12 +101,12 @@ def test_a_word_that_no_launcher_knows_is_one_line(call, words, message):
 @pytest.mark.parametrize(("launcher", "package"), [("slurm", "submitit"), ("ray", "ray")])
 def test_a_missing_extra_is_named(call, launcher, package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UsageError, match=rf"pip install 'moepp\[{launcher}\]'"):
+    with pytest.raises(UsageError, match=f"pip install {package}"):
         launch(call, [f"launcher={launcher}"])
 
 
-class FakeCrew:
-    name, left = "crew", 0
+class FakePool:
+    name, left = "pool", 0
 
     def __init__(self, logs, looks):
         self.logs, self.looks, self.dismissed = logs, looks, False
@@ -125,9 +125,9 @@ class FakeCrew:
 def test_workers_that_end_early_are_reported_with_their_logs(call):
     directory, _, left = begin_elsewhere(call)
     assert left == 2
-    crew = FakeCrew(directory / "logs", looks=2)
-    with pytest.raises(RunError, match=r"crew ended with 2 trials unfinished; see .*logs; the same command"):
-        wait(call, directory, crew)
+    pool = FakePool(directory / "logs", looks=2)
+    with pytest.raises(RunError, match=r"pool ended with 2 trials unfinished; see .*logs; the same command"):
+        wait(call, directory, pool)
 
 
 def test_failed_trials_end_the_call_as_on_this_machine(call):
@@ -137,10 +137,10 @@ def test_failed_trials_end_the_call_as_on_this_machine(call):
         for _ in range(2):  # once more than it is tried again
             record.crash("no memory")
         record.fail("no memory")
-    crew = FakeCrew(directory, looks=3)
+    pool = FakePool(directory, looks=3)
     with pytest.raises(RunError, match=r"2 of 2 trials failed; .*sweep retry toy.*top1 s0: no memory"):
-        wait(call, directory, crew)
-    assert crew.dismissed
+        wait(call, directory, pool)
+    assert pool.dismissed
 
 
 def test_stopping_to_wait_says_what_becomes_of_the_workers(call):
@@ -148,7 +148,7 @@ def test_stopping_to_wait_says_what_becomes_of_the_workers(call):
     timer = threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGTERM])
     timer.start()
     with pytest.raises(Interrupted, match="0 of 2 trials are finished; it goes on; the same command continues"):
-        wait(call, directory, FakeCrew(directory, looks=10**6))
+        wait(call, directory, FakePool(directory, looks=10**6))
 
 
 def test_jobs_run_a_sweep_and_one_that_is_preempted_is_queued_again(call, tmp_path):

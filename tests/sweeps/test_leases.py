@@ -8,17 +8,17 @@ import time
 import pytest
 
 from moepp.config import CONF
-from moepp.sweeps.leases import FREE, LEASE_FILE, NO_LEASE, Heart, Holder, LeaseWatch, exclusive, newest
+from moepp.sweeps.leases import FREE, LEASE_FILE, NO_LEASE, Heartbeat, Holder, LeaseWatch, exclusive, newest
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(CONF.parent)}
 HOLD = """
 import sys
 from pathlib import Path
-from moepp.sweeps.leases import Heart, LeaseWatch
-heart = Heart(float(sys.argv[2]))
+from moepp.sweeps.leases import Heartbeat, LeaseWatch
+heartbeat = Heartbeat(float(sys.argv[2]))
 lease = LeaseWatch(Path(sys.argv[1]), float(sys.argv[2])).claim()
-with heart.beating():
-    heart.add(lease)
+with heartbeat.running():
+    heartbeat.add(lease)
     print("claimed", flush=True)
     sys.stdin.readline()
     print("lost" if lease.lost else "held", flush=True)
@@ -188,14 +188,14 @@ def test_a_lease_given_back_elsewhere_is_claimed_at_once(folder):
 
 
 def test_a_heart_beats_for_what_it_holds(folder):
-    heart = Heart(stale=0.2)
+    heartbeat = Heartbeat(stale=0.2)
     lease = LeaseWatch(folder).claim()
-    with heart.beating():
-        heart.add(lease)
+    with heartbeat.running():
+        heartbeat.add(lease)
         before = newest(folder)
         time.sleep(0.2)
         assert newest(folder) != before
-        heart.release(lease)
+        heartbeat.release(lease)
         before = newest(folder)
         time.sleep(0.1)
         assert newest(folder) == before

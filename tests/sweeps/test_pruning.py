@@ -6,7 +6,7 @@ from moepp.config import compose
 from moepp.errors import UsageError
 from moepp.records import RunRecord, write_json
 from moepp.sweeps.job import Job
-from moepp.sweeps.leases import Heart
+from moepp.sweeps.leases import Heartbeat
 from moepp.sweeps.pruning import Judge, SuccessiveHalving, parse
 from moepp.sweeps.spec import Trial
 from moepp.sweeps.status import read_status
@@ -107,7 +107,7 @@ def test_a_run_that_falls_behind_stops_at_its_rung(plan):
         lines = [[(line["step"], line[name]) for line in found if name in line] for found in (before, again.metrics())]
         assert lines[0] == lines[1]
 
-    job = Job(Trial("a", 0, config), retries=0, heart=Heart())
+    job = Job(Trial("a", 0, config), retries=0, heartbeat=Heartbeat())
     assert job.settled and not job.failure and not job.done and job.progress.step == 12
     [status] = read_status(
         directory.parent, {"trials": [{"arm": "a", "seed": 0, "path": directory.name, "steps": 12}]}

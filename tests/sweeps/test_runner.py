@@ -13,10 +13,10 @@ from run_fake_sweep import FAKE_TRIAL, arms, no_preparation, sweep
 
 from moepp import process
 from moepp.errors import DiskFull, Interrupted, RunError, UsageError
-from moepp.records import RunRecord, read_json
+from moepp.records import RunRecord, read_json, write_json
 from moepp.sweeps import runner, slots
 from moepp.sweeps.job import Job
-from moepp.sweeps.leases import Heart
+from moepp.sweeps.leases import Heartbeat
 from moepp.sweeps.plan import read_plan
 from moepp.sweeps.runner import run_sweep
 from moepp.sweeps.status import read_status
@@ -136,7 +136,7 @@ def test_a_trial_that_crashes_once_is_retried_and_finishes(runs, capfd):
 
 
 def test_a_failure_is_final_once_its_attempts_are_used_up(runs):
-    job = Job(sweep().trials("smoke", [f"runs={runs}"])[0], retries=1, heart=Heart())
+    job = Job(sweep().trials("smoke", [f"runs={runs}"])[0], retries=1, heartbeat=Heartbeat())
     job.record.fail("no memory")  # as the trial's process leaves it, before its worker has counted the crash
     for _ in range(2):
         assert not job.settled
@@ -157,7 +157,7 @@ def test_no_trial_begins_that_would_not_end_in_time_and_the_same_call_continues(
 def test_a_finished_trial_knows_how_long_it_took(runs, monkeypatch):
     monkeypatch.setenv("SECONDS_PER_STEP", "0.1")
     run(runs, arms(1))
-    job = Job(sweep(**arms(1)).trials("smoke", [f"runs={runs}"])[0], retries=1, heart=Heart())
+    job = Job(sweep(**arms(1)).trials("smoke", [f"runs={runs}"])[0], retries=1, heartbeat=Heartbeat())
     job.record.path = next((runs / "toy-smoke").glob("*/done")).parent
     assert 0.4 <= job.seconds < 60
 
@@ -183,7 +183,7 @@ def dead_worker(job):
 
 
 def test_a_trial_that_takes_its_workers_along_ends_as_failed(runs):
-    job = Job(sweep().trials("smoke", [f"runs={runs}"])[0], retries=1, heart=Heart())
+    job = Job(sweep().trials("smoke", [f"runs={runs}"])[0], retries=1, heartbeat=Heartbeat())
     for _ in range(3 * 2):  # three count as a crash, of which the second is final
         dead_worker(job)
     assert not job.claim() and job.settled
@@ -193,7 +193,7 @@ def test_a_trial_that_takes_its_workers_along_ends_as_failed(runs):
 
 
 def test_a_trial_that_is_asked_to_stop_has_not_crashed_unless_it_never_gets_any_further(runs):
-    job = Job(sweep().trials("smoke", [f"runs={runs}"])[0], retries=0, heart=Heart())
+    job = Job(sweep().trials("smoke", [f"runs={runs}"])[0], retries=0, heartbeat=Heartbeat())
     for end in ("raise SystemExit(130)", "import os; os.kill(os.getpid(), 15)", "raise SystemExit(130)"):
         assert job.claim() and not job.record.crashes
         job.start(python(end), {})
@@ -222,7 +222,7 @@ def test_a_machine_with_no_room_for_another_process_is_one_line(runs, monkeypatc
 
 
 def test_workers_that_die_between_checkpoints_cost_nothing(runs):
-    job = Job(sweep().trials("smoke", [f"runs={runs}"])[0], retries=0, heart=Heart())
+    job = Job(sweep().trials("smoke", [f"runs={runs}"])[0], retries=0, heartbeat=Heartbeat())
     job.record.checkpoints.mkdir(parents=True)
     for step in range(1, 4):
         dead_worker(job)
@@ -272,7 +272,7 @@ def test_an_interrupted_runner_stops_its_trials_and_says_how_to_go_on(runs, numb
 def test_a_trial_that_ignores_the_request_to_stop_is_killed(runs, monkeypatch):
     monkeypatch.setattr(runner, "MARGIN_SECONDS", 0.0)
     script = "import signal, time; signal.signal(15, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
-    deaf = Job(sweep().trials("smoke", [f"runs={runs}", "trainer.stop_s=0.5"])[0], retries=0, heart=Heart())
+    deaf = Job(sweep().trials("smoke", [f"runs={runs}", "trainer.stop_s=0.5"])[0], retries=0, heartbeat=Heartbeat())
     assert deaf.claim()
     deaf.start(python(script), {})
     wait_until(lambda: "deaf" in (deaf.record.path / "log.txt").read_text())
@@ -312,7 +312,7 @@ def test_the_trial_of_a_stopped_runner_ends_itself_and_goes_on_elsewhere(runs):
 
 
 def test_a_worker_that_lost_its_lease_stops_the_trial(runs, capfd):
-    job = Job(sweep().trials("smoke", [f"runs={runs}"])[0], retries=0, heart=Heart())
+    job = Job(sweep().trials("smoke", [f"runs={runs}"])[0], retries=0, heartbeat=Heartbeat())
     assert job.claim()
     job.start(python("import time; time.sleep(60)"), {})
     assert not job.ended()
@@ -364,6 +364,29 @@ def test_other_settings_under_the_same_name_are_refused(runs):
     assert (directory / "sweep.json").read_text() == before and list(attempts(directory).values()) == [1, 1]
 
 
+def test_every_key_of_other_settings_is_named(runs):
+    run(runs)
+    message = r"\(optim.lr: 0.003 then, 0.1 now; optim.beta1: 0.9 then, 0.8 now; trainer.steps: 4 then, 5 now\)"
+    with pytest.raises(UsageError, match=message):
+        run(runs, extra=["trainer.steps=5", "optim.lr=0.1", "optim.beta1=0.8"])
+
+
+def test_trials_that_were_begun_before_a_default_changed_are_refused(runs):
+    """A key at its default is no part of an identity, so that these are still found under it."""
+    directory = run(runs)
+    plan, configs = directory / "sweep.json", list(directory.glob("*/config.yaml"))
+    for config in configs:
+        config.write_text(config.read_text().replace("beta2: 0.95", "beta2: 0.99"))
+    run(runs)  # with the same defaults as ever, nobody looks
+    write_json(plan, read_json(plan) | {"defaults": "others"})
+    with pytest.raises(UsageError, match=r"other settings of arm top1 \(optim.beta2: 0.99 then, 0.95 now\)"):
+        run(runs)
+    for config in configs:
+        config.write_text(config.read_text().replace("beta2: 0.99", "beta2: 0.95"))
+    run(runs)  # a default that these runs do not share with the schema's of before
+    assert read_json(plan)["defaults"] != "others" and list(attempts(directory).values()) == [1, 1]
+
+
 def test_a_damaged_plan_is_one_line(runs):
     directory = run(runs)
     (directory / "sweep.json").write_text('{"trials": [')
@@ -391,7 +414,9 @@ def test_one_runner_at_a_time_mirrors_the_sweep(runs, monkeypatch):
 
     monkeypatch.setattr(runner, "Follower", Recorder)
     config = sweep().trials("smoke", [f"runs={runs}"])[0].config
-    first, second = (runner._SharedMirror(runs / "toy", config.tracking, config.runs, Heart(), 60) for _ in range(2))
+    first, second = (
+        runner._SharedMirror(runs / "toy", config.tracking, config.runs, Heartbeat(), 60) for _ in range(2)
+    )
     for mirror in (first, second, first):
         mirror.sync()
     assert events == ["follower 0 starts"]

@@ -1,9 +1,11 @@
+from pathlib import Path
+
 import pytest
 import yaml
 
 from moepp.errors import UsageError
 from moepp.sweeps import spec
-from moepp.sweeps.spec import load_sweep
+from moepp.sweeps.spec import read_sweep
 
 SWEEP = {
     "name": "toy",
@@ -37,12 +39,12 @@ def write(tmp_path):
 
 
 def test_all_arms_of_the_first_seed_come_first(write):
-    trials = load_sweep(write()).trials("laptop")
+    trials = read_sweep(write()).trials("laptop")
     assert [(t.seed, t.arm) for t in trials] == [(s, arm) for s in (0, 1, 2) for arm in ("vanilla", "zero")]
 
 
 def test_arms_may_be_mappings_or_overrides(write):
-    vanilla, zero = load_sweep(write()).trials("smoke", seeds=[5])
+    vanilla, zero = read_sweep(write()).trials("smoke", seeds=[5])
     assert (vanilla.config.model.experts.zero, zero.config.model.experts.zero) == (0, 1)
     assert (vanilla.config.model.gating_residual, zero.config.model.gating_residual) == (False, True)
     assert vanilla.config.seed == zero.config.seed == 5
@@ -50,17 +52,17 @@ def test_arms_may_be_mappings_or_overrides(write):
 
 
 def test_a_scale_may_have_seeds_of_its_own_and_the_caller_wins(write):
-    sweep = load_sweep(write())
+    sweep = read_sweep(write())
     assert [t.seed for t in sweep.trials("smoke")] == [0, 0, 1, 1]
     assert [t.seed for t in sweep.trials("smoke", seeds=[7])] == [7, 7]
 
 
 def test_overrides_of_the_caller_win_over_the_scale(write):
-    assert load_sweep(write()).trials("smoke", ["trainer.steps=9"])[0].config.trainer.steps == 9
+    assert read_sweep(write()).trials("smoke", ["trainer.steps=9"])[0].config.trainer.steps == 9
 
 
 def test_trials_are_named_and_tagged(write, tmp_path):
-    trial = load_sweep(write()).trials("smoke", [f"runs={tmp_path}"])[1]
+    trial = read_sweep(write()).trials("smoke", [f"runs={tmp_path}"])[1]
     assert trial.directory.parent == tmp_path / "toy-smoke"
     assert trial.config.tags == {
         "sweep": "toy-smoke", "experiment": "toy", "scale": "smoke", "size": "smoke",
@@ -69,7 +71,7 @@ def test_trials_are_named_and_tagged(write, tmp_path):
 
 
 def test_the_digest_of_the_data_is_part_of_the_identity(write):
-    trial = load_sweep(write()).trials("smoke")[0]
+    trial = read_sweep(write()).trials("smoke")[0]
     before = trial.directory
     trial.config.data.digest = "0123456789abcdef"
     assert trial.directory != before
@@ -78,22 +80,22 @@ def test_the_digest_of_the_data_is_part_of_the_identity(write):
 def test_arms_that_amount_to_the_same_run_are_refused(write):
     arms = SWEEP["arms"] | {"one zero": {"model": {"experts": {"zero": 1, "copy": 0, "constant": 0}}}}
     with pytest.raises(UsageError, match="arms zero and one zero are the same run"):
-        load_sweep(write(arms=arms)).trials("smoke")
+        read_sweep(write(arms=arms)).trials("smoke")
 
 
 def test_a_space_adds_arms(write):
     space = {"grid": {"model": ["vanilla", "moepp"], "optim.lr": [0.001, 0.002]}}
-    trials = load_sweep(write(arms=None, space=space, baseline="model=vanilla,lr=0.001")).trials("smoke", seeds=[0])
+    trials = read_sweep(write(arms=None, space=space, baseline="model=vanilla,lr=0.001")).trials("smoke", seeds=[0])
     found = [(t.arm, t.config.model.gating_residual, t.config.optim.lr) for t in trials]
     assert found[0] == ("model=vanilla,lr=0.001", False, 0.001)
     assert found[3] == ("model=moepp,lr=0.002", True, 0.002)
-    assert len(load_sweep(write(space=space)).trials("smoke", seeds=[0])) == 6  # beside the two named ones
+    assert len(read_sweep(write(space=space)).trials("smoke", seeds=[0])) == 6  # beside the two named ones
 
 
 def test_a_point_of_the_space_may_not_hide_an_arm(write):
     arms = SWEEP["arms"] | {"top_k=1": ["model.top_k=1"]}
     with pytest.raises(UsageError, match="arm top_k=1 is also a point of the space"):
-        load_sweep(write(arms=arms, space={"grid": {"model.top_k": [1, 2]}}))
+        read_sweep(write(arms=arms, space={"grid": {"model.top_k": [1, 2]}}))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +118,7 @@ def test_a_point_of_the_space_may_not_hide_an_arm(write):
 )
 def test_a_wrong_file_is_one_line(write, changes, message):
     with pytest.raises(UsageError, match=message) as error:
-        load_sweep(write(**changes))
+        read_sweep(write(**changes))
     assert "\n" not in str(error.value)
 
 
@@ -131,13 +133,23 @@ def test_a_wrong_file_is_one_line(write, changes, message):
 )
 def test_wrong_trials_are_one_line(write, changes, scale, message):
     with pytest.raises(UsageError, match=message) as error:
-        load_sweep(write(**changes)).trials(scale)
+        read_sweep(write(**changes)).trials(scale)
     assert "\n" not in str(error.value)
 
 
 def test_sweeps_are_found_by_name(write, tmp_path, monkeypatch):
     write()
     monkeypatch.setattr(spec, "SWEEPS", tmp_path)
-    assert load_sweep("toy").paper == "Table 5"
+    assert read_sweep("toy").paper == "Table 5"
     with pytest.raises(UsageError, match="unknown sweep 'tou'; choose from toy; did you mean toy"):
-        load_sweep("tou")
+        read_sweep("tou")
+
+
+def test_sweeps_of_ones_own_are_added_and_come_first(write, tmp_path, monkeypatch):
+    (tmp_path / "sweeps").mkdir()
+    for name in ("toy", "tau"):
+        Path(write()).rename(tmp_path / f"sweeps/{name}.yaml")
+    monkeypatch.chdir(tmp_path)
+    assert read_sweep("toy").name == read_sweep("tau").name == "toy" and read_sweep("top_k").name == "top_k"
+    with pytest.raises(UsageError, match=r"unknown sweep 'tou'; choose from .*tau, top_k, toy, .*did you mean toy"):
+        read_sweep("tou")

@@ -39,7 +39,7 @@ def make_sweep(runs, name) -> Path:
     for trial in ("aaaa", "bbbb"):
         record = make_record(directory / trial)
         log(record, 1, 2)
-        record.finish()
+        finish(record)
     trials = [{"arm": "a", "seed": 0, "path": "aaaa"}, {"arm": "b", "seed": 0, "path": "bbbb"}]
     about = {"name": "toy", "question": "Which expert?", "paper": "Table 5", "scale": "smoke", "baseline": "a"}
     write_json(directory / "sweep.json", {**about, "match": "tokens", "trials": trials})
@@ -69,3 +69,8 @@ def artifacts(record, runs):
 def log(record, first, last):
     for step in range(first, last + 1):
         record.log(step, {"train/loss": 1 / step, "router/zero_share": 0.25})
+
+
+def finish(record):
+    record.log(record.metrics()[-1]["step"], {"final/train_seconds": 1.0})
+    record.finish()

@@ -2,7 +2,7 @@ import socket
 import time
 
 import pytest
-from mirrored import CONFIG, PROVENANCE, artifacts, log, run_of, steps_in_store, store
+from mirrored import CONFIG, PROVENANCE, artifacts, finish, log, run_of, steps_in_store, store
 from mlflow import MlflowClient
 
 from moepp.errors import RunError
@@ -105,7 +105,7 @@ def test_a_resumed_run_continues_in_its_mlflow_run(record, runs):
         Mirror(record, TrackingConfig(), runs).sync(ended=True)  # of a worker that leaves while another trains
     assert run_of(record, runs).info.status == "RUNNING"
     log(record, 4, 4)
-    record.finish()
+    finish(record)
     Mirror(record, TrackingConfig(), runs).sync()
     finished = run_of(record, runs)
     assert (finished.info.run_id, finished.info.status) == (first.run_id, "FINISHED")
@@ -119,7 +119,7 @@ def test_a_finished_run_carries_its_files_below_the_runs_folder(record, runs, tm
     log(record, 1, 1)
     (record.path / "tables").mkdir()
     (record.path / "tables" / "expert_load.csv").write_text("layer,expert,share\n")
-    record.finish()
+    finish(record)
     Mirror(record, TrackingConfig(), runs).sync()
     found = artifacts(record, runs)
     assert set(found) == {"config.yaml", "provenance.json", "budget.json", "tables/expert_load.csv"}
@@ -166,7 +166,7 @@ def test_a_dead_tracker_costs_one_line_and_sync_catches_up(record, runs, capsys,
         log(record, 1, 3)
         while len(passes) < 3:
             time.sleep(0.02)
-    record.finish()
+    finish(record)
     warning = capsys.readouterr().err
     assert warning.count("\n") == 1
     assert uri in warning and "`python run.py sync` will catch up" in warning
@@ -201,7 +201,7 @@ def test_final_metrics_are_bars_and_no_curves(record, runs):
 def test_final_metrics_that_come_later_or_are_replaced_reach_mlflow(record, runs):
     log(record, 1, 3)
     record.log(3, {"final/val_loss": 2.0})
-    record.finish()
+    finish(record)
     Mirror(record, TrackingConfig(), runs).sync()
     for accuracy in (0.25, 0.5, 0.5):
         record.replace_final({"final/sciq_acc": accuracy})

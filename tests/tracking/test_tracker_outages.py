@@ -10,6 +10,7 @@ import time
 from contextlib import contextmanager, suppress
 
 import pytest
+from mirrored import finish
 from mlflow import MlflowClient
 
 from moepp.errors import RunError
@@ -129,7 +130,7 @@ def test_a_server_that_comes_late_hangs_and_dies_ends_with_every_step_once(recor
             until(lambda: last() == [9])
         log(record, 10, 12)
     assert steps_in_store(record, runs) == list(range(1, 10))
-    record.finish()
+    finish(record)
     assert warned_once(capsys, str(port))
     sync_all(runs, TrackingConfig())
     for metric in ("train/loss", "router/zero_share"):
@@ -182,7 +183,7 @@ def test_a_read_only_store_is_caught_up_when_it_can_be_written(mirrored, runs, c
     with follow(mirror):
         log(mirrored, 4, 6)
         time.sleep(0.5)  # several passes
-    mirrored.finish()
+    finish(mirrored)
     assert steps_in_store(mirrored, runs) == [1, 2, 3]
     assert warned_once(capsys, "(attempt to write a readonly database)")
     assert not caplog.records
@@ -209,7 +210,7 @@ def test_a_locked_store_is_waited_for_beside_the_training(mirrored, runs, capsys
             log(mirrored, 4, 6)
             time.sleep(0.5)
         log(mirrored, 7, 8)
-        mirrored.finish()
+        finish(mirrored)
         until(lambda: mirror.complete)
     assert steps_in_store(mirrored, runs) == list(range(1, 9))
     assert capsys.readouterr().err == ""
@@ -274,7 +275,7 @@ def test_a_request_that_the_store_carries_out_late_leaves_no_second_run(mirrored
     client = MlflowClient(tracking_uri=f"sqlite:///{runs}/mlflow.db")
     state = read_json(mirrored.path / "mlflow.json")
     late = client.create_run(state["experiment_id"], tags={KEY: state["key"]})
-    mirrored.finish()
+    finish(mirrored)
     Mirror(mirrored, TrackingConfig(), runs).sync()
     assert client.get_run(late.info.run_id).info.lifecycle_stage == "deleted"
     kept = client.get_run(state["run_id"]).info

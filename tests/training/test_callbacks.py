@@ -10,11 +10,22 @@ from moepp.training.module import LanguageModel
 from moepp.training.run import freeze, train
 from moepp.training.settings import RunConfig, run_directory
 
+WITHOUT_SIZES = ["trainer.precision=bf16-mixed", "model.backend=grouped"]  # of which the host is told
+
 
 def test_the_progress_bar_shows_the_loss_without_asking_the_device_in_every_step(overrides, monkeypatch, capfd):
-    monkeypatch.setattr(LanguageModel, "log", None)  # of which Lightning fetches the value after every batch
-    config = freeze(compose(RunConfig, [*overrides, "trainer.progress=true"]))
+    asked, batches = [], []
+    for name in ("item", "tolist", "__float__", "__int__", "__bool__"):
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, real=real: (asked.append(len(batches)), real(self))[1])
+    step = LanguageModel.training_step
+    monkeypatch.setattr(
+        LanguageModel, "training_step", lambda self, batch: (batches.append(batch), step(self, batch))[1]
+    )
+    config = freeze(compose(RunConfig, [*overrides, "trainer.progress=true", "trainer.log_every=4", *WITHOUT_SIZES]))
     record = train(config, run_directory(config))
+    monkeypatch.undo()
+    assert set(asked) <= {0, 4, 5, 8, 10, 12}  # where metrics, checkpoints or validations are due
     shown = capfd.readouterr()
     (last,) = (line["train/loss"] for line in record.metrics() if line["step"] == 12 and "train/loss" in line)
     assert f"loss={last:.3g}" in shown.out + shown.err or f"loss: {last:.3f}" in shown.out + shown.err
@@ -23,18 +34,21 @@ def test_the_progress_bar_shows_the_loss_without_asking_the_device_in_every_step
 def test_checkpoints_that_are_folders_are_replaced_and_continued(tmp_path):
     record, module = RunRecord(tmp_path), SimpleNamespace(first_bad_step=torch.tensor(-1))
     keeper = ResumeCheckpoint(record, every=1, val_every=100)
-    for step in (1, 2):
+    for step in (1, 2, 3):
         trainer = SimpleNamespace(
-            global_step=step, is_global_zero=True, fit_loop=SimpleNamespace(_should_accumulate=lambda: False)
+            global_step=step,
+            is_global_zero=True,
+            should_stop=False,
+            fit_loop=SimpleNamespace(_should_accumulate=lambda: False),
         )
         trainer.save_checkpoint = lambda path, _: (path / "checkpoint").mkdir(parents=True)
         keeper.on_train_batch_end(trainer, module)
-    (left,) = record.checkpoints.iterdir()
-    assert left.name == "step-00000002.ckpt"
-    record.log(2, {"train/loss": 1.0})
+    _, newest = sorted(record.checkpoints.iterdir())  # one more than is needed, should that be damaged
+    assert newest.name == "step-00000003.ckpt"
     record.log(3, {"train/loss": 1.0})
-    assert running._resume_point(record) == left
-    assert [line["step"] for line in record.metrics()] == [2]
+    record.log(4, {"train/loss": 1.0})
+    assert running._resume_point(record) == newest
+    assert [line["step"] for line in record.metrics()] == [3]
 
 
 def test_experts_are_timed_on_the_device_of_training(overrides, monkeypatch):
@@ -51,9 +65,9 @@ def test_experts_are_timed_on_the_device_of_training(overrides, monkeypatch):
 
 
 def test_counts_for_the_control_are_summed_without_a_barrier(overrides):
-    module = LanguageModel(compose(RunConfig, [*overrides, "model=loss_free"]), 0)
+    module = LanguageModel.of_run(compose(RunConfig, [*overrides, "model=loss_free"]), 0)
     module._trainer = SimpleNamespace(world_size=1, strategy=None)  # whose `reduce` has one
-    layers, experts = len(module.model.moe_layers()), module.config.model.experts.total
+    layers, experts = len(module.model.moe_layers()), module.model.config.experts.total
     module.step_chosen_LN, module.step_tokens = torch.ones(layers, experts, dtype=torch.int64), experts // 2
     module.optimizer_step(0, 0, SimpleNamespace(step=lambda closure: None), None)
     assert module.step_chosen_LN is None

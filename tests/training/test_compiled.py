@@ -13,7 +13,7 @@ from moepp.training import compiled
 from moepp.training.module import LanguageModel
 from moepp.training.run import freeze, train
 from moepp.training.settings import RunConfig, run_directory
-from moepp.training.weights import load_decoder
+from moepp.training.weights import load_model
 
 WHOLE = ["trainer.precision=bf16-mixed", "model.backend=grouped"]  # leaves no graph
 GPU = [*WHOLE, "trainer.accelerator=gpu", "trainer.accumulate=2"]
@@ -90,7 +90,7 @@ def test_control_follows_the_steps_of_a_compiled_run(overrides, traced, method):
     plain, found = (run(overrides, *arms, f"name={c}", f"trainer.compile={c}") for c in ("false", "true"))
     assert traced
     assert_close(found, plain, 1e-3)
-    ours, theirs = (load_decoder(record.path)[0].state_dict() for record in (found, plain))
+    ours, theirs = (load_model(record.path)[0].state_dict() for record in (found, plain))
     control = [name for name in theirs if ".control." in name]
     assert control and all(torch.equal(ours[name], theirs[name]) for name in control)
 
@@ -106,7 +106,7 @@ def test_losses_and_gradients_are_not_where_the_next_replay_of_a_cuda_graph_writ
         return cross_entropy, static, output
 
     monkeypatch.setattr("moepp.training.module.losses_of", lambda config: replay)
-    module = LanguageModel(config, 0)
+    module = LanguageModel.of_run(config, 0)
     monkeypatch.setattr(LanguageModel, "global_step", 0)
     module.on_train_start()
     buffers = [p.grad.data_ptr() for p in module.parameters()]

@@ -155,6 +155,7 @@ def pretended(overrides, monkeypatch, tmp_path):
     config, directory = frozen(overrides, *TWO)
     directory.mkdir(parents=True)
     save(config, directory / "config.yaml")
+    RunRecord(directory).log(1, {"final/val_loss": 1.0})
 
     def run(script, config=config):
         file = tmp_path / "rank.py"

@@ -5,7 +5,7 @@ from moepp.config import CONF, compose
 from moepp.models.decoder import Decoder
 from moepp.training.run import freeze, train
 from moepp.training.settings import RunConfig, run_directory
-from moepp.training.weights import load_decoder
+from moepp.training.weights import load_model
 
 METHODS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
 CONTROLLED = ["longcat", "loss_free", "remoe"]
@@ -17,7 +17,7 @@ def run(overrides, *more):
 
 
 def control_state(record):
-    state = load_decoder(record.path)[0].state_dict()
+    state = load_model(record.path)[0].state_dict()
     return {name: value for name, value in state.items() if ".control." in name}
 
 

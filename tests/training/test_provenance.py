@@ -18,6 +18,8 @@ def run_git(root, *arguments):
 def checkout(tmp_path):
     (tmp_path / "moepp").mkdir()
     (tmp_path / "moepp" / "__init__.py").write_text("")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "table.csv").write_text("")
     run_git(tmp_path, "init")
     run_git(tmp_path, "add", ".")
     run_git(tmp_path, "commit", "-m", "first")
@@ -27,7 +29,7 @@ def checkout(tmp_path):
 def test_it_is_plain_json_with_what_a_reader_asks_for():
     found = json.loads(json.dumps(provenance.collect({"digest": "0123456789abcdef", "corpus": "speeches"})))
     assert found["data"]["digest"] == "0123456789abcdef"
-    assert found["versions"]["omegaconf"] and found["versions"]["python"].startswith("3.")
+    assert found["versions"].keys() >= {"moepp", "omegaconf"} and found["versions"]["python"].startswith("3.")
     assert found["hardware"]["cores"] >= 1 and found["hardware"]["memory_gib"] > 0 and found["hardware"]["cpu"]
     assert datetime.fromisoformat(found["started"]).utcoffset().total_seconds() == 0
 
@@ -54,6 +56,8 @@ def test_commit_and_changes_are_told(checkout):
     assert len(clean["sha"]) == 40 and clean["dirty"] is False
     (checkout / "runs").mkdir()
     (checkout / "runs" / "log.txt").write_text("an untracked file changes no code")
+    assert provenance.git(checkout)["dirty"] is False
+    (checkout / "results" / "table.csv").write_text("a new result changes no code")
     assert provenance.git(checkout)["dirty"] is False
     (checkout / "moepp" / "__init__.py").write_text("x = 1\n")
     assert provenance.git(checkout) == {"sha": clean["sha"], "dirty": True}

@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import json
 import os
@@ -11,12 +12,12 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from moepp.config import compose, save
+from moepp.config import compose, load, save
 from moepp.errors import RunError, UsageError
 from moepp.records import RunRecord
 from moepp.training.run import _say_what_file, freeze, train
 from moepp.training.settings import RunConfig, run_directory
-from moepp.training.weights import load_decoder
+from moepp.training.weights import load_model
 
 
 def run(overrides, *more):
@@ -57,11 +58,11 @@ def test_a_run_learns_and_leaves_a_whole_record(overrides):
 
 def test_the_final_weights_are_those_that_were_validated(overrides):
     record = run(overrides)
-    model, config = load_decoder(record.path)
+    model, config = load_model(record.path)
     assert config.model.dim == 32 and not model.training
     from moepp.training.module import LanguageModel
 
-    module = LanguageModel(config, 0)
+    module = LanguageModel.of_run(config, 0)
     module.model.load_state_dict(model.state_dict())
     import lightning.pytorch as pl
 
@@ -198,6 +199,36 @@ def test_damaged_checkpoints_are_set_aside_and_the_run_goes_on_from_the_newest_w
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
     assert len(warnings) == 2 and "step-00000006.ckpt cannot be read" in warnings[0]
     assert record.metrics()[0]["time"] < record.metrics()[-1]["time"]
+
+
+def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(overrides, monkeypatch, capsys):
+    whole = run(overrides, "name=whole")
+    record = cut_at(10, freeze(compose(RunConfig, [*overrides, "name=cut"])), monkeypatch)
+    before = record.metrics()
+    older, newest = sorted(record.checkpoints.iterdir())
+    assert (older.name, newest.name) == ("step-00000004.ckpt", "step-00000008.ckpt")
+    newest.write_bytes(newest.read_bytes()[:100])
+    train(load(RunConfig, record.path / "config.yaml"), record.path)
+    assert losses(record) == losses(whole) and "step-00000008.ckpt cannot be read" in capsys.readouterr().err
+    assert record.metrics()[1] == before[1] and record.metrics()[2]["time"] > before[-1]["time"]  # from step 4 on
+
+
+def test_a_record_that_was_begun_with_other_settings_is_refused(overrides):
+    """As after a default has changed: a key at its default is no part of the identity."""
+    config = freeze(compose(RunConfig, [*overrides, "trainer.steps=2"]))
+    record = train(config, run_directory(config))
+    later = dataclasses.replace(config, optim=dataclasses.replace(config.optim, eps=1e-5))
+    with pytest.raises(UsageError, match=r"begun with other settings \(optim.eps: 1e-08 then, 1e-05 now\)"):
+        train(later, record.path)
+
+
+def test_a_finished_run_whose_metrics_are_damaged_is_not_trained_over(overrides):
+    config = freeze(compose(RunConfig, [*overrides, "trainer.steps=2"]))
+    record = train(config, run_directory(config))
+    (record.path / "metrics.jsonl").write_bytes(b"")
+    with pytest.raises(RunError, match=r"metrics\.jsonl is cut off"):
+        train(config, record.path)
+    assert record.status == "damaged" and (record.checkpoints / "final.ckpt").exists()
 
 
 def test_a_run_whose_only_checkpoint_is_damaged_begins_anew(overrides, capsys):

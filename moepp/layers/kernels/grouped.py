@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moepp.layers.kernels import torch_rows
-from moepp.layers.kernels.base import BackendError, RoutedTokens, SlotPlan
-from moepp.layers.kernels.planned import planned_experts
+from . import torch_rows
+from .base import BackendError, RoutedTokens, SlotPlan
+from .planned import planned_experts
 
 
 def dispatch(w_in: Tensor, w_out: Tensor, tokens: RoutedTokens) -> Tensor:
@@ -48,7 +48,7 @@ def _row_passes(weights: Tensor) -> ModuleType:
     if torch.compiler.is_compiling() or not weights.is_cuda:
         return torch_rows
     try:
-        from moepp.layers.kernels import triton_rows
+        from . import triton_rows
     except ImportError:
         return torch_rows
     return triton_rows

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from moepp.layers.kernels.base import RoutedTokens, SlotPlan, plan_slots
+from .base import RoutedTokens, SlotPlan, plan_slots
 
 
 class Products(Protocol):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moepp.layers.kernels.base import RoutedTokens
+from .base import RoutedTokens
 
 # oneDNN compiles one bf16 kernel per new (M, N, K), at milliseconds each, and routing gives every expert a new M at
 # every step. Rounding M up to a multiple of this keeps the number of shapes small; the rows added have gate 0 and

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moepp.layers.kernels.base import Affine, SlotPlan
+from .base import Affine, SlotPlan
 
 
 def gather(plan: SlotPlan, x_TD: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from moepp.layers.kernels.base import BackendError, RoutedTokens, SlotPlan
-from moepp.layers.kernels.planned import planned_experts
+from .base import BackendError, RoutedTokens, SlotPlan
+from .planned import planned_experts
 
 TILE_ROWS = 128  # at most, of a tile; the tiles' other side is tuned kernel by kernel (triton_kernels.py)
 # Not tuned: compiled for sm_90 with 128 columns it spills a kilobyte a thread.
@@ -66,7 +66,7 @@ class TritonProducts:
     """`planned.Products` by Triton kernels, which find rows of tokens where the tokens lie."""
 
     def __init__(self, plan: SlotPlan):
-        from moepp.layers.kernels import triton_kernels, triton_rows  # the package triton may not be there
+        from . import triton_kernels, triton_rows  # the package triton may not be there
 
         self.kernels, self.rows, self.plan = triton_kernels, triton_rows, plan
 

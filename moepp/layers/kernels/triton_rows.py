@@ -7,8 +7,8 @@ The same functions as in torch_rows.py; float32 between load and store. Importin
 import torch
 from torch import Tensor
 
-from moepp.layers.kernels import triton_kernels as kernels
-from moepp.layers.kernels.base import SlotPlan
+from . import triton_kernels as kernels
+from .base import SlotPlan
 
 ROWS = 16  # of a program
 COLUMNS = 256

@@ -21,9 +21,9 @@ class SweepCall:
     minutes: float = math.inf  # begin no trial that would not end within them, and stop then
 
     def load(self) -> "Sweep":
-        from moepp.sweeps.spec import load_sweep
+        from moepp.sweeps.spec import read_sweep
 
-        sweep = load_sweep(self.sweep)
+        sweep = read_sweep(self.sweep)
         return replace(sweep, arms={arm: sweep.arms[arm] for arm in self.arms}) if self.arms else sweep
 
     def work(self) -> list[str]:

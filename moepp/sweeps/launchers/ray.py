@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from moepp.errors import UsageError
 from moepp.process import start
 from moepp.sweeps.launchers.call import SweepCall
-from moepp.sweeps.launchers.crew import WORKER_MARGIN_SECONDS, begin_elsewhere, wait
+from moepp.sweeps.launchers.worker_pool import WORKER_MARGIN_SECONDS, begin_elsewhere, wait
 
 if TYPE_CHECKING:
     from moepp.training.settings import TrainerConfig
@@ -35,9 +35,9 @@ class RayLauncher:
         """Raises UsageError without Ray, where no cluster answers, or where none of its nodes could take a worker."""
         ray = _import()
         directory, trainer, left = begin_elsewhere(call)
-        crew = RayCrew(ray, directory / "ray", trainer.stop_s + WORKER_MARGIN_SECONDS)
+        pool = RayPool(ray, directory / "ray", trainer.stop_s + WORKER_MARGIN_SECONDS)
         if not left:
-            return wait(call, directory, crew)
+            return wait(call, directory, pool)
         with self._connected(ray):
             cpus, gpus = self.cpus, self._gpus(ray, trainer)
             fitting = _fitting(ray.nodes(), {"CPU": cpus, "GPU": gpus})
@@ -46,9 +46,9 @@ class RayLauncher:
                     f"no node of the Ray cluster has {cpus} CPUs and {gpus} GPUs; set launcher.cpus and launcher.gpus"
                 )
             workers = min(call.workers or fitting, left)
-            crew.start(call.work(), workers, num_cpus=cpus, num_gpus=gpus)
-            print(f"{crew.name}: {workers} workers, logs in {crew.logs}", flush=True)
-            return wait(call, directory, crew)
+            pool.start(call.work(), workers, num_cpus=cpus, num_gpus=gpus)
+            print(f"{pool.name}: {workers} workers, logs in {pool.logs}", flush=True)
+            return wait(call, directory, pool)
 
     def _gpus(self, ray: ModuleType, trainer: "TrainerConfig") -> int:
         if self.gpus is not None:
@@ -71,7 +71,7 @@ class RayLauncher:
             ray.shutdown()
 
 
-class RayCrew:
+class RayPool:
     """The tasks of one sweep; they end with this process."""
 
     name = "Ray"
@@ -131,5 +131,5 @@ def _import() -> ModuleType:
     try:
         import ray
     except ImportError:
-        raise UsageError("launcher=ray needs Ray: pip install 'moepp[ray]'") from None
+        raise UsageError("launcher=ray needs Ray: pip install ray") from None
     return ray

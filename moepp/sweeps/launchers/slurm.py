@@ -22,7 +22,7 @@ from moepp.errors import Interrupted, RunError, UsageError
 from moepp.process import python_path, start
 from moepp.records import read_json, write_json
 from moepp.sweeps.launchers.call import SweepCall
-from moepp.sweeps.launchers.crew import WORKER_MARGIN_SECONDS, begin_elsewhere, wait
+from moepp.sweeps.launchers.worker_pool import WORKER_MARGIN_SECONDS, begin_elsewhere, wait
 
 if TYPE_CHECKING:
     from submitit import Executor, Job
@@ -52,24 +52,24 @@ class SlurmLauncher:
         """Raises UsageError without submitit or sbatch, RunError when sbatch refuses the jobs."""
         self._require()
         directory, trainer, left = begin_elsewhere(call)
-        crew = SlurmCrew(directory, self.cluster)
-        if (missing := min(call.workers or MOST_WORKERS, left) - crew.alive()) > 0:
+        pool = SlurmPool(directory, self.cluster)
+        if (missing := min(call.workers or MOST_WORKERS, left) - pool.alive()) > 0:
             worker = Worker(call.work(), Path.cwd(), trainer.stop_s + WORKER_MARGIN_SECONDS)
             with _refusal():
-                crew.add(self._executor(directory, trainer), [worker] * missing)
+                pool.add(self._executor(directory, trainer), [worker] * missing)
         if left and not self.wait:
             shows = f"`python run.py sweep status {call.sweep} --scale {call.scale}` shows"
-            print(f"{crew.name}: {crew.alive()} workers; {shows}")
+            print(f"{pool.name}: {pool.alive()} workers; {shows}")
             return None
         if left:
-            print(f"{crew.name}: {crew.alive()} workers, logs in {crew.logs}", flush=True)
-        return wait(call, directory, crew)
+            print(f"{pool.name}: {pool.alive()} workers, logs in {pool.logs}", flush=True)
+        return wait(call, directory, pool)
 
     def _require(self) -> None:
         try:
             import submitit  # noqa: F401
         except ImportError:
-            raise UsageError("launcher=slurm needs submitit: pip install 'moepp[slurm]'") from None
+            raise UsageError("launcher=slurm needs submitit: pip install submitit") from None
         if self.cluster == "slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
             raise UsageError("there is no sbatch on the PATH: call this where Slurm jobs are submitted")
 
@@ -96,7 +96,7 @@ class SlurmLauncher:
         return executor
 
 
-class SlurmCrew:
+class SlurmPool:
     """The jobs of one sweep. Their numbers are kept beside it, so that a second call finds them queued or running."""
 
     def __init__(self, directory: Path, cluster: str):

@@ -1,0 +1,51 @@
+"""Where the scores of a checkpoint are kept: no task is scored twice, and an interrupted call loses one at most."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from moepp.evaluation.checkpoints import is_run, weight_files
+from moepp.evaluation.results import FOLDER, About, TaskResult, final_metrics, find_task_result, write_task_result
+from moepp.records import RunRecord, digest_of
+from moepp.tracking.mirror import mirror_again
+from moepp.training.initial import FINAL_WEIGHTS
+
+
+@dataclass(frozen=True)
+class ScoreStore:
+    """The scores of one checkpoint. Those of a finished run's final weights are part of its record, `run`."""
+
+    folder: Path
+    name: str
+    files: tuple[Path, ...]  # that hold the weights
+    run: RunRecord | None
+
+    @classmethod
+    def of(cls, source: Path) -> "ScoreStore":
+        """Raises UsageError or RunError for what is no checkpoint."""
+        source = source.expanduser()
+        files = tuple(weight_files(source))
+        if not is_run(source):
+            return cls(source / FOLDER, source.resolve().name, files, None)
+        [file], run = files, RunRecord(files[0].parents[1])
+        if file.name == FINAL_WEIGHTS and run.status == "done":
+            return cls(run.path / FOLDER, file.name, files, run)
+        return cls(file.parent / FOLDER / file.stem, file.name, files, None)
+
+    @cached_property
+    def checkpoint(self) -> str:
+        """Name and digest of the weights; reading a large checkpoint for it takes a while."""
+        return f"{self.name}:{digest_of(*self.files)}"
+
+    def find(self, wanted: About) -> TaskResult | None:
+        return find_task_result(self.folder, wanted)
+
+    def keep(self, result: TaskResult) -> None:
+        """Raises RunError where it cannot be written."""
+        if self.run is None:
+            write_task_result(self.folder, result)
+            return
+        with self.run.lock():
+            write_task_result(self.folder, result)
+            self.run.replace_final(final_metrics(result))
+            mirror_again(self.run)

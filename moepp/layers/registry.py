@@ -1,0 +1,159 @@
+"""The parts of a layer by name: those that stand here, and everybody else's. Standard library only.
+
+A part that comes with the package is named below with the module that defines it, which is imported when the part is
+first asked for: what names there are is known without torch. Anyone else's is registered by a decorator,
+`@router("mine")`, on a class or a function.
+"""
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+Part = TypeVar("Part", bound=Callable[..., Any])
+SCALARS = (bool, int, float, str)  # annotations that an option's value is checked against
+
+
+class Registry:
+    """The parts of one kind, by name.
+
+    `key` and `options` are the config's keys for a part's name and its options, `{}` standing for the name. `given` is
+    what every part is called with, by position; its other parameters are its options. `defined` names the modules of
+    the package's own parts.
+    """
+
+    def __init__(
+        self, kind: str, key: str, options: str, given: tuple[str, ...], defined: Mapping[str, str] | None = None
+    ):
+        self.kind, self.key, self.options_key, self.given = kind, key, options, given
+        self.defined = dict(defined or {})
+        self.find_more: Callable[[], None] = lambda: None  # called before a name is refused; may register more
+        self._parts: dict[str, Callable[..., Any]] = {}
+
+    def __call__(self, name: str) -> Callable[[Part], Part]:
+        """A decorator that registers a class or function. Raises ValueError for the name of another module's part."""
+
+        def add(part: Part) -> Part:
+            owner = self.module(name)
+            if owner not in (None, part.__module__):
+                raise ValueError(f"{self.kind} '{name}' of {part.__module__}: {owner} has one of that name; rename it")
+            self._parts[name] = part
+            return part
+
+        return add
+
+    def __getitem__(self, name: str) -> Callable[..., Any]:
+        """The part of that name. Raises ValueError, in one line, where there is none."""
+        self.check_name(name)
+        if name not in self._parts:
+            importlib.import_module(self.defined[name])  # where its decorator registers it
+        return self._parts[name]
+
+    def names(self) -> list[str]:
+        """All names, the package's own first."""
+        return list(dict.fromkeys([*self.defined, *self._parts]))
+
+    def module(self, name: str) -> str | None:
+        """The module that defines the part; None where no part has that name."""
+        return self.defined.get(name) or getattr(self._parts.get(name), "__module__", None)
+
+    def check_name(self, name: str) -> None:
+        """Raises ValueError, in one line, for a name that no part has."""
+        if self.module(name) is None:
+            self.find_more()
+        if self.module(name) is None:
+            raise ValueError(f"{self.key}={name}: no such {self.kind}; choose from {_choices(name, self.names())}")
+
+    def check(self, name: str, options: Mapping[str, Any]) -> None:
+        """Raises ValueError, in one line, for a name that no part has and for options that the part does not take.
+
+        The package's own parts need no options, so that their names are checked without importing them.
+        """
+        self.check_name(name)
+        if options or name not in self.defined:
+            self._check_options(name, options)
+
+    def _check_options(self, name: str, options: Mapping[str, Any]) -> None:
+        taken, key = self.options(name), self.options_key.format(name)
+        anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+        for option, value in options.items():
+            if option not in taken and not anything:
+                choices = _choices(option, taken) if taken else "no options"
+                raise ValueError(f"{key}.{option}: {self.kind} {name} takes {choices}")
+            if option in taken and not _fits(value, taken[option].annotation):
+                raise ValueError(f"{key}.{option}={value} is no {taken[option].annotation.__name__}")
+        for option, parameter in taken.items():
+            needed = parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
+            if needed and option not in options:
+                raise ValueError(f"{self.kind} {name} needs {key}.{option}")
+
+    def options(self, name: str) -> dict[str, inspect.Parameter]:
+        """The parameters that are the part's own options, by name."""
+        parameters = list(inspect.signature(self[name], eval_str=True).parameters.values())[len(self.given) :]
+        return {p.name: p for p in parameters if p.kind is not p.VAR_POSITIONAL}
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    if annotation not in SCALARS:
+        return True
+    return type(value) in ((int, float) if annotation is float else (annotation,))
+
+
+def _choices(name: str, known: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(name, known := list(known), n=1, cutoff=0.5)
+    return ", ".join(known) + (f"; did you mean {nearest[0]}?" if nearest else "")
+
+
+# Modules by this package's own name, whatever that is where it was copied to.
+# Not by the package's own name: the folder works under any.
+ROUTERS, BALANCE = f"{__package__}.router", f"{__package__}.balance"
+RIVAL_ROUTERS, EXPERTS, CONTROL = f"{__package__}.rival_routers", f"{__package__}.experts", f"{__package__}.control"
+
+router = Registry(
+    "router",
+    key="router",
+    options="router_options",
+    given=("config", "first"),
+    defined={
+        "linear": ROUTERS,
+        "two_layer": ROUTERS,
+        "shared_null": RIVAL_ROUTERS,
+        "recurrent": RIVAL_ROUTERS,
+    },
+)
+expert = Registry(
+    "expert type",
+    key="experts.others",
+    options="expert_options.{}",
+    given=("config", "count"),
+    defined={"constant": EXPERTS, "copy": EXPERTS, "zero": EXPERTS},
+)
+selection = Registry(
+    "selection",
+    key="selection",
+    options="selection_options",
+    given=("logits_TN", "config", "bias_N"),
+    defined={"top_k": ROUTERS, "top_p": ROUTERS, "relu": ROUTERS},
+)
+gate = Registry(
+    "gate",
+    key="gate",
+    options="gate_options",
+    given=("routing", "config"),
+    defined={"released": ROUTERS, "softmax": ROUTERS, "renormalized": ROUTERS},
+)
+balance = Registry(
+    "balance form",
+    key="balance.form",
+    options="balance.options",
+    given=("mean_probs_N", "share_N", "counts", "config"),
+    defined={"paper": BALANCE, "switch": BALANCE, "null_averaged": BALANCE, "grouped": BALANCE},
+)
+control = Registry(
+    "control",
+    key="balance.control",
+    options="balance.control_options",
+    given=("config", "counts"),
+    defined={"loss_free": CONTROL, "longcat": CONTROL, "remoe": CONTROL},
+)

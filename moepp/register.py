@@ -1,0 +1,61 @@
+"""Parts by name, the package's own and everybody else's: `@register.router("mine")` on a class or a function.
+
+A registered name is valid wherever a built-in one is. docs/extend.md says what each kind of part is called with; its
+other parameters are its options. Loads no torch.
+"""
+
+from moepp import plugins
+from moepp.layers.registry import Registry, balance, control, expert, gate, router, selection
+
+__all__ = [
+    "Registry", "balance", "callback", "control", "corpus", "expert", "gate", "logger", "model", "optimizer",
+    "router", "selection",
+]  # fmt: skip
+
+CORPORA = "moepp.data.corpora"
+
+corpus = Registry(
+    "corpus",
+    key="data.corpus",
+    options="data.corpus_options",
+    given=("config",),
+    defined={"sotu": CORPORA, "text": CORPORA, "hub": CORPORA, "mixture": CORPORA, "tokens": "moepp.data.prepare"},
+)
+OPTIMIZERS = ("ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
+CALLBACKS = (
+    "DeviceStatsMonitor", "EarlyStopping", "GradientAccumulationScheduler", "LearningRateMonitor", "ModelCheckpoint",
+    "StochasticWeightAveraging", "Timer",
+)  # fmt: skip
+
+optimizer = Registry(
+    "optimizer",
+    key="optim.name",
+    options="optim.options",
+    given=("module", "config"),
+    defined=dict.fromkeys(("adamw", "muon", *OPTIMIZERS), "moepp.training.optim"),
+)
+callback = Registry(
+    "callback",
+    key="trainer.callbacks",
+    options="trainer.callbacks.{}",
+    given=(),
+    defined=dict.fromkeys(CALLBACKS, "moepp.training.trainer"),
+)
+logger = Registry(
+    "logger",
+    key="tracking.loggers",
+    options="tracking.logger_options.{}",
+    given=("record",),
+    defined=dict.fromkeys(("csv", "tensorboard", "wandb"), "moepp.training.trainer"),
+)
+model = Registry(
+    "model",
+    key="model.name",
+    options="model.options",
+    given=("config", "seed"),
+    defined={"decoder": "moepp.models.decoder"},
+)
+
+
+for registry in (router, expert, selection, gate, balance, control, corpus, optimizer, callback, logger, model):
+    registry.find_more = plugins.load_installed

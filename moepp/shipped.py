@@ -1,0 +1,27 @@
+"""conf/, sweeps/ and experiments/: those that moepp ships, and a user's own in the current directory, which come first.
+
+A checkout keeps the shipped ones at its top level, a wheel inside the package (pyproject.toml).
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+SHIPPED = next(folder for folder in (PACKAGE / "_shipped", PACKAGE.parent) if folder.is_dir())
+CONF, SWEEPS, EXPERIMENTS = (SHIPPED / name for name in ("conf", "sweeps", "experiments"))
+
+
+def overlaid(shipped: Path) -> list[Path]:
+    """`shipped`, after the user's folder of that name where the current directory has another."""
+    own = Path(shipped.name)
+    return [own, shipped] if own.is_dir() and not own.samefile(shipped) else [shipped]
+
+
+def first_file(folders: Iterable[Path], name: str) -> Path | None:
+    """The file of that name in the first folder that has one."""
+    return next((path for folder in folders if (path := folder / name).is_file()), None)
+
+
+def names(folders: Iterable[Path]) -> list[str]:
+    """What can be asked for by name: the YAML files of all folders, each once."""
+    return sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})

@@ -1,0 +1,27 @@
+"""Keeps what one test registers from the next."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from moepp import plugins, register
+from moepp.layers.registry import Registry
+
+REGISTRIES = [registry for registry in vars(register).values() if isinstance(registry, Registry)]
+
+
+@contextmanager
+def forgotten() -> Iterator[None]:
+    before = [dict(registry._parts) for registry in REGISTRIES]
+    modules = set(sys.modules)
+    try:
+        yield
+    finally:
+        for registry, parts in zip(REGISTRIES, before, strict=True):
+            registry._parts = {
+                name: part for name, part in registry._parts.items() if name in {*registry.defined, *parts}
+            }
+        plugins._loaded.clear()
+        plugins.load_installed.cache_clear()
+        for name in [name for name in set(sys.modules) - modules if name.startswith("moepp_plugin_")]:
+            del sys.modules[name]

@@ -1,0 +1,30 @@
+"""The code of docs/extend.md."""
+
+import re
+import shlex
+from pathlib import Path
+
+from registered import forgotten
+
+from moepp import cli
+
+PAGE = Path(__file__).parent.parent / "docs" / "extend.md"
+FAST = ["tracking=jsonl", "trainer.progress=false", "trainer.expert_timing=false", "trainer.threads=1"]
+
+
+def test_the_page_trains_sweeps_and_reports_what_it_defines(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```(python|yaml|sh)\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    commands = []
+    for language, text in blocks:
+        if language == "sh":
+            commands += [shlex.split(line)[1:] for line in text.splitlines()]
+        else:
+            Path(re.match(r"# (\S+)", text)[1]).write_text(text)
+    for words in commands:
+        with forgotten():
+            cli.main([*words, *FAST] if words[0] != "report" else words)
+    found = capsys.readouterr().out
+    assert "half_share" in found and len(commands) == 5
+    report = Path("runs/parts-smoke/report/report.md").read_text()
+    assert all(word in report for word in ("half", "cosine", "earn its place"))

@@ -1,0 +1,127 @@
+"""LanguageModel by Lightning's own contract: in a plain Trainer, with plain DataLoaders and Lightning's callbacks."""
+
+import csv
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from moepp.layers.settings import MoEConfig
+from moepp.models.decoder import Decoder
+from moepp.models.protocol import CausalLM, ModelOutput
+from moepp.models.settings import DecoderConfig
+from moepp.training.callbacks import MetricsReporter
+from moepp.training.module import LanguageModel
+from moepp.training.settings import OptimConfig
+
+IDS = torch.randint(0, 61, (32, 9), generator=torch.Generator().manual_seed(0))
+FAST = OptimConfig(warmup_steps=1, lr=1e-2)
+
+
+def decoder():
+    return Decoder(DecoderConfig(dim=16, hidden=8, layers=2, heads=2, vocab_size=61))
+
+
+def fit(tmp_path, module, *callbacks, **options):
+    trainer = pl.Trainer(
+        max_epochs=3, accelerator="cpu", logger=CSVLogger(tmp_path), log_every_n_steps=2, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path, callbacks=list(callbacks), **options,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(IDS, 8), DataLoader(IDS[:16], 8))
+    return trainer
+
+
+def test_metrics_reach_callbacks_and_loggers(tmp_path):
+    trainer = fit(tmp_path, LanguageModel(decoder(), FAST), enable_checkpointing=False)
+    names = {"train/loss", "train/balance_loss", "val/loss", "val/accuracy", "router/ffn_per_token", "router/entropy"}
+    assert names <= trainer.callback_metrics.keys()
+    assert "val/bits_per_byte" not in trainer.callback_metrics  # nobody says how long a token is
+    [table] = tmp_path.rglob("metrics.csv")
+    with open(table) as file:
+        rows = list(csv.DictReader(file))
+    assert len([row for row in rows if row["train/loss"]]) == 6 and len([row for row in rows if row["val/loss"]]) == 3
+
+
+def test_bytes_give_bits_per_byte(tmp_path):
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+    lengths = torch.full((32, 8), 2)
+    [found] = trainer.validate(LanguageModel(decoder()), DataLoader(TensorDataset(IDS, lengths), 8), verbose=False)
+    assert found["val/bits_per_byte"] == pytest.approx(found["val/loss"] / 2 / torch.log(torch.tensor(2.0)).item())
+
+
+def test_early_stopping_and_model_checkpoint_work_beside_the_reporter(tmp_path):
+    best = ModelCheckpoint(tmp_path, monitor="val/loss")
+    stop = EarlyStopping("val/loss", divergence_threshold=0.0)  # at the first validation
+    module = LanguageModel(decoder(), FAST)
+    trainer = fit(tmp_path, module, best, stop, MetricsReporter(tokens_per_step=64, seq_len=8))
+    assert trainer.global_step == 4 and best.best_model_score == pytest.approx(module.validation_metrics()["loss"])
+    assert {"perf/tokens_per_s", "train/grad_norm"} <= trainer.callback_metrics.keys()
+
+
+def test_a_loss_that_is_not_finite_stops_a_plain_trainer_too(tmp_path):
+    module = LanguageModel(decoder(), FAST, losses=lambda model, ids: spoil(model, ids))
+    with pytest.raises(Exception, match=r"not finite at step 1 .* no checkpoint was saved before it"):
+        fit(tmp_path, module, MetricsReporter(64, 8), ModelCheckpoint(tmp_path, monitor="val/loss"))
+
+
+def spoil(model, ids):
+    output = model(ids[:, :-1], targets_BS=ids[:, 1:])
+    return output.cross_entropy * float("nan"), model.balance_loss(output), output
+
+
+def test_a_checkpoint_gives_the_model_back_from_plain_values(tmp_path):
+    module = LanguageModel(decoder(), FAST, steps=12, end_of_text=0)
+    trainer = fit(tmp_path, module, ModelCheckpoint(tmp_path))
+    path = trainer.checkpoint_callback.best_model_path
+    assert torch.load(path, weights_only=True)["hyper_parameters"]["optim"]["lr"] == FAST.lr
+    loaded = LanguageModel.load_from_checkpoint(path)
+    assert loaded.optim == FAST and loaded.steps == 12 and loaded.val_bits_per_byte.end_of_text == 0
+    ours, theirs = loaded.state_dict(), module.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+class Bigram(nn.Module):
+    """A model without experts, of somebody who knows the protocol alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.config, self.table = MoEConfig(), nn.Embedding(61, 61)
+
+    def forward(self, ids_BS, *, targets_BS=None):
+        logits = self.table(ids_BS)
+        if targets_BS is None:
+            return ModelOutput([], logits)
+        nats = F.cross_entropy(logits.transpose(1, 2), targets_BS, reduction="none")
+        return ModelOutput([], None, nats.mean(), nats.detach(), logits.argmax(-1) == targets_BS)
+
+    def balance_loss(self, output):
+        return output.cross_entropy.new_zeros(())
+
+    def step_control(self, chosen_LN, tokens):
+        raise AssertionError("there is nothing to control")
+
+    def active_parameters(self, ffn_per_token=None):
+        return 61
+
+    def forward_flops(self, seq_len, ffn_per_token=None):
+        return {"table": 0.0}
+
+    def reset_parameters(self, seed=0):
+        self.table.reset_parameters()
+
+
+def test_any_model_that_fulfils_the_protocol_trains_and_comes_back(tmp_path):
+    model = Bigram()
+    assert isinstance(model, CausalLM)
+    module = LanguageModel(model, FAST)
+    before = module.model.table.weight.detach().clone()
+    trainer = fit(tmp_path, module, ModelCheckpoint(tmp_path), MetricsReporter(64, 8))
+    assert not torch.equal(before, model.table.weight) and trainer.callback_metrics["val/loss"] > 0
+    path = trainer.checkpoint_callback.best_model_path
+    loaded = LanguageModel.load_from_checkpoint(path, model=Bigram())
+    assert torch.equal(loaded.model.table.weight, model.table.weight)
