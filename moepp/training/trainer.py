@@ -4,7 +4,6 @@ that a config names.
 
 import inspect
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from typing import Any
 
 import lightning.pytorch as pl
@@ -49,9 +48,9 @@ class RecordedTrainer(pl.Trainer):
 
 
 def _refuse_another_lightning() -> None:
-    if not version("lightning").startswith(f"{WRITTEN_FOR}."):
+    if not pl.__version__.startswith(f"{WRITTEN_FOR}."):
         raise RunError(
-            f"lightning {version('lightning')} is installed, and runs reach into what only {WRITTEN_FOR} is known to "
+            f"lightning {pl.__version__} is installed, and runs reach into what only {WRITTEN_FOR} is known to "
             f"have: pip install 'lightning=={WRITTEN_FOR}.*'"
         )
 

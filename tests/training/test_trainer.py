@@ -165,7 +165,7 @@ def test_new_keys_leave_a_runs_identity_unless_they_change_its_result(overrides)
 
 
 def test_another_lightning_is_refused(monkeypatch):
-    monkeypatch.setattr(trainers, "version", lambda name: "2.7.0")
+    monkeypatch.setattr(trainers.pl, "__version__", "2.7.0")
     with pytest.raises(RunError, match=r"^lightning 2\.7\.0 is installed, .* pip install 'lightning==2\.6\.\*'$"):
         trainers.RecordedTrainer()
 
