@@ -13,7 +13,8 @@ REGISTRIES = [registry for registry in vars(register).values() if isinstance(reg
 @contextmanager
 def forgotten() -> Iterator[None]:
     before = [dict(registry._parts) for registry in REGISTRIES]
-    modules = set(sys.modules)
+    modules, loaded = set(sys.modules), dict(plugins._loaded)
+    plugins._loaded.clear()
     try:
         yield
     finally:
@@ -22,6 +23,7 @@ def forgotten() -> Iterator[None]:
                 name: part for name, part in registry._parts.items() if name in {*registry.defined, *parts}
             }
         plugins._loaded.clear()
+        plugins._loaded.update(loaded)
         plugins.load_installed.cache_clear()
         for name in [name for name in set(sys.modules) - modules if name.startswith("moepp_plugin_")]:
             del sys.modules[name]

@@ -7,6 +7,8 @@ Shape suffixes: T tokens, K top-k, R rows handed to experts, D model width, F hi
 one other type, N all experts. Expert order is FFN, constant, copy, zero, then registered types.
 """
 
+from functools import reduce
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -112,16 +114,16 @@ def module_name(kind: str) -> str:
 
 def one_affine(types: list[AffineExperts], gates: list[Tensor], terms: list[Terms]) -> Affine:
     """All types as one map, by the gates [T, C] of each, 0 where not chosen."""
-    scale_T = gates[0].new_zeros(len(gates[0]))
-    mixes, vectors = [], []
+    scales, mixes, vectors = [], [], []
     for experts, gate_TC, (a, b_TC) in zip(types, gates, terms, strict=True):
         if isinstance(a, Tensor):
-            scale_T = scale_T + (gate_TC * a).sum(1)
+            scales.append((gate_TC * a).sum(1))
         elif a:
-            scale_T = scale_T + (gate_TC.sum(1) if a == 1 else a * gate_TC.sum(1))
+            scales.append(gate_TC.sum(1) if a == 1 else a * gate_TC.sum(1))
         if b_TC is not None:
             mixes.append(gate_TC * b_TC)
             vectors.append(experts.vectors_CD().to(gate_TC.dtype))
+    scale_T = reduce(torch.add, scales) if scales else gates[0].new_zeros(len(gates[0]))
     return Affine(scale_T, *((_joined(mixes, 1), _joined(vectors, 0)) if mixes else ()))
 
 

@@ -51,7 +51,7 @@ def _archive(work: Path, names: list[str]) -> bytes:
         for name in names:
             with suppress(FileNotFoundError):
                 info, content = tar.gettarinfo(work / name, name), (work / name).read_bytes()
-                info.size = len(content)
+                info.type, info.size = tarfile.REGTYPE, len(content)  # also where another name is linked to it
                 tar.addfile(info, io.BytesIO(content))
     return buffer.getvalue()
 

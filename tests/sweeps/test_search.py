@@ -194,8 +194,10 @@ def test_a_proposal_whose_record_is_damaged_does_not_end_the_search(runs):
     directory = run(runs, toy(n=1))
     (directory / proposals(directory)[0]["path"] / "metrics.jsonl").write_text('{"step": 5, "ti\n{"step": 6}\n')
     (directory / searching.JOURNAL).unlink()
-    run(runs, toy(n=2))
+    with pytest.raises(RunError, match="1 of 4 trials failed"):
+        run(runs, toy(n=2))
     assert study(directory).trials[0].state.name == "FAIL"
+    assert RunRecord(directory / proposals(directory)[1]["path"]).status == "done"  # the next was made all the same
 
 
 def test_sqlite_is_for_one_worker(runs):
