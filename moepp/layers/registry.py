@@ -106,7 +106,6 @@ def _choices(name: str, known: Iterable[str]) -> str:
 
 
 # Modules by this package's own name, whatever that is where it was copied to.
-# Not by the package's own name: the folder works under any.
 ROUTERS, BALANCE = f"{__package__}.router", f"{__package__}.balance"
 RIVAL_ROUTERS, EXPERTS, CONTROL = f"{__package__}.rival_routers", f"{__package__}.experts", f"{__package__}.control"
 
