@@ -135,7 +135,8 @@ class TrainingBenchmark:
             "Whole steps on random token ids, gradient clipping and AdamW included, one model after the other: medians "
             f"of {self.repeats} after {self.warmup}. A step takes the size's batch, at most {self.most_tokens:,} "
             "tokens, and no more than fit into memory. MFU: three times the forward FLOPs, with the measured FFN "
-            "experts per token, over the device's dense bfloat16 peak."
+            "experts per token, over the device's dense bfloat16 peak. Where ours runs under autocast, "
+            "Mixtral's weights and moments are bfloat16 (its grouped products ignore autocast), so its steps move less."
         )
 
     def table(self, rows: list[Row]) -> list[Row]:
