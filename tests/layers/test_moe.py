@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import pytest
 import reference
@@ -185,3 +186,20 @@ def test_router_stays_in_float32_under_autocast():
 def test_impossible_layers_are_refused(changes, part):
     with pytest.raises(ValueError, match=part):
         MoEConfig(**changes)
+
+
+@pytest.mark.parametrize("per_token", [0.5, 12.0])
+def test_ffn_rows_change_nothing_but_what_is_kept_in_training(per_token):
+    sizes = {"dim": 8, "hidden": 8, "backend": "grouped"}
+    limited, plain = (make_layer(torch.float32, first=True, **sizes, ffn_rows=rows) for rows in (per_token, None))
+    x_BSD = torch.randn(1, TOKENS, 8, generator=torch.Generator().manual_seed(1))
+    y, stats = limited(x_BSD)
+    wanted, whole = plain(x_BSD)
+    torch.testing.assert_close(y, wanted)
+    for found, expected in zip(*(torch.autograd.grad(v.sum(), layer.ffn.parameters()) for v, layer in (
+        (y, limited), (wanted, plain)
+    )), strict=True):  # fmt: skip
+        torch.testing.assert_close(found, expected)
+    rows = int(stats.chosen_N[: limited.config.experts.ffn].sum())
+    assert stats.recomputed == max(0, rows - math.ceil(per_token * TOKENS)) and whole.recomputed is None
+    assert limited.eval()(x_BSD)[1].recomputed is None
