@@ -272,9 +272,12 @@ def test_another_machine_goes_on_from_what_came_back(folders, tmp_path):
     work, out = folders
     (work / "runs").mkdir()
     (work / "runs" / "chosen.json").write_text("{}")
+    (work / "runs" / "tokenizer.json").write_text("[1]")
+    (work / "tokenizer.json").hardlink_to(work / "runs" / "tokenizer.json")  # as records link theirs
     parcel.publish(work, out, {"machine": MACHINE, "stages": {"card": {"outcome": "ok"}}})
     parcel.unpack(out / "window.tar.gz", tmp_path / "other")
     assert (tmp_path / "other" / "runs" / "chosen.json").exists()
+    assert [(tmp_path / "other" / part / "tokenizer.json").read_text() for part in ("", "runs")] == ["[1]"] * 2
 
 
 def test_what_is_too_large_to_come_back_is_left_out_traces_first(folders, monkeypatch):
