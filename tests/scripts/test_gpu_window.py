@@ -272,12 +272,14 @@ def test_another_machine_goes_on_from_what_came_back(folders, tmp_path):
     work, out = folders
     (work / "runs").mkdir()
     (work / "runs" / "chosen.json").write_text("{}")
-    (work / "runs" / "tokenizer.json").write_text("[1]")
-    (work / "tokenizer.json").hardlink_to(work / "runs" / "tokenizer.json")  # as records link theirs
+    for run in ("a", "b"):
+        (work / "runs" / run).mkdir()
+    (work / "runs" / "a" / "tokenizer.json").write_text("[1]")
+    (work / "runs" / "b" / "tokenizer.json").hardlink_to(work / "runs" / "a" / "tokenizer.json")  # as records do
     parcel.publish(work, out, {"machine": MACHINE, "stages": {"card": {"outcome": "ok"}}})
     parcel.unpack(out / "window.tar.gz", tmp_path / "other")
     assert (tmp_path / "other" / "runs" / "chosen.json").exists()
-    assert [(tmp_path / "other" / part / "tokenizer.json").read_text() for part in ("", "runs")] == ["[1]"] * 2
+    assert [(tmp_path / "other/runs" / run / "tokenizer.json").read_text() for run in "ab"] == ["[1]"] * 2
 
 
 def test_what_is_too_large_to_come_back_is_left_out_traces_first(folders, monkeypatch):
