@@ -72,14 +72,9 @@ def overview(comparison: Comparison) -> Table:
     rows = [["arm", "n", "loss", f"minus {results.baseline}", "p", "bpb", "FFN/tok", "speed-up", "ideal", "tokens/s"]]
     rows[0] += ["paper %"] if paper else []
     for arm in comparison.design.arms:
-        found = comparison.differences.get(arm)
         measured, ideal = speedups(results, arm, "learned")
         rows.append([
-            arm,
-            seeds(comparison, arm),
-            plus_minus(results.estimate(arm, "val_loss")),
-            signed(found),
-            p_value(found),
+            *_loss_cells(comparison, arm),
             number(results.mean(arm, "val_bits_per_byte")),
             number(results.mean(arm, "ffn_per_token"), ".2f"),
             number(measured, ".2f"),
@@ -92,18 +87,19 @@ def overview(comparison: Comparison) -> Table:
     return shown(rows, LEGEND)
 
 
+def _loss_cells(comparison: Comparison, arm: str) -> list[str]:
+    found = comparison.differences.get(arm)
+    loss = plus_minus(comparison.results.estimate(arm, "val_loss"))
+    return [arm, seeds(comparison, arm), loss, signed(found), p_value(found)]
+
+
 def quality_table(comparison: Comparison) -> Table:
     results, paper = comparison.results, comparison.design.paper
     rows = [["arm", "n", "validation loss", f"minus {results.baseline}", "p (Holm)", "bits per byte", "accuracy"]]
     rows[0] += ["paper: average, %", f"paper: minus {results.baseline}"] if paper else []
     for arm in comparison.design.arms:
-        found = comparison.differences.get(arm)
         rows.append([
-            arm,
-            seeds(comparison, arm),
-            plus_minus(results.estimate(arm, "val_loss")),
-            signed(found),
-            p_value(found),
+            *_loss_cells(comparison, arm),
             plus_minus(results.estimate(arm, "val_bits_per_byte")),
             plus_minus(results.estimate(arm, "val_accuracy")),
             *(_paper_quality(comparison, arm) if paper else ()),
