@@ -13,8 +13,11 @@ from moepp.sweeps.status import STATES, SweepStatus, TrialStatus, read_status
 LISTED = 20  # waiting trials by name
 
 
-def plan(call: SweepCall) -> None:
-    """Prints what `run` would train, what is held equal and how long it takes; trains nothing and tokenises nothing."""
+def plan(call: SweepCall, register: str | None = None) -> None:
+    """Prints what `run` would train, what is held equal and how long it takes; trains nothing and tokenises nothing.
+    Unless `register` is None the plan is registered, with the power that the records in that folder let expect (empty:
+    the sweep file says it).
+    """
     from moepp.sweeps.budgets import match_trials, require_match, table
     from moepp.sweeps.probe import step_seconds
     from moepp.sweeps.slots import threads
@@ -45,6 +48,10 @@ def plan(call: SweepCall) -> None:
     estimate = _duration(seconds * max(0, n * len(trials) - ended) / len(slots))
     most = ", less what is pruned" if sweep.pruner_at(call.scale) else ""
     print(f"time: about {estimate}{most} ({source}; {done} trials are done, {len(slots)} run at a time)")
+    if register is not None:
+        from moepp.sweeps.registration import register as write_plan
+
+        print("\n".join(write_plan(sweep, call.scale, trials, call.overrides, register)))
 
 
 def run(call: SweepCall, launcher: Sequence[str]) -> Path | None:

@@ -82,6 +82,7 @@ def _merged(
             _refuse_other_settings(folder, trial, path != folder.name, defaults != known.get("defaults"))
         entry = {"arm": trial.arm, "seed": trial.seed, "path": path, "steps": trial.config.trainer.steps}
         group = {"group": trial.group} if trial.group else {}
+        group |= {"length": trial.length, "of_arm": trial.of_arm} if trial.of_arm != trial.arm else {}
         promised[key] = {**entry, **group, "point": trial.point} if trial.point else {**entry, **group}
     if not (search and trials):  # a search promises no trial when it begins, and then one proposal after another
         asked = {(trial.arm, trial.seed) for trial in trials}

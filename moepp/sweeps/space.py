@@ -30,6 +30,7 @@ from typing import Any
 
 from moepp.errors import UsageError
 
+MOST_POINTS = 10_000
 DRAWS_PER_POINT = 1000  # before a random space counts as too small for its n
 Point = dict[str, Any]  # config key -> value
 
@@ -107,7 +108,9 @@ def _only(space: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
 def _grid(axes: Mapping[str, Any]) -> Iterator[Point]:
     for key, values in axes.items():
         if not isinstance(values, list) or not values:
-            raise UsageError(f"space.grid: {key} must be a list of values")
+            raise UsageError(f"space.grid: {key} must be a list of values, not {values}")
+    if (points := math.prod(map(len, axes.values()))) > MOST_POINTS:
+        raise UsageError(f"space.grid has {points:,} points; at most {MOST_POINTS:,} can be arms")
     for values in itertools.product(*axes.values()):
         yield dict(zip(axes, values, strict=True))
 
@@ -134,8 +137,12 @@ def _counted(kind: str, content: Mapping[str, Any]) -> tuple[int, dict[str, Axis
     if not {"n", "keys"} <= set(content) <= {"n", "seed", "keys"}:
         raise UsageError(f"space.{kind} must hold n, keys and, where it is not 0, seed")
     n, keys, seed = content["n"], content["keys"], content.get("seed", 0)
-    if type(n) is not int or n < 1 or type(seed) is not int or not isinstance(keys, Mapping) or not keys:
-        raise UsageError(f"space.{kind}: n and seed must be whole numbers, n at least 1, and keys a mapping")
+    whole = type(n) is int and 1 <= n <= MOST_POINTS and type(seed) is int
+    if not whole or not isinstance(keys, Mapping) or not keys:
+        raise UsageError(
+            f"space.{kind}: n={n} and seed={seed} must be whole numbers, n at least 1 and at most {MOST_POINTS:,}, and"
+            " keys a mapping"
+        )
     return n, {key: _axis(kind, key, axis) for key, axis in keys.items()}, seed
 
 
@@ -148,6 +155,8 @@ def _axis(space: str, key: str, axis: Any) -> Axis:
     log, arms = axis.pop("log", False), axis.pop("arms", []) if space == "tpe" else []
     if len(axis) != 1 or type(log) is not bool or not isinstance(arms, list):
         raise wrong
+    if not all(isinstance(arm, str) for arm in arms):
+        raise wrong
     kind, values = next(iter(axis.items()))
     if kind == "choice" and isinstance(values, list) and values and not log:
         return Axis(kind, tuple(values), arms=tuple(arms))
@@ -155,7 +164,9 @@ def _axis(space: str, key: str, axis: Any) -> Axis:
         raise wrong
     number = int if kind == "int" else (int, float)
     low, high = values
-    if not all(isinstance(v, number) and type(v) is not bool for v in values) or low > high or (log and low <= 0):
+    if not all(isinstance(v, number) and type(v) is not bool and math.isfinite(v) for v in values):
+        raise wrong
+    if low > high or (log and low <= 0):
         raise wrong
     return Axis(kind, (low, high), log, tuple(arms))
 

@@ -2,13 +2,15 @@
 
 import copy
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moepp.config import compose, flatten, load
 from moepp.errors import UsageError
+from moepp.layers.bounds import Bounded, Count, Positive, Seed, Whole, refusals
 from moepp.plugins import listed
 from moepp.shipped import SWEEPS, first_file, names, overlaid
 from moepp.sweeps import pruning
@@ -19,12 +21,14 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Scale:
+class Scale(Bounded, key="scales"):
     """What a scale changes in every arm. `set` holds overrides as on the command line."""
 
     set: list[str] = field(default_factory=list)
-    seeds: list[int] | None = None  # in place of the sweep's, as are the following
-    proposals: int | None = None  # n of a search
+    arms: list[str] = field(default_factory=list)  # a choice among the sweep's, the baseline among them; empty: all
+    seeds: str | list[int] | None = None  # in place of the sweep's, as are the following
+    lengths: list[Positive] | None = None
+    proposals: Count | None = None  # n of a search
     pruner: dict[str, Any] | None = None
 
 
@@ -34,6 +38,23 @@ class Contrast:
 
     arms: list[str] = field(default_factory=list)
     minus: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Primary(Bounded, key="primary"):
+    """The one difference that answers the question; all others are secondary."""
+
+    contrast: str = ""  # of `contrasts`, or an arm, which is then compared with the baseline
+    smallest: Positive | None = None  # nats per token; a smaller difference does not matter
+    sd: Positive | None = None  # of the difference over seeds, as far as it is known before anything runs
+
+
+@dataclass
+class Exclusions(Bounded, key="exclusions"):
+    """Which finished runs a report leaves out. It always says what it would have found with them."""
+
+    loss_above_step: Count | None = None  # runs that end above their own validation loss at this step: they diverged
+    share_off_target: Positive | None = None  # runs whose FFN share of all slots ends further than this from its target
 
 
 @dataclass
@@ -47,7 +68,7 @@ class Trend:
 
 
 @dataclass
-class Sweep:
+class Sweep(Bounded):
     """A file of sweeps/. An arm holds what it changes: a list of overrides, or a mapping shaped like the config.
 
     `match` is checked within 1 % before anything runs (moepp/sweeps/budgets.py).
@@ -64,15 +85,21 @@ class Sweep:
     space: dict[str, Any] = field(default_factory=dict)  # more arms, or a search in each: moepp/sweeps/space.py
     pruner: dict[str, Any] = field(default_factory=dict)  # of what the space adds: moepp/sweeps/pruning.py
     storage: str = ""  # database of a search, as a URL; empty: a journal beside the records
-    seeds: list[int] = field(default_factory=lambda: [0])
+    seeds: str | list[int] = field(default_factory=lambda: [0])  # or a range, such as 0..19
     match: Literal["tokens", "total_params", "active_params", "flops_per_token", "wallclock", "none"] = (
         "tokens"  # held equal
     )
     objective: str = "final/val_loss"  # minimised by a search
-    retries: int = 1  # times that a crashed trial is started again
+    lengths: list[Positive] = field(default_factory=list)  # times the steps: more runs, each with its schedule to its end
+    lengthened: list[str] = field(default_factory=list)  # arms that have them; the baseline alone where none is named
+    retries: Whole = 1  # times that a crashed trial is started again
     contrasts: dict[str, Contrast] = field(default_factory=dict)  # of the report: effects beside those of single arms
     trend: Trend | None = None
+    primary: Primary | None = None
+    exclusions: Exclusions = field(default_factory=Exclusions)
+    registered: Literal["before the start", "after the start"] = "before the start"  # moepp/sweeps/registration.py
     notes: list[str] = field(default_factory=list)  # what is to be known when the report is read
+    file: str = ""  # where all this was read, for what is wrong with it to be found
 
     @property
     def title(self) -> str:
@@ -95,18 +122,33 @@ class Sweep:
             raise UsageError(_unknown("scale", name, self.scales))
         return self.scales[name]
 
+    def arms_at(self, scale: str) -> dict[str, Any]:
+        return {arm: self.arms[arm] for arm in self.scale(scale).arms or self.arms if arm in self.arms}
+
+    def contrasts_at(self, scale: str) -> dict[str, Contrast]:
+        """Those whose arms the scale trains."""
+        arms = self.arms_at(scale).keys()
+        return {name: c for name, c in self.contrasts.items() if {*c.arms, *c.minus} <= arms}
+
     def search(self, scale: str) -> SearchSpace | None:
         """None where all arms are known from the start."""
         found, n = search_space(self.space), self.scale(scale).proposals
         return replace(found, n=n) if found and n else found
+
+    def lengths_at(self, scale: str) -> list[float]:
+        """Beside 1, the longest first: it is the trunk from which the others branch."""
+        own = self.scale(scale).lengths
+        return sorted(set(self.lengths if own is None else own) - {1.0}, reverse=True)
 
     def pruner_at(self, scale: str) -> dict[str, Any]:
         own = self.scale(scale).pruner
         return self.pruner if own is None else own
 
     def chosen_seeds(self, scale: str, seeds: Sequence[int] | None = None) -> list[int]:
-        """Those the caller names, else the scale's, else the sweep's. Raises UsageError where they repeat."""
+        """Those the caller names, else the scale's, else the sweep's. Raises UsageError for what is none, or repeats."""
         chosen = list(seeds or self.scale(scale).seeds or self.seeds)
+        for refusal in refusals(list[Seed], chosen, "seed"):
+            raise UsageError(refusal)
         if len(set(chosen)) < len(chosen):
             raise UsageError(f"seeds {chosen} of sweep {self.name} repeat; each seed is one run per arm")
         return chosen
@@ -120,13 +162,22 @@ class Sweep:
         """
         seeds, pruned = self.chosen_seeds(scale, seeds), expand(self.space) if self.pruner_at(scale) else {}
         # To compose takes tens of milliseconds, which a copy for each seed does not.
-        configs = {arm: self._compose(arm, _layers(changes), scale, extra) for arm, changes in self.arms.items()}
+        configs = {arm: self._compose(arm, _layers(changes), scale, extra) for arm, changes in self.arms_at(scale).items()}
         self._check_axis(configs)
         groups = {arm: "space" if arm in pruned and arm != self.baseline else "" for arm in configs}
         trials = [Trial(a, s, _seeded(config, s), groups[a]) for s in seeds for a, config in configs.items()]
+        trials += self._lengthened(trials, self.lengths_at(scale))
         _refuse_equal_arms(trials)
         _refuse_rungs_between_validations(pruning.parse(self.pruner_at(scale)), trials)
         return trials
+
+    def _lengthened(self, trials: Sequence["Trial"], lengths: Sequence[float]) -> list["Trial"]:
+        chosen = [trial for trial in trials if trial.arm in (self.lengthened or [self.baseline])] if lengths else []
+        longer = [_at_length(trial, length) for length in lengths for trial in chosen]
+        for trial in (*longer, *chosen):
+            steps = {other.config.trainer.steps for other in (*longer, *chosen) if other.of_arm == trial.of_arm}
+            _keep_branch_points(trial.config, steps)
+        return longer
 
     def _check_axis(self, configs: Mapping[str, "RunConfig"]) -> None:
         drawn = {arm for arms in self.trend.series.values() for arm in arms} if self.trend else set()
@@ -170,7 +221,19 @@ class Sweep:
         from moepp.training.settings import RunConfig
 
         named = [{"plugins": self.plugins}] if self.plugins else []
-        config = compose(RunConfig, [*named, *self.base, *self.scale(scale).set, *layers, *extra])
+        begun = [*named, *self.base]
+        everywhere = [*begun, *self.scale(scale).set]
+        try:
+            config = compose(RunConfig, [*everywhere, *layers, *extra])
+        except UsageError:  # whose fault is it?
+            compose(RunConfig, extra)
+            with _in(f"{self.file or self.name}: base"):
+                compose(RunConfig, begun)
+            with _in(f"{self.file or self.name}: scale {scale}"):
+                compose(RunConfig, everywhere)
+            with _in(f"{self.file or self.name}: arm {arm}"):
+                compose(RunConfig, [*everywhere, *layers, *extra])
+            raise
         config.name = f"{self.name}-{scale}"
         config.tags |= self._tags(scale, arm)
         return config
@@ -189,6 +252,11 @@ class Trial:
     config: "RunConfig"
     group: str = ""  # those of a group may be pruned against each other
     point: Point = field(default_factory=dict)  # what a search has proposed
+    length: float = 1.0  # of its training, in that of its arm
+    of_arm: str = ""  # whose training it shortens or lengthens: such a trial is no arm of the sweep
+
+    def __post_init__(self) -> None:
+        self.of_arm = self.of_arm or self.arm
 
     @property
     def directory(self) -> Path:
@@ -208,7 +276,17 @@ def read_sweep(name_or_path: str) -> Sweep:
         path = first_file(folders, f"{name_or_path}.yaml")
         if path is None:
             raise UsageError(_unknown("sweep", name_or_path, names(folders)))
+    with _in(str(path)):
+        return _read(path)
+
+
+def _read(path: Path) -> Sweep:
     sweep = load(Sweep, path)
+    if sweep.file:
+        raise UsageError("unknown key file")
+    sweep.file = str(path)
+    for key, owner in {"": sweep, **{f"scales.{name}.": scale for name, scale in sweep.scales.items()}}.items():
+        owner.seeds = owner.seeds and _seed_list(path, f"{key}seeds", owner.seeds)
     sweep.plugins = [_beside(path, plugin) for plugin in listed(sweep.plugins)]
     if sweep.pruner and not sweep.space:
         raise UsageError(f"{path}: pruner needs a space; named arms are there to be compared, and run to their end")
@@ -222,20 +300,65 @@ def read_sweep(name_or_path: str) -> Sweep:
     for key in ("name", "question", "scales", "arms", "baseline", "seeds"):
         if not getattr(sweep, key):
             raise UsageError(f"{path}: {key} is missing")
-    if sweep.retries < 0:
-        raise UsageError(f"{path}: retries={sweep.retries} must not be negative")
     if sweep.baseline not in sweep.arms:
         raise UsageError(f"{path}: {_unknown('baseline', sweep.baseline, sweep.arms)}")
     search = search_space(sweep.space)
     for key, axis in search.axes.items() if search else ():
         if unknown := set(axis.arms) - set(sweep.arms):
             raise UsageError(f"{path}: space.tpe: {key}: {_unknown('arm', min(unknown), sweep.arms)}")
-    for arm, changes in sweep.arms.items():
-        if not isinstance(changes, dict | list):
-            raise UsageError(f"{path}: arm {arm} must be a list of overrides or a mapping shaped like the config")
+    sweep.arms = {arm: _changes(arm, changes) for arm, changes in sweep.arms.items()}
     _refuse_equal_names(path, sweep.arms)
+    _check_lengths(path, sweep, searched=search is not None)
     _check_report_keys(path, sweep, searched=search is not None)
+    for name, scale in sweep.scales.items():
+        _check_scale_arms(f"{path}: scales: {name}: arms", sweep, scale.arms, searched=search is not None)
     return sweep
+
+
+def _check_lengths(path: Path, sweep: Sweep, searched: bool) -> None:
+    if searched and (sweep.lengths or any(scale.lengths for scale in sweep.scales.values())):
+        raise UsageError(f"{path}: lengths={sweep.lengths} are of named arms; a search has none to train for longer")
+    if unknown := [arm for arm in sweep.lengthened if arm not in sweep.arms]:
+        raise UsageError(f"{path}: lengthened: {_unknown('arm', unknown[0], sweep.arms)}")
+
+
+def seed_range(word: str) -> list[int] | None:
+    """`0..19` as the whole numbers from the first to the last; None for what is no range."""
+    first, dots, last = word.partition("..")
+    if not dots or not first.isdecimal() or not last.isdecimal() or int(last) < int(first):
+        return None
+    return list(range(int(first), int(last) + 1))
+
+
+def _seed_list(path: Path, key: str, seeds: Any) -> list[int]:
+    if isinstance(seeds, str):
+        found = seed_range(seeds)
+    else:
+        found = seeds if isinstance(seeds, list) and all(type(s) is int and s >= 0 for s in seeds) else None
+    if found is None:
+        raise UsageError(f"{path}: {key}={seeds} must be a list of whole numbers or a range such as 0..19")
+    return found
+
+
+def _check_scale_arms(key: str, sweep: Sweep, arms: Sequence[str], searched: bool) -> None:
+    if arms and searched:
+        raise UsageError(f"{key}: a search goes through all of its arms")
+    if unknown := [arm for arm in arms if arm not in sweep.arms]:
+        raise UsageError(f"{key}: {_unknown('arm', unknown[0], sweep.arms)}")
+    primary = sweep.contrasts.get(sweep.primary.contrast) if sweep.primary else None
+    needed = {sweep.baseline, *(primary.arms + primary.minus if primary else ())}
+    needed |= {sweep.primary.contrast} if sweep.primary and not primary else set()
+    if arms and (left_out := sorted(needed - set(arms))):
+        raise UsageError(f"{key}: {left_out[0]} is missing; the baseline and the arms of the primary contrast must stay")
+
+
+@contextmanager
+def _in(place: str) -> Iterator[None]:
+    """What is wrong in the block is said with the place, once."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(str(error) if place in str(error) else f"{place}: {error}") from None
 
 
 def _beside(path: Path, plugin: str) -> str:
@@ -249,6 +372,8 @@ def _check_report_keys(path: Path, sweep: Sweep, searched: bool) -> None:
         named |= {f"trend: {name}": arms for name, arms in sweep.trend.series.items()}
         if not sweep.trend.x or not sweep.trend.series:
             raise UsageError(f"{path}: trend needs x, a key of the config, and series, names with their arms")
+    if sweep.primary:
+        named["primary"] = _check_primary(path, sweep, sweep.primary)
     if searched and named:
         raise UsageError(f"{path}: {min(named)}: a search trains proposals, not its arms as they stand")
     for key, arms in named.items():
@@ -257,6 +382,14 @@ def _check_report_keys(path: Path, sweep: Sweep, searched: bool) -> None:
     for name, sides in sweep.contrasts.items():
         if not sides.arms or not sides.minus or set(sides.arms) & set(sides.minus):
             raise UsageError(f"{path}: contrasts: {name}: needs arms, and others to take off as minus")
+
+
+def _check_primary(path: Path, sweep: Sweep, primary: Primary) -> list[str]:
+    """Returns its arms."""
+    choices = [*sweep.contrasts, *(arm for arm in sweep.arms if arm != sweep.baseline)]
+    if primary.contrast not in choices:
+        raise UsageError(f"{path}: primary: {_unknown('contrast', primary.contrast, choices)}")
+    return [] if primary.contrast in sweep.contrasts else [primary.contrast]
 
 
 def _refuse_equal_names(path: Path, arms: Iterable[str]) -> None:
@@ -277,8 +410,37 @@ def _refuse_rungs_between_validations(halving: pruning.SuccessiveHalving | None,
             )
 
 
+def _changes(arm: str, changes: Any) -> list[Any] | dict[str, Any]:
+    """What an arm changes; lists in its list, as anchors make them, count as one."""
+    if isinstance(changes, list):
+        parts = [_changes(arm, part) if isinstance(part, list) else [part] for part in changes]
+        changes = [change for part in parts for change in part]
+    if not isinstance(changes, dict | list) or not all(isinstance(change, str | dict) for change in changes):
+        raise UsageError(
+            f"arm {arm} must be a list of overrides or a mapping shaped like the config, [] for none, not {changes}"
+        )
+    return changes
+
+
 def _layers(changes: Any) -> list[Any]:
     return [changes] if isinstance(changes, dict) else list(changes)
+
+
+def _at_length(trial: "Trial", length: float) -> "Trial":
+    config = copy.deepcopy(trial.config)
+    config.trainer.steps = max(1, round(length * config.trainer.steps))
+    name = f"{trial.arm}, {length:g} times the tokens"
+    config.tags |= {"arm": name, "length": f"{length:g}"}
+    return replace(trial, arm=name, config=config, group="", length=length, of_arm=trial.arm)
+
+
+def _keep_branch_points(config: "RunConfig", ends: Iterable[int]) -> None:
+    """Of warmup-stable-decay the runs to all `ends` are one until their decays begin: it is trained once, and what its
+    first runs keep there the others begin with (arXiv 2405.18392).
+    """
+    if config.optim.schedule == "wsd":
+        starts = sorted({config.optim.decay_start(steps) for steps in ends})
+        config.trainer.keep_at = [s for s in starts if 0 < s <= config.optim.decay_start(config.trainer.steps)]
 
 
 def _seeded(config: "RunConfig", seed: int) -> "RunConfig":
