@@ -1,9 +1,13 @@
-# `make ablation`: everything from nothing to the table. `make test`: the whole test suite. Both build .venv on first use.
+# `make demo`: a first picture. `make ablation`: everything from nothing to the table. `make test`: the whole test suite. Each builds
+# .venv on first use.
 PYTHON ?= python3
 BIN := .venv/bin
 SCALE ?= laptop
 
-.PHONY: ablation test ui clean
+.PHONY: demo ablation test ui clean
+
+demo: .venv/installed
+	$(BIN)/python run.py demo
 
 ablation: .venv/installed
 	$(BIN)/python run.py reproduce table5 --scale $(SCALE)

@@ -52,6 +52,7 @@ EXPERIMENT = Experiment(
     measure=measure,
     reference="Fig. 4, A-E",
     runs=(Runs(SWEEP, (ARM,)),),
+    of_routing=True,
     options=OPTIONS,
     paper=(
         Table("paper", "Layer 12 of the 7B/(16+4)E, tau 0.75.",

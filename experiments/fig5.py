@@ -22,6 +22,7 @@ def measure(context: Context) -> Findings:
     from moepp.routing.measure import token_uses
     from moepp.routing.token_report import (
         claims,
+        frequency_table,
         label_plot,
         paper_plot,
         paper_table,
@@ -31,22 +32,23 @@ def measure(context: Context) -> Findings:
     )
 
     uses, about = token_uses(context, SWEEP, ARM)
-    tags, parts, paper = tag_table(uses), part_table(uses), paper_table(uses, PAPER)
+    tags, parts, frequency, paper = tag_table(uses), part_table(uses), frequency_table(uses), paper_table(uses, PAPER)
     plots = [string_plot(uses), paper_plot(paper), label_plot(parts, "by_part", "part")]
     if tags:
         plots.append(label_plot(tags, "by_tag", "part of speech"))
-    tables = (tags, parts, paper) if tags else (parts, paper)
+    tables = (*([tags] if tags else []), parts, frequency, paper)
     return Findings(tables, tuple(plots), claims(uses), (about,))
 
 
 EXPERIMENT = Experiment(
     name="fig5",
     title="FFN experts by token",
-    question="Which tokens use many FFN experts?",
+    question="Which tokens use many FFN experts: verbs, whole words, frequent ones, or those with a high loss?",
     expected="word fragments use fewer FFN experts than whole words; verbs and nouns may not differ",
     measure=measure,
     reference="Fig. 5",
     runs=(Runs(SWEEP, (ARM,)),),
+    of_routing=True,
     options={
         "pos": 'text with parts of speech, JSONL(.gz) of {"words": [...], "pos": [...]}',
         "words": "how many words to route",
@@ -60,7 +62,10 @@ EXPERIMENT = Experiment(
         "Every token of the texts counts; strings are named in the figure by rank, not by choice.",
         "A word has a letter: punctuation and numbers are neither words nor fragments, and stand apart in the tables.",
         "Fragments are tokens that hold part of a word only. How many words are split depends on the tokenizer.",
-        "Verbs are the words tagged VERB or AUX, nouns those tagged NOUN (names, PROPN, are other words). Verbs, nouns"
-        " and other words are compared as whole words: a class whose words are split more often has more fragments.",
+        "Verbs are the words tagged VERB; auxiliaries (AUX), which are most of the verbs' tokens, are judged apart."
+        " Nouns are those tagged NOUN (names, PROPN, are other words). All are compared as whole words: a class whose"
+        " words are split more often has more fragments.",
+        "Frequency is counted in these texts. A token's loss is that of predicting it; its FFN experts are those that"
+        " it is itself sent to.",
     ),
 )  # fmt: skip

@@ -30,6 +30,7 @@ EXPERIMENT = Experiment(
     measure=measure,
     reference="Fig. 6",
     runs=(Runs(SWEEP, (WITH, WITHOUT)),),
+    of_routing=True,
     options={
         "tasks_dir": "folder with WinoGrande as JSONL(.gz) in the columns of lm-evaluation-harness",
         "limit": "examples of each group of texts",

@@ -30,6 +30,7 @@ EXPERIMENT = Experiment(
     measure=measure,
     reference="App. D",
     runs=(Runs(SWEEP, (ARM,)),),
+    of_routing=True,
     options=OPTIONS,
     notes=(
         "How hard a task is: bits per byte of the gold answers under the same model (of the whole text where there are"

@@ -1,208 +1,219 @@
 """The commands. Every import that costs time happens inside the command that needs it."""
 
-import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from moepp.errors import Interrupted, RunError, UsageError, reason
+import click
+
+from moepp import __version__
+from moepp.errors import Interrupted, RunError, UsageError
+from moepp.grammar import Group, Number, Several, run
+from moepp.layers.bounds import Count, NotNegative, Range, Seed, Whole
+from moepp.program import program
 
 if TYPE_CHECKING:
     from moepp.sweeps.launchers.call import SweepCall
     from moepp.training.settings import RunConfig
 
-OVERRIDES = "config values: group=fragment (size=tiny, data=text) or dotted.key=value (model.top_k=1); see conf/"
+DIRECTORY = click.Path(path_type=Path)
+SWEEP_ACTIONS = {
+    "plan": "trials, budgets and time, without training",
+    "run": "all that is not done, here or with launcher=slurm or launcher=ray",
+    "status": "what is done, running, failed and waiting",
+    "work": "one trial at a time, beside others that share the records",
+    "retry": "forget failures, for the next run or work to try again",
+    "pack": "finished trials, without weights, into results/<sweep>/<scale>",
+    "unpack": "back from there",
+}
 
-SWEEP_ACTIONS = (
-    "plan: trials, budgets and time, without training; run: everything that is not done, on this machine or with"
-    " launcher=slurm or launcher=ray; status: what is done, running,"
-    " failed and waiting; work: one trial at a time, beside any number of workers that share the folder of records"
-    " (--workers: how many share this machine); retry: forget failures, for the next run or work to try again"
+out = click.option("--out", type=DIRECTORY, metavar="DIR", help="Write DIR/<name>/<scale>/; else beside the records.")
+overrides = click.argument("overrides", nargs=-1, metavar="[key=value]...")
+scale = click.option(
+    "--scale", default="laptop", help="smoke, laptop, gpu or paper, as the sweep file defines them.", show_default=True
 )
+workers = click.option(
+    "--workers", type=Number(Whole), default=0, help="Trials at a time; 0: one per core, one per GPU."
+)
+seeds = click.option(
+    "--seeds", type=Several(Number(Seed)), help="Instead of the sweep file's; a range such as 0..19 is taken too."
+)
+minutes = partial(click.option, "--minutes", type=Number(NotNegative))
+tasks = partial(click.option, "--tasks", help="`paper`: the paper's eleven; or names, as sciq,piqa,boolq:0.")
+tasks_dir = click.option("--tasks-dir", metavar="DIR", help="Local task data, <task>.jsonl[.gz]; else the hub's.")
+limit = click.option("--limit", type=Number(Count), help="Examples of each task at most, in all of its parts.")
+
+
+@click.group(
+    cls=Group,
+    invoke_without_command=True,
+    context_settings={"show_default": True, "help_option_names": ["-h", "--help"]},
+    epilog="Values of the config are written key=value and chosen by fragments, as model=vanilla: `keys` lists them.",
+)
+@click.version_option(__version__, prog_name="moepp")
+@click.pass_context
+def commands(context: click.Context) -> None:
+    """MoE++: train, ablate, compare."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
-    if rest and hasattr(options, "overrides") and all("=" in word and word[0] != "-" for word in rest):
-        options.overrides += rest  # argparse takes positional words in one place only; ours may stand anywhere
-    elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if hasattr(options, "overrides"):
-        options.overrides += getattr(options, "after_seeds", [])
-    if not hasattr(options, "command"):
-        parser.print_help()
-        return 0
-    try:
-        options.command(options)
-    except (UsageError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:  # a folder that is not there, is none, or must not be read or written
-        where = f"cannot read or write {error.filename}: " if error.filename else ""
-        print(f"error: {where}{reason(error)}", file=sys.stderr)
-        return RunError.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        return 130
-    return 0
+    return run(commands, arguments)
 
 
-class _Seeds(argparse.Action):
-    """The numbers after --seeds. argparse gives an option all words that follow, so overrides among them go on."""
+@commands.command(examples=["", "seed=1 runs=/tmp/runs"])
+@overrides
+def demo(overrides: Sequence[str]) -> None:
+    """Train a tiny MoE++ and a vanilla MoE side by side, in a minute; draw what came of it."""
+    from moepp.demo import demo
 
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
-        numbers = [word for word in values if "=" not in word]
-        for word in numbers:
-            if not word.isdecimal():
-                raise argparse.ArgumentError(self, f"'{word}' is not a whole number")
-        if not numbers:
-            raise argparse.ArgumentError(self, "expected at least one number")
-        namespace.seeds = [int(word) for word in numbers]
-        namespace.after_seeds = [word for word in values if "=" in word]
+    print(f"open {demo(overrides)} in a browser; next: `{program()} reproduce table5`")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="run.py", description="MoE++: train, ablate, compare.")
-    commands = parser.add_subparsers(title="commands", metavar="")
+@commands.command(examples=["--list", "table5 --scale smoke", "table3 model.gate=softmax runs=runs/softmax"])
+@click.argument("experiment", required=False)
+@click.option("--list", "listed", is_flag=True, help="List the experiments and the sweeps.")
+@workers
+@seeds
+@tasks()
+@tasks_dir
+@limit
+@out
+@scale
+@overrides
+def reproduce(experiment: str | None, listed: bool, workers: int, scale: str, **asked: Any) -> None:
+    """Make a table or figure of the paper and print ours beside it.
 
-    def add(name: str, command: Callable[[argparse.Namespace], None], summary: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=summary, description=summary)
-        sub.set_defaults(command=command)
-        return sub
+    EXPERIMENT is an experiment, a sweep, the path of a sweep file, or a folder of its records.
+    """
+    from moepp.reports.reproduce import listing, reproduce
 
-    def add_overrides(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
-
-    def add_scale(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument(
-            "--scale", default="laptop", help="smoke, laptop, gpu or paper, as the sweep file defines them"
-        )
-
-    def add_what(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument(
-            "experiment", nargs="?", help="an experiment, a sweep, the path of a sweep file, or a folder of its records"
-        )
-        sub.add_argument("--out", type=Path, metavar="DIR", help="write DIR/<name>/<scale>/; else beside the records")
-
-    def add_tasks(sub: argparse.ArgumentParser, default: str | None) -> None:
-        sub.add_argument("--tasks", default=default, help="`paper`: the paper's eleven; or names, as sciq,piqa,boolq:0")
-        sub.add_argument("--tasks-dir", metavar="DIR", help="local task data, <task>.jsonl[.gz]; else the hub's")
-        sub.add_argument("--limit", type=int, help="examples of each task at most, in all of its parts")
-
-    reproduce = add("reproduce", _reproduce, "make a table or figure of the paper and print ours beside it")
-    add_what(reproduce)
-    reproduce.add_argument("--list", action="store_true", help="list the experiments and the sweeps")
-    reproduce.add_argument("--workers", type=int, default=0, help="trials at a time; 0: one per core, one per GPU")
-    reproduce.add_argument("--seeds", action=_Seeds, nargs="+", help="instead of the sweep file's")
-    add_tasks(reproduce, default=None)
-    add_scale(reproduce)
-    add_overrides(reproduce)
-
-    sweep = add("sweep", _sweep, "plan, run, watch or share a sweep, with the same arguments for each")
-    sweep.add_argument("action", choices=["plan", "run", "status", "work", "retry"], help=SWEEP_ACTIONS)
-    sweep.add_argument("sweep", help="a file of sweeps/, such as routers, or the path of your own")
-    sweep.add_argument("--workers", type=int, default=0, help="trials at a time; 0: one per core, one per GPU")
-    sweep.add_argument("--seeds", action=_Seeds, nargs="+", help="instead of the sweep file's")
-    sweep.add_argument("--minutes", type=float, help="of `run`: no trial begins that would not end in time")
-    add_scale(sweep)
-    add_overrides(sweep)
-
-    report = add("report", _report, "rebuild a report from the run records, without training")
-    add_what(report)
-    report.add_argument("--all", action="store_true", help="write results/index.html, all reports on one page")
-    report.add_argument("--runs", default="runs", help="folder of the run records")
-    add_scale(report)
-
-    train = add("train", _train, "train one model, or continue it")
-    train.add_argument("--dry-run", action="store_true", help="print size, tokens, FLOPs, GPU hours, memory; then stop")
-    add_overrides(train)
-
-    prepare = add("prepare", _prepare, "tokenise a corpus and print the folder of token files")
-    add_overrides(prepare)
-
-    generate = add("generate", _generate, "continue a prompt with a trained run")
-    generate.add_argument("run", type=Path, help="directory of a finished run")
-    generate.add_argument("--prompt", default="The state of the Union", help="text to continue")
-    generate.add_argument("--tokens", type=int, default=64, help="how many tokens to add")
-    generate.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
-    generate.add_argument("--seed", type=int, default=0, help="of the sampling")
-
-    evaluate = add("evaluate", _evaluate, "score a trained run or a released checkpoint on the paper's tasks or others")
-    evaluate.add_argument("checkpoint", type=Path, help="run directory, *.ckpt file, or folder in the released layout")
-    add_tasks(evaluate, default="paper")
-    evaluate.add_argument("--batch-tokens", type=int, default=4096, help="padded tokens per batch")
-
-    compare = add("compare", _compare, "two runs, or two arms of a sweep, side by side")
-    compare.add_argument("a", metavar="A", help="a run directory, or SWEEP_DIRECTORY:ARM")
-    compare.add_argument("b", metavar="B", help="what to compare it with, in the same form")
-
-    rerun = add("rerun", _rerun, "repeat a finished run from its record and compare the losses")
-    rerun.add_argument("run", type=Path, help="directory of a finished run")
-
-    ui = add("ui", _ui, "open the MLflow UI on the runs, on this machine only")
-    ui.add_argument("sweep", nargs="?", help="a file of sweeps/, such as tau; without it, the newest one opens")
-    ui.add_argument("--port", type=int, default=5000)
-    add_scale(ui)
-    add_overrides(ui)
-
-    sync = add("sync", _sync, "bring MLflow up to the run records")
-    add_overrides(sync)
-
-    bench = add("bench", _bench, "time the device, the expert layer beside its floor and its peers, or training")
-    bench.add_argument("what", choices=["card", "layer", "training", "parallel"])
-    bench.add_argument("--scale", help="smoke, laptop, gpu or paper, as far as the benchmark has them")
-    bench.add_argument("--minutes", type=float, help="measure nothing that would not end in time, and say what")
-    bench.add_argument("--ffn", type=int, nargs="+", choices=[8, 16, 32, 64], help="FFN experts of the sets to measure")
-    bench.add_argument(
-        "--devices", type=int, help="of `bench parallel`: a process each, on GPUs where there are any (4)"
-    )
-    bench.add_argument("--routing", nargs="+", choices=["learned", "balanced"])
-    bench.add_argument("--tokens", type=int, nargs="+")
-    bench.add_argument("--repeats", type=int)
-    bench.add_argument(
-        "--out",
-        type=Path,
-        help="folder of the results, where the same command goes on with what is"
-        " missing; default: results/bench_<what>/latest",
-    )
-
-    trial = add("trial", _trial, "train a frozen config in its own directory (what a sweep starts for each trial)")
-    trial.add_argument("config", type=Path, help="config.yaml of a run directory")
-    add("fork-server", _fork_server, "fork trials as the sweep at the other end of standard input asks")
-    return parser
+    if listed or experiment is None:
+        print("\n".join(listing()))
+        return
+    options = {name: asked[name] for name in ("tasks", "tasks_dir", "limit")}
+    flags = {name: str(value) for name, value in options.items() if value is not None}
+    reproduce(experiment, scale, workers, asked["overrides"], asked["seeds"], flags, asked["out"])
 
 
-def _train(options: argparse.Namespace) -> None:
+@commands.command(
+    help="Plan, run, watch or share a sweep.\n\n"
+    "SWEEP is a file of sweeps/, such as routers, or the path of your own.\n\n\b\n"
+    + "\n".join(f"{action:<8}{meaning}" for action, meaning in SWEEP_ACTIONS.items()),
+    examples=["plan routers", "run tau --workers 2", "status tau runs=runs/softmax", "run routers launcher=slurm"],
+)
+@click.argument("action", type=click.Choice(list(SWEEP_ACTIONS)))
+@click.argument("sweep")
+@workers
+@seeds
+@minutes(help="Of `run`: no trial begins that would not end in time.")
+@click.option(
+    "--register",
+    type=Several(click.STRING),
+    metavar="[RECORDS]",
+    help="Of `plan`: write results/<sweep>/<scale>/plan.json, what will be compared and how it will be judged; the"
+    " deviation over seeds is that of an earlier sweep's records, else the file's.",
+)
+@scale
+@overrides
+def sweep(action: str, minutes: float | None, register: list[str] | None, **asked: Any) -> None:
+    from moepp.sweeps import commands
+
+    for flag, value, of in (("--minutes", minutes, "run"), ("--register", register, "plan")):
+        if value is not None and action != of:
+            raise UsageError(f"{flag} belongs to `sweep {of}`, not to `sweep {action}`")
+    call, launcher = _call(**asked)
+    if minutes is not None:
+        call = replace(call, minutes=minutes)
+    if action == "plan":
+        commands.plan(call, register and register[0])
+    elif action == "run":
+        if directory := commands.run(call, launcher):
+            from moepp.reports.reproduce import report_sweep
+
+            report_sweep(call.sweep, directory)
+    else:
+        getattr(commands, action)(call)
+
+
+def _call(
+    sweep: str, scale: str, workers: int, overrides: Sequence[str], seeds: Sequence[int] | None
+) -> "tuple[SweepCall, list[str]]":
+    """The sweep as it was asked for, and the words that say where it shall run."""
+    from moepp.sweeps.launchers import split
+    from moepp.sweeps.launchers.call import SweepCall
+
+    launcher, overrides = split(overrides)
+    return SweepCall(sweep, scale, workers, overrides, seeds), launcher
+
+
+@commands.command(examples=["table5", "tau --scale smoke runs=runs/softmax", "--all"])
+@click.argument("experiment", required=False)
+@click.option("--all", "everything", is_flag=True, help="Write results/index.html, all reports on one page.")
+@click.option("--runs", default="runs", help="Folder of the run records.")
+@out
+@scale
+def report(experiment: str | None, everything: bool, runs: str, out: Path | None, scale: str) -> None:
+    """Rebuild a report from the run records, without training.
+
+    EXPERIMENT is an experiment, a sweep, the path of a sweep file, or a folder of its records.
+    """
+    from moepp.reports.reproduce import page, report
+
+    if everything:
+        print(f"open {page()} in a browser")
+        return
+    if experiment is None:
+        raise UsageError(f"name an experiment or a sweep (`{program()} reproduce --list`), or give --all")
+    report(experiment, scale, runs, out)
+
+
+@commands.command(
+    examples=[
+        "size=tiny model=vanilla seed=3",
+        "data=text data.path='books/*.txt.gz'",
+        "recipe=s1 size=1b --dry-run",
+        "--config runs/train/<hash>/config.yaml optim.lr=1e-3",
+    ]
+)
+@click.option("--config", type=DIRECTORY, metavar="FILE", help="A run's config.yaml, in place of conf/base.yaml.")
+@click.option("--dry-run", is_flag=True, help="Print size, tokens, FLOPs, GPU hours, memory; then stop.")
+@overrides
+def train(config: Path | None, dry_run: bool, overrides: Sequence[str]) -> None:
+    """Train one model, or continue it."""
     from moepp.config import compose
     from moepp.training.settings import RunConfig, run_directory
 
-    config = compose(RunConfig, options.overrides)
-    if options.dry_run:
+    asked = compose(RunConfig, overrides, base=config)
+    if config and any(word.startswith(("data=", "data.")) for word in overrides):
+        asked.data.digest = ""  # of other tokens
+    if dry_run:
         from moepp.training.estimate import estimate
 
-        print("\n".join(estimate(config)))
+        print("\n".join(estimate(asked)))
         return
     from moepp.process import no_collections
 
     with no_collections():
         from moepp.training.ranks.rank import Rank
         from moepp.training.run import freeze, train
+        from moepp.training.summary import summary
 
-    config = freeze(config)
-    directory = run_directory(config)
-    if not Rank.here().keeps_record(config):
-        train(config, directory)
+    asked = freeze(asked)
+    directory = run_directory(asked)
+    if not Rank.here().keeps_record(asked):
+        train(asked, directory)
         return
     print(f"run record: {directory}")
-    with _mirrored(config, directory):
-        record = train(config, directory)
-    for name, value in record.final().items():
-        print(f"{name:>28} {value:.6g}")
+    with _mirrored(asked, directory):
+        record = train(asked, directory)
+    print("\n".join(summary(record)))
 
 
 def _mirrored(config: "RunConfig", directory: Path) -> AbstractContextManager[None]:
@@ -214,145 +225,228 @@ def _mirrored(config: "RunConfig", directory: Path) -> AbstractContextManager[No
     return followed(directory, config.tracking, config.runs)
 
 
-def _trial(options: argparse.Namespace) -> None:
-    from moepp.sweeps.trial import run_trial
+@commands.command(examples=["", "optim", "lr", "model.router plugins=my_router.py", "trainer size=1b"])
+@click.argument("prefix", required=False)
+@overrides
+def keys(prefix: str | None, overrides: Sequence[str]) -> None:
+    """List the keys of the config: type, default, meaning, choices.
 
-    run_trial(options.config)
-
-
-def _fork_server(options: argparse.Namespace) -> None:
-    from moepp.sweeps.fork_server import serve_forks
-    from moepp.sweeps.trial import run_trial
-
-    if config := serve_forks():
-        run_trial(config)
-
-
-def _prepare(options: argparse.Namespace) -> None:
+    PREFIX is a key, a group of keys, or the last part of a key. Values of the config may be given to see what they
+    change; parts of plugins are among the choices.
+    """
     from moepp.config import compose
-    from moepp.data.prepare import prepare
+    from moepp.keys import describe
     from moepp.training.settings import RunConfig
 
-    tokens = prepare(compose(RunConfig, options.overrides).data)
+    print("\n".join(describe(compose(RunConfig, overrides), prefix or "")))
+
+
+@commands.command(examples=["data=sotu", "data=text data.path='books/*.txt'"])
+@overrides
+def prepare(overrides: Sequence[str]) -> None:
+    """Tokenise a corpus and print the folder of token files."""
+    from moepp.config import compose
+    from moepp.data.prepare import prepare
+    from moepp.training.foreign import completed
+    from moepp.training.settings import RunConfig
+
+    tokens = prepare(completed(compose(RunConfig, overrides)).data)
     train, val = tokens.header.train, tokens.header.val
     print(f"{tokens.path}: {train.tokens:,} training tokens, {val.tokens:,} held out, {train.documents:,} documents")
 
 
-def _reproduce(options: argparse.Namespace) -> None:
-    from moepp.reports.reproduce import listing, reproduce
+@commands.command(examples=["runs/train/<hash> --prompt 'The union' --temperature 0"])
+@click.argument("run", type=DIRECTORY)
+@click.option("--prompt", default="The state of the Union", help="Text to continue.")
+@click.option("--tokens", type=Number(Count), default=64, help="How many tokens to add.")
+@click.option("--temperature", type=Number(NotNegative), default=0.8, help="0 is greedy.")
+@click.option("--seed", type=Number(Seed), default=0, help="Of the sampling.")
+def generate(run: Path, prompt: str, tokens: int, temperature: float, seed: int) -> None:
+    """Continue a prompt with a trained run.
 
-    if options.list or options.experiment is None:
-        print("\n".join(listing()))
-        return
-    given = {"tasks": options.tasks, "tasks_dir": options.tasks_dir, "limit": options.limit}
-    flags = {name: str(value) for name, value in given.items() if value is not None}
-    arguments = options.workers, options.overrides, options.seeds
-    reproduce(options.experiment, options.scale, *arguments, flags, options.out)
-
-
-def _sweep(options: argparse.Namespace) -> None:
-    from moepp.sweeps import commands
-
-    call, launcher = _call(options, options.sweep)
-    if options.minutes is not None:
-        if options.action != "run":
-            raise UsageError(f"--minutes belongs to `sweep run`, not to `sweep {options.action}`")
-        call = replace(call, minutes=options.minutes)
-    if options.action == "run":
-        if directory := commands.run(call, launcher):
-            from moepp.reports.reproduce import report_sweep
-
-            report_sweep(call.sweep, directory)
-    else:
-        getattr(commands, options.action)(call)
-
-
-def _call(options: argparse.Namespace, sweep: str) -> "tuple[SweepCall, list[str]]":
-    """The sweep as it was asked for, and the words that say where it shall run."""
-    from moepp.sweeps.launchers import split
-    from moepp.sweeps.launchers.call import SweepCall
-
-    launcher, overrides = split(options.overrides)
-    return SweepCall(sweep, options.scale, options.workers, overrides, options.seeds), launcher
-
-
-def _report(options: argparse.Namespace) -> None:
-    from moepp.reports.reproduce import page, report
-
-    if options.all:
-        print(f"open {page()} in a browser")
-        return
-    if options.experiment is None:
-        raise UsageError("name an experiment or a sweep (`python run.py reproduce --list`), or give --all")
-    report(options.experiment, options.scale, options.runs, options.out)
-
-
-def _generate(options: argparse.Namespace) -> None:
+    RUN is the directory of a finished run.
+    """
     from moepp.training.generate import continue_text
 
-    print(continue_text(options.run, options.prompt, options.tokens, options.temperature, options.seed))
+    print(continue_text(run, prompt, tokens, temperature, seed))
 
 
-def _evaluate(options: argparse.Namespace) -> None:
+@commands.command(examples=["runs/train/<hash> --tasks paper", "runs/train/<hash> --tasks sciq,boolq:0 --limit 100"])
+@click.argument("checkpoint", type=DIRECTORY)
+@tasks(default="paper")
+@tasks_dir
+@limit
+@click.option("--batch-tokens", type=Number(Count), default=4096, help="Padded tokens per batch.")
+def evaluate(checkpoint: Path, tasks: str, tasks_dir: str | None, limit: int | None, batch_tokens: int) -> None:
+    """Score a trained run or a released checkpoint on the paper's tasks or others.
+
+    CHECKPOINT is a run directory, a *.ckpt file, or a folder in the released layout.
+    """
     from moepp.evaluation.commands import evaluate_checkpoint
 
-    tasks = (options.tasks, Path(options.tasks_dir) if options.tasks_dir else None, options.limit)
-    print(evaluate_checkpoint(options.checkpoint, *tasks, options.batch_tokens))
+    print(evaluate_checkpoint(checkpoint, tasks, Path(tasks_dir) if tasks_dir else None, limit, batch_tokens))
 
 
-def _compare(options: argparse.Namespace) -> None:
+@commands.command(examples=["runs/train/<hash>", "runs/train/<hash> --biases -2 0 2"])
+@click.argument("run", type=DIRECTORY)
+@click.option(
+    "--biases", type=Several(Number(Annotated[float, Range(-100, 100)])), help="What to add; else nine from -4 to 4."
+)
+@click.option("--out", type=DIRECTORY, metavar="DIR", help="For table and figure; else the run's folder tables.")
+def dial(run: Path, biases: list[float] | None, out: Path | None) -> None:
+    """Measure a finished run's loss against its compute, by a bias on its zero-computation logits.
+
+    RUN is the directory of a finished run.
+    """
+    from moepp.routing.dial import BIASES, dial
+
+    print(dial(run, biases or BIASES, out))
+
+
+@commands.command(examples=["<folder>", "<folder> --offsets -2 0 2 data=text data.path=held_out.txt"])
+@click.argument("folder", type=DIRECTORY)
+@click.option(
+    "--offsets", type=Several(Number(Annotated[float, Range(-100, 100)])), help="What to add; else nine from -4 to 4."
+)
+@click.option("--out", type=DIRECTORY, metavar="DIR", help="For table and figure; else the model's folder.")
+@overrides
+def route(folder: Path, offsets: list[float] | None, out: Path | None, overrides: Sequence[str]) -> None:
+    """Measure a retrofitted model's loss against the FFN experts a token uses, as the offsets of new experts move.
+
+    FOLDER holds the model, as `export` and save_pretrained write it. Values of the config say on what text.
+    """
+    from moepp.routing.offsets import OFFSETS, route
+
+    print(route(folder, offsets or OFFSETS, overrides, out))
+
+
+@commands.command(examples=["runs/train/<hash>", "runs/train/<hash> --format zeda --out model"])
+@click.argument("run", type=DIRECTORY)
+@click.option(
+    "--format", "kind", type=click.Choice(["hf", "zeda", "longcat"]), default="hf", help="The layout of the folder."
+)
+@click.option("--out", type=DIRECTORY, metavar="DIR", help="The folder; else export-<format> in the run's.")
+def export(run: Path, kind: str, out: Path | None) -> None:
+    """Write a finished run as a folder that plain transformers runs, with a model card.
+
+    RUN is the directory of a finished run.
+    """
+    from moepp.training.export import export_run
+
+    print(export_run(run, kind, out))
+
+
+@commands.command(examples=["runs/train/<hash> runs/train/<other>", "runs/tau-laptop:vanilla runs/tau-laptop:tau_0.5"])
+@click.argument("a")
+@click.argument("b")
+def compare(a: str, b: str) -> None:
+    """Set two runs, or two arms of a sweep, side by side.
+
+    A and B are run directories, or SWEEP_DIRECTORY:ARM.
+    """
     from moepp.reports.side_by_side import read_side, side_by_side
 
-    print(side_by_side(read_side(options.a), read_side(options.b)))
+    print(side_by_side(read_side(a), read_side(b)))
 
 
-def _rerun(options: argparse.Namespace) -> None:
+@commands.command(examples=["runs/train/<hash>"])
+@click.argument("run", type=DIRECTORY)
+def rerun(run: Path) -> None:
+    """Repeat a finished run from its record and compare the losses.
+
+    RUN is the directory of a finished run.
+    """
     from moepp.records import RunRecord
     from moepp.reports.repetition import compare_repetition, describe
     from moepp.training.rerun import rerun
 
-    again = rerun(options.run)
-    repetition = compare_repetition(RunRecord(options.run), again)
-    print("\n".join([f"{options.run} repeated in {again.path}", *describe(repetition)]))
+    again = rerun(run)
+    repetition = compare_repetition(RunRecord(run), again)
+    print("\n".join([f"{run} repeated in {again.path}", *describe(repetition)]))
     if repetition.unexplained:
-        raise RunError(f"the losses of {options.run} differ although nothing else does")
+        raise RunError(f"the losses of {run} differ although nothing else does")
 
 
-def _bench(options: argparse.Namespace) -> None:
-    from moepp.benchmarks.commands import bench
+@commands.command(examples=["", "tau", "tau --scale smoke runs=runs/softmax"])
+@click.argument("sweep", required=False)
+@click.option("--port", type=Number(Annotated[int, Range(1, 65535)]), default=5000, help="Where it is served.")
+@scale
+@overrides
+def ui(sweep: str | None, port: int, scale: str, overrides: Sequence[str]) -> None:
+    """Open the MLflow UI on the runs, on this machine only.
 
-    out = options.out or Path(f"results/bench_{options.what}/latest")
-    given = {
-        "ffn": options.ffn, "devices": options.devices, "routings": options.routing, "tokens": options.tokens,
-        "repeats": options.repeats,
-    }  # fmt: skip
-    lines, missing = bench(options.what, options.scale, out, options.minutes, given)
-    print("\n".join([*lines, "", f"report: {out / 'report.md'}"]))
-    if missing:
-        raise Interrupted(f"{missing} groups of measurements were left out for lack of time; call this again")
-
-
-def _ui(options: argparse.Namespace) -> None:
+    SWEEP is a file of sweeps/, such as tau; without it the newest one opens.
+    """
     from moepp.config import compose
     from moepp.sweeps.spec import read_sweep
     from moepp.tracking.mlflow_store import serve
     from moepp.training.settings import RunConfig
 
-    if options.sweep and "=" in options.sweep:  # an override: argparse fills positions from the left
-        options.overrides.insert(0, options.sweep)
-        options.sweep = None
-    config = compose(RunConfig, options.overrides)
-    sweep = read_sweep(options.sweep).folder(options.scale, options.overrides) if options.sweep else None
-    serve(config.tracking, config.runs, options.port, sweep)
+    config = compose(RunConfig, overrides)
+    folder = read_sweep(sweep).folder(scale, overrides) if sweep else None
+    serve(config.tracking, config.runs, port, folder)
 
 
-def _sync(options: argparse.Namespace) -> None:
+@commands.command(examples=["", "tracking.uri=http://tracker:5000"])
+@overrides
+def sync(overrides: Sequence[str]) -> None:
+    """Bring MLflow up to the run records."""
     from moepp.config import compose
     from moepp.tracking.mirror import sync_all
     from moepp.training.settings import RunConfig
 
-    config = compose(RunConfig, options.overrides)
+    config = compose(RunConfig, overrides)
     print(f"{sync_all(config.runs, config.tracking)} run records are in MLflow")
+
+
+@commands.command(examples=["layer --scale laptop", "layer --ffn 8 16 --tokens 4096 --routing learned", "training"])
+@click.argument("what", type=click.Choice(["card", "layer", "training", "parallel"]))
+@click.option("--scale", help="smoke, laptop, gpu or paper, as far as the benchmark has them.")
+@minutes(help="Measure nothing that would not end in time, and say what.")
+@click.option(
+    "--ffn", type=Several(click.Choice([8, 16, 32, 64])), metavar="N...", help="FFN experts: 8, 16, 32 or 64."
+)
+@click.option("--devices", type=Number(Count), help="Of `parallel`: a process each, on GPUs if any; else 4.")
+@click.option(
+    "--routing", "routings", type=Several(click.Choice(["learned", "balanced"])), metavar="ROUTING...",
+    help="learned, balanced or both.",
+)  # fmt: skip
+@click.option("--tokens", type=Several(Number(Count)), help="Of a call; else the scale's.")
+@click.option("--repeats", type=Number(Count), help="Calls that are timed; else the scale's.")
+@click.option(
+    "--out",
+    type=DIRECTORY,
+    metavar="DIR",
+    help="Folder of the results, where the same command goes on; else results/bench_<what>/latest.",
+)
+def bench(what: str, scale: str | None, minutes: float | None, out: Path | None, **given: Any) -> None:
+    """Time the device, the expert layer beside its floor and its peers, or training."""
+    from moepp.benchmarks.commands import bench
+
+    out = out or Path(f"results/bench_{what}/latest")
+    lines, missing = bench(what, scale, out, minutes, given)
+    print("\n".join([*lines, "", f"report: {out / 'report.md'}"]))
+    if missing:
+        raise Interrupted(f"{missing} groups of measurements were left out for lack of time; call this again")
+
+
+@commands.command(hidden=True)
+@click.argument("config", type=DIRECTORY)
+def trial(config: Path) -> None:
+    """Train a frozen config in its own directory: what a sweep starts for each trial."""
+    from moepp.sweeps.trial import run_trial
+
+    run_trial(config)
+
+
+@commands.command("fork-server", hidden=True)
+def fork_server() -> None:
+    """Fork trials as the sweep at the other end of standard input asks."""
+    from moepp.sweeps.fork_server import serve_forks
+    from moepp.sweeps.trial import run_trial
+
+    if config := serve_forks():
+        run_trial(config)
 
 
 if __name__ == "__main__":

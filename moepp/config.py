@@ -1,6 +1,7 @@
 """Joins the dataclass schema, conf/base.yaml, named fragments and `key=value` overrides into one typed config.
 
-A folder in conf/ is a group and each YAML file in it a fragment: `size=tiny` merges conf/size/tiny.yaml at the root.
+A folder in conf/ is a group and each YAML file in it a fragment: `size=tiny` merges conf/size/tiny.yaml at the root,
+`size=/any/folder/mine.yaml` that file.
 Groups merge in the order base.yaml lists them under `fragments`, so a later group refines an earlier one whatever the
 order on the command line. A fragment may choose fragments of other groups, for when the command line does not. A
 fragment of the same name below ./conf comes before the shipped one; base.yaml is always the shipped one.
@@ -9,72 +10,93 @@ fragment of the same name below ./conf comes before the shipped one; base.yaml i
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, field, fields, is_dataclass, make_dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
-from moepp import plugins
-from moepp.errors import UsageError
+from moepp import plugins, typed, words
+from moepp.errors import UsageError, reason
+from moepp.layers.bounds import refusals
 from moepp.records import write_text
-from moepp.shipped import CONF, first_file, names, overlaid
+from moepp.shipped import CONF, YAML, first_yaml, names, overlaid
 
 Schema = TypeVar("Schema")
 
 
-def compose(schema: type[Schema], arguments: Iterable[str | Mapping[str, Any]], conf: Path = CONF) -> Schema:
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    """Names and values that are told as they were written may hold line breaks."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(" ".join(str(error).split())) from None
+
+
+@_in_one_line()
+def compose(
+    schema: type[Schema], arguments: Iterable[str | Mapping[str, Any]], conf: Path = CONF, base: Path | None = None
+) -> Schema:
     """A `schema` instance from defaults < base.yaml < fragments < overrides.
 
     `arguments` are `group=fragment` and `dotted.key=value` strings, or mappings shaped like the config (as sweep files
-    write them); later ones win. Raises UsageError, in one line, for an unknown key or fragment, a wrong type, or values
-    the dataclasses refuse.
+    write them); later ones win. `base` is a file in place of base.yaml, such as a run's config. Raises UsageError, in
+    one line, for an unknown key or fragment, a wrong type, values the dataclasses refuse, or what the schema's
+    `check_new` refuses of a config that is not read from a record.
     """
-    base = _load(conf / "base.yaml")
-    folders = overlaid(conf)
-    groups = {group.name for folder in folders for group in folder.iterdir() if group.is_dir()}
-    defaults, chosen, overrides = dict(base.pop("fragments", {})), {}, []
+    begun, folders = _load(base or conf / "base.yaml"), overlaid(conf)
+    groups = fragment_names(conf)
+    defaults, chosen, overrides = _implied(begun, base or conf / "base.yaml"), {}, []
     for argument in arguments:
         if isinstance(argument, Mapping):
-            overrides.append(OmegaConf.create(dict(argument)))
+            overrides.append(argument)
             continue
-        key, equals, value = argument.partition("=")
-        if not equals or not key:
-            raise UsageError(f"'{argument}' is not an override; write key=value, for example model.top_k=2")
+        key, value = _override(argument)
         if key in groups:
             chosen[key] = value
         else:
-            overrides.append(_dotted(argument))
+            overrides.append(words.layer(key, value, schema))
     fragments = _fragments(folders, defaults, chosen)
-    return _join(schema, [OmegaConf.create(base), *fragments, *overrides], groups)
+    config = _join(schema, [begun, *fragments, *overrides], groups, base and base.parent)
+    try:
+        getattr(config, "check_new", lambda: None)()
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return config
 
 
+def fragment_names(conf: Path = CONF) -> dict[str, list[str]]:
+    """The fragments of every group by name."""
+    folders = overlaid(conf)
+    groups = {group.name for folder in folders for group in folder.iterdir() if group.is_dir()}
+    return {group: names(folder / group for folder in folders) for group in sorted(groups)}
+
+
+@_in_one_line()
 def compose_kind(group: str, kinds: Mapping[str, type], arguments: Iterable[str], conf: Path = CONF) -> Any:
     """An instance of one of `kinds`: what is configured beside the runs, from one fragment and `group.key=value` words.
 
     The fragment names its kind under `group.kind`; without a word `group=fragment` it is the first kind's own. Raises
     UsageError as `compose`.
     """
-    name, overrides = next(iter(kinds)), []
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key == group:
-            name = value
-        else:
-            overrides.append(_dotted(argument))
-    values = _fragment(overlaid(conf), group, name).get(group, {})
-    kind = values.pop("kind", None)
+    overrides = [_override(argument) for argument in arguments]
+    name = ([next(iter(kinds))] + [value for key, value in overrides if key == group])[-1]
+    values = _mapping(_fragment(overlaid(conf), group, name).get(group, {}), f"{group}={name}: {group}")
+    kind = str(values.get("kind"))
     if kind not in kinds:
         raise UsageError(f"{group}={name}: {group}.kind={kind}; choose from {', '.join(kinds)}")
     schema = make_dataclass(group, [(group, kinds[kind], field(default_factory=kinds[kind]))])
-    layers = [OmegaConf.create({group: values} if values else {}), *overrides]
-    return getattr(_join(schema, layers), group)
+    own = {key: value for key, value in values.items() if key != "kind"}
+    layers = [words.layer(key, value, schema) for key, value in overrides if key != group]
+    return getattr(_join(schema, [{group: own} if own else {}, *layers]), group)
 
 
+@_in_one_line()
 def load(schema: type[Schema], path: Path) -> Schema:
     """The config that `save` froze. Raises UsageError in one line that begins with the path."""
     layer = _load(path)
@@ -102,7 +124,7 @@ def identity(config: Any, ignore: Iterable[str]) -> str:
     that changes does: `differences` tells such a run from the one that is asked for now.
     """
     ignored = tuple(ignore)
-    kept = {key: value for key, value in _chosen(config, type(config)()) if not _lies_in(key, ignored)}
+    kept = {key: value for key, value in _chosen(config, _default(type(config))) if not lies_in(key, ignored)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
@@ -120,92 +142,132 @@ def _shortened(value: Any) -> Any:
     """Plain data that says of a dataclass, such as one source of a mixture, only what differs from its defaults."""
     if isinstance(value, Mapping):
         return {name: _shortened(item) for name, item in value.items()}
-    return dict(_chosen(value, type(value)())) if is_dataclass(value) else value
+    return dict(_chosen(value, _default(type(value)))) if is_dataclass(value) else value
 
 
 def differences(saved: Mapping[str, Any], config: Any, ignore: Iterable[str]) -> dict[str, tuple[Any, Any]]:
     """{dotted key: (saved, now)} of every value that a saved config and this one do not share, beside what `ignore`
     lists. A key that the saved one lacks has its default there; one that the schema has lost counts for nothing.
     """
-    ignored, defaults = tuple(ignore), flatten(type(config)())
+    ignored, defaults = tuple(ignore), _defaults(type(config))
     now, before = flatten(config), defaults | dict(leaves(saved))
     open_ended = tuple(key for key, value in defaults.items() if isinstance(value, Mapping))
-    keys = [key for key in before | now if key in now or _lies_in(key, open_ended)]
-    pairs = {key: (before.get(key), now.get(key)) for key in keys if not _lies_in(key, ignored)}
+    keys = [key for key in before | now if key in now or lies_in(key, open_ended)]
+    pairs = {key: (before.get(key), now.get(key)) for key in keys if not lies_in(key, ignored)}
     return {key: (old, new) for key, (old, new) in pairs.items() if old != new and {} not in (old, new)}
 
 
-def _lies_in(key: str, groups: Iterable[str]) -> bool:
+def lies_in(key: str, groups: Iterable[str]) -> bool:
     return any(key == group or key.startswith(f"{group}.") for group in groups)
 
 
-def _load(path: Path) -> DictConfig:
+def _load(path: Path) -> dict[str, Any]:
     try:
-        loaded = OmegaConf.load(path)
+        stat = path.stat()
+        return _mapping(_read(path, stat.st_mtime_ns, stat.st_size), "the file")
     except FileNotFoundError:
         raise UsageError(f"no config file {path}") from None
-    except (OSError, YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {path}: {' '.join(str(error).split())}") from None
-    if not isinstance(loaded, DictConfig):
-        raise UsageError(f"{path} must hold keys and values")
-    return loaded
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {reason(error)}") from None
+    except UsageError as error:
+        raise UsageError(f"cannot read {path}: {error}") from None
 
 
-def _fragments(folders: Sequence[Path], defaults: Mapping[str, str], chosen: Mapping[str, str]) -> list[DictConfig]:
+@lru_cache(maxsize=64)
+def _read(path: Path, changed: int, size: int) -> Any:
+    """A file as it is now; a thousand trials read the same few."""
+    return words.read(path.read_bytes())
+
+
+def _mapping(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise UsageError(f"{what} must hold keys and values")
+    return dict(value)
+
+
+def _override(argument: Any) -> tuple[str, str]:
+    key, equals, value = argument.partition("=") if isinstance(argument, str) else ("", "", "")
+    if not equals or not key:
+        raise UsageError(f"'{argument}' is not an override; write key=value, for example model.top_k=2")
+    return key, value
+
+
+def _fragments(folders: Sequence[Path], defaults: Mapping[str, str], chosen: Mapping[str, str]) -> list[dict[str, Any]]:
     """The fragments in merge order. A chosen one may itself list `fragments` for groups that were not chosen."""
     loaded = {group: _fragment(folders, group, name) for group, name in chosen.items()}
-    implied = {group: name for layer in loaded.values() for group, name in layer.pop("fragments", {}).items()}
+    implied: dict[str, str] = {}
+    for group, layer in loaded.items():
+        implied |= _implied(layer, f"{group}={chosen[group]}")
     wanted = {**defaults, **implied, **chosen}
     return [loaded[group] if group in loaded else _fragment(folders, group, name) for group, name in wanted.items()]
 
 
-def _fragment(folders: Sequence[Path], group: str, name: str) -> DictConfig:
-    path = first_file(folders, f"{group}/{name}.yaml")
-    if path is None:
-        known = names(folder / group for folder in folders)
-        raise UsageError(f"{group}={name}: no such fragment; choose from {', '.join(known)}{_nearest(name, known)}")
-    return _load(path)
+def _implied(layer: dict[str, Any], where: Any) -> dict[str, str]:
+    """Takes the fragments that a file chooses out of it."""
+    return words.meant(_mapping(layer.pop("fragments", {}), f"{where}: fragments"), dict[str, str])
 
 
-def _dotted(argument: str) -> DictConfig:
-    try:
-        return OmegaConf.from_dotlist([argument])
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise UsageError(f"cannot read '{argument}': {' '.join(str(error).split())}") from None
+def _fragment(folders: Sequence[Path], group: str, name: str) -> dict[str, Any]:
+    if name.endswith(YAML):
+        return _load(Path(name).expanduser())
+    if name not in (known := names(folder / group for folder in folders)):
+        raise UsageError(f"{group}={name}: no such fragment; choose from {', '.join(known)}{nearest(name, known)}")
+    return _load(first_yaml(folders, f"{group}/{name}"))
 
 
 def _join(
-    schema: type[Schema], layers: Sequence[DictConfig], groups: Iterable[str] = (), folder: Path | None = None
+    schema: type[Schema],
+    layers: Sequence[Mapping[str, Any]],
+    groups: Iterable[str] = (),
+    folder: Path | None = None,
 ) -> Schema:
     """Merges the layers over the schema's defaults; `groups` are names that a misspelt key may have meant."""
-    known, defaults = _defaults(schema)
+    known = _defaults(schema)
+    plain: dict[str, Any] = {}
+    for layer in layers:
+        layer = words.meant(layer, schema)
+        _refuse_unknown_keys(layer, known, groups)
+        plain = words.merged(plain, layer)
+    with suppress(Exception):  # that OmegaConf, which sees the whole, says in its own words
+        return _made(schema, plain, folder)
     try:
-        for layer in layers:
-            _refuse_unknown_keys(layer, known, groups)
-        # Each merge copies its first argument, and a typed config costs twenty times what an untyped one does.
-        merged = OmegaConf.merge(defaults, OmegaConf.merge(*layers))
+        merged = OmegaConf.merge(typed.structured(schema), OmegaConf.create(plain))
         if "plugin_sources" in known:  # before the names that they register are checked
             plugins.load(merged.plugins, merged.plugin_sources, folder)
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise UsageError(f"{getattr(error, 'full_key', None) or 'config'}: {str(error).splitlines()[0]}") from None
-    except ValueError as error:  # raised by a dataclass that refuses its values
-        raise UsageError(str(error)) from None
+    except OverflowError:
+        raise UsageError("a number of the config is too large") from None
+    except ValueError as error:  # raised by a dataclass that refuses its values, by names of its own for the keys
+        said = str(error)
+        with suppress(OmegaConfBaseException):  # a reference to no key, which is then not what was refused first
+            said = next(refusals(schema, OmegaConf.to_container(merged, resolve=True)), said)
+        raise UsageError(said) from None
+
+
+def _made(schema: type[Schema], plain: Mapping[str, Any], folder: Path | None) -> Schema:
+    if "plugins" in plain:
+        plugins.load(typed.value(schema, ("plugins",), plain["plugins"]), plain.get("plugin_sources"), folder)
+    return typed.make(schema, plain)
 
 
 @lru_cache(maxsize=16)
-def _defaults(schema: type) -> tuple[dict[str, Any], DictConfig]:
-    """The schema's flat keys with their defaults, and its typed config; both only to be read."""
-    return flatten(schema()), OmegaConf.structured(schema)
+def _defaults(schema: type) -> dict[str, Any]:
+    """The schema's flat keys with their defaults, only to be read."""
+    return flatten(_default(schema))
 
 
-def _refuse_unknown_keys(layer: DictConfig, known: Mapping[str, Any], groups: Iterable[str]) -> None:
-    for key, _ in leaves(OmegaConf.to_container(layer)):
-        inside = [leaf for leaf in known if leaf.startswith(f"{key}.")]
-        if inside:
-            raise UsageError(f"{key} is a group of keys; set one of {', '.join(inside)}")
-        if key not in known and not any(key.startswith(f"{leaf}.") for leaf in known):
-            raise UsageError(f"unknown key {key}{_nearest(key, [*known, *groups])}")
+@lru_cache(maxsize=64)
+def _default(schema: type) -> Any:
+    """Only to be read, too."""
+    return schema()
+
+
+def _refuse_unknown_keys(layer: Mapping[str, Any], known: Mapping[str, Any], groups: Iterable[str]) -> None:
+    for key, _ in leaves(layer):
+        if key not in known and not any(lies_in(key, [leaf]) or lies_in(leaf, [key]) for leaf in known):
+            raise UsageError(f"unknown key {key}{nearest(key, [*known, *groups])}")
 
 
 def leaves(node: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
@@ -217,6 +279,16 @@ def leaves(node: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
         yield prefix, node
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {match[0]}?" if match else ""
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name whose last component is most like this one's; what stands before it decides among equals."""
+    own = name.rpartition(".")[2]
+
+    def ratio(*pair: str) -> float:
+        return difflib.SequenceMatcher(None, *pair).ratio()
+
+    def likeness(other: str) -> tuple[bool, bool, float]:
+        last = other.rpartition(".")[2]
+        return last == own, last.startswith(own), ratio(own, last) + (ratio(name, other) if "." in name else 0.5)
+
+    closest = max(known, key=likeness, default="")
+    return f"; did you mean {closest}?" if likeness(closest) >= (False, False, 1.1) else ""

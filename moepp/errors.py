@@ -2,14 +2,23 @@
 
 import shutil
 
+from moepp.addresses import without_user
 
-class UsageError(Exception):
+
+class _Said(Exception):
+    """A message that people read, and records keep."""
+
+    def __init__(self, message: str = ""):
+        super().__init__(without_user(str(message)))
+
+
+class UsageError(_Said):
     """The request cannot be carried out as written; the message says what to change."""
 
     exit_code = 2
 
 
-class RunError(Exception):
+class RunError(_Said):
     """A run that began correctly cannot go on; the message says what happened and what is kept."""
 
     exit_code = 1

@@ -31,22 +31,27 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from moepp.addresses import is_private, without_user
 from moepp.errors import RunError
 from moepp.locks import locked
 
 TOKENIZER = "tokenizer.json"
+VAL_WINDOWS = "tables/val_windows.csv"  # the loss of every window of the last validation
 SECONDS_FOR_A_LOOK = 0.5  # `RunRecord.held` takes the lock for an instant, and must not turn away who comes to train
 _here: set[Path] = set()  # records whose lock this process has
 _guard = threading.Lock()
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces `path` in one step: a reader or a crash sees the old file or the new one, never half of it."""
+    """Replaces `path` in one step: a reader or a crash sees the old file or the new one, never half of it. Addresses
+    lose their users, and a text that holds anything secret is its owner's alone.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # other machines have the same process ids
+    mode = 0o600 if is_private(text) else 0o666
     try:
-        with open(temporary, "w") as file:
-            file.write(text)
+        with open(temporary, "w", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            file.write(without_user(text))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -53,9 +53,10 @@ model = Registry(
     key="model.name",
     options="model.options",
     given=("config", "seed"),
-    defined={"decoder": "moepp.models.decoder"},
+    defined={"decoder": "moepp.models.decoder", "hf": "moepp.retrofit.model"},
 )
 
 
-for registry in (router, expert, selection, gate, balance, control, corpus, optimizer, callback, logger, model):
+ALL = (router, expert, selection, gate, balance, control, corpus, optimizer, callback, logger, model)
+for registry in ALL:
     registry.find_more = plugins.load_installed

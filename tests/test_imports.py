@@ -10,14 +10,18 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "moepp"
 ORDER = (  # lowest first; what shares a line does not know each other
+    ("addresses", "names", "program"),
     ("shipped", "errors", "locks"),
-    ("records",),
+    ("records", "lfs"),
     ("experiments",),  # finds the files of experiments/, and imports none until it is asked to
     ("plugins", "process"),
-    ("config",),
     ("layers",),  # plain torch: it stands alone
+    ("words", "typed"),
+    ("config",),
     ("register",),
+    ("keys",),
     ("models",),
+    ("retrofit",),
     ("data",),
     ("statistics",),
     ("strategies",),
@@ -28,6 +32,7 @@ ORDER = (  # lowest first; what shares a line does not know each other
     ("reports",),
     ("routing",),
     ("benchmarks",),
+    ("demo", "grammar"),
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

@@ -73,18 +73,23 @@ class Contest:
             self._warm_up(warmup)
             draws = [self._draws() for _ in range(repeats)]
             alive = [key for key in self.keys if key not in self.failures]
-            times = interleaved_times(
-                alive, lambda key, repeat: self._call(key, draws[repeat][key[0]]), self.device, repeats, 0, self.seed
-            )
+            timed = partial(
+                interleaved_times, alive, lambda key, repeat: self._call(key, draws[repeat][key[0]]), self.device,
+                repeats, warmup=0, seed=self.seed,
+            )  # fmt: skip
+            times, of_device = timed(), timed(ahead=True) if self.device.type == "cuda" else {}
         except torch.AcceleratorError as error:
             raise self._lost(describe(error)) from error
-        return [self._row(key, times.get(key, []), [each[key[0]] for each in draws]) for key in self.keys]
+        return [
+            self._row(key, times.get(key, []), of_device.get(key, []), [each[key[0]] for each in draws])
+            for key in self.keys
+        ]
 
     def _lost(self, reason: str) -> DeviceLost:
         """Where it failed on one case it is not tried on the others: each could cost another process."""
         case, culprit = self.running
         self.failures |= {key: reason for key in self.keys if key[1] == culprit}
-        rows = [self._row(key, [], []) for key in self.keys if key[1] == culprit]
+        rows = [self._row(key, [], [], []) for key in self.keys if key[1] == culprit]
         return DeviceLost(f"{culprit} on {case}: {reason}", rows)
 
     def _draws(self) -> dict[Case, Draw]:
@@ -132,10 +137,12 @@ class Contest:
                 leaves = [inputs.x_TD, inputs.x_RD, inputs.routing.gate_TK, *layer.parameters()]
                 torch.autograd.grad(y, leaves, self.gradient_SD[: len(y)], allow_unused=True)
 
-    def _row(self, key: Key, times: list[float], draws: list[Draw]) -> Row:
+    def _row(self, key: Key, times: list[float], of_device: list[float], draws: list[Draw]) -> Row:
         case, name = key
         failure = self.failures.get(key)
         measured = {"ms": statistics.median(times), "min_ms": min(times)} if times and not failure else {}
+        if of_device and not failure:
+            measured["device_ms"] = statistics.median(of_device)
         work = self._work(draws) if draws else {}
         return asdict(case) | {"implementation": name, "failure": failure, "gib": self.gib.get(key)} | measured | work
 

@@ -63,7 +63,7 @@ class LayerBenchmark:
         "routings": ["learned"],
         "capacity_factor": MoEConfig.capacity_factor,
         "implementations": [
-            "moepp", "triton", "grouped", "sorted", "floor", "zero_computation", "loop", "transformers_grouped_mm",
+            "moepp", "triton", "grouped", "floor", "zero_computation", "loop", "transformers_grouped_mm",
             "whole_layer",
         ],
         "trace": True,
@@ -77,17 +77,17 @@ class LayerBenchmark:
         "smoke": ON_GPU | {
             "tokens": [64, 32], "dim": 16, "hidden": 32, "fine_hidden": 16, "ffn": [8, 64], "repeats": 2,
         },
-        "gpu": ON_GPU | {"tokens": [16384, 65536, 4096], "ffn": [8, 16, 32, 64], "repeats": 10, "warmup": 3},
+        "gpu": ON_GPU | {"tokens": [65536, 16384, 4096], "ffn": [8, 16, 32, 64], "repeats": 10, "warmup": 3},
     }  # fmt: skip
 
     def groups(self) -> list[Group]:
-        """The first taus of all sizes come before others."""
+        """The first taus of all sizes come before others, and so do the first number of tokens and both passes."""
         groups = [
             Group(tokens, ffn, tuple(taus), *one)
             for taus in self.taus
+            for tokens in self.tokens
             for one in self.passes
             for ffn in self.ffn
-            for tokens in self.tokens
         ]
         first = groups[0]
         traced = Group(first.tokens, first.ffn, first.taus[:1], first.dtype, "forward+backward", trace=True)

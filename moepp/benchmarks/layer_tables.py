@@ -25,8 +25,14 @@ RATIOS: Columns = {
     "tflops": ("ours, TFLOP/s", ".3g"), "over_floor": ("ours / floor", ".2f"),
     "zero_computation_share": ("zero-comp. part / ours", ".2f"), "loop_over_moepp": ("loop / ours", ".2f"),
     "best_transformers_over_moepp": ("best transformers / ours", ".2f"), "speedup": ("over vanilla", ".2f"),
-    "floor_speedup": ("floor's", ".2f"), "ideal_speedup": ("ideal", ".2f"), "paper_speedup": ("paper", ".2f"),
+    "device_speedup": ("over vanilla, device", ".2f"), "floor_speedup": ("floor's", ".2f"),
+    "ideal_speedup": ("ideal", ".2f"), "paper_speedup": ("paper", ".2f"),
 }  # fmt: skip
+
+ON_A_GPU = (  # the suffix of a column, what the table says, and how it is written
+    ("_device_ms", "Milliseconds of the device alone, once the host has queued the call:", ",.4g"),
+    ("_gib", "GiB above what stood there before the call:", ".3g"),
+)
 
 
 def layer_table(rows: list[Row]) -> list[Row]:
@@ -59,6 +65,7 @@ def _row(found: dict[str, Row], vanilla: dict[str, Row]) -> Row:
         "target_share": 1.0 if case.tau is None else ffn_share(case.counts, case.tau),
         **{f"{name}_ms": row["failure"] or row["ms"] for name, row in found.items()},
         **{f"{name}_min_ms": row.get("min_ms") for name, row in found.items()},
+        **{f"{name}_device_ms": row.get("device_ms") for name, row in found.items()},
         **{f"{name}_gib": row["gib"] for name, row in found.items()},
         "tflops": ratio(_known(found, "tflop"), ms.get("moepp") and ms["moepp"] / 1000),
         "over_floor": ratio(ms.get("moepp"), ms.get("floor")),
@@ -68,6 +75,7 @@ def _row(found: dict[str, Row], vanilla: dict[str, Row]) -> Row:
         "ideal_speedup": ratio(_known(vanilla, "ffn_share"), share),
         "floor_speedup": ratio(vanilla_ms.get("floor"), ms.get("floor")),
         "speedup": ratio(vanilla_ms.get("moepp"), ms.get("moepp")),
+        "device_speedup": ratio(_device_ms(vanilla), _device_ms(found)),
         "paper_speedup": PAPER.get(case.ffn, {}).get(case.tau),
     }
 
@@ -75,6 +83,10 @@ def _row(found: dict[str, Row], vanilla: dict[str, Row]) -> Row:
 def _known(found: dict[str, Row], key: str) -> float | None:
     """What all implementations that were timed have in common."""
     return next((row[key] for row in found.values() if row.get(key) is not None), None)
+
+
+def _device_ms(found: dict[str, Row]) -> float | None:
+    return found.get("moepp", {}).get("device_ms")
 
 
 def layer_report(rows: list[Row]) -> Iterator[str]:
@@ -88,9 +100,11 @@ def layer_report(rows: list[Row]) -> Iterator[str]:
         yield from markdown(part, layer | {f"{name}_ms": (title, ",.4g") for name, title in names.items()})
         yield from ("", "Ratios:", "")
         yield from markdown(part, layer | RATIOS)
-        if any(row[key] is not None for row in part for key in row if key.endswith("_gib")):
-            yield from ("", "GiB above what stood there before the call:", "")
-            yield from markdown(part, layer | {f"{name}_gib": (title, ".3g") for name, title in names.items()})
+        for suffix, title, spec in ON_A_GPU:
+            columns = {f"{name}{suffix}": (column, spec) for name, column in names.items()}
+            if any(row.get(key) is not None for row in part for key in columns):
+                yield from ("", title, "")
+                yield from markdown(part, layer | columns)
         yield ""
     for name, reason in failures.items():
         yield f"Not measured: {NAMES[name]} ({reason})."

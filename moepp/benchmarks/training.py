@@ -53,7 +53,7 @@ class TrainingBenchmark:
 
     sizes: list[str] = field(default_factory=lambda: ["tiny"])  # fragments of conf/size
     # A fragment of conf/model or MIXTRAL, and whether it is compiled.
-    models: list[tuple[str, bool]] = field(default_factory=lambda: [*OURS_COMPILED, *EAGER, (MIXTRAL, True)])
+    models: list[tuple[str, bool]] = field(default_factory=lambda: [*EAGER, *OURS_COMPILED, (MIXTRAL, True)])
     most_tokens: int = 65_536  # of a step, where the size's batch has more
     repeats: int = 10
     warmup: int = 3

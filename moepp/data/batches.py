@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from moepp.data.prepare import prepare
 from moepp.data.settings import DataConfig
 from moepp.data.token_files import TokenFiles
+from moepp.data.windows import epoch_order, evenly_spread, gather, window_count
 from moepp.errors import UsageError
 
 
@@ -22,11 +23,11 @@ class TrainWindows(Dataset):
         self.files, self.seq_len = files, seq_len
 
     def __len__(self) -> int:
-        return (self.files.header.train.tokens - 1) // self.seq_len
+        return window_count(self.files.header.train.tokens, self.seq_len)
 
     def __getitem__(self, windows: np.ndarray) -> Tensor:
         """[B] window numbers -> tokens [B, S + 1], int64."""
-        return _gather(self.files.train, windows, self.seq_len)
+        return torch.from_numpy(gather(self.files.train, windows, self.seq_len))
 
 
 class ValWindows(Dataset):
@@ -36,12 +37,12 @@ class ValWindows(Dataset):
         self.files, self.seq_len = files, seq_len
 
     def __len__(self) -> int:
-        return (self.files.header.val.tokens - 1) // self.seq_len
+        return window_count(self.files.header.val.tokens, self.seq_len)
 
     def __getitem__(self, windows: np.ndarray) -> tuple[Tensor, Tensor]:
         """[B] window numbers -> tokens [B, S + 1] and bytes of each target [B, S], int64."""
-        lengths = _gather(self.files.val_lengths, windows, self.seq_len)
-        return _gather(self.files.val, windows, self.seq_len), lengths[:, 1:]
+        ids, lengths = (gather(of, windows, self.seq_len) for of in (self.files.val, self.files.val_lengths))
+        return torch.from_numpy(ids), torch.from_numpy(lengths[:, 1:])
 
 
 class StepSampler:
@@ -67,7 +68,7 @@ class StepSampler:
             chosen = np.empty(self.batch_size, dtype=np.int64)
             for needed in np.unique(positions // self.windows):
                 if needed != epoch:
-                    epoch, permutation = needed, np.random.default_rng((self.seed, needed)).permutation(self.windows)
+                    epoch, permutation = needed, epoch_order(self.windows, self.seed, needed)
                 inside = positions // self.windows == epoch
                 chosen[inside] = permutation[positions[inside] % self.windows]
             yield from chosen.reshape(self.accumulate, self.world_size, -1)[:, self.rank]
@@ -85,6 +86,7 @@ class TokenDataModule(pl.LightningDataModule):
     def __init__(self, config: DataConfig, seed: int, accumulate: int = 1):
         super().__init__()
         self.config, self.seed, self.accumulate = config, seed, accumulate
+        self.val_sequences = config.val_sequences
 
     def prepare_data(self) -> None:
         prepare(self.config)
@@ -101,25 +103,37 @@ class TokenDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         windows = TrainWindows(self.files, self.config.seq_len)
-        sampler = StepSampler(
-            len(windows), self.config.batch_size, self.seed, self.trainer.global_step,
+        return self._loader(windows, self._sampler(windows, self.trainer.global_step))
+
+    def micro_batches(self, step: int) -> list[Tensor]:
+        """This rank's of an optimizer step, which the training batches serve as well."""
+        windows = TrainWindows(self.files, self.config.seq_len)
+        chosen = itertools.islice(self._sampler(windows, step), self.accumulate)
+        return [windows[of_one] for of_one in chosen]
+
+    def _sampler(self, windows: TrainWindows, first_step: int) -> StepSampler:
+        return StepSampler(
+            len(windows), self.config.batch_size, self.seed, first_step,
             self.accumulate, self.trainer.global_rank, self.trainer.world_size,
         )  # fmt: skip
-        return self._loader(windows, sampler)
 
     def val_dataloader(self) -> DataLoader:
         """Windows evenly spread over the held-out split; rank r takes the r-th of every world_size.
 
-        All ranks get equally many, so up to world_size - 1 of `val_sequences` are left out.
+        All ranks get equally many, so up to world_size - 1 of `self.val_sequences` are left out.
         """
         windows = ValWindows(self.files, self.config.seq_len)
-        world = self.trainer.world_size
-        count = min(self.config.val_sequences or len(windows), len(windows)) // world * world
-        if not count:
-            raise UsageError(f"{world} devices need at least as many validation sequences; hold out more text")
-        mine = (np.arange(count) * len(windows) // count)[self.trainer.global_rank :: world]
+        mine = self.validated_windows()[self.trainer.global_rank :: self.trainer.world_size]
         size = self.micro_batch_size
         return self._loader(windows, [mine[i : i + size] for i in range(0, len(mine), size)])
+
+    def validated_windows(self) -> np.ndarray:
+        """The windows of all ranks. Raises UsageError where there are fewer than ranks."""
+        windows, world = len(ValWindows(self.files, self.config.seq_len)), self.trainer.world_size
+        count = len(evenly_spread(windows, self.val_sequences)) // world * world
+        if not count:
+            raise UsageError(f"{world} devices need at least as many validation sequences; hold out more text")
+        return evenly_spread(windows, count)
 
     def _loader(self, windows: Dataset, sampler: StepSampler | list[np.ndarray]) -> DataLoader:
         # batch_size=None: the sampler's items are whole batches already.
@@ -127,7 +141,3 @@ class TokenDataModule(pl.LightningDataModule):
             windows, batch_size=None, sampler=sampler, num_workers=self.config.workers,
             persistent_workers=self.config.workers > 0, pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
-
-
-def _gather(values: np.ndarray, windows: np.ndarray, seq_len: int) -> Tensor:
-    return torch.from_numpy(values[windows[:, None] * seq_len + np.arange(seq_len + 1)].astype(np.int64))

@@ -1,42 +1,36 @@
 """The documents of each corpus, and which of them are held out."""
 
-import bz2
 import glob
-import gzip
 import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
 import itertools
-import json
-import lzma
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from moepp import plugins, register
-from moepp.data.settings import DataConfig, HubConfig, SourceConfig
+from moepp.data import hub
+from moepp.data.files import BadRows, file_texts, is_json, sha256
+from moepp.data.settings import DataConfig, SourceConfig
 from moepp.errors import UsageError
 
 if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
     from pyarrow import Table
 
-BLOCK = 2**24  # characters read at a time
-LONGEST_DOCUMENT = 2**25  # characters; tokenising one document takes some 140 times its size in memory
+MOST_LOST = 0.5  # share of the documents that may be left out
 DOCUMENTS_AT_A_TIME = 100  # held in memory; they may be whole books
 T = TypeVar("T")
-OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
 class Corpus:
     """Where documents come from. Each of its methods raises UsageError for what is not there or cannot be read."""
 
     def __init__(self, config: DataConfig):
-        self.config = config
+        self.config, self.bad = config, BadRows(skip=config.bad_rows == "skip")
 
     def texts(self) -> Iterator[str]:
         """The documents, always in the same order."""
@@ -83,13 +77,13 @@ class Files(Corpus):
         return sorted({path for pattern in patterns for path in _matches(pattern)})
 
     def texts(self) -> Iterator[str]:
-        return _file_texts(self.files(), self.config.separator, self.config.text_column)
+        return file_texts(self.files(), self.config.separator, self.config.text_column, self.bad)
 
     def fingerprint(self) -> dict[str, Any]:
         return {**self._hashes(), "separator": self.config.separator, "column": self.config.text_column}
 
     def _hashes(self) -> dict[str, Any]:
-        return {"files": [(_is_json(path), _sha256(path)) for path in self.files()]}
+        return {"files": [(is_json(path), sha256(path)) for path in self.files()]}
 
     def origin(self) -> str:
         return f"{len(self.files())} text files given by data.path"
@@ -106,7 +100,7 @@ class Messages(Files):
         return sorted(Path(package.submodule_search_locations[0], "data", "speeches").glob("*.txt"))
 
     def texts(self) -> Iterator[str]:
-        return _file_texts(self.files(), separator="", column=self.config.text_column)
+        return file_texts(self.files(), "", self.config.text_column, self.bad)
 
     def fingerprint(self) -> dict[str, Any]:
         return self._hashes()
@@ -123,16 +117,16 @@ class Hub(Corpus):
     """A dataset of the Hugging Face hub, or a folder in one of its forms."""
 
     def texts(self) -> Iterator[str]:
-        return _hub_texts(self.config.hub, self.config.text_column, _hub_cache(self.config))
+        return hub.texts(self.config.hub, self.config.text_column, _hub_cache(self.config), self.bad)
 
     def fingerprint(self) -> dict[str, Any]:
         if not self.config.hub.id:
             raise UsageError("data.corpus=hub needs data.hub.id, for example HuggingFaceFW/fineweb-edu, or a folder")
-        return _hub_fingerprint(self.config.hub, self.config.text_column)
+        return hub.fingerprint(self.config.hub, self.config.text_column, _hub_cache(self.config))
 
     def origin(self) -> str:
-        hub = self.config.hub
-        return f"Hugging Face dataset {hub.id} ({hub.config or 'default'}, {hub.split}); its card states the licence"
+        data = self.config.hub
+        return f"Hugging Face dataset {data.id} ({data.config or 'default'}, {data.split}); its card states the licence"
 
 
 @register.corpus("mixture")
@@ -141,13 +135,13 @@ class Mixture(Corpus):
 
     def texts(self) -> Iterator[str]:
         cache, sources = _hub_cache(self.config), self.config.sources
-        streams = self._of_each(lambda source: _hub_texts(source, source.text_column, cache))
+        streams = self._of_each(lambda source: hub.texts(source, source.text_column, cache, self.bad))
         return interleave(streams, {name: source.share for name, source in sources.items()})
 
     def fingerprint(self) -> dict[str, Any]:
-        return {
-            "sources": self._of_each(lambda s: {**_hub_fingerprint(s, s.text_column), "share": s.share}),
-        }
+        cache = _hub_cache(self.config)
+        of = self._of_each(lambda s: {**hub.fingerprint(s, s.text_column, cache), "share": s.share})
+        return {"sources": of}
 
     def origin(self) -> str:
         parts = (f"{name} ({source.id}) {source.share:g}" for name, source in self.config.sources.items())
@@ -177,19 +171,32 @@ def message_names(config: DataConfig) -> dict[str, str]:
     return {path.read_text(encoding="utf-8-sig"): path.stem for path in corpus_of(config).files()}
 
 
-def load_documents(config: DataConfig, path: Path, progress: bool) -> "Table":
-    """All documents that are not blank, as a table mapped from the new file `path`, with the columns `text` and `hash`.
+def load_documents(config: DataConfig, path: Path, progress: bool) -> tuple["Table", int]:
+    """All documents that are not blank, as a table mapped from the new file `path`, with the columns `text` and `hash`;
+    and how many bad ones were left out. Raises UsageError where these are most of them.
 
     A corpus is read once here and the table several times afterwards, so a streamed one crosses the network once.
     """
     import pyarrow as pa
 
     schema = pa.schema({"text": pa.large_string(), "hash": pa.int64()})
-    rows = _rows(config, progress)
+    corpus = corpus_of(config)
+    rows = _rows(corpus, progress)
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as table:
         while batch := list(itertools.islice(rows, DOCUMENTS_AT_A_TIME)):
             table.write_batch(pa.RecordBatch.from_pylist(batch, schema))
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    found = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    refuse_most_lost("cannot be read as text", corpus.bad.count, corpus.bad.count + len(found))
+    return found, corpus.bad.count
+
+
+def refuse_most_lost(how: str, lost: int, documents: int) -> None:
+    """Raises UsageError for a corpus in which most documents vanish."""
+    if lost > MOST_LOST * documents:
+        raise UsageError(
+            f"{lost:,} of {documents:,} documents {how}, more than the {MOST_LOST:.0%} that may be left out; check"
+            " data.path, data.text_column, data.separator and data.tokenizer"
+        )
 
 
 def content_hash(text: str, seed: int) -> int:
@@ -227,18 +234,16 @@ def texts(table: "Table", chosen: np.ndarray, purpose: str, progress: bool) -> I
             begin += len(batch)
 
 
-def _rows(config: DataConfig, progress: bool) -> Iterator[dict[str, Any]]:
+def _rows(corpus: Corpus, progress: bool) -> Iterator[dict[str, Any]]:
     from tqdm import tqdm
 
     blank = True
-    for text in tqdm(corpus_of(config).texts(), desc="reading", unit=" documents", disable=not progress):
-        if len(text) > LONGEST_DOCUMENT:
-            raise UsageError(f"a document of {len(text):,} characters is too long to tokenise in one piece")
+    for text in tqdm(corpus.texts(), desc="reading", unit=" documents", disable=not progress):
         if text.strip():
             blank = False
-            yield {"text": text, "hash": content_hash(text, config.split_seed)}
+            yield {"text": text, "hash": content_hash(text, corpus.config.split_seed)}
     if blank:
-        raise UsageError(f"data.corpus={config.corpus} holds no text")
+        raise UsageError(f"data.corpus={corpus.config.corpus} holds no text")
 
 
 def interleave(streams: Mapping[str, Iterator[str]], shares: Mapping[str, float]) -> Iterator[str]:
@@ -271,146 +276,5 @@ def _matches(pattern: str) -> list[Path]:
     return found
 
 
-def _visible_files(folder: Path) -> list[Path]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
-
-
-def _is_json(path: Path) -> bool:
-    return any(suffix in (".jsonl", ".json") for suffix in path.suffixes[-2:])
-
-
-def _open(path: Path) -> TextIO:
-    """UTF-8 text of a plain or compressed file, a byte-order mark left out, line ends as "\\n"."""
-    if path.suffix == ".zst":
-        try:
-            import zstandard
-        except ImportError:
-            raise UsageError(f"{path} needs the package zstandard: pip install zstandard") from None
-        return zstandard.open(path, "rt", encoding="utf-8-sig")
-    return OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8-sig")
-
-
-def _file_texts(paths: Iterable[Path], separator: str, column: str) -> Iterator[str]:
-    pattern = _separator(separator)
-    for path in paths:
-        try:
-            with _open(path) as file:
-                if _is_json(path):
-                    yield from _json_lines(file, path, column)
-                else:
-                    yield from _pieces(file, path, pattern)
-        except UnicodeDecodeError:
-            raise UsageError(f"{path} is not UTF-8 text") from None
-        except (OSError, EOFError, lzma.LZMAError) as error:
-            raise UsageError(f"cannot read {path}: {error}") from None
-
-
-def _separator(pattern: str) -> re.Pattern[str]:
-    try:
-        separator = re.compile(pattern or r"(?!)")  # the latter never matches: one file, one document
-    except re.error as error:
-        raise UsageError(f"data.separator={pattern!r} is not a regular expression: {error}") from None
-    if separator.match(""):
-        raise UsageError(f"data.separator={pattern!r} matches the empty string")
-    return separator
-
-
-def _pieces(file: TextIO, path: Path, separator: re.Pattern[str]) -> Iterator[str]:
-    """The text between separators, holding one block and one document in memory."""
-    rest = ""
-    while True:
-        block = file.read(BLOCK)
-        rest += block
-        start = 0
-        for match in separator.finditer(rest):
-            if block and match.end() == len(rest):
-                break  # the separator may go on in the next block
-            yield rest[start : match.start()]
-            start = match.end()
-        rest = rest[start:]
-        if len(rest) > LONGEST_DOCUMENT:
-            raise UsageError(
-                f"{path} has a document of more than {LONGEST_DOCUMENT:,} characters; split it with data.separator"
-            )
-        if not block:
-            yield rest
-            return
-
-
-def _json_lines(file: TextIO, path: Path, column: str) -> Iterator[str]:
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)[column]
-            text.encode()  # JSON can spell half a surrogate pair, which is no text
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UsageError(
-                f"{path} line {number} is not a JSON object with text in '{column}' (data.text_column)"
-            ) from None
-        yield text
-
-
-def _hub_fingerprint(hub: HubConfig, column: str) -> dict[str, Any]:
-    folder = Path(hub.id)
-    source = [_sha256(path) for path in _visible_files(folder)] if folder.is_dir() else [hub.id, _commit(hub)]
-    return {"hub": source, "choice": [hub.config, hub.split, column, hub.max_documents]}
-
-
 def _hub_cache(config: DataConfig) -> Path:
     return Path(config.cache, "huggingface")
-
-
-def _commit(hub: HubConfig) -> str:
-    if re.fullmatch("[0-9a-f]{40}", hub.revision):
-        return hub.revision
-    from huggingface_hub import HfApi
-
-    try:
-        return HfApi().dataset_info(hub.id, revision=hub.revision, timeout=30).sha
-    except Exception as error:  # includes the classes of whichever HTTP library the client uses
-        raise UsageError(
-            f"cannot look up '{hub.id}' on the Hugging Face hub ({' '.join(str(error).split())}); check data.hub.id "
-            "and the network, or use a local folder as data.hub.id or prepared tokens (data.corpus=tokens)"
-        ) from error
-
-
-def _hub_texts(hub: HubConfig, column: str, cache: Path) -> Iterator[str]:
-    for row in _hub_rows(hub, cache):
-        if column not in row:
-            raise UsageError(
-                f"data.hub.id={hub.id} has no column '{column}'; set data.text_column to one of {', '.join(row)}"
-            )
-        text = row[column]
-        if text is None:
-            continue
-        if not isinstance(text, str):
-            raise UsageError(f"data.text_column={column} of {hub.id} holds {type(text).__name__}s, not text")
-        yield text
-
-
-def _hub_rows(hub: HubConfig, cache: Path) -> "Dataset | IterableDataset":
-    from datasets import load_dataset
-
-    revision = None if Path(hub.id).is_dir() else _commit(hub)
-    try:
-        rows = load_dataset(
-            hub.id,
-            name=hub.config or None,
-            split=hub.split,
-            revision=revision,
-            streaming=hub.streaming,
-            cache_dir=str(cache),
-        )
-    except Exception as error:  # as in _commit
-        raise UsageError(f"cannot load data.hub.id={hub.id}: {' '.join(str(error).split())}") from error
-    return rows.take(hub.max_documents) if hub.max_documents else rows

@@ -30,6 +30,8 @@ def token_digest(config: DataConfig) -> str:
         "corpus": corpora.corpus_of(config).fingerprint(),
         "tokenizer": config.vocab_size if trained else _tokenizer_hash(config),
         "split": [config.val_share, config.split_seed],
+        **({"bad_rows": config.bad_rows} if config.bad_rows != "refuse" else {}),
+        **({"end_of_text": config.end_of_text} if config.end_of_text else {}),
     }
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
 
@@ -116,33 +118,47 @@ def _only_builder(folder: Path) -> Iterator[bool]:
 def _build(config: DataConfig, folder: Path, progress: bool, alone: bool) -> None:
     """Makes everything beside `folder` and renames it there at the end: `folder` exists whole or not at all."""
     from moepp.data import corpora
-    from moepp.data.tokenizer import end_of_text, load_tokenizer, train_bpe, write_split
+    from moepp.data.tokenizer import LossCount, end_of_text, load_tokenizer, train_bpe, write_split
 
     for abandoned in folder.parent.glob(f".{folder.name}-*") if alone else ():  # by a builder that was killed
         shutil.rmtree(abandoned)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        documents = corpora.load_documents(config, scratch / "documents", progress)
+        documents, skipped = corpora.load_documents(config, scratch / "documents", progress)
         val = corpora.held_out(documents, config.val_share)
-        if config.tokenizer == "bpe":
+        trained = config.tokenizer == "bpe"
+        if trained:
             tokenizer = train_bpe(corpora.texts(documents, ~val, "training the tokenizer", progress), config.vocab_size)
         else:
             tokenizer = load_tokenizer(Path(config.tokenizer).expanduser())
+        folder_of_tokenizer = None if trained else Path(config.tokenizer).expanduser().parent
+        end = end_of_text(tokenizer, folder_of_tokenizer, config.end_of_text)
         result = scratch / "tokens"
         result.mkdir()
         tokenizer.save(str(result / "tokenizer.json"))
         vocab_size = max(tokenizer.get_vocab().values()) + 1
         dtype = DTYPES[vocab_size > 2**16]
         train_texts, val_texts = (corpora.texts(documents, side, "tokenising", progress) for side in (~val, val))
+        loss = None if trained else LossCount(tokenizer)  # a byte-level BPE loses nothing
+        # The held-out texts first: they are few, and tell whether the tokenizer is one for this text.
+        held_out = write_split(tokenizer, end, val_texts, dtype, result / "val.bin", result / "val.lengths.bin", loss)
+        if loss:
+            loss.refuse(config.tokenizer)
+        kept = write_split(tokenizer, end, train_texts, dtype, result / "train.bin")
+        vanished = len(documents) - kept.documents - held_out.documents
+        corpora.refuse_most_lost("have not one token", vanished, len(documents))
         header = Header(
             format=FORMAT,
             digest=folder.name,
             dtype=dtype,
             vocab_size=vocab_size,
-            end_of_text=end_of_text(tokenizer),
+            end_of_text=end,
             corpus=corpora.corpus_of(config).origin(),
-            train=write_split(tokenizer, train_texts, dtype, result / "train.bin"),
-            val=write_split(tokenizer, val_texts, dtype, result / "val.bin", result / "val.lengths.bin"),
+            train=kept,
+            val=held_out,
+            bad_rows=skipped,
+            without_tokens=vanished,
+            lost_characters=loss.lost if loss else 0,
         )
         (result / "header.json").write_text(json.dumps(asdict(header), indent=1) + "\n")
         os.rename(result, folder)

@@ -42,6 +42,9 @@ class Header:
     corpus: str  # where the text comes from and its terms
     train: Counts
     val: Counts
+    bad_rows: int = 0  # left out by data.bad_rows=skip
+    without_tokens: int = 0  # documents in which the tokenizer finds none
+    lost_characters: int = 0  # of the held-out text, dropped by the tokenizer or unknown to it
 
     @classmethod
     def read(cls, path: Path) -> "Header":

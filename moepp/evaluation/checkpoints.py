@@ -1,10 +1,11 @@
 """A trained decoder with what is needed to feed it text: a run's, or a folder in the released layout."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -35,6 +36,7 @@ class Checkpoint:
     tokenizer: Tokenizer | None  # in a text, the name of a special token is text
     autocast: Callable[[], AbstractContextManager]
     data: DataConfig | None = None
+    begin: tuple[int, ...] = ()  # before every text, as a released tokenizer's template says; no run was trained so
 
     @property
     def device(self) -> torch.device:
@@ -96,11 +98,26 @@ def _official(path: Path, device: torch.device, dtype: torch.dtype | None) -> Ch
             " AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
     tokenizer = _tokenizer(file, digest_of(file))  # before the weights, which may take minutes
-    keys, end = read_json_object(path / "config.json"), end_of_text(tokenizer)
+    keys, end = read_json_object(path / "config.json"), end_of_text(tokenizer, path)
+    context, begin = _context(path, keys), _begin(file)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     model = load_official(path, dtype, device, attention="fused").eval()
-    prefix, context = keys.get("bos_token_id", end), keys.get("max_position_embeddings", 2048)
-    return Checkpoint(model, end, prefix, context, tokenizer, nullcontext)
+    first = keys.get("bos_token_id")
+    return Checkpoint(model, end, end if first is None else first, context, tokenizer, nullcontext, begin=begin)
+
+
+def _context(path: Path, keys: Mapping[str, Any]) -> int:
+    context = keys.get("max_position_embeddings")
+    if type(context) is not int or context < 1:
+        raise UsageError(f"{path / 'config.json'}: max_position_embeddings={context} must be a positive whole number")
+    return context
+
+
+def _begin(file: Path) -> tuple[int, ...]:
+    """What the tokenizer's own template puts before a text."""
+    encoding = load_tokenizer(file).encode("a")
+    marks = encoding.special_tokens_mask
+    return tuple(encoding.ids[: marks.index(0)]) if 0 in marks else ()
 
 
 @lru_cache(maxsize=4)

@@ -64,7 +64,7 @@ class MoEPlusPlus(TemplateLM):
         return self.checkpoint.prefix
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: object) -> list[int]:
-        return list(_encode(self._tokenizer, string))
+        return [*self.checkpoint.begin, *_encode(self._tokenizer, string)]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=True)
@@ -76,8 +76,11 @@ class MoEPlusPlus(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Of whole texts: each token has at least half a context of the text before it, or all of it."""
-        texts = [self.tok_encode(request.args[0]) for request in requests]
-        return [nats for nats, _ in self._score([([self.prefix_token_id, *text], len(text)) for text in texts])]
+        texts = [list(_encode(self._tokenizer, request.args[0])) for request in requests]
+        return [nats for nats, _ in self._score([(self._begun(text), len(text)) for text in texts])]
+
+    def _begun(self, text: list[int]) -> list[int]:
+        return [*(self.checkpoint.begin or (self.prefix_token_id,)), *text]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Greedy continuations, up to the first stop string or the end-of-text token.

@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moepp.errors import RunError, UsageError
+from moepp.evaluation.local_rows import check_rows
 from moepp.records import digest_of
 
 if TYPE_CHECKING:
@@ -147,12 +148,24 @@ def _local(request: TaskRequest, manager: "TaskManager", folder: Path, scratch: 
     examples = _find(folder, request.name, EXAMPLES)
     files = {"test": evaluated} | ({"examples": examples} if examples else {})
     entry = manager.task_index[request.name]
+    _check_local(request, files, entry.cfg or {})
     if entry.yaml_path is not None and isinstance(entry.cfg.get("task"), str):
         specs = [_write_task(scratch, request.name, entry.yaml_path, files)]
     else:
         specs = _write_subjects(request, manager, files, scratch)
     data = " ".join(f"{file.name}:{digest_of(file)}" for file in files.values())
     return specs, data, examples.name if examples else f"{evaluated.name}, without the question itself"
+
+
+def _check_local(request: TaskRequest, files: Mapping[str, Path], task: Mapping[str, Any]) -> None:
+    """Raises UsageError for rows that the task cannot read, and for fewer of them than its prompts need."""
+    rows = {split: check_rows(file, task) for split, file in files.items()}
+    others = rows["examples"] if "examples" in rows else rows["test"] - 1
+    if (request.shots or 0) > others:
+        file = files.get("examples", files["test"])
+        raise UsageError(
+            f"{file} has {others} examples for prompts with {request.shots}; ask for {request.name}:{others}"
+        )
 
 
 def _write_subjects(request: TaskRequest, manager: "TaskManager", files: dict[str, Path], scratch: Path) -> list[str]:

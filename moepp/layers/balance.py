@@ -4,18 +4,19 @@ Shape suffixes: T tokens, K slots of a token, N all experts (FFN, constant, copy
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from . import registry
-from .settings import BalanceConfig, ExpertCounts
+from .settings import BalanceConfig, ExpertCounts, load_weights, total_weight
 
 
-def load_targets(counts: ExpertCounts, tau: float) -> Tensor:
+def load_targets(counts: ExpertCounts, tau: float, tau_of: Mapping[str, float] | None = None) -> Tensor:
     """The share of all slots that each expert gets in a balanced layer, [N]: in the ratio of 1 to 1 / tau."""
-    weight_N = torch.ones(counts.total)
-    weight_N[: counts.ffn] = tau
+    weights = load_weights(counts, tau, tau_of)
+    weight_N = torch.tensor([weights[kind] for kind in counts.kinds()])
     return weight_N / weight_N.sum()
 
 
@@ -41,9 +42,12 @@ def load_balance_loss(
 
 @registry.balance("paper")
 def weighted_loss(mean_probs_N: Tensor, share_N: Tensor, counts: ExpertCounts, config: BalanceConfig) -> Tensor:
-    """sum_i eta_i f_i P_i (Eq. 7); eta is 1 for FFN experts and tau for the others."""
+    """sum_i eta_i f_i P_i (Eq. 7); eta is 1 for FFN experts and tau, or its type's own, for the others."""
     eta_N = torch.ones_like(mean_probs_N)
     eta_N[counts.ffn :] = config.tau
+    for kind, tau in config.tau_of.items():
+        ids = counts.ids(kind)
+        eta_N[ids.start : ids.stop] = tau
     return (eta_N * share_N * mean_probs_N).sum()
 
 
@@ -86,15 +90,24 @@ def combine_layers(losses: list[Tensor], config: BalanceConfig) -> Tensor:
     return total if config.form == "paper" else total / len(losses)
 
 
-def expert_capacities(counts: ExpertCounts, tau: float, slots: int, factor: float) -> tuple[int, int]:
+def expert_capacities(
+    counts: ExpertCounts, tau: float, slots: int, factor: float, tau_of: Mapping[str, float] | None = None
+) -> tuple[int, int]:
     """Rows that an FFN expert and any other expert accept, rounded up (Eq. 8): factor * slots * w / sum w, with w = tau
-    for FFN experts and 1 for the others.
+    for FFN experts and 1 for the others, whose weight is tau.
 
     `slots` = K * T assignments. Eq. 8 prints T, which would drop 45 % of all top-2 assignments even under perfect
     balance.
     """
-    share = factor * slots / (tau * counts.ffn + counts.zero_computation)
+    share = factor * slots / total_weight(counts, load_weights(counts, tau, tau_of))
     return math.ceil(share * tau), math.ceil(share)
+
+
+def capacities_by_kind(counts: ExpertCounts, config: BalanceConfig, slots: int, factor: float) -> dict[str, int]:
+    """Rows that an expert of each type accepts (Eq. 8)."""
+    weights = load_weights(counts, config.tau, config.tau_of)
+    share = factor * slots / total_weight(counts, weights)
+    return {kind: math.ceil(share * weight) for kind, weight in weights.items()}
 
 
 def accepted_counts(count_WKN: Tensor, capacity_N: Tensor) -> Tensor:
@@ -116,3 +129,18 @@ def accepted_slots(expert_TK: Tensor, accepted_KN: Tensor) -> Tensor:
     kept_S = torch.empty_like(order_S, dtype=torch.bool)
     kept_S[order_S] = torch.arange(len(order_S), device=order_S.device) - start_S < accepted_KN.reshape(-1)[sorted_S]
     return kept_S.view(choices, -1).t()
+
+
+def likeliest_slots(expert_WTK: Tensor, score_WTK: Tensor, capacity_N: Tensor) -> Tensor:
+    """True for the slots an expert accepts by score: the `capacity_N` highest of its own, earlier slots first among
+    equals. Of any shape; slots whose id is N or more are never accepted.
+    """
+    expert_S, experts = expert_WTK.reshape(-1), len(capacity_N)
+    order_S = score_WTK.reshape(-1).argsort(descending=True, stable=True)
+    order_S = order_S[expert_S[order_S].argsort(stable=True)]  # by expert, the highest score first
+    sorted_S = expert_S[order_S]
+    rank_S = torch.arange(len(sorted_S), device=sorted_S.device) - torch.searchsorted(sorted_S, sorted_S)
+    limit_N = torch.cat([capacity_N, capacity_N.new_zeros(1)])
+    kept_S = torch.empty_like(order_S, dtype=torch.bool)
+    kept_S[order_S] = rank_S < limit_N[sorted_S.clamp(max=experts)]
+    return kept_S.view_as(expert_WTK)

@@ -37,7 +37,7 @@ class SelectionBias(nn.Module):
     def step(self, chosen_N: Tensor, tokens: int) -> None:
         load_N = chosen_N / chosen_N.sum()
         if self.config.control == "loss_free":
-            change_N = (load_targets(self.counts, self.config.tau).to(load_N) - load_N).sign()
+            change_N = (load_targets(self.counts, self.config.tau, self.config.tau_of).to(load_N) - load_N).sign()
         else:
             top_k = chosen_N.sum() / tokens
             change_N = self.config.expected_ffn / (top_k * self.counts.ffn) - load_N

@@ -67,6 +67,10 @@ class LocalDispatcher:
         """The counts of all devices, [W, K, N], from this device's own."""
         return SlotCounts(count_KN[None])
 
+    def gather(self, of_this_T: Tensor) -> Tensor:
+        """The same tensor of all devices, [W, T, ...], from this device's own [T, ...]."""
+        return of_this_T[None]
+
     def __call__(self, w_in: Tensor, w_out: Tensor, tokens: RoutedTokens, counts: SlotCounts | None = None) -> Tensor:
         """`counts` of the slots, where known, spare a dispatcher that exchanges rows its own."""
         return self.compute(w_in, w_out, tokens)

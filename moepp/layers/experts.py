@@ -107,6 +107,40 @@ class ConstantExperts(AffineExperts):
         return self.vectors
 
 
+@registry.expert("vector")
+class VectorExperts(AffineExperts):
+    """A learned vector alone: Eq. 5 without mixing, E(x) = v."""
+
+    no_weight_decay = ("vectors",)
+
+    def __init__(self, config: MoEConfig, count: int):
+        super().__init__(config, count)
+        self.vectors = nn.Parameter(torch.empty(count, config.dim))  # v
+        self.reset_parameters()
+
+    def terms(self, x_TD: Tensor, dtype: torch.dtype) -> Terms:
+        return 0.0, torch.ones(len(x_TD), self.count, dtype=dtype, device=x_TD.device)
+
+    def vectors_CD(self) -> Tensor:
+        return self.vectors
+
+
+@registry.expert("scaled_copy")
+class ScaledCopyExperts(AffineExperts):
+    """The input times a learned number: E(x) = s x, s from 1."""
+
+    no_weight_decay = ("factors",)
+
+    def __init__(self, config: MoEConfig, count: int):
+        super().__init__(config, count)
+        self.factors = nn.Parameter(torch.empty(count))  # s
+        self.initial = {"factors": nn.init.ones_}
+        self.reset_parameters()
+
+    def terms(self, x_TD: Tensor, dtype: torch.dtype) -> Terms:
+        return self.factors.to(dtype).expand(len(x_TD), -1), None
+
+
 def module_name(kind: str) -> str:
     """What the layer calls the experts of a type: checkpoints know the constant ones by another name."""
     return {"constant": "zero_computation"}.get(kind, f"{kind}_experts")

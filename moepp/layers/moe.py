@@ -16,7 +16,8 @@ from . import registry
 from .balance import (
     accepted_counts,
     accepted_slots,
-    expert_capacities,
+    capacities_by_kind,
+    likeliest_slots,
     load_balance_loss,
     router_losses,
     selection_counts,
@@ -28,7 +29,7 @@ from .experts import AffineExperts, FFNExperts, Terms, add_rows, module_name, on
 from .initial import draw
 from .kernels.base import Affine, RoutedTokens
 from .router import Routing, route
-from .settings import MoEConfig
+from .settings import ExpertCounts, MoEConfig
 
 
 @dataclass
@@ -51,12 +52,20 @@ class MoELayer(nn.Module):
     """Routes every token to `top_k` of N experts (or as `selection` says).
 
     `first` marks the network's first MoE layer, which has no gating residual. `gru` is the recurrent routers' common
-    one, where there is more than this layer.
+    one, where there is more than this layer. `layout` has the most experts of each type that any of the network's
+    layers has: counts are reported, and taken, in its order. Whoever trains on several micro-batches to a step puts the
+    step's counts of each expert and its tokens into `step_counts`, for the balance loss.
     """
 
-    def __init__(self, config: MoEConfig, first: bool = False, gru: nn.GRUCell | None = None):
+    def __init__(
+        self,
+        config: MoEConfig,
+        first: bool = False,
+        gru: nn.GRUCell | None = None,
+        layout: ExpertCounts | None = None,
+    ):
         super().__init__()
-        self.config = config
+        self.config, self.layout = config, layout or config.experts
         experts = config.experts
         self.router = registry.router[config.router](config, first, **config.router_options)
         if gru is not None:
@@ -68,6 +77,7 @@ class MoELayer(nn.Module):
             self.add_module(module_name(kind), registry.expert[kind](config, len(ids), **options))
         self.shared = DenseFFN(config.dim, experts.shared * config.hidden) if experts.shared else None
         self.control = build_control(config.balance, experts)
+        self.step_counts: tuple[Tensor, int] | None = None
 
     def reset_parameters(self) -> None:
         draw(self)
@@ -110,15 +120,30 @@ class MoELayer(nn.Module):
         """
         config, expert_TK, count_WKN = self.config, routing.expert_TK, counts.wait()
         experts, slots = config.experts, expert_TK.numel() * len(count_WKN)
-        of_ffn, of_other = expert_capacities(experts, config.balance.tau, slots, config.capacity_factor)
-        limit_N = torch.full((experts.total,), of_other, device=expert_TK.device)
-        limit_N[: experts.ffn] = of_ffn
-        accepted_WKN = accepted_counts(count_WKN, limit_N)
-        kept_TK = accepted_slots(expert_TK, accepted_WKN[counts.device])
+        limits = capacities_by_kind(experts, config.balance, slots, config.capacity_factor)
+        limit_N = torch.empty(experts.total, dtype=torch.int64, device=expert_TK.device)
+        for kind, limit in limits.items():
+            ids = experts.ids(kind)
+            limit_N[ids.start : ids.stop] = limit
+        if config.drop_order == "probability":
+            kept_TK, accepted_WKN = self.keep_likeliest(routing, limit_N, counts.device)
+        else:
+            accepted_WKN = accepted_counts(count_WKN, limit_N)
+            kept_TK = accepted_slots(expert_TK, accepted_WKN[counts.device])
         expert_TK = expert_TK.masked_fill(~kept_TK, experts.total)
-        gate_TK, most = routing.gate_TK * kept_TK, experts.ffn * of_ffn
+        gate_TK, most = routing.gate_TK * kept_TK, experts.ffn * limits["ffn"]
         kept = replace(routing, expert_TK=expert_TK, gate_TK=gate_TK, most_ffn_slots=most)
         return kept, SlotCounts(accepted_WKN, counts.device)
+
+    def keep_likeliest(self, routing: Routing, limit_N: Tensor, device: int) -> tuple[Tensor, Tensor]:
+        """The slots whose scores are the highest of the whole batch's: those of this device that stay [T, K], and the
+        counts of all that do, [W, K, N].
+        """
+        score_TK = routing.probs_TN.detach().gather(1, routing.expert_TK)
+        expert_WTK, score_WTK = (self.ffn.dispatcher.gather(of) for of in (routing.expert_TK, score_TK))
+        kept_WTK = likeliest_slots(expert_WTK, score_WTK, limit_N)
+        kept_ids_WTK = expert_WTK.masked_fill(~kept_WTK, len(limit_N))
+        return kept_WTK[device], torch.stack([selection_counts(ids_TK, len(limit_N)) for ids_TK in kept_ids_WTK])
 
     def expert_input(self, x_TD: Tensor) -> Tensor:
         return x_TD * self.config.top_k if self.config.multiply_by_top_k else x_TD
@@ -164,14 +189,38 @@ class MoELayer(nn.Module):
         with torch.autocast(x_TD.device.type, enabled=False):
             return one_affine([self.of_kind(kind) for kind in kinds], [gates[kind] for kind in kinds], terms)
 
+    def balanced_counts(self, counts: SlotCounts, tokens: int) -> tuple[Tensor, int]:
+        """Tokens that chose each expert in the batch that is balanced (`balance.over`), [N], and its tokens."""
+        count_WKN, over = counts.wait(), self.config.balance.over
+        if over == "micro_batch":
+            return count_WKN[counts.device].sum(0), tokens
+        if over == "step" and self.training and self.step_counts is not None:
+            count_N, tokens = self.step_counts
+            return self.own_counts(count_N), tokens
+        return count_WKN.sum((0, 1)), tokens * len(count_WKN)
+
+    def reported_counts(self, count_N: Tensor) -> Tensor:
+        """Counts of this layer's experts in the places that they have in the layout."""
+        if self.layout == self.config.experts:
+            return count_N
+        most, own = self.layout.by_kind(), self.config.experts.by_kind()
+        parts = zip(count_N.split(list(own.values())), most.values(), strict=True)
+        return torch.cat([F.pad(part, (0, places - len(part))) for part, places in parts])
+
+    def own_counts(self, count_N: Tensor) -> Tensor:
+        """`reported_counts` undone."""
+        if self.layout == self.config.experts:
+            return count_N
+        most, own = self.layout.by_kind(), self.config.experts.by_kind()
+        parts = zip(count_N.split(list(most.values())), own.values(), strict=True)
+        return torch.cat([part[:count] for part, count in parts])
+
     def statistics(
         self, logits_TN: Tensor, carried: Tensor, routing: Routing, counts: SlotCounts, accepted: SlotCounts
     ) -> MoEStats:
         """`routing` and `counts` are those before any slots were dropped."""
         config, balance, probs_TN = self.config, self.config.balance, routing.probs_TN
-        count_WKN = counts.wait()
-        tokens = len(probs_TN) * len(count_WKN)
-        loss = load_balance_loss(probs_TN, count_WKN.sum((0, 1)), tokens, config.experts, balance)
+        loss = load_balance_loss(probs_TN, *self.balanced_counts(counts, len(probs_TN)), config.experts, balance)
         if (multiplier := getattr(self.control, "multiplier", None)) is not None:
             loss = loss * multiplier
         weighted = balance.z_loss or balance.entropy_loss
@@ -185,7 +234,7 @@ class MoELayer(nn.Module):
         return MoEStats(
             logits_TN,
             loss,
-            chosen_N,
+            self.reported_counts(chosen_N),
             dropped=(chosen_N - accepted_N).sum(),
             recomputed=recomputed,
             entropy=entropy,

@@ -71,6 +71,8 @@ class Registry:
         The package's own parts need no options, so that their names are checked without importing them.
         """
         self.check_name(name)
+        if not isinstance(options, Mapping):
+            raise ValueError(f"{self.options_key.format(name)}={options} must hold options by their names")
         if options or name not in self.defined:
             self._check_options(name, options)
 
@@ -126,14 +128,14 @@ expert = Registry(
     key="experts.others",
     options="expert_options.{}",
     given=("config", "count"),
-    defined={"constant": EXPERTS, "copy": EXPERTS, "zero": EXPERTS},
+    defined={"constant": EXPERTS, "copy": EXPERTS, "zero": EXPERTS, "vector": EXPERTS, "scaled_copy": EXPERTS},
 )
 selection = Registry(
     "selection",
     key="selection",
     options="selection_options",
     given=("logits_TN", "config", "bias_N"),
-    defined={"top_k": ROUTERS, "top_p": ROUTERS, "relu": ROUTERS},
+    defined={"top_k": ROUTERS, "top_p": ROUTERS, "relu": ROUTERS, "sigmoid": ROUTERS},
 )
 gate = Registry(
     "gate",

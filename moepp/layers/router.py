@@ -32,6 +32,9 @@ class Router(nn.Module):
         self.hidden = nn.Parameter(torch.empty(hidden, config.dim)) if hidden else None
         self.weight = nn.Parameter(torch.empty(experts, hidden or config.dim))
         self.residual = nn.Parameter(torch.empty(experts, experts)) if residual else None
+        self.detached = config.residual_detached
+        if config.residual_init == "identity":
+            self.initial = {"residual": nn.init.eye_}
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -46,6 +49,7 @@ class Router(nn.Module):
                 x_TD = F.linear(x_TD, self.hidden.to(dtype)).tanh()
             logits_TN = F.linear(x_TD, self.weight.to(dtype))
             if self.residual is not None and previous_TN is not None:
+                previous_TN = previous_TN.detach() if self.detached else previous_TN
                 logits_TN = logits_TN + F.linear(previous_TN.to(dtype), self.residual.to(dtype))
         return logits_TN, logits_TN
 
@@ -70,15 +74,21 @@ def route(logits_TN: Tensor, config: MoEConfig, bias_N: Tensor | None = None) ->
     """
     if config.logits_norm is not None:
         logits_TN = normalize_logits(logits_TN, config.logits_norm)
+    if config.zero_computation_bias:
+        ffn, bias = config.experts.ffn, config.zero_computation_bias
+        logits_TN = torch.cat([logits_TN[:, :ffn], logits_TN[:, ffn:] + bias], 1)
     routing = registry.selection[config.selection](logits_TN, config, bias_N, **config.selection_options)
     return replace(routing, gate_TK=registry.gate[config.gate](routing, config, **config.gate_options))
 
 
 def normalize_logits(logits_TN: Tensor, std: float) -> Tensor:
     """Each token's logits scaled to the standard deviation `std` over the experts (unbiased), as in the released 7B
-    (`logits_norm`).
+    (`logits_norm`). Equal logits, such as those of an input of zeros, stay as they are.
     """
-    return logits_TN * (std / logits_TN.std(dim=-1, keepdim=True))
+    least = torch.finfo(logits_TN.dtype).tiny ** 0.5  # whose square is still a number to divide by
+    equal_T1 = logits_TN.amax(-1, keepdim=True) - logits_TN.amin(-1, keepdim=True) <= least
+    ramp_N = torch.arange(logits_TN.shape[1], dtype=logits_TN.dtype, device=logits_TN.device)
+    return logits_TN * (std / torch.where(equal_T1, ramp_N, logits_TN).std(dim=-1, keepdim=True))
 
 
 @registry.selection("top_k")
@@ -91,6 +101,17 @@ def select_top_k(logits_TN: Tensor, config: MoEConfig, bias_N: Tensor | None) ->
         expert_TK = (probs_TN + bias_N).topk(config.top_k, dim=-1).indices
         gate_TK = probs_TN.gather(1, expert_TK)
     return Routing(expert_TK, gate_TK, probs_TN)
+
+
+@registry.selection("sigmoid")
+def select_by_sigmoid(logits_TN: Tensor, config: MoEConfig, bias_N: Tensor | None) -> Routing:
+    """The `top_k` experts with the highest sigmoid(logit) + bias, the gates without it (DeepSeek-V3, arXiv 2412.19437).
+    The balance loss reads the scores over their sum.
+    """
+    score_TN = logits_TN.sigmoid()
+    ranked_TN = score_TN if bias_N is None else score_TN + bias_N
+    expert_TK = ranked_TN.topk(config.top_k, dim=-1).indices
+    return Routing(expert_TK, score_TN.gather(1, expert_TK), _shares(score_TN))
 
 
 @registry.selection("top_p")
@@ -111,15 +132,16 @@ def select_positive(logits_TN: Tensor, config: MoEConfig, bias_N: Tensor | None)
 
 
 @registry.gate("softmax")
-def scores_as_gates(routing: Routing, config: MoEConfig) -> Tensor:
-    """The scores themselves, not renormalised (Eq. 1)."""
-    return routing.gate_TK
+def scores_as_gates(routing: Routing, config: MoEConfig, scale: float = 1.0) -> Tensor:
+    """The scores themselves, not renormalised (Eq. 1), times `scale` (DeepSeek's routed scaling factor)."""
+    return routing.gate_TK if scale == 1 else routing.gate_TK * scale
 
 
 @registry.gate("renormalized")
-def renormalized_gates(routing: Routing, config: MoEConfig) -> Tensor:
-    """The scores divided by their sum over the chosen."""
-    return _shares(routing.gate_TK)
+def renormalized_gates(routing: Routing, config: MoEConfig, scale: float = 1.0) -> Tensor:
+    """The scores divided by their sum over the chosen, times `scale`."""
+    gate_TK = _shares(routing.gate_TK)
+    return gate_TK if scale == 1 else gate_TK * scale
 
 
 @registry.gate("released")

@@ -3,14 +3,22 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
+from moepp import register
 from moepp.layers import registry
-from moepp.layers.settings import MoEConfig, ffn_share
+from moepp.layers.settings import TOP_K_SELECTIONS, MoEConfig, ffn_share
 from moepp.models.settings import DecoderConfig
 
 
 def expected_ffn_per_token(config: MoEConfig) -> float:
+    """Routed FFN experts per token of a perfectly balanced layer; of a decoder, the mean over its MoE layers."""
+    own = config.per_layer if isinstance(config, DecoderConfig) else {}
+    return mean(map(_expected_ffn, config.moe_configs)) if own else _expected_ffn(config)
+
+
+def _expected_ffn(config: MoEConfig) -> float:
     """Routed FFN experts per token of a perfectly balanced layer: K tau N_FFN / (tau N_FFN + N_ZC) (Table 1), or what
     the method's own control aims at. With `top_p` it is the most that p can need, which a router that knows nothing
     does; training decides the rest.
@@ -22,24 +30,29 @@ def expected_ffn_per_token(config: MoEConfig) -> float:
         return math.ceil(config.top_p * experts.total) * experts.ffn / experts.total
     if config.selection == "relu":
         return experts.ffn / 2  # scores start symmetric around 0, and nothing steers their number
-    return config.top_k * ffn_share(experts, config.balance.tau)
+    return config.top_k * ffn_share(experts, config.balance.tau, config.balance.tau_of)
+
+
+def _ffn_experts(config: DecoderConfig) -> float:
+    """Of an MoE layer, the mean over them."""
+    return mean(layer.experts.ffn for layer in config.moe_configs) if config.per_layer else config.experts.ffn
 
 
 def parameters(config: DecoderConfig) -> dict[str, int]:
     """Parameters by part; their sum is the model's size."""
-    moe = sum(config.is_moe(block) for block in range(config.layers))
-    dim, experts = config.dim, config.experts
+    layers = config.moe_configs
+    dim, experts, moe = config.dim, config.experts, len(layers)
     return {
         "embedding": config.vocab_size * dim,
         "head": 0 if config.tie_embeddings else config.vocab_size * dim,
         "attention": config.layers * 2 * dim * config.head_dim * (config.heads + config.num_kv_heads),
         "norms": (2 * config.layers + 1) * dim,
-        "router": _router_parameters(config, moe),
+        "router": _router_parameters(config, layers),
         "router_gru": 6 * config.router_width**2 if config.router == "recurrent" else 0,  # one for all layers
-        "gating_residual": max(0, moe - 1) * experts.total**2 if _has_gating_residual(config) else 0,
-        "constant_experts": moe * experts.constant * 3 * dim,
+        "gating_residual": sum(o.experts.total**2 for o in layers[1:]) if _has_gating_residual(config) else 0,
+        "constant_experts": sum(o.experts.constant for o in layers) * 3 * dim,
         **{f"{kind}_experts": moe * count for kind, count in _parameters_of_others(config).items()},
-        "ffn_experts": moe * experts.ffn * 3 * dim * config.hidden,
+        "ffn_experts": sum(o.experts.ffn for o in layers) * 3 * dim * config.hidden,
         "shared_experts": moe * experts.shared * 3 * dim * config.hidden,
         "dense_ffn": (config.layers - moe) * 3 * dim * config.dense_width,
     }
@@ -50,24 +63,29 @@ def _has_gating_residual(config: DecoderConfig) -> bool:
     return config.gating_residual and config.router in registry.router.defined
 
 
-def _router_parameters(config: DecoderConfig, layers: int) -> int:
+def _router_parameters(config: DecoderConfig, layers: list[MoEConfig]) -> int:
+    if config.router in registry.router.defined:
+        return sum(map(_own_router_parameters, layers))
+    router, options = registry.router[config.router], config.router_options
+    return sum(_counted(router, layer, index == 0, **options) for index, layer in enumerate(layers))
+
+
+def _own_router_parameters(config: MoEConfig) -> int:
     experts, dim = config.experts.total, config.dim
-    if config.router not in registry.router.defined:
-        router, options = registry.router[config.router], config.router_options
-        return sum(_counted(router, config, layer == 0, **options) for layer in range(layers))
-    each = {
+    return {
         "linear": experts * dim,
         "two_layer": 8 * experts * (dim + experts),
         "shared_null": (experts - config.experts.zero + 1) * dim,
         "recurrent": config.router_width * (dim + experts),
-    }
-    return layers * each[config.router]
+    }[config.router]
 
 
 def _parameters_of_others(config: DecoderConfig) -> dict[str, int]:
-    options = config.expert_options
+    options, own = config.expert_options, {"vector": config.dim, "scaled_copy": 1}
     return {
-        kind: _counted(registry.expert[kind], config, count, **options.get(kind, {}))
+        kind: own[kind] * count
+        if kind in own
+        else _counted(registry.expert[kind], config, count, **options.get(kind, {}))
         for kind, count in config.experts.others.items()
         if count
     }
@@ -88,9 +106,10 @@ def active_parameters(config: DecoderConfig, ffn_per_token: float | None = None)
     of experts, all of them.
     """
     part = parameters(config)
-    most = config.top_k if config.selection == "top_k" else config.experts.ffn
+    experts = _ffn_experts(config)
+    most = config.top_k if config.selection in TOP_K_SELECTIONS else experts
     used = most if ffn_per_token is None else ffn_per_token
-    return round(sum(part.values()) - part["ffn_experts"] * (1 - min(1.0, used / config.experts.ffn)))
+    return round(sum(part.values()) - part["ffn_experts"] * (1 - min(1.0, used / experts)))
 
 
 def forward_flops(config: DecoderConfig, seq_len: int, ffn_per_token: float | None = None) -> dict[str, float]:
@@ -101,13 +120,13 @@ def forward_flops(config: DecoderConfig, seq_len: int, ffn_per_token: float | No
     """
     part = parameters(config)
     used = expected_ffn_per_token(config) if ffn_per_token is None else ffn_per_token
-    moe = sum(config.is_moe(block) for block in range(config.layers))
+    moe = len(config.moe_blocks)
     return {
         "attention": 2 * part["attention"] + 2 * config.layers * seq_len * config.dim,
         "router": 2 * (part["router"] + moe * part["router_gru"] + part["gating_residual"]),
         "constant_experts": 2 * part["constant_experts"],
         **{f"{kind}_experts": 2 * part[f"{kind}_experts"] for kind, count in config.experts.others.items() if count},
-        "ffn_experts": 2 * part["ffn_experts"] * used / config.experts.ffn,
+        "ffn_experts": 2 * part["ffn_experts"] * used / _ffn_experts(config),
         "shared_experts": 2 * part["shared_experts"],
         "dense_ffn": 2 * part["dense_ffn"],
         "head": 2 * config.vocab_size * config.dim,
@@ -125,9 +144,21 @@ class Budget:
 
     @classmethod
     def of(cls, config: DecoderConfig, seq_len: int, tokens: int) -> "Budget":
+        if config.name != "decoder":
+            return cls._of_registered(config, seq_len, tokens)
         return cls(
             sum(parameters(config).values()),
             active_parameters(config),
             sum(forward_flops(config, seq_len).values()),
             tokens,
         )
+
+    @classmethod
+    def _of_registered(cls, config: DecoderConfig, seq_len: int, tokens: int) -> "Budget":
+        """As the model itself says, built without weights; whoever registers one has imported torch."""
+        import torch
+
+        with torch.device("meta"):
+            model = register.model[config.name](config, None, **config.options)
+        total = sum(parameter.numel() for parameter in model.parameters())
+        return cls(total, model.active_parameters(), sum(model.forward_flops(seq_len).values()), tokens)

@@ -15,9 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from moepp import register
 from moepp.layers.balance import combine_layers
 from moepp.layers.dense import DenseFFN
-from moepp.layers.initial import uninitialized
+from moepp.layers.initial import own_beginnings, uninitialized
 from moepp.layers.moe import MoELayer, MoEStats
 from moepp.layers.rival_routers import shared_gru
+from moepp.layers.settings import MoEConfig
 from moepp.models.attention import Attention, KeyValueCache, rotary_table
 from moepp.models.budget import active_parameters, forward_flops
 from moepp.models.cross_entropy import linear_cross_entropy, target_scores
@@ -28,14 +29,13 @@ from moepp.models.settings import DecoderConfig
 class Block(nn.Module):
     """x + attention(norm(x)), then x + MoE(norm(x)); hands what its router carries to the next block."""
 
-    def __init__(self, config: DecoderConfig, index: int, gru: nn.GRUCell | None):
+    def __init__(self, config: DecoderConfig, index: int, gru: nn.GRUCell | None, moe: MoEConfig | None):
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.attention = Attention(config.dim, config.heads, config.num_kv_heads, config.attention)
         self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        first = index + 1 == config.moe_every
-        dense = not config.is_moe(index)
-        self.ffn = DenseFFN(config.dim, config.dense_width) if dense else MoELayer(config, first, gru)
+        first = config.moe_blocks[:1] == [index]
+        self.ffn = MoELayer(moe, first, gru, config.experts) if moe else DenseFFN(config.dim, config.dense_width)
 
     def forward(
         self, x_BSD: Tensor, rotary: Tensor, previous: Tensor | None, cache: KeyValueCache | None
@@ -65,13 +65,17 @@ class Decoder(nn.Module):
     def _build(self, config: DecoderConfig) -> None:
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.router_gru = shared_gru(config.router_width) if config.router == "recurrent" else None
-        self.blocks = nn.ModuleList(Block(config, index, self.router_gru) for index in range(config.layers))
+        moe = dict(zip(config.moe_blocks, config.moe_configs, strict=True))
+        self.blocks = nn.ModuleList(
+            Block(config, index, self.router_gru, moe.get(index)) for index in range(config.layers)
+        )
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
 
     def reset_parameters(self, seed: int = 0) -> None:
         """Every matrix, embedding and constant vector from N(0, init_std); projections that write into the residual
-        stream from N(0, init_std / sqrt(2 * layers)) (Megatron's scaled init; the paper states none); norms at 1.
+        stream from N(0, init_std / sqrt(2 * layers)) (Megatron's scaled init; the paper states none); norms at 1; what
+        has a beginning of its own (layers/initial.py), there.
 
         Each parameter has its own generator, seeded by `seed` and its name: arms of an ablation share the initial value
         of every parameter they have in common.
@@ -80,8 +84,11 @@ class Decoder(nn.Module):
             if layer.control is not None:
                 layer.control.reset_parameters()
         std, scaled = self.config.init_std, self.config.init_std / math.sqrt(2 * self.config.layers)
+        own = own_beginnings(self)
         for name, parameter in self.named_parameters():
-            if "norm" in name:
+            if name in own:
+                own[name](parameter)
+            elif "norm" in name:
                 nn.init.ones_(parameter)
             elif not parameter.is_meta:
                 generator = _generator(parameter.device, seed, name)
@@ -143,7 +150,7 @@ class Decoder(nn.Module):
         """
         for layer, chosen_N in zip(self.moe_layers(), chosen_LN, strict=True):
             if layer.control is not None:
-                layer.control.step(chosen_N, tokens)
+                layer.control.step(layer.own_counts(chosen_N), tokens)
 
     def active_parameters(self, ffn_per_token: float | None = None) -> int:
         return active_parameters(self.config, ffn_per_token)

@@ -55,11 +55,22 @@ DEFAULTS = {
     "top_k": 2,
     "num_constant_experts": 2,
 }
-SUPPORTED = {"hidden_act": "silu", "rope_scaling": None, "moe_expert_interval": 1}
+SUPPORTED = {
+    "hidden_act": "silu", "rope_scaling": None, "moe_expert_interval": 1, "rope_parameters": None,
+    "attention_bias": False, "mlp_bias": False, "sliding_window": None, "use_sliding_window": False,
+    "quantization_config": None, "pretraining_tp": 1, "partial_rotary_factor": 1.0, "layer_types": None,
+}  # fmt: skip
+# Of the text that the model was made for: no part of the decoder, and kept from one checkpoint to the next.
+TEXT = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+# What changes no output.
+NOTES = (
+    "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "auto_map", "use_cache", "note",
+    "initializer_range", "attention_dropout", "output_router_logits", "router_aux_loss_coef", "head_dim",
+)  # fmt: skip
 # What changes no output of the models that a checkpoint can hold; kv_heads may be null for the number it says.
 UNSAID = (
-    "activation_checkpointing", "attention", "backend", "balance", "capacity_factor", "dense_hidden", "init_std",
-    "kv_heads", "router_width", "top_p",
+    "activation_checkpointing", "attention", "backend", "balance", "capacity_factor", "dense_hidden", "drop_order",
+    "init_std", "kv_heads", "residual_detached", "residual_init", "router_width", "top_p",
 )  # fmt: skip
 
 UNUSED_GATE_MAP = "model.layers.0.mlp.moe.gate.gate_map.weight"  # layer 0 has no previous logits to map
@@ -92,17 +103,24 @@ def load_official(
     for file in files:
         for name, tensor in read_tensors(file, tensors):
             tensors[name].copy_(tensor)
+    model.text_keys = {name: keys[name] for name in TEXT if name in keys}
     return model
 
 
-def save_official(model: Decoder, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
+def save_official(
+    model: Decoder, folder: str | Path, shard_bytes: int = SHARD_BYTES, text_keys: Mapping[str, Any] | None = None
+) -> None:
     """Writes config.json and safetensors of at most `shard_bytes` each, as the released code reads them.
+
+    `text_keys` are what config.json says of context and special tokens (TEXT), for a decoder knows neither; where they
+    are not given, those that `load_official` has read.
 
     Layer 0's gate map, which that code has but never uses, is written as zeros. Raises UsageError for a model that the
     released code cannot compute, and for a folder that already holds a checkpoint.
     """
     folder = Path(folder)
     keys = official_config(model.config) | {"torch_dtype": str(model.embedding.weight.dtype).removeprefix("torch.")}
+    keys |= getattr(model, "text_keys", {}) if text_keys is None else text_keys
     if any(found for pattern in CHECKPOINT_FILES for found in folder.glob(pattern)):
         raise UsageError(f"{folder} already holds a checkpoint; choose another folder")
     tensors = official_tensors(model)
@@ -120,7 +138,15 @@ def decoder_config(keys: Mapping[str, Any]) -> DecoderConfig:
     """The decoder that a config.json describes. Raises ValueError for values it cannot have."""
     if missing := [name for name in (*SIZES, "num_experts") if name not in keys]:
         raise ValueError(f"{', '.join(missing)} missing; this is no config of an MoE++ checkpoint")
-    keys = DEFAULTS | dict(keys)
+    known = {*SIZES, *DEFAULTS, *SUPPORTED, *TEXT, *NOTES, "num_experts"}
+    if unknown := [name for name in keys if name not in known and not name.startswith("_")]:
+        raise ValueError(
+            f"{unknown[0]}={json.dumps(keys[unknown[0]])} is unknown and may change what the model computes; remove it"
+            " if it does not"
+        )
+    keys = SUPPORTED | DEFAULTS | dict(keys)
+    if "head_dim" in keys and keys["head_dim"] not in (None, _quotient(keys)):
+        raise ValueError(f"head_dim={keys['head_dim']} is not hidden_size / num_attention_heads={_quotient(keys)}")
     for name, only in SUPPORTED.items():
         if keys[name] != only:
             raise ValueError(f"{name}={keys[name]} is not supported, only {json.dumps(only)}")
@@ -227,6 +253,11 @@ def _typed(keys: Mapping[str, Any], name: str, kind: type, least: int | None = N
             f"{name}={json.dumps(keys[name])} must be {'positive, ' if least else ''}of type {kind.__name__}"
         )
     return value
+
+
+def _quotient(keys: Mapping[str, Any]) -> float | None:
+    sizes = [keys["hidden_size"], keys["num_attention_heads"]]
+    return sizes[0] / sizes[1] if all(type(size) is int and size > 0 for size in sizes) else None
 
 
 def _experts(value: Any) -> int:

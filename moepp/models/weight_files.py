@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moepp.errors import UsageError
+from moepp.lfs import refuse_pointer
 from moepp.records import write_json
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -49,6 +50,8 @@ def _indexed(index: Path) -> list[Path]:
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise UsageError(f"{index} has no weight_map from tensors to files")
+    if strays := [name for name in weight_map.values() if Path(name).name != name or name in ("", "..")]:
+        raise UsageError(f"{index} names files outside its folder: {some(strays)}")
     files = [index.parent / name for name in sorted(set(weight_map.values()))]
     if missing := [file.name for file in files if not file.is_file()]:
         raise UsageError(f"{index.parent} lacks files that {index.name} lists: {some(missing)}")
@@ -57,6 +60,7 @@ def _indexed(index: Path) -> list[Path]:
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file that must be there."""
+    refuse_pointer(path)
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:
@@ -70,6 +74,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 def map_tensors(path: Path) -> dict[str, Tensor]:
     """The file's tensors, mapped into memory: only what is used is read."""
+    refuse_pointer(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

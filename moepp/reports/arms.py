@@ -6,17 +6,19 @@ A file of experiments/ may choose arms and set the paper's scores beside them:
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from moepp.records import read_json
+from moepp.reports.answer import answer, exclude
 from moepp.reports.comparison import Design, compare
 from moepp.reports.experiment import Context, Experiment, Findings, Runs
 from moepp.reports.paper import PaperScores
+from moepp.reports.recipe import keys_of_interest
 from moepp.reports.search_report import SearchReport
 from moepp.sweeps.space import search_space
-from moepp.sweeps.spec import Contrast, Scale, Sweep, Trend, read_sweep
+from moepp.sweeps.spec import Contrast, Exclusions, Primary, Scale, Sweep, Trend, read_sweep
 
 TASKS = {  # whose words are flags of `reproduce` too
     "tasks": "downstream tasks on which every trial is scored: `paper`, or names",
@@ -43,9 +45,11 @@ def of_records(directory: Path) -> Experiment:
     sweep = Sweep(
         **{key: plan[key] for key in ("name", "question", "paper", "baseline") if key in plan},
         scales={plan["scale"]: Scale()},
-        arms={trial["arm"]: [] for trial in plan["trials"]},
+        arms={trial["arm"]: [] for trial in plan["trials"] if "length" not in trial},
         contrasts=contrasts,
         trend=trend,
+        primary=Primary(**plan["primary"]) if plan.get("primary") else None,
+        exclusions=Exclusions(**plan.get("exclusions", {})),
         notes=plan.get("notes", []),
     )
     return _experiment(sweep, sweep.name, searched, None, {})
@@ -61,9 +65,11 @@ def _experiment(
         return Experiment(**about, measure=SearchReport(word), runs=(Runs(word),), notes=notes)
     arms = tuple(paper.rows if paper else sweep.arms)
     contrasts = {name: c for name, c in sweep.contrasts.items() if {*c.arms, *c.minus} <= set(arms)}
-    design = Design(arms, contrasts, sweep.trend, paper)
+    design = Design(arms, contrasts, sweep.trend, paper, keys_of_interest(sweep))
     about |= {"paper": (paper.table(),) if paper else (), **declared, "notes": notes}
-    return Experiment(**about, measure=ArmReport(word, design), runs=(Runs(word, timed=True),), options=TASKS)
+    chosen = {name: tuple(scale.arms) for name, scale in sweep.scales.items() if scale.arms}
+    measure = ArmReport(word, design, sweep.primary, sweep.exclusions, chosen)
+    return Experiment(**about, measure=measure, runs=(Runs(word, timed=True),), options=TASKS)
 
 
 @dataclass(frozen=True)
@@ -72,9 +78,22 @@ class ArmReport:
 
     sweep: str  # `Runs.sweep`
     design: Design
+    primary: Primary | None = None
+    exclusions: Exclusions = field(default_factory=Exclusions)
+    chosen: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # scale -> its choice of arms
 
     def __call__(self, context: Context) -> Findings:
         """Raises UsageError when sweep and design do not fit."""
-        from moepp.reports.sweep_report import findings
+        from moepp.reports.sweep_report import findings, with_answer
 
-        return findings(compare(self.design, context.results(self.sweep)))
+        design, results = self._design_at(context.scale), context.results(self.sweep)
+        kept, excluded = exclude(results, self.exclusions)
+        comparison = compare(design, kept)
+        whole = compare(design, results) if excluded else comparison
+        found = answer(self.primary, comparison, whole, excluded) if self.primary else None
+        return with_answer(findings(comparison), found, results, self.primary, self.exclusions)
+
+    def _design_at(self, scale: str) -> Design:
+        arms = tuple(arm for arm in self.design.arms if arm in self.chosen.get(scale, self.design.arms))
+        contrasts = {name: c for name, c in self.design.contrasts.items() if {*c.arms, *c.minus} <= set(arms)}
+        return replace(self.design, arms=arms, contrasts=contrasts)

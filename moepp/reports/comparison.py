@@ -1,27 +1,37 @@
-"""The numbers of a report: arms against the baseline, effects, the noise floor and the paper's order."""
+"""The numbers of a report: arms against the baseline, effects, noise, unstable arms and the paper's order."""
 
 import math
 import statistics
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import permutations
 from typing import TypeVar
 
 from moepp.errors import UsageError
 from moepp.reports.paper import PaperScores
+from moepp.reports.recipe import confounds
 from moepp.reports.results import SweepResults
 from moepp.statistics.seeds import (
+    NO_ERROR,
     POWER,
     SIGNIFICANCE,
     Estimate,
+    MedianInterval,
+    SharedError,
     holm,
     mean_interval,
+    median_interval,
     minimal_detectable_difference,
     paired_difference,
 )
 from moepp.sweeps.spec import Contrast, Trend
 
 OBJECTIVE = "val_loss"  # nats per token: continuous, so it decides; accuracy illustrates
+SECOND = {  # measures beside it, with what they cost: nothing, for the first
+    "online_loss": "training loss of the first epoch",
+    "averaged_val_loss": "validation loss of the late weights' mean",
+}
 BUDGETS = {
     "total_params": "total parameters",
     "active_params": "activated parameters",
@@ -45,15 +55,28 @@ class Design:
     contrasts: Mapping[str, Contrast] = field(default_factory=dict)
     trend: Trend | None = None
     paper: PaperScores | None = None
+    about: frozenset[str] = frozenset()  # keys that the arms are meant to differ in
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A paired difference in validation loss. `p_holm` is corrected within its family; None when one pair exists."""
+    """A paired difference in validation loss. `p_holm` is corrected within its family; None when one pair exists.
+
+    `confounds` are keys of a recipe in which the sides differ although the sweep is not about them. Where an arm of it
+    is unstable the t-interval is no guide, and `robust` stands beside it: the median over seeds,
+    whose sign test gives the p.
+    """
 
     estimate: Estimate
     by_seed: dict[int, float]
+    robust: MedianInterval | None = None
+    confounds: tuple[str, ...] = ()
     p_holm: float | None = None
+
+    @property
+    def p_alone(self) -> float | None:
+        p = self.estimate.p_value
+        return p if p is None or self.robust is None else self.robust.p_value
 
     @property
     def significant(self) -> bool:
@@ -62,13 +85,14 @@ class Difference:
 
 @dataclass(frozen=True)
 class NoiseFloor:
-    """Deviations over seeds, and the smallest true difference `pairs` pairs would show with 80 % probability."""
+    """Of one arm: deviations over seeds, and the smallest true difference to the baseline that as many pairs would show
+    with 80 % probability. All None where there are too few seeds.
+    """
 
-    baseline_std: float | None
-    difference_std: float | None  # of paired differences, pooled over arms
-    pairs: int  # of the arm that has fewest, of those with at least two
-    detectable: float | None  # judged alone, at 5 %
-    detectable_corrected: float | None  # as the smallest p-value of the whole family
+    std: float | None
+    difference_std: float | None = None  # of differences to the baseline, paired by seed
+    detectable: float | None = None  # judged alone, at 5 %
+    detectable_corrected: float | None = None  # as the smallest p-value of the whole family
 
 
 @dataclass(frozen=True)
@@ -102,7 +126,9 @@ class Comparison:
     results: SweepResults
     differences: dict[str, Difference]  # arm -> arm minus baseline
     contrasts: dict[str, Difference]
-    noise: NoiseFloor
+    second: dict[str, dict[str, Difference]]  # measure of `SECOND` -> arm -> arm minus baseline
+    noise: dict[str, NoiseFloor]  # arm -> its own
+    unstable: dict[str, str]  # arm -> why its seeds make no t-interval
     ordering: Ordering | None  # None where there are no paper's numbers
     budgets: dict[str, BudgetRange]
 
@@ -118,52 +144,85 @@ def compare(design: Design, results: SweepResults) -> Comparison:
         )
     if not any(arm in results.runs for arm in arms):
         raise UsageError(f"sweep {results.name} has no finished run of the arms {', '.join(arms)}; run it first")
+    from moepp.reports.held_out import text_error  # these need numpy, for which listing experiments does not wait
+    from moepp.statistics.stability import unstable_arms
+
     loss = {arm: results.by_seed(arm, OBJECTIVE) for arm in arms}
     against = {arm: Contrast([arm], [results.baseline]) for arm in arms if arm != results.baseline}
-    differences = _differences(against, loss)
+    unstable = unstable_arms({arm: list(by_seed.values()) for arm, by_seed in loss.items()})
+    effects = partial(_differences, loss=loss, unstable=unstable, shared=partial(text_error, results))
+    differences = _with_confounds(effects(against), against, design, results)
     return Comparison(
         design=replace(design, paper=paper),
         results=results,
         differences=differences,
-        contrasts=_differences(design.contrasts, loss),
-        noise=_noise(list(loss[results.baseline].values()), list(differences.values())),
-        ordering=_ordering(paper, loss) if paper else None,
+        contrasts=_with_confounds(effects(design.contrasts), design.contrasts, design, results),
+        second={name: found for name in SECOND if (found := _second(results, against, unstable, name))},
+        noise={arm: _noise(by_seed, differences.get(arm), len(differences)) for arm, by_seed in loss.items()},
+        unstable=unstable,
+        ordering=_ordering(paper, effects) if paper else None,
         budgets={name: budget for name in BUDGETS if (budget := _budget(arms, results, name))},
     )
 
 
-def _differences(contrasts: Mapping[Name, Contrast], loss: Losses) -> dict[Name, Difference]:
-    """Each contrast over the seeds that all its arms finished, Holm-corrected as one family; no seed, no entry."""
+def _with_confounds(
+    found: Mapping[str, Difference], contrasts: Mapping[str, Contrast], design: Design, results: SweepResults
+) -> dict[str, Difference]:
+    marked = {}
+    for name, difference in found.items():
+        arms, minus = contrasts[name].arms, contrasts[name].minus
+        marked[name] = replace(difference, confounds=confounds(results, arms, minus, design.about))
+    return marked
+
+
+def _second(
+    results: SweepResults, against: Mapping[str, Contrast], unstable: Mapping[str, str], measure: str
+) -> dict[str, Difference]:
+    return _differences(against, {arm: results.by_seed(arm, measure) for arm in results.runs}, unstable)
+
+
+def _differences(
+    contrasts: Mapping[Name, Contrast],
+    loss: Losses,
+    unstable: Mapping[str, str],
+    shared: Callable[[Contrast, Sequence[int]], SharedError] = lambda *_: NO_ERROR,
+) -> dict[Name, Difference]:
+    """Each contrast over the seeds that all its arms finished, Holm-corrected as one family; no seed, no entry.
+
+    `shared` is the error of what all seeds are judged on.
+    """
     found = {}
     for name, contrast in contrasts.items():
-        seeds = sorted(set.intersection(*(set(loss[arm]) for arm in (*contrast.arms, *contrast.minus))))
+        arms = (*contrast.arms, *contrast.minus)
+        seeds = sorted(set.intersection(*(set(loss.get(arm, ())) for arm in arms)))
         on, off = (
             [statistics.fmean(loss[arm][seed] for arm in side) for seed in seeds]
             for side in (contrast.arms, contrast.minus)
         )
         if seeds:
             by_seed = {seed: a - b for seed, a, b in zip(seeds, on, off, strict=True)}
-            found[name] = Difference(paired_difference(on, off), by_seed)
-    tested = [name for name, difference in found.items() if difference.estimate.p_value is not None]
-    for name, p in zip(tested, holm([found[name].estimate.p_value for name in tested]), strict=True):
+            robust = median_interval(list(by_seed.values())) if set(arms) & unstable.keys() else None
+            estimate = paired_difference(on, off, shared=shared(contrast, seeds))
+            found[name] = Difference(estimate, by_seed, robust)
+    tested = [name for name, difference in found.items() if difference.p_alone is not None]
+    for name, p in zip(tested, holm([found[name].p_alone for name in tested]), strict=True):
         found[name] = replace(found[name], p_holm=p)
     return found
 
 
-def _noise(baseline: Sequence[float], differences: Sequence[Difference]) -> NoiseFloor:
-    baseline_std = mean_interval(baseline).std if baseline else None
-    estimates = [d.estimate for d in differences if d.estimate.std is not None]
-    if not estimates:
-        return NoiseFloor(baseline_std, None, 0, None, None)
-    std = math.sqrt(statistics.fmean(estimate.std**2 for estimate in estimates))
-    pairs = min(estimate.n for estimate in estimates)
-    alone, corrected = (
-        minimal_detectable_difference(std, pairs, 1 - SIGNIFICANCE / tests, POWER) for tests in (1, len(estimates))
+def _noise(by_seed: Mapping[int, float], difference: Difference | None, tests: int) -> NoiseFloor:
+    std = mean_interval(list(by_seed.values())).std if by_seed else None
+    if difference is None or difference.estimate.std is None:
+        return NoiseFloor(std)
+    estimate = difference.estimate
+    spread = estimate.error * math.sqrt(estimate.n)
+    levels = (1 - SIGNIFICANCE / count for count in (1, tests))
+    return NoiseFloor(
+        std, estimate.std, *(minimal_detectable_difference(spread, estimate.n, level, POWER) for level in levels)
     )
-    return NoiseFloor(baseline_std, std, pairs, alone, corrected)
 
 
-def _ordering(paper: PaperScores, loss: Losses) -> Ordering:
+def _ordering(paper: PaperScores, effects: Callable[[Mapping[Name, Contrast]], dict[Name, Difference]]) -> Ordering:
     average = {arm: row.average for arm, row in paper.rows.items()}
     other_tasks = {arm: paper.average_without_noisy_task(row) for arm, row in paper.rows.items()}
     ranked = {
@@ -171,7 +230,7 @@ def _ordering(paper: PaperScores, loss: Losses) -> Ordering:
         for better, worse in permutations(average, 2)
         if average[better] > average[worse]
     }
-    differences = _differences(ranked, loss)
+    differences = effects(ranked)
     return Ordering(
         ranked=len(differences),
         agreeing=sum(d.estimate.mean < 0 for d in differences.values()),

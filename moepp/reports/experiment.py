@@ -17,11 +17,13 @@ from typing import Any
 from moepp.errors import UsageError
 from moepp.records import RunRecord, read_json
 from moepp.reports.results import SweepResults, load_sweep_results
+from moepp.reports.standing import Standing
 from moepp.statistics.claims import Claim
 from moepp.statistics.style import Figure
 from moepp.statistics.tables import Table
 
-SCALES = ("smoke", "laptop", "gpu", "paper")
+SCALES = ("smoke", "laptop", "desk", "gpu", "paper")
+USUAL = ("smoke", "laptop", "gpu", "paper")
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,13 @@ class Findings:
     claims: tuple[Claim, ...] = ()
     notes: tuple[str, ...] = ()  # on this measurement: data used, what could not be measured and why
     setup: Mapping[str, Any] = field(default_factory=dict)  # into provenance.json: batch, dtype, repeats, seeds
+    answer: str = ""  # to the question, in words: the first line of a report
     verdict: tuple[str, ...] = ()  # sentences that follow from the numbers and are no claims
     sections: Mapping[str, Sequence[str | Table]] = field(default_factory=dict)
     summary: Table | None = None
     data: tuple[Table, ...] = ()  # saved, not shown
     metrics: Mapping[str, float] = field(default_factory=dict)  # the few that a tracker's parent run shows
+    standing: tuple[Standing, ...] = ()  # what the trained models can do, of each sweep; `reproduce` fills it in
 
 
 @dataclass(frozen=True)
@@ -100,4 +104,7 @@ class Experiment:
     options: Mapping[str, str] = field(default_factory=dict)
     paper: tuple[Table, ...] = ()  # the paper's numbers
     notes: tuple[str, ...] = ()  # what the paper leaves open and what was chosen here
-    scales: tuple[str, ...] = SCALES  # where there is but one, `--scale` changes nothing
+    of_routing: bool = False  # what routers do with texts: mechanics only, where the models have not learnt their words
+    scales: tuple[str, ...] = tuple(
+        scale for scale in SCALES if scale != "desk"
+    )  # where there is but one, `--scale` changes nothing

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moepp.errors import UsageError
+from moepp.program import program
 from moepp.records import RunRecord, read_json
 
 
@@ -32,7 +33,7 @@ def read_proposals(directory: Path) -> list[Proposal]:
         if "point" in trial:
             trials.setdefault(trial["arm"], []).append(trial)
     if not trials:
-        raise UsageError(f"{directory} holds no search; `python run.py reproduce hyperparameters` runs one")
+        raise UsageError(f"{directory} holds no search; `{program()} reproduce hyperparameters` runs one")
     return [_proposal(directory, found, sweep["objective"]) for found in trials.values()]
 
 

@@ -10,6 +10,8 @@ from moepp.reports.experiment import Experiment, Findings
 from moepp.statistics.style import Figure, save
 from moepp.statistics.tables import Table, as_csv, as_lines, as_markdown
 
+MECHANICS = "mechanics only: models that end above a bigram of their own training tokens"
+
 
 def write_report(experiment: Experiment, found: Findings, folder: Path, provenance: Mapping[str, Any]) -> list[Path]:
     """Fills `folder` and returns the files, report.md first; what else lies there stays. `provenance` holds at least
@@ -17,7 +19,12 @@ def write_report(experiment: Experiment, found: Findings, folder: Path, provenan
     """
     folder.mkdir(parents=True, exist_ok=True)
     images = [path for figure in found.figures for path in save(figure, folder)]
-    parts = [*found.tables, *found.data, *(part for section in found.sections.values() for part in section)]
+    parts = [
+        *found.tables,
+        *found.data,
+        *(standing.table() for standing in found.standing),
+        *(part for section in found.sections.values() for part in section),
+    ]
     tables = [part for part in (*parts, *(f.data for f in found.figures)) if isinstance(part, Table) and part.name]
     texts = {
         "report.md": _markdown(experiment, found, provenance),
@@ -32,7 +39,9 @@ def write_report(experiment: Experiment, found: Findings, folder: Path, provenan
 def terminal(found: Findings) -> str:
     """For the end of a command: the summary and what follows from it."""
     table = _summary(found)
-    lines = [*as_lines(table), *([] if table in found.tables else [table.caption])] if table else []
+    lines = [found.answer, ""] if found.answer else []
+    lines += [*map(str, found.standing), *([""] if found.standing else [])]
+    lines += [*as_lines(table), *([] if table in found.tables else [table.caption])] if table else []
     said = [*found.verdict, *(f"{claim.verdict}: {claim}" for claim in found.claims)]
     return "\n".join([*lines, "", *said]).strip("\n")
 
@@ -41,8 +50,12 @@ def note(experiment: Experiment, found: Findings, command: str) -> str:
     """The short report for a tracker's page, in markdown; the rest is in report.md."""
     table = _summary(found)
     made = f"Made by `{command}`; the whole report is the artifact `{experiment.name}/report.md`."
-    parts = [f"**{experiment.question}**", _verdict(found), as_markdown(table) if table else "", made]
+    parts = [_answer(found), f"**{experiment.question}**", _verdict(found), as_markdown(table) if table else "", made]
     return "\n\n".join(part for part in parts if part)
+
+
+def _answer(found: Findings) -> str:
+    return f"**{found.answer}**" if found.answer else ""
 
 
 def _summary(found: Findings) -> Table | None:
@@ -69,8 +82,19 @@ def _markdown(experiment: Experiment, found: Findings, provenance: Mapping[str, 
         "The paper's numbers": markdown(experiment.paper),
         "Notes": bullets([*experiment.notes, *found.notes]),
     }
-    body = [f"# {experiment.title}", *about, *(f"## {title}\n\n{text}" for title, text in sections.items() if text)]
+    body = [
+        f"# {_title(experiment, found)}",
+        _answer(found),
+        *map(str, found.standing),
+        *about,
+        *(f"## {title}\n\n{text}" for title, text in sections.items() if text),
+    ]
     return "\n\n".join(part for part in body if part) + "\n"
+
+
+def _title(experiment: Experiment, found: Findings) -> str:
+    mechanics = experiment.of_routing and any(standing.mechanics_only for standing in found.standing)
+    return f"{experiment.title} ({MECHANICS})" if mechanics else experiment.title
 
 
 def _made(provenance: Mapping[str, Any]) -> str:

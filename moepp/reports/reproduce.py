@@ -2,17 +2,20 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from moepp.errors import RunError, UsageError
 from moepp.experiments import discover
+from moepp.program import program
 from moepp.records import RunRecord, read_json, write_json
 from moepp.reports.arms import TASKS, of_records, of_sweep
 from moepp.reports.experiment import Context, Experiment, Runs
 from moepp.reports.provenance import provenance
 from moepp.reports.rerun import command
-from moepp.shipped import SWEEPS, names, overlaid
+from moepp.reports.standing import Standing, standing
+from moepp.shipped import SWEEPS, YAML, names, overlaid
 
 RESULTS = Path("results")
 RUNS = Path("runs")  # where records are unless `runs=` says otherwise
@@ -23,7 +26,7 @@ def find(what: str) -> Experiment:
     experiments, sweeps = discover(), names(overlaid(SWEEPS))
     if what in experiments:
         return experiments[what]
-    if what in sweeps or what.endswith(".yaml"):
+    if what in sweeps or what.endswith(YAML):
         return of_sweep(what)
     known = [*experiments, *sweeps]
     nearest = difflib.get_close_matches(what, known, n=1, cutoff=0.5)
@@ -75,6 +78,8 @@ def reproduce(
     options, overrides = _own_options(experiment, arguments, flags or {})
     score = _asks_for_tasks(experiment, options)
     needed = () if options.get("weights") else experiment.runs  # a checkpoint takes the place of trained runs
+    if needed and not Path(options.get("tasks_dir", ".")).is_dir():  # said before anything trains
+        raise UsageError(f"tasks_dir={options['tasks_dir']} is no folder")
     directories = {runs.sweep: _train(runs, scale, workers, overrides, seeds) for runs in needed}
     for directory in directories.values() if score else ():
         _score(directory, options)
@@ -197,7 +202,8 @@ def _publish(experiment: Experiment, context: Context, out: Path | None) -> None
     """Measures, writes the report, puts it onto the sweeps' parent runs in the tracker, and prints its summary."""
     from moepp.reports.report import note, terminal, write_report
 
-    found, made_by = experiment.measure(context), command(experiment, context)
+    made_by = command(experiment, context)
+    found = replace(experiment.measure(context), standing=_standing(experiment, context))
     folder = _folder(experiment, context, out)
     files = write_report(experiment, found, folder, provenance(made_by, context))
     for directory in context.directories.values():
@@ -206,7 +212,12 @@ def _publish(experiment: Experiment, context: Context, out: Path | None) -> None
     print(f"\nreport: {folder / 'report.md'}")
     for sweep, directory in context.directories.items():
         runs = "" if directory.parent == RUNS else f" runs={directory.parent}"
-        print(f"compare the runs in the browser: python run.py ui {sweep} --scale {context.scale}{runs}")
+        print(f"compare the runs in the browser: {program()} ui {sweep} --scale {context.scale}{runs}")
+
+
+def _standing(experiment: Experiment, context: Context) -> tuple[Standing, ...]:
+    needed = [runs for runs in experiment.runs if runs.sweep in context.directories]
+    return tuple(standing(context.results(runs.sweep), runs.arms) for runs in needed)
 
 
 def _folder(experiment: Experiment, context: Context, out: Path | None) -> Path:

@@ -1,6 +1,7 @@
 """Run records of a sweep as plain data. Only finished runs count; any other trial is listed with its reason."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 from moepp.config import leaves
 from moepp.errors import UsageError
+from moepp.program import program
 from moepp.records import RunRecord, read_json
 from moepp.reports.targets import target_share
 from moepp.statistics.seeds import Estimate, mean_interval
@@ -58,6 +60,7 @@ class SweepResults:
     match: str
     runs: dict[str, dict[int, Run]]  # arm -> seed -> run
     missing: dict[tuple[str, int], str] = field(default_factory=dict)  # (arm, seed) -> why there is no result
+    lengthened: dict[str, dict[float, dict[int, Run]]] = field(default_factory=dict)  # arm -> times the tokens -> seed
     expert_times: dict[tuple[str, str], ExpertTime] = field(default_factory=dict)  # (arm, routing)
     training_speeds: dict[str, float] = field(default_factory=dict)  # tokens per second of a forward and backward pass
     timing_setup: dict[str, Any] = field(default_factory=dict)  # hardware, threads, tokens, dtype, repeats, date
@@ -84,6 +87,10 @@ class SweepResults:
         values = {seed: runs[seed].value(metric) for seed in sorted(runs)}
         return {seed: value for seed, value in values.items() if value is not None}
 
+    def at_lengths(self, arm: str) -> dict[float, dict[int, Run]]:
+        """The finished runs of an arm by how many times its tokens they trained on, in rising order; 1 is its own."""
+        return dict(sorted({1.0: self.runs.get(arm, {}), **self.lengthened.get(arm, {})}.items()))
+
     def estimate(self, arm: str, metric: str) -> Estimate | None:
         values = self.by_seed(arm, metric)
         return mean_interval(list(values.values())) if values else None
@@ -103,19 +110,22 @@ def load_sweep_results(directory: Path | str) -> SweepResults:
     directory = Path(directory)
     sweep = read_json(directory / "sweep.json")
     runs: dict[str, dict[int, Run]] = {}
+    lengthened: dict[str, dict[float, dict[int, Run]]] = defaultdict(dict)
     missing = {}
     for trial in sweep["trials"] if sweep else []:
         arm, seed = trial["arm"], trial["seed"]
         record = RunRecord(directory / trial["path"])
         reason = _unfinished(record)
         if reason is None:
-            runs.setdefault(arm, {})[seed] = _read(record, arm, seed)
+            length = trial.get("length")
+            by_seed = lengthened[trial["of_arm"]].setdefault(length, {}) if length else runs.setdefault(arm, {})
+            by_seed[seed] = _read(record, arm, seed)
         elif not trial.get("left_out"):  # of what the newest call asks for
             missing[arm, seed] = reason
     if not runs:
         raise UsageError(
-            f"{directory} holds no finished run; run `python run.py reproduce EXPERIMENT --scale SCALE` first"
-            " (`python run.py reproduce --list` names the experiments)"
+            f"{directory} holds no finished run; run `{program()} reproduce EXPERIMENT --scale SCALE` first"
+            f" (`{program()} reproduce --list` names the experiments)"
         )
     timing = read_json(directory / "timing.json") or {}
     times = {
@@ -128,6 +138,7 @@ def load_sweep_results(directory: Path | str) -> SweepResults:
         **about,
         runs=runs,
         missing=missing,
+        lengthened=dict(lengthened),
         expert_times=times,
         training_speeds=speeds,
         timing_setup=timing,

@@ -11,6 +11,7 @@ from typing import Any
 
 from moepp.config import leaves
 from moepp.errors import UsageError
+from moepp.program import program
 from moepp.records import RunRecord, read_json
 from moepp.reports.tables import ALONE, MEASURED, shown
 from moepp.statistics.seeds import Estimate, paired_difference
@@ -133,7 +134,7 @@ def side_by_side(a: Side, b: Side) -> str:
         rows = [[title, "A", "B"], *([change.key, change.a, change.b] for change in changes)]
         lines += ["", *(as_lines(shown(rows)) if changes else [f"{title}: no difference"])]
     page = comparison_page(record for pair in pairs for record in pair)
-    browser = f"in the browser (make ui): {page}" if page else "in the browser: not before `python run.py sync`"
+    browser = f"in the browser (make ui): {page}" if page else f"in the browser: not before `{program()} sync`"
     return "\n".join([*lines, "", *_metric_lines(metric_differences(pairs)), "", browser])
 
 

@@ -1,31 +1,50 @@
 """What a sweep's report says: quality, effects, compute and speed, the noise floor, what is held equal."""
 
+from dataclasses import replace
+
 from moepp.reports import tables
+from moepp.reports.answer import Answer
 from moepp.reports.comparison import Comparison
 from moepp.reports.experiment import Findings
 from moepp.reports.figures import figures
 from moepp.reports.paper import PaperScores
 from moepp.reports.provenance import disagreements
+from moepp.reports.registration import deviations, registered, stamp, what_was_registered
 from moepp.reports.report import bullets
 from moepp.reports.results import SweepResults
-from moepp.reports.tables import ALONE, CORRECTED
+from moepp.reports.tables import ALONE, CONFOUNDED, CORRECTED, UNSTABLE
 from moepp.reports.task_tables import TaskTables, paper_accuracy, task_tables
 from moepp.reports.verdict import held_equal, missing_runs, noise_floor, verdict
 from moepp.statistics.tables import NONE, Table
+from moepp.sweeps.spec import Exclusions, Primary
 
 HOW_TO_READ = f"""\
 `±` is the half width of a 95 % t-interval over seeds, n the number of finished seeds. Losses are in nats per token,
 lower is better. Differences are paired: both sides share the seed. `{ALONE}`: the interval of this difference
 alone excludes 0. `{CORRECTED}`: it still differs at 5 % after Holm's correction over all rows of its table;
-only this counts as beyond noise. `{NONE}`: no value."""
+only this counts as beyond noise. The error of the held-out text is in the intervals of differences, where the records
+tell it. `{UNSTABLE}`: of an arm whose seeds scatter too unevenly for a t-interval; p is then that of the sign test, and
+the typical seed is the median over seeds with an interval that any distribution allows, at the level it attains.
+`{CONFOUNDED}`: the two sides differ in capacity, balance weight, warm-up, rate or the like as well, which the sweep is
+not about. `{NONE}`: no value."""
+
+SECOND = """\
+The same differences in other measures. The training loss of the first epoch is the mean over its steps, of windows that
+the model had not seen yet, the same for both sides; it counts how fast an arm learns and costs nothing. A mean of late
+weights (`trainer.average_checkpoints`) loses less to the noise of the last steps. Neither decides anything here."""
 
 EFFECTIVE = """\
-How much longer the baseline trains until its validation loss is as low as the arm's final one: in tokens (geometric
-mean over paired seeds, with its 95 % interval), times the arm's training speed over the baseline's, is the effective
-speed-up in time. Above 1 the arm is ahead. `≥`: in some seed the baseline never got there, and its end is taken;
-`≤`: it was there by its first validation. The baseline's earlier losses come from a learning rate not yet decayed, so
-these numbers flatter the arm. A baseline's curve has {validations} validations, and between two of them the loss is
-taken for a straight line."""
+How much longer the baseline trains until it ends as low as the arm: in tokens, and, times the arm's training speed over
+the baseline's, in time (whose interval leaves out the noise of timing). Above 1 the arm is ahead. Runs of the baseline
+to {lengths} times its tokens stand for it, each with its schedule to its own end; between two of them the loss is taken
+for a straight line in the logarithm of the tokens, and beyond them nothing is said. The interval holds the lengths that
+a paired t-test over seeds cannot tell from the arm, `open` where these reach an end; `>` and `<` are bounds that the
+longest or shortest run supports beyond noise. In equal time: the arm's loss minus that of the baseline when it has
+trained for as long."""
+
+ONE_LENGTH = """\
+Not known: the baseline has finished runs of one length. `lengths: [0.75, 1, 1.25, 1.5]` in the sweep's file (or in one
+of its scales) trains the others; a loss read off an unfinished schedule would flatter the arms."""
 
 BESIDE = """\
 The paper's columns are of its {size} model, one seed per row at another scale: its scores and our losses share a
@@ -42,13 +61,15 @@ def findings(comparison: Comparison) -> Findings:
     beside = [BESIDE.format(size=paper.size.upper())] if paper else []
     sections = {
         "Quality": (tables.quality_table(comparison), HOW_TO_READ, *beside),
+        **({"Second measures": (tables.second_table(comparison), SECOND)} if comparison.second else {}),
         **({"Effects": (tables.effects_table(comparison),)} if comparison.design.contrasts else {}),
         **({"Downstream tasks": _tasks(tasks, paper)} if tasks else {}),
         "Compute and speed": (tables.cost_table(comparison), _timing(results)),
-        "Effective speed-up": (tables.effective_table(comparison), _effective(results)),
-        "Noise floor": (bullets(noise_floor(comparison)),),
+        "Effective speed-up": _effective(comparison),
+        "Noise floor": (tables.noise_table(comparison), bullets(noise_floor(comparison))),
         "What is held equal, and what is not": (
             bullets([*held_equal(comparison), *disagreements(results)]),
+            tables.recipe_table(comparison),
             tables.budget_table(comparison),
             MEASURED,
         ),
@@ -62,6 +83,27 @@ def findings(comparison: Comparison) -> Findings:
         data=(tables.full_table(comparison), *((tasks.full,) if tasks else ())),
         metrics=_metrics(comparison),
         setup={"timing": results.timing_setup, **({"tasks": tasks.asked} if tasks else {})},
+    )
+
+
+def with_answer(
+    found: Findings, answer: Answer | None, results: SweepResults, primary: Primary | None, exclusions: Exclusions
+) -> Findings:
+    """The findings that begin with the answer, and say what was registered. `results` are those of all runs."""
+    plan, sections = registered(results), {}
+    if plan:
+        said = ("What deviates:", bullets(deviations(plan, results, primary, exclusions)))
+        sections["Registration"] = (bullets(what_was_registered(plan)), *said)
+    if answer and answer.excluded:
+        reasons = [f"{arm}, seed {seed}: {why}." for (arm, seed), why in answer.excluded.items()]
+        sections["Excluded runs"] = (bullets(reasons),)
+    if answer is None:
+        return replace(found, sections={**sections, **found.sections})
+    return replace(
+        found,
+        answer=f"{answer.first} {stamp(plan)}",
+        verdict=(*answer.secondary, *found.verdict),
+        sections={**sections, **found.sections},
     )
 
 
@@ -84,10 +126,12 @@ def _tasks(tasks: TaskTables, paper: PaperScores | None) -> tuple[str | Table, .
     return (*tasks.section, printed) if printed else tasks.section
 
 
-def _effective(results: SweepResults) -> str:
-    counts = sorted({len(run.curve) for run in results.runs.get(results.baseline, {}).values()})
-    fewest_and_most = dict.fromkeys([*counts[:1], *counts[-1:]])
-    return EFFECTIVE.format(validations=" to ".join(map(str, fewest_and_most)) or "no")
+def _effective(comparison: Comparison) -> tuple[str | Table, ...]:
+    lengths = comparison.results.at_lengths(comparison.results.baseline)
+    if len(lengths) < 2:
+        return (ONE_LENGTH,)
+    said = EFFECTIVE.format(lengths=", ".join(f"{length:g}" for length in lengths))
+    return tables.effective_table(comparison), said
 
 
 def _timing(results: SweepResults) -> str:
@@ -98,5 +142,7 @@ def _timing(results: SweepResults) -> str:
         "Expert forward: sum over layers; training: forward and backward pass of a device's batch, without the"
         f" optimizer. Both are medians, of all arms interleaved in one process after training ({setup}). Speed-up:"
         f" {results.baseline}'s time over the arm's under the same routing. Ideal: inverse ratio of the hidden FFN"
-        " units that a token passes. The paper's FFN shares are derived from its Eq. 8."
+        " units that a token passes. Over seeds: the same ratio as each pair of runs measured it when it ended,"
+        " each in a process of its own, beside whatever else the machine did; geometric mean and 95 % t-interval of its"
+        " logarithm. The paper's FFN shares are derived from its Eq. 8."
     )

@@ -2,20 +2,24 @@
 
 from collections.abc import Sequence
 
-from moepp.reports.comparison import Comparison, Difference
-from moepp.reports.effective_speedup import effective_speedup
+from moepp.reports.comparison import SECOND, Comparison, Difference
+from moepp.reports.effective_speedup import effective_speedup, effective_speedups
+from moepp.reports.recipe import RECIPE, recipe_of
 from moepp.reports.results import ROUTINGS, SweepResults
-from moepp.statistics.seeds import Estimate
+from moepp.statistics.seeds import Estimate, Ratio, ratio_interval
 from moepp.statistics.tables import NONE, Cell, Table, number, quantity
 
 ALONE, CORRECTED = "†", "‡"  # a difference whose own interval excludes 0; one that survives Holm's correction
+UNSTABLE, CONFOUNDED = "≈", "§"  # of an arm whose seeds make no t-interval; of arms that differ in their recipe too
 MEASURED = (
     "val_loss", "val_bits_per_byte", "val_accuracy",
     "ffn_per_token", "ffn_share", "zero_share", "copy_share", "constant_share",
-    "dropped_share", "load_max_over_mean", "router_entropy",
+    "train_dropped_share", "train_dropped_share_early", "train_dropped_share_late", "dropped_share",
+    "online_loss", "averaged_val_loss", "load_max_over_mean", "router_entropy",
     "tokens_per_s", "step_time_ms", "peak_mem_gib", "expert_forward_ms", "expert_forward_ms_balanced", "train_seconds",
     "total_params", "active_params", "flops_per_token", "tokens",
 )  # fmt: skip
+EXPERT_TIME = "expert_forward_ms"
 LEGEND = f"loss: validation, ± 95 % interval; {ALONE} excludes 0 alone, {CORRECTED} after Holm's correction, as p is"
 
 
@@ -30,11 +34,21 @@ def plus_minus(estimate: Estimate | None, sign: str = "") -> str:
 
 
 def signed(difference: Difference | None) -> str:
-    """A difference with its mark of significance."""
+    """A difference with its marks."""
     if difference is None:
         return NONE
-    mark = CORRECTED if difference.significant else ALONE if difference.estimate.excludes_zero else ""
+    alone = difference.robust is None and difference.estimate.excludes_zero
+    mark = CORRECTED if difference.significant else ALONE if alone else ""
+    mark += (UNSTABLE if difference.robust else "") + (CONFOUNDED if difference.confounds else "")
     return plus_minus(difference.estimate, sign="+") + mark
+
+
+def typical(difference: Difference | None) -> str:
+    """The median over seeds with the interval that any distribution allows; only where the t-interval is no guide."""
+    if difference is None or difference.robust is None:
+        return NONE
+    found = difference.robust
+    return f"{found.median:+.4f} [{found.low:+.4f}, {found.high:+.4f}] ({found.level:.0%})"
 
 
 def p_value(difference: Difference | None) -> str:
@@ -64,6 +78,22 @@ def speedups(results: SweepResults, arm: str, routing: str) -> tuple[float | Non
     measured = results.ratio(arm, routing, lambda time: time.median_ms)
     ideal = results.ratio(arm, routing, lambda time: time.ffn_width)
     return measured, ideal
+
+
+def speedup_over_seeds(results: SweepResults, arm: str) -> Ratio | None:
+    """The speed-up of the expert forward as every pair of runs measured it at its end, in processes of their own: what
+    differs from one process to the next is in its interval.
+    """
+    base, ours = (results.by_seed(name, EXPERT_TIME) for name in (results.baseline, arm))
+    pairs = [(base[seed], ours[seed]) for seed in ours if seed in base and arm != results.baseline]
+    return ratio_interval(*zip(*pairs, strict=True)) if pairs else None
+
+
+def _with_interval(ratio: Ratio | None) -> str:
+    if ratio is None:
+        return NONE
+    ends = "" if ratio.low is None else f" [{ratio.low:.2f}, {ratio.high:.2f}]"
+    return f"{ratio.value:.2f}{ends}"
 
 
 def overview(comparison: Comparison) -> Table:
@@ -96,12 +126,14 @@ def _loss_cells(comparison: Comparison, arm: str) -> list[str]:
 def quality_table(comparison: Comparison) -> Table:
     results, paper = comparison.results, comparison.design.paper
     rows = [["arm", "n", "validation loss", f"minus {results.baseline}", "p (Holm)", "bits per byte", "accuracy"]]
+    rows[0] += ["typical seed"] if comparison.unstable else []
     rows[0] += ["paper: average, %", f"paper: minus {results.baseline}"] if paper else []
     for arm in comparison.design.arms:
         rows.append([
             *_loss_cells(comparison, arm),
             plus_minus(results.estimate(arm, "val_bits_per_byte")),
             plus_minus(results.estimate(arm, "val_accuracy")),
+            *([typical(comparison.differences.get(arm))] if comparison.unstable else ()),
             *(_paper_quality(comparison, arm) if paper else ()),
         ])  # fmt: skip
     return shown(rows)
@@ -119,10 +151,12 @@ def effects_table(comparison: Comparison) -> Table:
     """The contrasts: arms with something against arms without it."""
     paper = comparison.design.paper
     rows = [["effect of", "n", "difference in validation loss", "p (Holm)"]]
+    rows[0] += ["typical seed"] if comparison.unstable else []
     rows[0] += ["paper: difference in average, %"] if paper else []
     for name, contrast in comparison.design.contrasts.items():
         found = comparison.contrasts.get(name)
         rows.append([name, str(found.estimate.n if found else 0), signed(found), p_value(found)])
+        rows[-1] += [typical(found)] if comparison.unstable else []
         rows[-1] += [number(paper.effect(contrast), "+.2f")] if paper else []
     return shown(rows)
 
@@ -133,6 +167,8 @@ def cost_table(comparison: Comparison) -> Table:
     rows = [["arm", "experts: FFN + zero/copy/constant", "FFN experts per token", "FFN share", "FFN share, target"]]
     timed = ("expert forward, ms", "speed-up", "ideal")
     rows[0] += [f"{routing}: {column}" for routing in ROUTINGS for column in timed]
+    rows[0].append("speed-up over seeds, 95 %")
+    rows[0] += list(DROPPED)
     rows[0] += ["training, tokens/s", *(["paper: FFN share", "paper: speed-up"] if paper else [])]
     for arm in comparison.design.arms:
         row = [arm, experts(results, arm), number(results.mean(arm, "ffn_per_token"), ".3f")]
@@ -141,7 +177,8 @@ def cost_table(comparison: Comparison) -> Table:
             time = results.expert_times.get((arm, routing))
             measured, ideal = speedups(results, arm, routing)
             row += [number(time and time.median_ms, ".2f"), number(measured, ".2f"), number(ideal, ".2f")]
-        row.append(number(results.training_speeds.get(arm), ".0f"))
+        row.append(_with_interval(speedup_over_seeds(results, arm)))
+        row += [*_dropped(results, arm), number(results.training_speeds.get(arm), ".0f")]
         if paper:
             printed = paper.rows.get(arm)
             row += [number(printed and printed.ffn_share, ".3f"), number(paper.speedup(arm), ".2f")]
@@ -149,18 +186,60 @@ def cost_table(comparison: Comparison) -> Table:
     return shown(rows)
 
 
-def effective_table(comparison: Comparison) -> Table:
-    """Tokens and time that the baseline needs to reach each arm's final loss, over the arm's own."""
-    results = comparison.results
-    rows = [["arm", "n", "baseline's tokens / arm's", "interval", "training speed", "effective speed-up"]]
+DROPPED = ("dropped in training, %", "first tenth", "last tenth", "by layer")
+
+
+def _dropped(results: SweepResults, arm: str) -> list[str]:
+    """Shares of slots in percent, of all of training, its ends, and every layer."""
+    names = [f"train_dropped_share{phase}" for phase in ("", "_early", "_late")]
+    shares = [results.mean(arm, name) for name in names]
+    layers = []
+    while (share := results.mean(arm, f"train_dropped_share_layer_{len(layers) + 1}")) is not None:
+        layers.append(f"{100 * share:.0f}")
+    return [*(number(share and 100 * share, ".1f") for share in shares), " / ".join(layers) or NONE]
+
+
+def noise_table(comparison: Comparison) -> Table:
+    """What every arm's own scatter lets be seen."""
+    rows = [["arm", "n", "sd over seeds", "sd of the difference", "seen alone", "seen after correction", "seeds"]]
+    for arm, noise in comparison.noise.items():
+        smallest = (noise.std, noise.difference_std, noise.detectable, noise.detectable_corrected)
+        state = f"unstable: {comparison.unstable[arm]}" if arm in comparison.unstable else NONE
+        rows.append([arm, seeds(comparison, arm), *map(number, smallest), state])
+    return shown(rows)
+
+
+def recipe_table(comparison: Comparison) -> Table:
+    """Capacity, balance weight, warm-up and rate of every arm, and in what else its recipe is not the baseline's."""
+    rows = [["arm", *RECIPE.values(), "differs from the baseline without being about it"]]
     for arm in comparison.design.arms:
-        found = effective_speedup(results, arm)
-        if found is None or arm == results.baseline:
-            continue
-        n = f"{found.log_tokens.n}" + (f" ({found.censored} censored)" if found.censored else "")
-        interval = "{:.2f} to {:.2f}".format(*found.interval) if found.interval else NONE
-        time = NONE if found.time is None else f"{found.bound}{found.time:.2f}"
-        rows.append([arm, n, f"{found.bound}{found.tokens:.2f}", interval, number(found.speed, ".2f"), time])
+        found, recipe = comparison.differences.get(arm), recipe_of(comparison.results, arm)
+        confounds = ", ".join(found.confounds) if found else ""
+        rows.append(
+            [arm, *(recipe.get(key, NONE) for key in RECIPE), f"{CONFOUNDED} {confounds}" if confounds else NONE]
+        )
+    return shown(rows)
+
+
+def second_table(comparison: Comparison) -> Table:
+    """The same differences in measures beside the validation loss."""
+    found, arms = comparison.second, [arm for arm in comparison.design.arms if arm != comparison.results.baseline]
+    rows = [["arm", *(SECOND[name] for name in found)]]
+    rows += [[arm, *(signed(found[name].get(arm)) for name in found)] for arm in arms]
+    return shown(rows)
+
+
+def effective_table(comparison: Comparison) -> Table:
+    """Tokens and time that the baseline needs to reach each arm's final loss, over the arm's own, and what the two lose
+    in equal time.
+    """
+    base = comparison.results.baseline
+    rows = [["arm", "n", "tokens", "interval", "training speed", "time", "interval", f"minus {base} in equal time"]]
+    for arm, found in effective_speedups(comparison.results, comparison.design.arms).items():
+        tokens, time = found.tokens, found.time
+        row = [arm, str(found.n), str(tokens), tokens.interval, number(found.speed, ".2f")]
+        row += [str(time), time.interval] if time else [NONE, NONE]
+        rows.append([*row, plus_minus(found.at_equal_time, sign="+")])
     return shown(rows)
 
 
@@ -194,6 +273,10 @@ def _full_row(comparison: Comparison, arm: str) -> dict[str, Cell]:
         cells |= _interval(metric, results.estimate(arm, metric))
     cells["ffn_share_target"] = results.target_share(arm)
     cells |= _interval("difference", found.estimate if found else None)
+    robust = found and found.robust
+    cells |= {"difference_median": robust and robust.median, "difference_median_low": robust and robust.low}
+    cells |= {"difference_median_high": robust and robust.high, "difference_median_level": robust and robust.level}
+    cells |= {"unstable": comparison.unstable.get(arm), "confounds": " ".join(found.confounds) if found else None}
     cells |= {"difference_n": found.estimate.n if found else None, "p": found.estimate.p_value if found else None}
     cells |= {"p_holm": found.p_holm if found else None}
     for routing in ROUTINGS:
@@ -201,10 +284,17 @@ def _full_row(comparison: Comparison, arm: str) -> dict[str, Cell]:
         cells |= {f"{routing}_median_ms": time and time.median_ms, f"{routing}_min_ms": time and time.min_ms}
         cells[f"{routing}_speedup"], cells[f"{routing}_ideal_speedup"] = speedups(results, arm, routing)
         cells[f"{routing}_speedup_of_min"] = results.ratio(arm, routing, lambda time: time.min_ms)
+    over_seeds = speedup_over_seeds(results, arm)
+    cells |= {"speedup_over_seeds": over_seeds and over_seeds.value}
+    cells |= {"speedup_over_seeds_low": over_seeds and over_seeds.low}
+    cells |= {"speedup_over_seeds_high": over_seeds and over_seeds.high}
     cells["training_tokens_per_s"] = results.training_speeds.get(arm)
     effective = effective_speedup(results, arm)
-    cells |= {"effective_tokens": effective and effective.tokens, "effective_speedup": effective and effective.time}
-    cells |= {"effective_bound": effective and effective.bound.strip()}
+    for name, crossed in {"tokens": effective and effective.tokens, "time": effective and effective.time}.items():
+        cells |= {f"effective_{name}": crossed and crossed.value}
+        cells |= {f"effective_{name}_bound": crossed and crossed.beyond.strip()}
+        cells |= {f"effective_{name}_low": crossed and crossed.low, f"effective_{name}_high": crossed and crossed.high}
+    cells |= _interval("difference_in_equal_time", effective and effective.at_equal_time)
     if paper:
         printed = paper.rows.get(arm)
         cells |= {f"paper_{name}": printed and getattr(printed, name) for name in ("average", "ffn_share")}

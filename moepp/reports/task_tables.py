@@ -1,8 +1,8 @@
-"""Downstream tasks in a sweep's report: what was asked, accuracy, and bits per byte of the gold answers, against the
-baseline. A difference has two intervals: over seeds, which another training run would move, and over examples, which
-other questions would move.
+"""Downstream tasks in a sweep's report: what was asked, accuracy beside chance, and bits per byte of the gold answers,
+against the baseline. A difference has one interval, in which seeds and examples are crossed: another training run would
+move it, and other questions would.
 
-Shape suffixes: N examples, M arms, D draws.
+Shape suffixes: N examples.
 """
 
 import math
@@ -17,8 +17,8 @@ from moepp.evaluation.results import GOLD, NOISY_TASK, TaskResult, load_task_res
 from moepp.reports.paper import PaperScores
 from moepp.reports.results import SweepResults
 from moepp.reports.tables import ALONE, CORRECTED, shown
-from moepp.statistics.resampling import Interval, bootstrap_chance, paired_bootstrap, percentile_interval
-from moepp.statistics.seeds import SIGNIFICANCE, Estimate, holm, mean_interval, paired_difference
+from moepp.statistics.clusters import cluster_error
+from moepp.statistics.seeds import SIGNIFICANCE, Estimate, SharedError, holm, mean_interval, paired_difference
 from moepp.statistics.tables import NONE, Cell, Table, number
 
 PRINTED = {  # the harness's names -> the paper's
@@ -28,11 +28,12 @@ PRINTED = {  # the harness's names -> the paper's
 MEAN, MEAN_WITHOUT = "mean", "mean without BoolQ"
 Scores = Mapping[str, Mapping[int, Mapping[str, TaskResult]]]  # arm -> seed -> task
 HOW_TO_READ = f"""\
-Differences to the baseline stand as `difference ± over seeds [interval over examples]`. The first is the half width of
-a paired 95 % t-interval over seeds; the second a paired 95 % bootstrap over the examples, both sides on the same ones
-and averaged over the same seeds: it holds for these runs and other examples. `{ALONE}`: the interval before it excludes
-0. `{CORRECTED}`: it still does at 5 % after Holm's correction over the arms of its row. Nothing is corrected for the
-number of tasks. Means over tasks are unweighted."""
+Values stand with their 95 % t-interval over seeds. Differences to the baseline are paired: both sides share seeds and
+examples. Their interval (95 %, Student's t) holds for other seeds and other examples of these tasks; one seed has none.
+`{ALONE}`: it excludes 0. `{CORRECTED}`: it still does at 5 % after Holm's correction over the arms of its row. Nothing
+is corrected for the number of tasks. Means over tasks are unweighted, and speak of these tasks alone: nothing here
+tells what others would give. Chance: the expected share of right answers of one who draws from the choices; 0 where
+there are none to choose from."""
 ASKED = (
     "What was asked. Prompts longer than the context are cut: they lose their first examples, and a score then is not"
     " one with that many shots."
@@ -71,17 +72,17 @@ MEASURES = (
 
 @dataclass(frozen=True)
 class TaskDifference:
-    """An arm minus the baseline, with p corrected over the arms; None where a single seed has no scatter."""
+    """An arm minus the baseline, over seeds crossed with examples, with p corrected over the arms; None where a single
+    seed has no scatter.
+    """
 
-    seeds: Estimate
-    examples: Interval
-    p_seeds: float | None
-    p_examples: float
+    estimate: Estimate
+    p_holm: float | None
 
     @property
     def cells(self) -> tuple[Cell, ...]:
-        seeds, examples = self.seeds, self.examples
-        return seeds.mean, seeds.half_width, self.p_seeds, examples.low, examples.high, self.p_examples
+        estimate = self.estimate
+        return estimate.mean, estimate.half_width, self.p_holm, estimate.std, estimate.shared.error
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,10 @@ def task_tables(results: SweepResults, arms: Sequence[str]) -> TaskTables | None
         baseline=results.baseline,
         asked={task: _asked(runs, task) for task in tasks},
         setup=shown(_setup(runs, tasks), ASKED),
-        accuracy=shown(_value_rows(accuracy, values["accuracy"], arms, tasks), "Accuracy in % (exact match for NQ):"),
+        accuracy=shown(
+            _with_chance(_value_rows(accuracy, values["accuracy"], arms, tasks), runs[0]),
+            "Accuracy in % (exact match for NQ):",
+        ),
         accuracy_differences=shown(
             _difference_rows(accuracy, found["accuracy"], others, tasks),
             f"Accuracy minus {results.baseline}, in points:",
@@ -221,39 +225,53 @@ def _differences(
     arms = [arm for arm in others if seeds[arm]]
     if not arms:
         return {}
-    effects, draws = {}, {}
-    for index, task in enumerate(tasks):
-        ours_NM, theirs_NM = (
-            np.stack([_mean_of_seeds(measure, scores[side(arm)], task, seeds[arm]) for arm in arms], axis=1)
-            for side in (lambda arm: arm, lambda arm: baseline)
-        )
-        size_N = measure.size(scores[arms[0]][seeds[arms[0]][0]][task])
-        effects[task], draws[task] = paired_bootstrap(ours_NM, theirs_NM, size_N, seed=(0, index))
+    errors = {
+        arm: {task: _error_over_examples(measure, scores, task, (arm, baseline), seeds[arm]) for task in tasks}
+        for arm in arms
+    }
     values = _values(measure, scores, tasks)
     found = {}
     for row, group in _groups(tasks).items():
-        effect_M = np.mean([effects[task] for task in group], axis=0)
-        draws_DM = np.mean([draws[task] for task in group], axis=0)
-        estimates = [
-            paired_difference(*([values[side][row][seed] for seed in seeds[arm]] for side in (arm, baseline)))
-            for arm in arms
-        ]
-        tested = [i for i, estimate in enumerate(estimates) if estimate.p_value is not None]
-        p_seeds = dict(zip(tested, holm([estimates[i].p_value for i in tested]), strict=True))
-        p_examples = holm([bootstrap_chance(draws_D) for draws_D in draws_DM.T])
-        found[row] = {
-            arm: TaskDifference(
-                estimates[i], percentile_interval(effect_M[i], draws_DM[:, i]), p_seeds.get(i), p_examples[i]
+        estimates = {
+            arm: paired_difference(
+                *([values[side][row][seed] for seed in seeds[arm]] for side in (arm, baseline)),
+                shared=_of_mean([errors[arm][task] for task in group]),
             )
-            for i, arm in enumerate(arms)
+            for arm in arms
         }
+        tested = {arm: e.p_value for arm, e in estimates.items() if e.p_value is not None}
+        p = dict(zip(tested, holm(list(tested.values())), strict=True))
+        found[row] = {arm: TaskDifference(estimate, p.get(arm)) for arm, estimate in estimates.items()}
     return found
 
 
-def _mean_of_seeds(
-    measure: Measure, by_seed: Mapping[int, Mapping[str, TaskResult]], task: str, seeds: Sequence[int]
-) -> np.ndarray:
-    return np.mean([measure.of(by_seed[seed][task]) for seed in seeds], axis=0)
+def _error_over_examples(
+    measure: Measure, scores: Scores, task: str, sides: tuple[str, str], seeds: Sequence[int]
+) -> SharedError:
+    """Of the difference of two arms, mean over these seeds."""
+    ours_N, theirs_N = (np.mean([measure.of(scores[arm][s][task]) for s in seeds], axis=0) for arm in sides)
+    return cluster_error(ours_N - theirs_N, size_N=measure.size(scores[sides[0]][seeds[0]][task]))
+
+
+def _of_mean(errors: Sequence[SharedError]) -> SharedError:
+    """Of the mean over tasks, whose examples are independent."""
+    total = math.fsum(error.error**2 for error in errors)
+    parts = math.fsum(error.error**4 / error.freedom for error in errors)
+    freedom = int(total**2 / parts) if parts else 1
+    return SharedError(math.sqrt(total) / len(errors), freedom)
+
+
+def chance_share(result: TaskResult) -> float:
+    """Right answers by chance, as a share of the examples: one of as many as each example has choices."""
+    return statistics.fmean(1 / len(example.choices) if example.choices else 0.0 for example in result.examples)
+
+
+def _with_chance(rows: Rows, stored: Mapping[str, TaskResult]) -> Rows:
+    tasks = [row[0] for row in rows[1:] if row[0] in stored]
+    by_row = {
+        row: statistics.fmean(chance_share(stored[task]) for task in group) for row, group in _groups(tasks).items()
+    }
+    return [[*row[:1], f"{100 * by_row[row[0]]:.1f}" if row[0] in by_row else "chance", *row[1:]] for row in rows]
 
 
 def _value_rows(
@@ -281,14 +299,9 @@ def _difference_rows(
 def _cell(difference: TaskDifference | None, form: str) -> str:
     if difference is None:
         return NONE
-    examples = difference.examples
-    seeds = _plus_minus(difference.seeds, form) + _mark(difference.seeds.excludes_zero, difference.p_seeds)
-    interval = f"[{examples.low:{form}}, {examples.high:{form}}]"
-    return f"{seeds} {interval}{_mark(examples.excludes_zero, difference.p_examples)}"
-
-
-def _mark(excludes_zero: bool, p: float | None) -> str:
-    return "" if not excludes_zero else CORRECTED if p is not None and p < SIGNIFICANCE else ALONE
+    estimate, p = difference.estimate, difference.p_holm
+    mark = "" if not estimate.excludes_zero else CORRECTED if p is not None and p < SIGNIFICANCE else ALONE
+    return _plus_minus(estimate, form) + mark
 
 
 def _plus_minus(estimate: Estimate | None, form: str) -> str:
@@ -308,7 +321,7 @@ def _full(
     tasks: Sequence[str],
 ) -> Table:
     columns = ("measure", "task", "arm", "seeds", "value", "half_width", "difference", "difference_half_width",
-               "p_holm", "examples_low", "examples_high", "examples_p_holm")  # fmt: skip
+               "p_holm", "sd_over_seeds", "error_over_examples")  # fmt: skip
     rows: list[tuple[Cell, ...]] = []
     for measure, by_arm in values.items():
         for row in _groups(tasks):
@@ -317,5 +330,5 @@ def _full(
                     continue
                 own, against = mean_interval(list(by_arm[arm][row].values())), found[measure].get(row, {}).get(arm)
                 cells = (measure, row, arm, own.n, own.mean, own.half_width)
-                rows.append((*cells, *(against.cells if against else (None,) * 6)))
+                rows.append((*cells, *(against.cells if against else (None,) * 5)))
     return Table("tasks", "Scores on downstream tasks.", columns, tuple(rows))

@@ -1,11 +1,18 @@
 """What the numbers say, in sentences. Every word here follows from a comparison; nothing is known beforehand."""
 
+from collections import defaultdict
 from collections.abc import Callable
 
 from moepp.reports.comparison import BUDGETS, EQUAL_WITHIN, Comparison, Difference
-from moepp.reports.tables import signed, speedups
+from moepp.reports.effective_speedup import effective_speedups
+from moepp.reports.recipe import RECIPE, recipe_of
+from moepp.reports.tables import CONFOUNDED, UNSTABLE, plus_minus, signed, speedup_over_seeds, speedups, typical
 from moepp.statistics.seeds import POWER, SIGNIFICANCE
 from moepp.statistics.tables import quantity
+
+PAYS = ("does not pay", "pays")
+DROPS_ALLOWED = 0.03  # of all slots in training, above which a report warns
+TARGET_WITHIN = 0.02  # of all slots: how near to its target an FFN share must be before an arm is judged
 
 
 def verdict(comparison: Comparison) -> list[str]:
@@ -13,7 +20,54 @@ def verdict(comparison: Comparison) -> list[str]:
     missing = len(missing_runs(comparison))
     preliminary = [f"Preliminary, planned runs still missing: {missing}."] if missing else []
     order = [_order(comparison)] if comparison.design.paper else []
-    return [*preliminary, _arms(comparison), *_effects(comparison), *order, _speed(comparison)]
+    warned = [*_drops(comparison), *_off_target(comparison), *_recipes(comparison), *_unstable(comparison)]
+    speed = [_speed(comparison), *_wall_clock(comparison)]
+    return [*preliminary, _arms(comparison), *warned, *_effects(comparison), *order, *speed]
+
+
+def _drops(comparison: Comparison) -> list[str]:
+    results, said = comparison.results, []
+    for arm in comparison.design.arms:
+        share, early = (results.mean(arm, f"train_dropped_share{phase}") for phase in ("", "_early"))
+        if share is not None and share > DROPS_ALLOWED:
+            first = "" if early is None else f", {early:.0%} in the first tenth"
+            said.append(f"{arm} {share:.1%}{first}")
+    if not said:
+        return []
+    return [
+        f"Warning: slots are dropped in training, which validation never does: {'; '.join(said)}. What they cost is"
+        " part of these differences; sweep `capacity` measures it."
+    ]
+
+
+def _off_target(comparison: Comparison) -> list[str]:
+    results, said = comparison.results, []
+    for arm in comparison.design.arms:
+        share, target = results.mean(arm, "ffn_share"), results.target_share(arm)
+        if None not in (share, target) and abs(share - target) > TARGET_WITHIN:
+            said.append(f"{arm} {share:.3f} against {target:.3f}")
+    return [f"Warning: the FFN share has not reached its target: {'; '.join(said)}."] if said else []
+
+
+def _recipes(comparison: Comparison) -> list[str]:
+    differing = {arm: d.confounds for arm, d in comparison.differences.items() if d.confounds}
+    if not differing:
+        return []
+    said = "; ".join(f"{arm} in {', '.join(keys)}" for arm, keys in differing.items())
+    return [
+        f"Warning: arms differ from {comparison.results.baseline} in their recipe too, which this sweep is not about"
+        f" ({CONFOUNDED}): {said}."
+    ]
+
+
+def _unstable(comparison: Comparison) -> list[str]:
+    said = "; ".join(f"{arm} {why}" for arm, why in comparison.unstable.items())
+    if not said:
+        return []
+    return [
+        f"Unstable: {said}. Their t-intervals ({UNSTABLE}) are no guide; differences are judged by the sign test over"
+        " seeds, and the median stands beside them."
+    ]
 
 
 def missing_runs(comparison: Comparison) -> list[str]:
@@ -22,26 +76,27 @@ def missing_runs(comparison: Comparison) -> list[str]:
 
 
 def noise_floor(comparison: Comparison) -> list[str]:
-    noise, baseline = comparison.noise, comparison.results.baseline
-    said = []
-    if noise.baseline_std is not None:
-        n = len(comparison.results.runs[baseline])
-        said.append(f"Standard deviation of {baseline} over {n} seeds: {noise.baseline_std:.4f} nats per token.")
-    if noise.difference_std is None:
-        return [*said, "Fewer than two seeds are shared with the baseline: the noise of a difference is unknown."]
+    if all(noise.difference_std is None for noise in comparison.noise.values()):
+        return ["Fewer than two seeds are shared with the baseline: the noise of a difference is unknown."]
     tests = sum(d.p_holm is not None for d in comparison.differences.values())
+    text = {arm: d.estimate.shared.error for arm, d in comparison.differences.items() if d.estimate.shared.error}
+    said = [
+        f"Seen: the smallest true difference to {comparison.results.baseline} that as many pairs would show with"
+        f" {POWER:.0%} probability, alone at {SIGNIFICANCE:.0%} and as the clearest of {tests} after correction. Each"
+        " arm by its own scatter, in nats per token.",
+    ]
+    if not text:
+        return [*said, "The error of the held-out text is not known of these records, and not in the intervals."]
+    low, high = min(text.values()), max(text.values())
     return [
         *said,
-        f"Standard deviation of a paired difference (same seed on both sides, pooled over arms):"
-        f" {noise.difference_std:.4f}.",
-        f"Smallest true difference that {noise.pairs} pairs would show with {POWER:.0%} probability:"
-        f" {noise.detectable:.4f} for one arm judged alone at {SIGNIFICANCE:.0%},"
-        f" {noise.detectable_corrected:.4f} for the clearest of {tests} after correction.",
+        f"The held-out text adds a standard error of {low:.4f} to {high:.4f} to a difference (over its documents); it"
+        " is in the intervals.",
     ]
 
 
 def held_equal(comparison: Comparison) -> list[str]:
-    """What the arms share within 1 %, what they do not, and whether that is what the sweep declares."""
+    """Budgets that the arms share within 1 % and those they do not, against what the sweep declares; recipes."""
     results, budgets = comparison.results, comparison.budgets
     equal = [budget.name for budget in budgets.values() if budget.equal]
     said = [f"Equal within {EQUAL_WITHIN:.0%}: {', '.join(equal) or 'nothing'}."]
@@ -61,7 +116,19 @@ def held_equal(comparison: Comparison) -> list[str]:
         )
     if results.match in budgets and not budgets[results.match].equal:
         said.append(f"The sweep declares {BUDGETS[results.match]} equal; the records say they are not.")
+    recipes = {arm: recipe for arm in comparison.design.arms if (recipe := recipe_of(results, arm))}
+    for key, name in RECIPE.items():
+        values = {arm: recipe[key] for arm, recipe in recipes.items() if key in recipe}
+        if values:
+            one = len(set(values.values())) == 1
+            said.append(f"{name[0].upper()}{name[1:]}: {next(iter(values.values())) if one else _by_value(values)}.")
     return said
+
+
+def _by_value(values: dict[str, str]) -> str:
+    """`1.1 (a, b), none (c)`."""
+    arms = {value: [arm for arm in values if values[arm] == value] for value in dict.fromkeys(values.values())}
+    return ", ".join(f"{value} ({', '.join(named)})" for value, named in arms.items())
 
 
 def _arms(comparison: Comparison) -> str:
@@ -91,7 +158,8 @@ def _effects(comparison: Comparison) -> list[str]:
         found = "not distinguishable from none at this scale"
         if difference.significant:
             found = f"{'lower' if difference.estimate.mean < 0 else 'higher'} validation loss, beyond noise"
-        said.append(f"Effect of {name}: {signed(difference)}, {found}.")
+        median = f", typical seed {typical(difference)}" if difference.robust else ""
+        said.append(f"Effect of {name}: {signed(difference)}{median}, {found}.")
     return said
 
 
@@ -130,8 +198,22 @@ def _speed(comparison: Comparison) -> str:
     for arm in shown:
         measured, ideal = timed[arm]
         printed = f", paper {reported[arm]:.2f}x" if arm in reported else ""
-        said.append(f"{arm} {measured:.2f}x (ideal for its FFN compute {ideal:.2f}x{printed})")
+        over = speedup_over_seeds(results, arm)
+        interval = f", over seeds {over.low:.2f} to {over.high:.2f}" if over and over.low is not None else ""
+        said.append(f"{arm} {measured:.2f}x{interval} (ideal for its FFN compute {ideal:.2f}x{printed})")
     return f"Expert forward against {results.baseline}, learned routing: {'; '.join(said)}. Fastest: {fastest}."
+
+
+def _wall_clock(comparison: Comparison) -> list[str]:
+    """Whether an arm pays where the clock counts, as far as the baseline has runs as long as the arm's time allows."""
+    found = effective_speedups(comparison.results, comparison.design.arms)
+    said = defaultdict(list)
+    for arm, speedup in found.items():
+        if (at := speedup.at_equal_time) is not None:
+            verb = "makes no difference beyond noise" if not at.excludes_zero else PAYS[at.mean < 0]
+            said[verb].append(f"{arm} ({plus_minus(at, '+')})")
+    parts = [f"{verb}: {', '.join(arms)}" for verb, arms in said.items()]
+    return [f"In equal training time against {comparison.results.baseline}, nats: {'; '.join(parts)}."] if parts else []
 
 
 def _named(differences: dict[str, Difference], keep: Callable[[Difference], bool]) -> list[str]:

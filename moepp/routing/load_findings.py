@@ -2,7 +2,8 @@
 
 Examples of every task are split at random into two halves. Variances and correlations between tasks are products of one
 half with the other, so that noise of the examples, which both sides of a product would share, does not pass for a
-difference between tasks; their expectation without any difference is 0.
+difference between tasks; their expectation without any difference is 0. The tasks themselves are taken as they are:
+what is found holds for these, and other examples of them.
 
 Shape suffixes: H the two halves, K groups (tasks or topics), L MoE layers, M columns, N experts, D draws; `...` is
 nothing or D.
@@ -16,7 +17,16 @@ from scipy.stats import rankdata
 
 from moepp.routing.loads import KINDS, ExpertLoad
 from moepp.statistics.hypotheses import Effect
-from moepp.statistics.resampling import DRAWS, bootstrap_sums, chance, correlation, rank_correlation, shuffled_sums
+from moepp.statistics.resampling import (
+    DRAWS,
+    bootstrap_sums,
+    chance,
+    correlation,
+    correlation_of_moments,
+    moments,
+    rank_correlation,
+    shuffled_sums,
+)
 
 Statistic = Callable[[np.ndarray], np.ndarray]  # sums [..., H, K, M] -> [...]
 FFN, ZERO = KINDS.index("ffn"), KINDS.index("zero")
@@ -190,17 +200,10 @@ def ease_and_zero_within_tasks(load: ExpertLoad, seed: int = 0) -> Effect:
         examples = load.select(load.rows(group))
         ease = -examples.nats_X / np.maximum(examples.bytes_X, 1)
         zero = examples.by_kind_XLI[:, :, ZERO].sum(1) / examples.tokens_X
-        x, y = rankdata(ease), rankdata(zero)
-        moments = np.stack([x, y, x * x, y * y, x * y, np.ones_like(x)], axis=1)
-        correlations.append(_from_moments(moments.sum(0)))
-        drawn.append(_from_moments(bootstrap_sums(moments, seed=(seed, index))))
+        of_examples = moments(rankdata(ease), rankdata(zero))
+        correlations.append(correlation_of_moments(of_examples.sum(0)))
+        drawn.append(correlation_of_moments(bootstrap_sums(of_examples, seed=(seed, index))))
     return Effect.of(float(np.nanmean(correlations)), np.nanmean(drawn, axis=0))
-
-
-def _from_moments(sums: np.ndarray) -> np.ndarray:
-    x, y, xx, yy, xy = (sums[..., i] / sums[..., 5] for i in range(5))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (xy - x * y) / np.sqrt((xx - x**2) * (yy - y**2))
 
 
 def ffn_difference(load: ExpertLoad, group: str, other: str, layers: slice, seed: int = 0) -> Effect:

@@ -56,8 +56,8 @@ def token_uses(context: Context, sweep: str, arm: str) -> tuple[dict[str, TokenU
         if texts is None:
             tagged, about = sources.tagged_texts(checkpoint, context.path("pos"), _amount(context, "words", WORDS))
             texts, labels = _labelled(checkpoint, tagged)
-        ffn = routing.ffn_per_token(checkpoint.model, texts, _trace(checkpoint, texts))
-        uses[name] = TokenUse(ffn_T=np.concatenate(ffn), **labels)
+        ffn, nats = routing.ffn_and_nats(checkpoint.model, texts, _trace(checkpoint, texts))
+        uses[name] = TokenUse(ffn_T=np.concatenate(ffn), nats_T=np.concatenate(nats), **labels)
     return uses, about
 
 

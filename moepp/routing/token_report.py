@@ -4,7 +4,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from moepp.routing.tokens import LabelUse, TokenUse, by_label, difference
+from moepp.routing.tokens import (
+    LabelUse,
+    TokenUse,
+    at_equal_frequency,
+    by_label,
+    difference,
+    frequency_class,
+    loss_correlation,
+)
 from moepp.statistics.claims import Claim
 from moepp.statistics.hypotheses import Effect, Hypothesis, decide, over_models
 from moepp.statistics.resampling import Interval
@@ -13,7 +21,7 @@ from moepp.statistics.tables import Cell, Table
 
 Uses = Mapping[str, TokenUse]  # of every model over the same tokens
 WHOLE, FRAGMENT = "whole word", "fragment"  # parts of words with a letter: the only ones counted as words here
-VERB_TAGS, NOUN_TAG = ("VERB", "AUX"), "NOUN"  # among the verbs that the paper names are "will" and "is"
+VERB_TAG, AUXILIARY_TAG, NOUN_TAG = "VERB", "AUX", "NOUN"  # the paper's verbs include "will" and "is": auxiliaries
 LEAST_TOKENS = 30  # of a string, to be drawn; the CSV has them all
 NAMED = 36  # strings named in the figure, about as many as the paper shows, evenly spread in rank
 COLUMNS = ("tokens", "texts", "FFN experts per token", "low", "high")
@@ -137,43 +145,88 @@ def label_plot(table: Table, name: str, label: str) -> Figure:
     return Figure(Table(name, table.caption, table.columns, tuple(rows)), draw)
 
 
+def frequency_table(uses: Uses) -> Table:
+    """By how frequent a token's string is in these texts, with the loss of its tokens."""
+    labels = {name: np.char.add("class ", frequency_class(use.string_T).astype(str)) for name, use in uses.items()}
+    nats = {
+        label: float(np.mean([use.nats_T[labels[name] == label].mean() for name, use in uses.items()]))
+        for label in np.unique(next(iter(labels.values())))
+    }
+    rows = sorted((*row, nats[row[0]]) for row in _rows(uses, labels))
+    caption = (
+        "FFN experts per token by how frequent the token's string is in these texts: classes of about equally many"
+        f" tokens, rarest first, with the mean loss of their tokens. {_interval(uses)}"
+    )
+    return Table("frequency", caption, ("frequency", *COLUMNS, "nats per token"), tuple(rows))
+
+
 def claims(uses: Uses) -> tuple[Claim, ...]:
-    """The paper's statements on verbs, nouns and fragments, as far as the tags allow."""
+    """The paper's statements on verbs, nouns and fragments, as far as the tags allow; the same at equal frequency; and
+    whether it is loss that FFN experts follow.
+    """
+    equal = {name: at_equal_frequency(use) for name, use in uses.items()}
     tests = []
-    for hypothesis, masks in (
-        (VERBS, lambda use: (_verb(use), (use.tag_T != "") & ~_verb(use) & (use.part_T == WHOLE))),
-        (VERBS_OVER_NOUNS, lambda use: (_verb(use), (use.tag_T == NOUN_TAG) & (use.part_T == WHOLE))),
-        (FRAGMENTS, lambda use: (_fragment(use), use.part_T == WHOLE)),
-        (FRAGMENTS_WITHIN, _within_nouns),
+    for hypothesis, masks, of in (
+        (VERBS, lambda use: (_tagged(use, VERB_TAG), _other_words(use)), uses),
+        (AUXILIARIES, lambda use: (_tagged(use, AUXILIARY_TAG), _other_words(use)), uses),
+        (VERBS_OVER_NOUNS, lambda use: (_tagged(use, VERB_TAG), _tagged(use, NOUN_TAG)), uses),
+        (FRAGMENTS, lambda use: (_fragment(use), use.part_T == WHOLE), uses),
+        (FRAGMENTS_WITHIN, _within_nouns, uses),
+        (VERBS_AT_FREQUENCY, lambda use: (_tagged(use, VERB_TAG), _other_words(use)), equal),
+        (FRAGMENTS_AT_FREQUENCY, lambda use: (_fragment(use), use.part_T == WHOLE), equal),
     ):
-        effects = [_effect(use, masks(use)) for use in uses.values()]
+        effects = [_effect(use, masks(use)) for use in of.values()]
         if None not in effects:
             tests.append((hypothesis, effects))
+    for hypothesis, within in ((LOSS, False), (LOSS_WITHIN, True)):
+        tests.append((hypothesis, [loss_correlation(use, within) for use in uses.values()]))
     return decide(tests)
 
 
+UNIT = "FFN experts per token"
+EQUAL = "whole words only; both relative to tokens that are about as frequent in these texts"
 VERBS = Hypothesis(
-    f"Verbs ({' and '.join(VERB_TAGS)}) use more FFN experts than other words", "FFN experts per token", above=0.0,
-    paper="verbs most; its strings were chosen by hand", note="whole words only",
+    f"Verbs ({VERB_TAG}) use more FFN experts than other words", UNIT, above=0.0,
+    paper="verbs most; its strings were chosen by hand", note="whole words only, auxiliaries on neither side",
+)  # fmt: skip
+AUXILIARIES = Hypothesis(
+    f"Auxiliary verbs ({AUXILIARY_TAG}) use more FFN experts than other words", UNIT, above=0.0,
+    paper="will 1.76, is 1.72", note="whole words only, other verbs on neither side",
 )  # fmt: skip
 VERBS_OVER_NOUNS = Hypothesis(
-    f"Verbs ({' and '.join(VERB_TAGS)}) use more FFN experts than nouns ({NOUN_TAG})", "FFN experts per token",
-    above=0.0, paper="nouns 1.5 to 1.7, verbs above", note="whole words only",
+    f"Verbs ({VERB_TAG}) use more FFN experts than nouns ({NOUN_TAG})", UNIT, above=0.0,
+    paper="nouns 1.5 to 1.7, verbs above", note="whole words only",
 )  # fmt: skip
 FRAGMENTS = Hypothesis(
-    "Word fragments use fewer FFN experts than whole words",
-    "FFN experts per token",
-    below=0.0,
-    paper="fragments below 1.5",
-)
+    "Word fragments use fewer FFN experts than whole words", UNIT, below=0.0, paper="fragments below 1.5",
+)  # fmt: skip
 FRAGMENTS_WITHIN = Hypothesis(
-    "Nouns that are split use fewer FFN experts than nouns that are not", "FFN experts per token", below=0.0,
+    "Nouns that are split use fewer FFN experts than nouns that are not", UNIT, below=0.0,
     paper="not examined", note="the same comparison within one part of speech",
+)  # fmt: skip
+VERBS_AT_FREQUENCY = Hypothesis(
+    f"Verbs ({VERB_TAG}) use more FFN experts than other words of the same frequency", UNIT, above=0.0,
+    paper="not examined", note=EQUAL,
+)  # fmt: skip
+FRAGMENTS_AT_FREQUENCY = Hypothesis(
+    "Word fragments use fewer FFN experts than whole words of the same frequency", UNIT, below=0.0,
+    paper="not examined", note="both relative to tokens that are about as frequent in these texts",
+)  # fmt: skip
+LOSS = Hypothesis(
+    "Tokens with a higher loss use more FFN experts", "rho over tokens", above=0.0, paper="not examined",
+)  # fmt: skip
+LOSS_WITHIN = Hypothesis(
+    "A token uses more FFN experts where its loss is higher than its string's usual one", "rho over tokens", above=0.0,
+    paper="not examined", note="within each string, so that neither its frequency nor its form can make it",
 )  # fmt: skip
 
 
-def _verb(use: TokenUse) -> np.ndarray:
-    return np.isin(use.tag_T, VERB_TAGS) & (use.part_T == WHOLE)
+def _tagged(use: TokenUse, tag: str) -> np.ndarray:
+    return (use.tag_T == tag) & (use.part_T == WHOLE)
+
+
+def _other_words(use: TokenUse) -> np.ndarray:
+    return (use.part_T == WHOLE) & ~np.isin(use.tag_T, ("", VERB_TAG, AUXILIARY_TAG))
 
 
 def _fragment(use: TokenUse) -> np.ndarray:

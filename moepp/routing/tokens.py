@@ -7,21 +7,24 @@ Shape suffixes: T tokens, X texts, G labels, D draws.
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.stats import rankdata
 
 from moepp.statistics.hypotheses import Effect
-from moepp.statistics.resampling import DRAWS, Interval, bootstrap_sums
+from moepp.statistics.resampling import DRAWS, Interval, bootstrap_sums, correlation_of_moments, moments
 
 LABELS_AT_A_TIME = 256
+FREQUENCY_CLASSES = 10
 
 
 @dataclass(frozen=True)
 class TokenUse:
-    """`ffn_T` FFN experts of each token, mean over layers; `text_T` the text it is in; the label arrays hold strings,
-    "" where there is none.
+    """`ffn_T` FFN experts of each token, mean over layers; `nats_T` its loss, given what stands before it; `text_T` the
+    text it is in; the label arrays hold strings, "" where there is none.
     """
 
     text_T: np.ndarray
     ffn_T: np.ndarray
+    nats_T: np.ndarray
     string_T: np.ndarray
     tag_T: np.ndarray
     part_T: np.ndarray
@@ -81,3 +84,37 @@ def difference(use: TokenUse, one_T: np.ndarray, other_T: np.ndarray) -> Effect:
             return sums[..., 0] / sums[..., 1] - sums[..., 2] / sums[..., 3]
 
     return Effect.of(float(statistic(columns_X4.sum(0))), statistic(bootstrap_sums(columns_X4)))
+
+
+def frequency_class(string_T: np.ndarray, classes: int = FREQUENCY_CLASSES) -> np.ndarray:
+    """Tokens by how frequent their string is in these texts, in classes of about equally many tokens, rarest first;
+    tokens of one string are in one class.
+    """
+    code_T, count_S = np.unique(string_T, return_inverse=True, return_counts=True)[1:]
+    rank_T = rankdata(count_S[code_T], method="min") - 1
+    return (classes * rank_T / len(rank_T)).astype(int)
+
+
+def at_equal_frequency(use: TokenUse) -> TokenUse:
+    """The same with each token's FFN experts relative to the mean of its frequency class, so that no difference between
+    labels can be one of how frequent their tokens are.
+    """
+    return replace(use, ffn_T=_within(use.ffn_T, frequency_class(use.string_T)))
+
+
+def loss_correlation(use: TokenUse, within_string: bool = False) -> Effect:
+    """Spearman's rho over tokens between loss and FFN experts, over texts. `within_string` compares each token with
+    others of its string alone: how frequent or how hard a string is can then make nothing.
+    """
+    ranks = [rankdata(values) for values in (use.nats_T, use.ffn_T)]
+    if within_string:
+        ranks = [_within(rank, np.unique(use.string_T, return_inverse=True)[1]) for rank in ranks]
+    text_T, moments_TM = np.unique(use.text_T, return_inverse=True)[1], moments(*ranks)
+    sums_XM = np.stack([np.bincount(text_T, weights=column) for column in moments_TM.T], axis=1)
+    return Effect.of(float(correlation_of_moments(sums_XM.sum(0))), correlation_of_moments(bootstrap_sums(sums_XM)))
+
+
+def _within(value_T: np.ndarray, code_T: np.ndarray) -> np.ndarray:
+    """Values minus the mean of all that share their code."""
+    sums, counts = np.bincount(code_T, weights=value_T), np.bincount(code_T)
+    return value_T - (sums / np.maximum(counts, 1))[code_T]

@@ -61,6 +61,8 @@ def trace(
     layers = model.moe_layers()
     if not layers:
         raise UsageError("a dense model routes nothing; choose a run with MoE layers")
+    if any(layer.config.experts != model.config.experts for layer in layers):
+        raise UsageError("per_layer.experts: layers of different experts cannot be traced together; choose another run")
     model.eval()
     device = model.embedding.weight.device
     for batch in _batches(texts, prefix, context, model.config.vocab_size):
@@ -145,12 +147,15 @@ def routing_scores(model: Decoder, traces: Iterator[Trace]) -> RoutingScores:
     return scores
 
 
-def ffn_per_token(model: Decoder, texts: Sequence[Text], traces: Iterator[Trace]) -> list[np.ndarray]:
-    """FFN experts of every token, mean over MoE layers: an array [S] per text (Fig. 5)."""
-    found = [np.zeros(len(text.ids), dtype=np.float32) for text in texts]
+def ffn_and_nats(
+    model: Decoder, texts: Sequence[Text], traces: Iterator[Trace]
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """FFN experts of every token, mean over MoE layers, and its loss, two arrays [S] per text (Fig. 5)."""
+    ffn, nats = ([np.zeros(len(text.ids), dtype=np.float32) for text in texts] for _ in range(2))
     for batch in traces:
         used_T = (batch.expert_LTK < model.config.experts.ffn).sum(-1).mean(0)
         for index in np.unique(batch.text_T):
             here = batch.text_T == index
-            found[index][batch.position_T[here]] = used_T[here]
-    return found
+            ffn[index][batch.position_T[here]] = used_T[here]
+            nats[index][batch.position_T[here]] = batch.nats_T[here]
+    return ffn, nats

@@ -77,23 +77,6 @@ def percentile_interval(value: float, draws_D: np.ndarray, level: float = 0.95) 
     return Interval(float(value), float(low), float(high))
 
 
-def paired_bootstrap(
-    a_NM: np.ndarray, b_NM: np.ndarray, size_N: np.ndarray | None = None, draws: int = DRAWS, seed: Seed = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """The difference of two models over examples that both answered, and bootstrap draws of it: what an example does to
-    both cancels. Columns share the drawn examples.
-
-    The sum of `a - b` over the sum of `size`: a mean where that is left out, a ratio such as bits per byte where it is
-    the bytes. Returns [M] and [D, M]. Raises ValueError for scores that make no pairs.
-    """
-    if a_NM.shape != b_NM.shape:
-        raise ValueError(f"{len(a_NM)} and {len(b_NM)} scores make no pairs")
-    size_N = np.ones(len(a_NM)) if size_N is None else size_N
-    columns = np.column_stack([a_NM - b_NM, size_N])
-    sums, sums_D = columns.sum(0), bootstrap_sums(columns, draws, seed)
-    return sums[:-1] / sums[-1], sums_D[:, :-1] / sums_D[:, -1:]
-
-
 def chance(observed: float, null_D: np.ndarray, two_sided: bool = True) -> float:
     """p of a statistic against draws of it under the null hypothesis; never 0, for the observed one is a draw too.
 
@@ -113,6 +96,18 @@ def correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Spearman's rho along the last axis."""
     return correlation(rankdata(x, axis=-1), rankdata(y, axis=-1))
+
+
+def moments(x_N: np.ndarray, y_N: np.ndarray) -> np.ndarray:
+    """What `correlation_of_moments` needs of every example, [N, 6]: sums of it over any examples give their r."""
+    return np.stack([x_N, y_N, x_N * x_N, y_N * y_N, x_N * y_N, np.ones_like(x_N)], axis=1)
+
+
+def correlation_of_moments(sums: np.ndarray) -> np.ndarray:
+    """Pearson's r of the examples whose `moments` were summed, [..., 6] -> [...]."""
+    x, y, xx, yy, xy = (sums[..., i] / sums[..., 5] for i in range(5))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (xy - x * y) / np.sqrt((xx - x**2) * (yy - y**2))
 
 
 def bootstrap_chance(draws_D: np.ndarray, bound: float = 0.0) -> float:

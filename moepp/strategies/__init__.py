@@ -1,7 +1,6 @@
 """Lightning strategies for MoE++ over many devices (docs/strategies.md), registered with Lightning by name."""
 
 from moepp.strategies.ddp import ExpertParallelStrategy, MoEDDPStrategy
-from moepp.strategies.deepspeed import MoEDeepSpeedStrategy
 from moepp.strategies.fsdp import ExpertParallelFSDPStrategy, MoEFSDPStrategy
 from moepp.strategies.registry import make_strategy
 
@@ -9,7 +8,6 @@ __all__ = [
     "ExpertParallelFSDPStrategy",
     "ExpertParallelStrategy",
     "MoEDDPStrategy",
-    "MoEDeepSpeedStrategy",
     "MoEFSDPStrategy",
     "make_strategy",
 ]

@@ -25,8 +25,13 @@ class SharedBatchDispatcher(LocalDispatcher):
     def share(self, count_KN: Tensor) -> SlotCounts:
         """Counts that are under way: on GPUs, what follows on the device's stream runs meanwhile."""
         count_WKN = count_KN.new_empty(dist.get_world_size(), *count_KN.shape)
-        pending = dist.all_gather_into_tensor(count_WKN, count_KN[None], async_op=True)
+        pending = dist.all_gather(list(count_WKN), count_KN.contiguous(), async_op=True)
         return SlotCounts(count_WKN, dist.get_rank(), pending, sent=count_KN)
+
+    def gather(self, of_this_T: Tensor) -> Tensor:
+        gathered_WT = of_this_T.new_empty(dist.get_world_size(), *of_this_T.shape)
+        dist.all_gather(list(gathered_WT), of_this_T.contiguous())
+        return gathered_WT
 
 
 @dataclass

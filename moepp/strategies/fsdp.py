@@ -2,7 +2,8 @@
 divided among devices first.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -24,10 +25,20 @@ class MoEFSDPStrategy(MoEStrategy, ModelParallelStrategy):
 
     The blocks are the elements of the model's ModuleLists. Experts are sharded on a dimension that the devices divide
     evenly, for there may be fewer experts than devices. Gathered and reduced in float32.
+
+    Of several micro-batches the last alone reduces the gradients, which are whole on every device until then, unless
+    `reduce_every_micro_batch`.
     """
 
-    def __init__(self, timeout_s: float = 600.0, expert_parallel_size: int | None = None, **options: Any):
+    def __init__(
+        self,
+        timeout_s: float = 600.0,
+        expert_parallel_size: int | None = None,
+        reduce_every_micro_batch: bool = False,
+        **options: Any,
+    ):
         super().__init__(expert_parallel_size, timeout_s, save_distributed_checkpoint=False, **options)
+        self.reduce_every_micro_batch = reduce_every_micro_batch
 
     def setup_environment(self) -> None:
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
@@ -76,6 +87,18 @@ class MoEFSDPStrategy(MoEStrategy, ModelParallelStrategy):
 
         return placement
 
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Around all micro-batches of a step but its last."""
+        self._reduce_gradients(self.reduce_every_micro_batch)
+        yield
+        self._reduce_gradients(True)
+
+    def _reduce_gradients(self, reduced: bool) -> None:
+        for part in self.model.modules():
+            if isinstance(part, FSDPModule):
+                part.set_requires_gradient_sync(reduced, recurse=False)
+
     @property
     def shard_group(self) -> dist.ProcessGroup | None:
         return None  # all devices
@@ -90,5 +113,11 @@ class MoEFSDPStrategy(MoEStrategy, ModelParallelStrategy):
 class ExpertParallelFSDPStrategy(MoEFSDPStrategy):
     """Expert parallel, with FSDP for all else and over the copies of the experts."""
 
-    def __init__(self, expert_parallel_size: int = 0, timeout_s: float = 600.0, **options: Any):
-        super().__init__(timeout_s, expert_parallel_size, **options)
+    def __init__(
+        self,
+        expert_parallel_size: int = 0,
+        timeout_s: float = 600.0,
+        reduce_every_micro_batch: bool = False,
+        **options: Any,
+    ):
+        super().__init__(timeout_s, expert_parallel_size, reduce_every_micro_batch, **options)

@@ -3,21 +3,21 @@
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
 from moepp.strategies.ddp import ExpertParallelStrategy, MoEDDPStrategy
-from moepp.strategies.deepspeed import MoEDeepSpeedStrategy
 from moepp.strategies.fsdp import ExpertParallelFSDPStrategy, MoEFSDPStrategy
 
-# Lightning has a "ddp", an "fsdp" and a "deepspeed" of its own, which know nothing of experts.
+# Lightning has a "ddp" and an "fsdp" of its own, which know nothing of experts.
 for name, strategy, description in (
     ("moe_ddp", MoEDDPStrategy, "DDP with the load balance of the whole batch"),
     ("moe_fsdp", MoEFSDPStrategy, "FSDP2 with the load balance of the whole batch"),
-    ("moe_deepspeed", MoEDeepSpeedStrategy, "ZeRO with the load balance of the whole batch"),
     ("expert_parallel", ExpertParallelStrategy, "FFN experts divided among all devices, DDP for all else"),
     ("expert_parallel_fsdp", ExpertParallelFSDPStrategy, "FFN experts divided among all devices, FSDP2 for all else"),
 ):
     StrategyRegistry.register(name, strategy, description)
 
 
-def make_strategy(name: str, expert_parallel_size: int = 0, timeout_s: float = 600.0) -> Strategy | str:
+def make_strategy(
+    name: str, expert_parallel_size: int = 0, timeout_s: float = 600.0, reduce_every_micro_batch: bool = False
+) -> Strategy | str:
     """What `Trainer(strategy=...)` takes for these settings. Raises UsageError for what this machine cannot run."""
     match name:
         case "single":
@@ -25,10 +25,8 @@ def make_strategy(name: str, expert_parallel_size: int = 0, timeout_s: float = 6
         case "ddp":
             return MoEDDPStrategy(timeout_s)
         case "fsdp":
-            return MoEFSDPStrategy(timeout_s)
+            return MoEFSDPStrategy(timeout_s, reduce_every_micro_batch=reduce_every_micro_batch)
         case "expert_parallel":
             return ExpertParallelStrategy(expert_parallel_size, timeout_s)
         case "expert_parallel_fsdp":
-            return ExpertParallelFSDPStrategy(expert_parallel_size, timeout_s)
-        case "deepspeed":
-            return MoEDeepSpeedStrategy(timeout_s)
+            return ExpertParallelFSDPStrategy(expert_parallel_size, timeout_s, reduce_every_micro_batch)

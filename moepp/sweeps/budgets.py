@@ -44,8 +44,8 @@ def match_trials(
         if searched:
             raise UsageError("match: wallclock needs arms that are known from the start; a search has none")
         per_step = step_seconds(sweep.folder(scale, extra), trials, threads(slots[0]), most=len(trials))
-        give_equal_seconds(trials, sweep.baseline, per_step)
-        seconds = {trial.arm: trial.config.trainer.steps * per_step[trial.arm] for trial in trials}
+        give_equal_seconds([trial for trial in trials if not trial.lengthened], sweep.baseline, per_step)
+        seconds = {t.arm: t.config.trainer.steps * per_step[t.arm] for t in trials if not t.lengthened}
     ends = sweep.extremes(scale, extra) if searched else []
     return MatchedTrials(trials, slots, budgets([*trials, *ends]), seconds)
 
@@ -54,9 +54,9 @@ def budgets(trials: Sequence["Trial"]) -> dict[str, "Budget"]:
     """The budget of every arm; seeds do not change it."""
     from moepp.models.budget import Budget
 
-    arms = {trial.arm: trial.config for trial in reversed(trials)}
+    arms = {trial.arm: trial.config for trial in reversed(trials) if not trial.lengthened}
     found = {}
-    for arm in dict.fromkeys(trial.arm for trial in trials):
+    for arm in reversed(arms):
         model, data, trainer = arms[arm].model, arms[arm].data, arms[arm].trainer
         found[arm] = Budget.of(model, data.seq_len, trainer.steps * data.batch_size * data.seq_len)
     return found

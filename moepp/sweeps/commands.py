@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from moepp.errors import UsageError
+from moepp.program import program
 from moepp.records import RunRecord
 from moepp.sweeps.launchers.call import SweepCall
 from moepp.sweeps.plan import read_plan
@@ -25,14 +26,17 @@ def plan(call: SweepCall, register: str | None = None) -> None:
     sweep = call.load()
     matched = match_trials(sweep, call.scale, call.overrides, call.seeds, call.workers)
     search, trials, slots = sweep.search(call.scale), matched.trials, matched.slots
-    arms = dict.fromkeys(trial.arm for trial in trials)
+    arms = dict.fromkeys(trial.of_arm for trial in trials)
+    lengths = dict.fromkeys(f"{trial.length:g}" for trial in trials if trial.lengthened)
     n = search.n if search else 1
     steps = sorted({trial.config.trainer.steps for trial in trials})
     chosen = ", ".join(str(seed) for seed in dict.fromkeys(trial.seed for trial in trials))
     print(f"{sweep.name} at scale {call.scale}: {sweep.question}")
     counts = f"{steps[0]} to {steps[-1]}" if len(steps) > 1 else steps[0]
     each = f"{n} proposals for each of " if search else ""
-    print(f"{n * len(trials)} trials of {counts} steps: {each}{len(arms)} arms, seeds {chosen}\n")
+    lengthened = ", ".join(dict.fromkeys(trial.of_arm for trial in trials if trial.lengthened))
+    longer = f", and {lengthened} to {', '.join(lengths)} times the tokens" if lengths else ""
+    print(f"{n * len(trials)} trials of {counts} steps: {each}{len(arms)} arms{longer}, seeds {chosen}\n")
     print("\n".join(table({arm: matched.arms[arm] for arm in arms}, matched.seconds)))
     require_match(sweep.match, matched.arms, matched.seconds)
     print("\nnothing is declared equal" if sweep.match == "none" else f"\nequal as declared: {sweep.match}")
@@ -93,6 +97,32 @@ def retry(call: SweepCall) -> None:
     print(f"{len(failed)} failed trials will be tried again by the next `sweep run` or `sweep work`")
 
 
+def pack(call: SweepCall) -> None:
+    """Finished trials, without their weights, into an archive beside the registration."""
+    from moepp.sweeps.parcel import pack as pack_records
+
+    directory, archive = call.load().folder(call.scale, call.overrides), _archive(call)
+    packed = pack_records(directory, archive)
+    print(f"{packed} trials of {directory} are in {archive} ({archive.stat().st_size / 1000:,.0f} kB), without weights")
+
+
+def unpack(call: SweepCall) -> None:
+    """Back from that archive, for `run` to go on and for reports."""
+    from moepp.sweeps.parcel import unpack as unpack_records
+
+    directory, archive = call.load().folder(call.scale, call.overrides), _archive(call)
+    new, packed = unpack_records(archive, directory)
+    print(f"{new} of the {packed} trials in {archive} are new in {directory}; they have no weights")
+
+
+def _archive(call: SweepCall) -> Path:
+    from moepp.sweeps.registration import plan_path
+
+    config = call.load().trials(call.scale, call.overrides, call.seeds)[0].config
+    name, scale = config.tags["experiment"], config.tags["scale"]
+    return plan_path(name, scale, call.overrides, config.tags.get("size", "")).with_name("runs.tar.xz")
+
+
 def describe(title: str, status: SweepStatus) -> list[str]:
     """The counts, then every trial that is not done."""
     counted = [(status.count(state), state) for state in STATES]
@@ -121,7 +151,7 @@ def _lines(trial: TrialStatus) -> Iterable[str]:
 def _begun(directory: Path) -> SweepStatus:
     found = _status(directory)
     if found is None:
-        raise UsageError(f"{directory} holds no sweep; `python run.py sweep run` begins one")
+        raise UsageError(f"{directory} holds no sweep; `{program()} sweep run` begins one")
     return found
 
 

@@ -19,7 +19,8 @@ from moepp.sweeps.leases import exclusive
 from moepp.sweeps.spec import Sweep, Trial
 
 ABOUT = (  # what the sweep file says
-    "name", "question", "paper", "baseline", "match", "objective", "retries", "contrasts", "trend", "notes",
+    "name", "question", "paper", "baseline", "match", "objective", "retries", "contrasts", "trend", "primary",
+    "exclusions", "notes",
 )  # fmt: skip
 
 
@@ -72,7 +73,7 @@ def _merged(
             " another name or with runs=FOLDER, or remove that folder"
         )
     if known["trials"]:
-        begun = {trial["group" if search else "arm"] for trial in known["trials"]}
+        begun = {trial["group"] if search else trial.get("of_arm", trial["arm"]) for trial in known["trials"]}
         _refuse_another_sweep(directory, known, sweep, begun)
     promised = {(trial["arm"], trial["seed"]): trial for trial in known["trials"]}
     for trial in trials:
@@ -82,7 +83,7 @@ def _merged(
             _refuse_other_settings(folder, trial, path != folder.name, defaults != known.get("defaults"))
         entry = {"arm": trial.arm, "seed": trial.seed, "path": path, "steps": trial.config.trainer.steps}
         group = {"group": trial.group} if trial.group else {}
-        group |= {"length": trial.length, "of_arm": trial.of_arm} if trial.of_arm != trial.arm else {}
+        group |= {"length": trial.length, "of_arm": trial.of_arm} if trial.lengthened else {}
         promised[key] = {**entry, **group, "point": trial.point} if trial.point else {**entry, **group}
     if not (search and trials):  # a search promises no trial when it begins, and then one proposal after another
         asked = {(trial.arm, trial.seed) for trial in trials}

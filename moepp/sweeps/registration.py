@@ -6,13 +6,13 @@ deviates (moepp/reports/registration.py).
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from moepp.config import flatten, identity
+from moepp.config import flatten, identity, lies_in
 from moepp.errors import UsageError
 from moepp.records import RunRecord, read_json, write_json
 from moepp.shipped import PACKAGE
@@ -64,9 +64,7 @@ def judged(sweep: Sweep, scale: str) -> tuple[Contrast, dict[str, Contrast]]:
     return primary, {name: contrast for name, contrast in named.items() if contrast != primary}
 
 
-def _plan(
-    sweep: Sweep, scale: str, trials: Sequence[Trial], overrides: Sequence[str], earlier: str
-) -> dict[str, Any]:
+def _plan(sweep: Sweep, scale: str, trials: Sequence[Trial], overrides: Sequence[str], earlier: str) -> dict[str, Any]:
     primary, secondary = judged(sweep, scale)
     configs = {trial.arm: _settings(trial) for trial in reversed(trials)}
     common, seeds = configs[sweep.baseline], list(dict.fromkeys(trial.seed for trial in trials))
@@ -98,19 +96,15 @@ def _plan(
                 "differs": {k: v for k, v in configs[trial.arm].items() if k not in common or common[k] != v},
             }
             for trial in trials
-            if trial.seed == seeds[0]
+            if trial.seed == seeds[0] and not trial.lengthened
         },
     }
 
 
 def _settings(trial: Trial) -> dict[str, Any]:
     """All that can change a result, but for the seed and what is known only once data are prepared."""
-    left_out = (*NOT_IDENTITY, "seed", "data.digest", "init_weights")
-    return {key: value for key, value in flatten(trial.config).items() if not _lies_in(key, left_out)}
-
-
-def _lies_in(key: str, groups: Iterable[str]) -> bool:
-    return any(key == group or key.startswith(f"{group}.") for group in groups)
+    left_out = (*NOT_IDENTITY, "seed", "data.digest", "init_weights", "model.architecture")
+    return {key: value for key, value in flatten(trial.config).items() if not lies_in(key, left_out)}
 
 
 def _deviation(sweep: Sweep, primary: Contrast, earlier: str) -> tuple[float, str]:

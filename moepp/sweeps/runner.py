@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from moepp.addresses import without_user
 from moepp.errors import Interrupted, RunError, UsageError, reason
 from moepp.process import start, stop_requests
+from moepp.program import program
 from moepp.sweeps.budgets import match_trials, require_match
 from moepp.sweeps.fork_server import ForkServer, can_fork
 from moepp.sweeps.job import Job, Start
@@ -107,6 +109,7 @@ def begin(
     matched = match_trials(sweep, scale, extra, seeds, workers, one_share)
     require_match(sweep.match, matched.arms, matched.seconds)
     trials, slots, freeze = matched.trials, matched.slots, DataFreezer()
+    _refuse_several_nodes(trials)
     for trial in trials:
         freeze(trial)
     config = trials[0].config
@@ -126,11 +129,21 @@ def begin(
     return PreparedSweep(directory, config, trials, search, slots)
 
 
+def _refuse_several_nodes(trials: Sequence[Trial]) -> None:
+    """Whose workers would start the first node's ranks alone."""
+    for trial in trials:
+        if (nodes := trial.config.trainer.num_nodes) > 1:
+            raise UsageError(
+                f"trainer.num_nodes={nodes} (arm {trial.arm}): a trial of a sweep runs on one node; leave it at 1,"
+                " or give `train` the arm's overrides on every node, as docs/multinode.md says"
+            )
+
+
 def raise_failures(sweep: Sweep, scale: str, failures: Sequence[str], trials: int) -> None:
     """`failures` says of each failed trial, out of so many `trials`, which it is and why."""
     if failures:
         raise RunError(
-            f"{len(failures)} of {trials} trials failed; `python run.py sweep retry {sweep.name} --scale {scale}`"
+            f"{len(failures)} of {trials} trials failed; `{program()} sweep retry {sweep.name} --scale {scale}`"
             f" lets the same command try them again ({'; '.join(failures)})"
         )
 
@@ -166,20 +179,22 @@ class DataFreezer:
 
     def __call__(self, trial: Trial) -> None:
         from moepp.data.prepare import prepare
+        from moepp.training.foreign import completed
         from moepp.training.initial import initial_weights
 
+        trial.config = completed(trial.config)
         wanted = repr(trial.config.data)
         if wanted not in self._digests:
             self._digests[wanted] = prepare(trial.config.data).header.digest
         trial.config.data.digest = self._digests[wanted]
-        trial.config.init_weights = initial_weights(trial.config.init_from)
+        trial.config.init_weights = initial_weights(trial.config)
 
 
 class _SharedMirror:
     """The MLflow mirror of a sweep's folder, kept by a process of one of its runners: two would do all work twice."""
 
     def __init__(self, directory: Path, tracking: TrackingConfig, runs: str, heartbeat: Heartbeat, stale: float):
-        self.uri = store_uri(tracking, runs)
+        self.uri = without_user(store_uri(tracking, runs))
         self._start = partial(Follower, directory, tracking, runs, folder=True)
         self._heartbeat, self._watch = heartbeat, LeaseWatch(directory / "mirror", stale)
         self._lease: Lease | None = None

@@ -4,11 +4,14 @@ import fcntl
 import glob
 import itertools
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from moepp.errors import RunError
 
 if TYPE_CHECKING:
     from moepp.training.settings import TrainerConfig
@@ -47,16 +50,34 @@ def own_share(slots: list[Slot]) -> Iterator[list[Slot]]:
     """The one of `slots` that is this process's while the block runs, and at most until it ends: each process of this
     user on this machine has a number that no other has, and those beyond the last slot share in turn.
     """
-    folder = Path(tempfile.gettempdir()) / f"moepp-{os.getuid()}"  # of this machine: file systems may have no locks
-    folder.mkdir(exist_ok=True)
+    folder = _private_folder()
     for number in itertools.count():
-        with open(folder / f"worker-{number}", "w") as file:
+        with open(folder / f"worker-{number}", "a", opener=_no_link) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue
             yield [slots[number % len(slots)]]
             return
+
+
+def _private_folder() -> Path:
+    """This user's on this machine: file systems may have no locks. In the folder of all users anybody may have put
+    something in its place. Raises RunError.
+    """
+    folder = Path(tempfile.gettempdir()) / f"moepp-{os.getuid()}"
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise RunError(f"{folder} is no folder of this user's: remove it, or set TMPDIR to a folder of your own")
+    if stat.S_IMODE(found.st_mode) != 0o700:
+        folder.chmod(0o700)
+    return folder
+
+
+def _no_link(name: str, flags: int) -> int:
+    return os.open(name, flags | os.O_NOFOLLOW, 0o600)
 
 
 def threads(slot: Slot) -> int:

@@ -24,11 +24,13 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from moepp.errors import UsageError
+from moepp.names import plain
 
 MOST_POINTS = 10_000
 DRAWS_PER_POINT = 1000  # before a random space counts as too small for its n
@@ -81,8 +83,11 @@ def expand(space: Mapping[str, Any]) -> dict[str, list[str]]:
     Raises UsageError for what is no space.
     """
     kind, content = _only(space)
-    points = {"grid": _grid, "random": _random, "tpe": _none_yet}[kind](content)
-    return {_name(point): overrides(point) for point in points}
+    points = list({"grid": _grid, "random": _random, "tpe": _none_yet}[kind](content))
+    arms = {_name(point): overrides(point) for point in points}
+    if len(arms) < len(points):
+        raise UsageError(f"space.{kind}: two points would have one name, {_twice(map(_name, points))}")
+    return arms
 
 
 def search_space(space: Mapping[str, Any]) -> SearchSpace | None:
@@ -179,7 +184,11 @@ def _name(point: Point) -> str:
     """Keys by their last part, unless two end alike."""
     short = [key.rpartition(".")[2] for key in point]
     names = short if len(set(short)) == len(short) else point
-    return ",".join(f"{name}={_text(value)}" for name, value in zip(names, point.values(), strict=True))
+    return plain(",".join(f"{name}={_text(value)}" for name, value in zip(names, point.values(), strict=True)))
+
+
+def _twice(names: Iterable[str]) -> str:
+    return Counter(names).most_common(1)[0][0]
 
 
 def _text(value: Any) -> str:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from moepp.config import compose, flatten, load
 from moepp.errors import UsageError
 from moepp.layers.bounds import Bounded, Count, Positive, Seed, Whole, refusals
+from moepp.names import check as check_names
 from moepp.plugins import listed
-from moepp.shipped import SWEEPS, first_file, names, overlaid
+from moepp.shipped import SWEEPS, YAML, first_yaml, names, overlaid
 from moepp.sweeps import pruning
 from moepp.sweeps.space import Point, SearchSpace, expand, overrides, search_space
 
@@ -90,7 +91,7 @@ class Sweep(Bounded):
         "tokens"  # held equal
     )
     objective: str = "final/val_loss"  # minimised by a search
-    lengths: list[Positive] = field(default_factory=list)  # times the steps: more runs, each with its schedule to its end
+    lengths: list[Positive] = field(default_factory=list)  # times the steps: more runs, each to its schedule's end
     lengthened: list[str] = field(default_factory=list)  # arms that have them; the baseline alone where none is named
     retries: Whole = 1  # times that a crashed trial is started again
     contrasts: dict[str, Contrast] = field(default_factory=dict)  # of the report: effects beside those of single arms
@@ -145,7 +146,7 @@ class Sweep(Bounded):
         return self.pruner if own is None else own
 
     def chosen_seeds(self, scale: str, seeds: Sequence[int] | None = None) -> list[int]:
-        """Those the caller names, else the scale's, else the sweep's. Raises UsageError for what is none, or repeats."""
+        """Those the caller names, else the scale's, else the sweep's. Raises UsageError for others."""
         chosen = list(seeds or self.scale(scale).seeds or self.seeds)
         for refusal in refusals(list[Seed], chosen, "seed"):
             raise UsageError(refusal)
@@ -162,7 +163,8 @@ class Sweep(Bounded):
         """
         seeds, pruned = self.chosen_seeds(scale, seeds), expand(self.space) if self.pruner_at(scale) else {}
         # To compose takes tens of milliseconds, which a copy for each seed does not.
-        configs = {arm: self._compose(arm, _layers(changes), scale, extra) for arm, changes in self.arms_at(scale).items()}
+        arms = self.arms_at(scale)
+        configs = {arm: self._compose(arm, _layers(changes), scale, extra) for arm, changes in arms.items()}
         self._check_axis(configs)
         groups = {arm: "space" if arm in pruned and arm != self.baseline else "" for arm in configs}
         trials = [Trial(a, s, _seeded(config, s), groups[a]) for s in seeds for a, config in configs.items()]
@@ -185,8 +187,8 @@ class Sweep(Bounded):
             value = flatten(configs[arm]).get(self.trend.x)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise UsageError(
-                    f"sweep {self.name}: trend.x={self.trend.x} is {value} in arm {arm}; it must be a key of the config"
-                    " that holds a number"
+                    f"{self.file or self.name}: trend.x={self.trend.x} is {value} in arm {arm}; it must be a key of the"
+                    " config that holds a number"
                 )
 
     def proposal(
@@ -259,6 +261,10 @@ class Trial:
         self.of_arm = self.of_arm or self.arm
 
     @property
+    def lengthened(self) -> bool:
+        return self.of_arm != self.arm
+
+    @property
     def directory(self) -> Path:
         """Its run record. It depends on `config.data.digest`, so it is final once the data are prepared."""
         from moepp.training.settings import run_directory
@@ -267,13 +273,13 @@ class Trial:
 
 
 def read_sweep(name_or_path: str) -> Sweep:
-    """The sweep of that name in ./sweeps or among the shipped ones, or in a file of your own (`*.yaml`).
+    """The sweep of that name in ./sweeps or among the shipped ones, or in a file of your own (`*.yaml`, `*.yml`).
 
     Raises UsageError in one line.
     """
     path, folders = Path(name_or_path), overlaid(SWEEPS)
-    if path.suffix != ".yaml":
-        path = first_file(folders, f"{name_or_path}.yaml")
+    if path.suffix not in YAML:
+        path = first_yaml(folders, name_or_path)
         if path is None:
             raise UsageError(_unknown("sweep", name_or_path, names(folders)))
     with _in(str(path)):
@@ -300,6 +306,7 @@ def _read(path: Path) -> Sweep:
     for key in ("name", "question", "scales", "arms", "baseline", "seeds"):
         if not getattr(sweep, key):
             raise UsageError(f"{path}: {key} is missing")
+    _check_names(path, {"name": [sweep.name], "scales": sweep.scales, "arms": sweep.arms})
     if sweep.baseline not in sweep.arms:
         raise UsageError(f"{path}: {_unknown('baseline', sweep.baseline, sweep.arms)}")
     search = search_space(sweep.space)
@@ -313,6 +320,14 @@ def _read(path: Path) -> Sweep:
     for name, scale in sweep.scales.items():
         _check_scale_arms(f"{path}: scales: {name}: arms", sweep, scale.arms, searched=search is not None)
     return sweep
+
+
+def _check_names(path: Path, named: Mapping[str, Iterable[str]]) -> None:
+    for key, chosen in named.items():
+        try:
+            check_names(key, chosen)
+        except ValueError as error:
+            raise UsageError(f"{path}: {error}") from None
 
 
 def _check_lengths(path: Path, sweep: Sweep, searched: bool) -> None:
@@ -349,7 +364,7 @@ def _check_scale_arms(key: str, sweep: Sweep, arms: Sequence[str], searched: boo
     needed = {sweep.baseline, *(primary.arms + primary.minus if primary else ())}
     needed |= {sweep.primary.contrast} if sweep.primary and not primary else set()
     if arms and (left_out := sorted(needed - set(arms))):
-        raise UsageError(f"{key}: {left_out[0]} is missing; the baseline and the arms of the primary contrast must stay")
+        raise UsageError(f"{key}: {left_out[0]} is missing; the baseline and the primary contrast's arms must stay")
 
 
 @contextmanager
@@ -358,7 +373,8 @@ def _in(place: str) -> Iterator[None]:
     try:
         yield
     except UsageError as error:
-        raise UsageError(str(error) if place in str(error) else f"{place}: {error}") from None
+        said = " ".join(str(error).split())
+        raise UsageError(said if place in said else f"{place}: {said}") from None
 
 
 def _beside(path: Path, plugin: str) -> str:
@@ -393,11 +409,11 @@ def _check_primary(path: Path, sweep: Sweep, primary: Primary) -> list[str]:
 
 
 def _refuse_equal_names(path: Path, arms: Iterable[str]) -> None:
-    from moepp.tracking.mlflow_store import metric_name
+    from moepp.tracking.mlflow_store import stored_name
 
     seen: dict[str, str] = {}
     for arm in arms:
-        if (other := seen.setdefault(metric_name(arm), arm)) != arm:
+        if (other := seen.setdefault(stored_name(arm), arm)) != arm:
             raise UsageError(f"{path}: MLflow would call the figures of arms {other} and {arm} alike; rename one")
 
 
@@ -429,7 +445,7 @@ def _layers(changes: Any) -> list[Any]:
 def _at_length(trial: "Trial", length: float) -> "Trial":
     config = copy.deepcopy(trial.config)
     config.trainer.steps = max(1, round(length * config.trainer.steps))
-    name = f"{trial.arm}, {length:g} times the tokens"
+    name = f"{trial.arm}@{length:g}"
     config.tags |= {"arm": name, "length": f"{length:g}"}
     return replace(trial, arm=name, config=config, group="", length=length, of_arm=trial.arm)
 

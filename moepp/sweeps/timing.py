@@ -9,6 +9,7 @@ from typing import Any
 
 from moepp.errors import RunError
 from moepp.records import RunRecord, read_json, write_json
+from moepp.training.initial import FINAL_WEIGHTS
 
 TRAINING_ROUNDS = 3  # for one of expert forwards: the differences to be seen are a few percent
 
@@ -17,13 +18,17 @@ def time_arms(directory: Path, repeats: int = 15) -> dict[str, Any]:
     """Times every arm of a finished sweep with the weights of its first finished seed; writes and returns
     timing.json.
 
-    Measured once: a file that already covers these runs is returned as it is.
+    Measured once: a file that already covers these runs is returned as it is, and so is any where the weights of an arm
+    are elsewhere.
     """
     runs = _first_runs(directory)
     path = directory / "timing.json"
     known = read_json(path)
     if known and known["runs"] == {arm: run.name for arm, run in runs.items()}:
         return known
+    if without := [arm for arm, run in runs.items() if not _has_weights(run)]:
+        print(f"not timed: no weights of arm {', '.join(without)} are here, as of records that `sweep pack` made")
+        return known or {}
 
     import torch
 
@@ -65,13 +70,19 @@ def time_arms(directory: Path, repeats: int = 15) -> dict[str, Any]:
 
 
 def _first_runs(directory: Path) -> dict[str, Path]:
-    """Of each arm the finished run with the first seed."""
+    """Of each arm the first finished run, of those that have their weights where there is one."""
     sweep = read_json(directory / "sweep.json")
     if sweep is None:
         raise RunError(f"{directory} holds no sweep")
     runs: dict[str, Path] = {}
     for trial in sweep["trials"]:
         run = directory / trial["path"]
-        if RunRecord(run).status == "done":
-            runs.setdefault(trial["arm"], run)
+        if RunRecord(run).status != "done" or "length" in trial:
+            continue
+        if not _has_weights(runs.setdefault(trial["arm"], run)) and _has_weights(run):
+            runs[trial["arm"]] = run
     return runs
+
+
+def _has_weights(run: Path) -> bool:
+    return (RunRecord(run).checkpoints / FINAL_WEIGHTS).is_file()

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
+from moepp.addresses import without_user
 from moepp.process import STOP_SIGNALS, python_path
 from moepp.records import RunRecord
 from moepp.tracking.mirror import SECONDS_TO_END, FolderMirror, Mirror, follow
@@ -32,7 +33,7 @@ class Follower:
     """
 
     def __init__(self, directory: Path, tracking: TrackingConfig, runs: Path | str, folder: bool = False):
-        self.uri = store_uri(tracking, runs)
+        self.uri = without_user(store_uri(tracking, runs))
         about = {"directory": str(directory), "tracking": asdict(tracking), "runs": str(runs), "folder": folder}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "moepp.tracking.follower"],

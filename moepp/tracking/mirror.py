@@ -11,8 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from moepp.addresses import without_user
 from moepp.config import leaves
 from moepp.errors import RunError, UsageError
+from moepp.program import program
 from moepp.records import MetricsTail, RunRecord, UnreadableRecord, read_json, write_json
 from moepp.tracking.mlflow_store import DeletedRun, MirroredRun, store_lock, store_uri
 from moepp.tracking.mlflow_views import saved_views
@@ -41,7 +43,7 @@ class Mirror:
 
     def __init__(self, record: RunRecord, tracking: TrackingConfig, runs: Path | str, parent_run_id: str | None = None):
         self.record, self.tracking, self.runs, self.parent_run_id = record, tracking, runs, parent_run_id
-        self.uri = store_uri(tracking, runs)
+        self.uri = without_user(store_uri(tracking, runs))
         self.complete = False
         self._tail = MetricsTail(record)
         self._pending: list[dict[str, float]] = []
@@ -156,7 +158,7 @@ class FolderMirror:
 
     def __init__(self, directory: Path, tracking: TrackingConfig, runs: Path | str):
         self.directory, self.tracking, self.runs = directory, tracking, runs
-        self.uri = store_uri(tracking, runs)
+        self.uri = without_user(store_uri(tracking, runs))
         self._views: dict[str, str] = {}
         self._begin()
 
@@ -326,8 +328,10 @@ def log_report(
         parent.put_section(experiment, note)
         parent.put_files(files, experiment)
     except Exception as error:  # whatever a tracker raises
-        uri = store_uri(tracking, runs)
-        print(f"warning: the report is not in {uri} ({_reason(error)}); `run.py report` tries again", file=sys.stderr)
+        uri = without_user(store_uri(tracking, runs))
+        print(
+            f"warning: the report is not in {uri} ({_reason(error)}); `{program()} report` tries again", file=sys.stderr
+        )
 
 
 def _open_parent(directory: Path, sweep: Mapping[str, Any], tracking: TrackingConfig, runs: Path | str) -> MirroredRun:
@@ -353,8 +357,8 @@ def _reason(error: BaseException) -> str:
     """The first line of what began it: MLflow wraps "database is locked" in pages, "refused" in a paragraph."""
     while cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
         error = cause
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return without_user((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
 def _warn(uri: str, reason: str) -> None:
-    print(f"warning: cannot mirror to {uri} ({reason}); `python run.py sync` will catch up", file=sys.stderr)
+    print(f"warning: cannot mirror to {uri} ({reason}); `{program()} sync` will catch up", file=sys.stderr)

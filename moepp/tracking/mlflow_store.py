@@ -3,6 +3,7 @@
 import fcntl
 import logging
 import os
+import posixpath
 import re
 import secrets
 import socket
@@ -12,11 +13,14 @@ import time
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moepp.addresses import without_user
 from moepp.errors import RunError, UsageError
 from moepp.locks import locked
+from moepp.program import program
 from moepp.records import read_json, write_json
 from moepp.tracking import pages
 from moepp.tracking.mlflow_views import ARMS, TRIALS, view_key
@@ -33,16 +37,17 @@ for _ in range(120):
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric, Run
+    from mlflow.entities import Experiment, Metric, Param, Run, RunTag
 
     from moepp.tracking.settings import TrackingConfig
 
 METRICS_PER_CALL = 1000  # MLflow refuses more
 RUNS_PER_CALL = 1000
 NOTE = "mlflow.note.content"  # the tag that its pages show as the description, in markdown
-NOTE_LENGTH = 8000  # characters; MLflow refuses more
+NAME_LENGTH, PARAM_LENGTH, VALUE_LENGTH = 250, 6000, 8000  # characters of a name, a param, a tag; MLflow refuses more
+DATABASES, SERVERS = ("sqlite", "postgresql", "mysql", "mssql"), ("http", "https", "databricks")
 KEY = "record_key"  # the tag by which a run is found whose id never arrived
-REFUSED = re.compile(r"[^\w./ -]", re.ASCII)  # what MLflow does not take in the name of a metric
+REFUSED = re.compile(r"[^\w./ -]", re.ASCII)  # what MLflow does not take in a name
 
 
 class DeletedRun(Exception):
@@ -52,14 +57,31 @@ class DeletedRun(Exception):
 def store_uri(tracking: "TrackingConfig", runs: Path | str) -> str:
     """`tracking.uri`, else MLFLOW_TRACKING_URI, else the SQLite file in the runs folder.
 
-    Raises UsageError for a folder of files, which MLflow has given up.
+    With user and password, for this process alone: print it `without_user`. Raises UsageError for an address that is
+    none, such as a folder of files, which MLflow has given up.
     """
-    uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    ours = os.environ.get("MLFLOW_TRACKING_URI", "")
+    uri = tracking.uri or ours
+    if uri == without_user(ours):  # as a record keeps it
+        uri = ours
     if not uri:
-        return f"sqlite:///{Path(runs).resolve()}/mlflow.db"
-    if "://" not in uri or uri.startswith("file:"):
-        raise UsageError(f"MLflow no longer writes to folders such as '{uri}'; use tracking.uri=sqlite:///mlflow.db")
+        path = str(Path(runs).resolve()).replace("%", "%25").replace("?", "%3F")  # else an escape, and a query
+        return f"sqlite:///{path}/mlflow.db"
+    if _scheme(uri) not in (known := (*DATABASES, *SERVERS, *entry_points(group="mlflow.tracking_store").names)):
+        raise UsageError(
+            f"tracking.uri={uri} is no address of a tracker: it begins with one of {', '.join(known)}, and is no longer"
+            " a folder; use tracking.uri=sqlite:///mlflow.db"
+        )
     return uri
+
+
+def is_server(uri: str) -> bool:
+    """Whether a server answers there; otherwise it is a database."""
+    return _scheme(uri) in SERVERS
+
+
+def _scheme(uri: str) -> str:
+    return uri.partition(":")[0].partition("+")[0].lower()
 
 
 def connect(tracking: "TrackingConfig", runs: Path | str) -> tuple["MlflowClient", str]:
@@ -80,11 +102,19 @@ def connect(tracking: "TrackingConfig", runs: Path | str) -> tuple["MlflowClient
         client = MlflowClient(tracking_uri=uri)
         found = client.get_experiment_by_name(tracking.experiment)
         if found is not None:
+            if found.lifecycle_stage != "active":
+                _restore(client, found)
             return client, found.experiment_id
         # A server knows where its artifacts go; a database alone would put them into the working directory.
-        artifacts = None if uri.startswith("http") else (Path(runs).resolve() / "mlartifacts").as_uri()
+        artifacts = None if is_server(uri) else (Path(runs).resolve() / "mlartifacts").as_uri()
         kind = {"mlflow.experimentKind": "custom_model_development"}  # which pages MLflow opens it with
         return client, client.create_experiment(tracking.experiment, artifact_location=artifacts, tags=kind)
+
+
+def _restore(client: "MlflowClient", experiment: "Experiment") -> None:
+    """A deleted experiment: the records ask for it, and the store keeps its name."""
+    client.restore_experiment(experiment.experiment_id)
+    print(f"MLflow's experiment {experiment.name} was deleted, and is restored for these runs", file=sys.stderr)
 
 
 @contextmanager
@@ -200,28 +230,45 @@ class MirroredRun:
         """Tags follow the record; params are immutable in MLflow, so each is sent once."""
         from mlflow.entities import Param, RunTag
 
+        tags = {stored_name(key): value[:VALUE_LENGTH] for key, value in tags.items()}
         tags = {key: value for key, value in tags.items() if self._tags.get(key, "") != value}
-        params = {key: value for key, value in (params or {}).items() if key not in self._params}
-        if tags or params:
-            self.client.log_batch(
-                self.run_id,
-                params=[Param(key, value) for key, value in params.items()],
-                tags=[RunTag(key, value) for key, value in tags.items()],
-            )
+        params = {stored_name(key): value[:PARAM_LENGTH] for key, value in (params or {}).items()}
+        params = {key: value for key, value in params.items() if key not in self._params}
+        items = [*(Param(*pair) for pair in params.items()), *(RunTag(*pair) for pair in tags.items())]
+        if items:
+            self._log(items)
             self._tags.update(tags)
             self._params.update(params)
+
+    def _log(self, items: "list[Param | RunTag]") -> None:
+        """All at once; where the store refuses that, one by one, so that one bad item costs itself alone."""
+        from mlflow.entities import RunTag
+        from mlflow.exceptions import MlflowException
+
+        tags = [item for item in items if isinstance(item, RunTag)]
+        try:
+            self.client.log_batch(self.run_id, params=[item for item in items if item not in tags], tags=tags)
+        except MlflowException as error:
+            if error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
+            if len(items) == 1:
+                said = f"{items[0].key}={items[0].value[:80]!r}"
+                print(f"warning: MLflow refuses {said} of {self._path.parent}", file=sys.stderr)
+                return
+            for item in items:
+                self._log([item])
 
     def put_note(self, markdown: str) -> None:
         """The run's description where it has none: people write there too."""
         if not self._tags.get(NOTE):
-            self.put({NOTE: markdown[:NOTE_LENGTH]})
+            self.put({NOTE: markdown[:VALUE_LENGTH]})
 
     def put_section(self, name: str, markdown: str) -> None:
         """One of several parts of a description, in place of the part of the same name and of any other text."""
         sections = self.state.setdefault("sections", {})
         sections[name] = markdown
         self.save()
-        self.put({NOTE: "\n\n---\n\n".join(sections.values())[:NOTE_LENGTH]})
+        self.put({NOTE: "\n\n---\n\n".join(sections.values())[:VALUE_LENGTH]})
 
     def put_views(self, views: Mapping[str, str]) -> None:
         """Saved views of the run's experiment (moepp/tracking/mlflow_views.py), as tags."""
@@ -255,7 +302,7 @@ class MirroredRun:
             for key, value in line.items():
                 if key in ("step", "time") or not isinstance(value, int | float):
                     continue
-                key, step = metric_name(key), 0 if key.startswith("final/") else int(line["step"])
+                key, step = stored_name(key), 0 if key.startswith("final/") else int(line["step"])
                 replaced = key.startswith("final/") and step == steps.get(key) and value != self._values.get(key)
                 if step > steps.get(key, -1) or replaced:
                     metrics.append(Metric(key, float(value), int(line["time"]), step))
@@ -268,7 +315,7 @@ class MirroredRun:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        self._send([Metric(metric_name(key), value, now, 0) for key, value in values.items()])
+        self._send([Metric(stored_name(key), value, now, 0) for key, value in values.items()])
 
     def _send(self, metrics: "list[Metric]") -> None:
         for start in range(0, len(metrics), METRICS_PER_CALL):
@@ -301,9 +348,11 @@ class MirroredRun:
         self._status = status
 
 
-def metric_name(key: str) -> str:
-    """`key` with `_` for every character that MLflow refuses: arms are called zero+copy or lr=0.001,tau=0.5."""
-    return REFUSED.sub("_", key)
+def stored_name(key: str) -> str:
+    """`key` of a metric, param or tag with `_` for every character that MLflow refuses: arms are called zero+copy or
+    lr=0.001,tau=0.5. It takes no path that leads elsewhere, either.
+    """
+    return posixpath.normpath(REFUSED.sub("_", key)).lstrip("./ ")[:NAME_LENGTH] or "_"
 
 
 def serve(tracking: "TrackingConfig", runs: Path | str, port: int = 5000, sweep: Path | None = None) -> None:
@@ -313,14 +362,15 @@ def serve(tracking: "TrackingConfig", runs: Path | str, port: int = 5000, sweep:
     Raises UsageError when `sweep` is not in MLflow, RunError when the port is taken.
     """
     uri = store_uri(tracking, runs)
-    if not uri.startswith("http"):
+    if not is_server(uri):
         _require_free(port)
     client, experiment_id = connect(tracking, runs)
-    addresses = _addresses(pages.address(uri, port), experiment_id, sweep or _newest_sweep(client, Path(runs)))
+    sweep = sweep or _newest_sweep(client, Path(runs))
+    addresses = _addresses(pages.address(without_user(uri), port), experiment_id, sweep)
     for title, page in addresses.items():
         print(f"{title:<8} {page}", flush=True)
     first = next(iter(addresses.values()))
-    if uri.startswith("http"):
+    if is_server(uri):
         open_when_served(first)
         return
     pages.remember_port(runs, port)
@@ -328,7 +378,8 @@ def serve(tracking: "TrackingConfig", runs: Path | str, port: int = 5000, sweep:
     open_when_served(first)
     artifacts = (Path(runs).resolve() / "mlartifacts").as_uri()
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")  # jobs belong to features that no run uses
-    store = ["--backend-store-uri", uri, "--default-artifact-root", artifacts]
+    os.environ["MLFLOW_BACKEND_STORE_URI"] = uri  # not an argument: other users of the machine can see those
+    store = ["--default-artifact-root", artifacts]
     place = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--uvicorn-opts", "--log-level warning"]
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", "server", *store, *place])
 
@@ -358,7 +409,7 @@ def _addresses(base: str, experiment_id: str, sweep: Path | None) -> dict[str, s
         return everything
     parent = read_json(sweep / "mlflow.json")
     if parent is None or "experiment_id" not in parent:
-        raise UsageError(f"{sweep} is not in MLflow yet; run the sweep, or `python run.py sync` for its records")
+        raise UsageError(f"{sweep} is not in MLflow yet; run the sweep, or `{program()} sync` for its records")
     place, run = parent["experiment_id"], parent["run_id"]
     return {
         "arms": pages.view_page(base, place, view_key(run, ARMS), charts=True),

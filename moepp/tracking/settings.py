@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from moepp import register
+from moepp import names, register
 
 
 @dataclass
@@ -12,11 +12,12 @@ class TrackingConfig:
 
     backend: Literal["mlflow", "jsonl"] = "mlflow"  # jsonl: the run record alone
     uri: str = ""  # empty: MLFLOW_TRACKING_URI, else sqlite:///<runs>/mlflow.db
-    experiment: str = "moepp"
+    experiment: str = "moepp"  # MLflow's experiment
     loggers: list[str] = field(default_factory=list)  # more places: csv, tensorboard, wandb, or registered ones
     logger_options: dict[str, Any] = field(default_factory=dict)  # of loggers, each below its name
 
     def __post_init__(self) -> None:
+        names.check("tracking.experiment", [self.experiment])
         for name in dict.fromkeys([*self.loggers, *self.logger_options]):
             options = self.logger_options.get(name, {})
             if not isinstance(options, dict):

@@ -2,10 +2,10 @@
 
 import math
 import os
-import shutil
 import signal
 import threading
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from moepp.errors import Interrupted, RunError
 from moepp.process import STOP_SIGNALS
 from moepp.records import RunRecord, fsync
 from moepp.strategies.base import MoEStrategy
+from moepp.training.branching import state_name
 from moepp.training.module import LanguageModel, is_logged
 from moepp.training.ranks.rank import largest
 from moepp.training.system_metrics import SystemMeter
@@ -46,10 +47,10 @@ class MetricsReporter(Callback):
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: LanguageModel, optimizer: Any) -> None:
         if is_logged(trainer, trainer.global_step + 1):
-            parameters = [p for p in pl_module.parameters() if p.grad is not None]  # none where DeepSpeed keeps them
+            parameters = [p for p in pl_module.parameters() if p.grad is not None]
             if isinstance(trainer.strategy, MoEStrategy):
                 self.grad_norm = trainer.strategy.gradient_norm(parameters)
-            elif parameters:
+            else:
                 self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LanguageModel, *_: Any) -> None:
@@ -119,8 +120,8 @@ class ResumeCheckpoint(Checkpoint):
 
     state_key = "ResumeCheckpoint"
 
-    def __init__(self, record: RunRecord, every: int, val_every: int):
-        self.record, self.every, self.val_every = record, every, val_every
+    def __init__(self, record: RunRecord, every: int, val_every: int, keep_at: Collection[int] = ()):
+        self.record, self.every, self.val_every, self.keep_at = record, every, val_every, keep_at
         self.stopping = False
         self.previous: dict[int, Any] = {}  # handlers
         self._began, self._before = time.perf_counter(), 0.0
@@ -167,13 +168,13 @@ class ResumeCheckpoint(Checkpoint):
     def _save_where_due(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         step = trainer.global_step
         stopping = largest(self.stopping)  # the ranks agree here, once in every step, for all must save the same one
-        if trainer.should_stop or (not stopping and step % self.every):
+        if trainer.should_stop or (not stopping and step % self.every and step not in self.keep_at):
             return  # a run that is continued comes to the same end by itself
         raise_if_not_finite(trainer, pl_module)
-        save_whole(trainer, self.record, f"step-{step:08d}.ckpt")
+        save_whole(trainer, self.record, state_name(step))
         if trainer.is_global_zero:
-            for older in resume_points(self.record.checkpoints)[:-2]:
-                remove(older)
+            for older in resume_points(self.record.checkpoints, but=self.keep_at)[:-2]:
+                older.unlink()
         if stopping:
             raise Interrupted(f"stopped at step {step}; the same command continues")
 
@@ -191,26 +192,18 @@ def save_whole(trainer: pl.Trainer, record: RunRecord, name: str, weights_only: 
             os.replace(partial, path)
             fsync(path.parent)
     except OSError:
-        if trainer.is_global_zero and partial.exists():
-            remove(partial)
+        if trainer.is_global_zero:
+            partial.unlink(missing_ok=True)
         raise
 
 
-def resume_points(folder: Path) -> list[Path]:
-    """The training checkpoints in `folder`, oldest first."""
-    return sorted(folder.glob("step-*.ckpt"))
+def resume_points(folder: Path, but: Collection[int] = ()) -> list[Path]:
+    """The training checkpoints in `folder`, oldest first, but for those of some steps."""
+    return [point for point in sorted(folder.glob("step-*.ckpt")) if not but or step_of(point) not in but]
 
 
 def step_of(point: Path) -> int:
     return int(point.stem.removeprefix("step-"))
-
-
-def remove(point: Path) -> None:
-    """Deletes a checkpoint: a file, or one of DeepSpeed's folders."""
-    if point.is_dir():
-        shutil.rmtree(point)
-    else:
-        point.unlink()
 
 
 def raise_if_not_finite(trainer: pl.Trainer, module: LanguageModel) -> None:
@@ -225,5 +218,18 @@ def raise_if_not_finite(trainer: pl.Trainer, module: LanguageModel) -> None:
     scheduled = trainer.optimizers[0].param_groups[0]["lr"] if trainer.optimizers else math.nan
     raise RunError(
         f"the loss is not finite at step {bad + 1} (learning rate {scheduled:.3g}, peak {lr:.3g}); {kept}. "
-        "Lower optim.lr, lengthen optim.warmup_steps or lower optim.grad_clip"
+        f"{likely_cause(module, bad)}"
     )
+
+
+def likely_cause(module: LanguageModel, bad: int) -> str:
+    """What to change: a rate has done nothing yet before the first update."""
+    losses = {name: bool(loss.isfinite()) for name, loss in module.train_losses.items()}
+    if bad == 0:
+        weights = [name for name, weight in module.model.named_parameters() if not weight.isfinite().all()]
+        if weights:
+            return f"No update was made yet, and {weights[0]} is not finite: see model.init_std and init_from"
+        return "No update was made yet: see model.init_std, model.norm_eps, model.logits_norm and model.rope_theta"
+    if losses.get("train/loss") and not losses.get("train/balance_loss", True):
+        return "The cross-entropy is finite, the balance loss is not: lower model.balance.beta or its other weights"
+    return "Lower optim.lr, lengthen optim.warmup_steps or lower optim.grad_clip"

@@ -5,7 +5,9 @@ Letters in comments as everywhere: T tokens of a micro-batch, D model width, V v
 
 from dataclasses import dataclass
 
+from moepp.errors import UsageError
 from moepp.layers.balance import expert_capacities
+from moepp.layers.settings import TOP_K_SELECTIONS
 from moepp.models.budget import Budget, active_parameters, expected_ffn_per_token, forward_flops, parameters
 from moepp.models.cross_entropy import WHOLE
 from moepp.models.settings import DecoderConfig
@@ -20,6 +22,10 @@ WIDE = 4  # bytes of a float32
 def estimate(config: RunConfig) -> list[str]:
     """Lines that name parameters, tokens, FLOPs, GPU hours and memory, each with what it assumes."""
     model, data, trainer = config.model, config.data, config.trainer
+    if model.name == "hf":
+        raise UsageError(
+            "--dry-run estimates this package's own decoder; budget.json of a run of model=hf has its size"
+        )
     tokens = trainer.steps * data.batch_size * data.seq_len
     budget = Budget.of(model, data.seq_len, tokens)
     used = expected_ffn_per_token(model)
@@ -134,14 +140,16 @@ class StepMemory:
         config, slots = self.config, self.tokens * self.slots_per_token()
         bounds = [slots]
         if config.capacity_factor is not None:
-            capacity, _ = expert_capacities(config.experts, config.balance.tau, slots, config.capacity_factor)
+            capacity, _ = expert_capacities(
+                config.experts, config.balance.tau, slots, config.capacity_factor, config.balance.tau_of
+            )
             bounds.append(config.experts.ffn * capacity)
         if config.ffn_rows is not None:
             bounds.append(config.ffn_rows * self.tokens)
         return min(bounds)
 
     def slots_per_token(self) -> int:
-        return self.config.top_k if self.config.selection == "top_k" else self.config.experts.total
+        return self.config.top_k if self.config.selection in TOP_K_SELECTIONS else self.config.experts.total
 
     def dense_ffn(self, width: int) -> float:
         """The input, [gate, up], silu(gate) and the product."""

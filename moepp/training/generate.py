@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from moepp.data.tokenizer import encode_text
 from moepp.errors import UsageError
 from moepp.training.loading import load_run
 
@@ -13,7 +14,7 @@ def continue_text(directory: Path, prompt: str, tokens: int, temperature: float,
     run = load_run(directory)
     if not hasattr(run.model, "generate"):
         raise UsageError(f"{directory}: model.name={run.config.model.name} has no method `generate`")
-    ids = run.tokenizer.encode(prompt).ids
+    ids = encode_text(run.tokenizer, prompt)
     if not ids:
         raise UsageError("the prompt holds no token; give some text with --prompt")
     generator = torch.Generator().manual_seed(seed)

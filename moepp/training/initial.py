@@ -3,7 +3,10 @@
 from pathlib import Path
 
 from moepp.errors import RunError, UsageError
+from moepp.models.foreign import weights_of
+from moepp.program import program
 from moepp.records import RunRecord, digest_of
+from moepp.training.settings import RunConfig
 
 FINAL_WEIGHTS = "final.ckpt"  # weights only: a finished run needs no optimizer state
 
@@ -14,8 +17,14 @@ def checkpoint_file(source: Path) -> Path:
     """
     file = source if source.suffix == ".ckpt" else RunRecord(source).checkpoints / FINAL_WEIGHTS
     if not file.is_file():
-        raise RunError(f"there is no checkpoint {file}" + ("; the run is not finished" if file != source else ""))
+        raise RunError(f"there is no checkpoint {file}" + (_why_not(RunRecord(source)) if file != source else ""))
     return file
+
+
+def _why_not(record: RunRecord) -> str:
+    if record.status != "done":
+        return "; the run is not finished"
+    return f"; this record came without its weights, and `{program()} rerun {record.path}` trains it again"
 
 
 def initial_file(init_from: str) -> Path:
@@ -26,6 +35,7 @@ def initial_file(init_from: str) -> Path:
         raise UsageError(f"init_from={init_from}: {error}") from None
 
 
-def initial_weights(init_from: str) -> dict[str, str]:
+def initial_weights(config: RunConfig) -> dict[str, str]:
     """What makes the weights part of a run's identity: nothing for new ones, which the seed determines."""
-    return {"digest": digest_of(initial_file(init_from))} if init_from else {}
+    found = {"digest": digest_of(initial_file(config.init_from))} if config.init_from else {}
+    return found | ({"original": digest_of(*weights_of(config.model.path))} if config.model.path else {})

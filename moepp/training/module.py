@@ -8,9 +8,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torchmetrics import MeanMetric, Metric
+from torch import Tensor, nn
+from torchmetrics import CatMetric, MeanMetric, Metric
 
+from moepp.errors import UsageError
 from moepp.layers.moe import MoEStats
 from moepp.models.build import build_model, describe_model
 from moepp.models.protocol import CausalLM
@@ -72,6 +73,7 @@ class LanguageModel(pl.LightningModule):
         self.val_loss = MeanMetric()
         self.val_accuracy = MeanMetric()
         self.val_bits_per_byte = BitsPerByte(end_of_text)
+        self.val_window_nats = CatMetric(nan_strategy="disable")  # means of windows, in the order of their batches
         self.val_routing = RoutingStatistics(self.model.config)
         # Of the last step only, so that a resumed run logs the same.
         self.train_routing = RoutingStatistics(self.model.config)
@@ -93,6 +95,48 @@ class LanguageModel(pl.LightningModule):
         module = cls(model, config.optim, trainer.steps, end_of_text, losses_of(config), trainer.cuda_graphs)
         module.save_hyperparameters({"config": asdict(config)})
         return module
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Where a step has several micro-batches, the balance loss of each needs the counts of all (`balance.over`)."""
+        parts, balance = self.trainer.accumulate_grad_batches, self.model.config.balance
+        if parts > 1 and batch_idx % parts == 0 and balance.over == "step" and balance.beta:
+            self._count_step(self._micro_batches())
+
+    def _micro_batches(self) -> list[Tensor]:
+        data = getattr(self.trainer, "datamodule", None)
+        if not hasattr(data, "micro_batches"):
+            raise UsageError(
+                f"balance.over=step with accumulate_grad_batches={self.trainer.accumulate_grad_batches} needs a data"
+                " module with micro_batches(step), such as TokenDataModule; or set balance.over=global_batch"
+            )
+        return data.micro_batches(self.global_step)
+
+    def _count_step(self, batches: list[Tensor]) -> None:
+        """Hands every MoE layer the step's counts, from a forward pass of its micro-batches without gradients: they
+        need memory for one at a time, and the routers do not change before the update.
+        """
+        layers = self._counted_layers()
+        if not layers:
+            return
+        chosen = []
+        with torch.no_grad(), self.trainer.precision_plugin.train_step_context():
+            for ids in batches:
+                ids = ids.to(self.device, non_blocking=True)
+                stats = self.model(ids[:, :-1], targets_BS=ids[:, 1:]).stats
+                chosen.append([layer.chosen_N for layer in stats])
+        tokens = len(stats[0].logits_TN) * len(batches) * self.trainer.world_size
+        for layer, counts in zip(layers, zip(*chosen, strict=True), strict=True):
+            count_N = torch.stack(counts).sum(0)
+            if dist.is_initialized():
+                dist.all_reduce(count_N)
+            layer.step_counts = (count_N, tokens)
+
+    def on_train_end(self) -> None:
+        for layer in self._counted_layers():
+            layer.step_counts = None
+
+    def _counted_layers(self) -> list[nn.Module]:
+        return [module for module in self.model.modules() if hasattr(module, "step_counts")]
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if is_logged(self.trainer, self.global_step):
@@ -150,13 +194,16 @@ class LanguageModel(pl.LightningModule):
         targets = tokens[:, 1:]
         output = self.model(tokens[:, :-1], targets_BS=targets)
         self.val_loss.update(output.nats_BS)
+        self.val_window_nats.update(output.nats_BS.mean(1))
         self.val_accuracy.update(output.right_BS.float())
         if not isinstance(batch, Tensor) and len(batch) > 1:
             self.val_bits_per_byte.update(output.nats_BS, targets, batch[1])
         self.val_routing.update(output.stats)
 
     def on_validation_epoch_start(self) -> None:
-        for metric in (self.val_loss, self.val_accuracy, self.val_bits_per_byte, self.val_routing):
+        for metric in (
+            self.val_loss, self.val_accuracy, self.val_bits_per_byte, self.val_window_nats, self.val_routing
+        ):  # fmt: skip
             metric.reset()
 
     def on_validation_epoch_end(self) -> None:

@@ -27,8 +27,8 @@ def learning_rate_scale(step: int, steps: int, config: OptimConfig) -> float:
         return (step + 1) / config.warmup_steps
     final = config.final_lr_share
     if config.schedule == "wsd":
-        decay_steps = max(1, round(steps * config.decay_share))
-        return 1 - (1 - final) * min(1.0, max(0.0, (step - (steps - decay_steps)) / decay_steps))
+        start = config.decay_start(steps)
+        return 1 - (1 - final) * min(1.0, max(0.0, (step - start) / (steps - start)))
     progress = min(1.0, (step - config.warmup_steps) / max(1, steps - config.warmup_steps))
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moepp.plugins import sources
+from moepp.program import program
 from moepp.shipped import PACKAGE
 
 PACKAGES = ("moepp", "torch", "lightning", "torchmetrics", "omegaconf", "mlflow", "datasets", "tokenizers", "numpy")
@@ -32,7 +33,7 @@ def collect(data_header: Mapping[str, Any]) -> dict[str, Any]:
     plugins = sources()
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(_shorten(argument) for argument in sys.argv),
+        "command": " ".join([program(), *map(_shorten, sys.argv[1:])]),
         "host": socket.gethostname(),
         "git": git(PACKAGE.parent),
         "versions": {"python": platform.python_version(), **_versions()},

@@ -19,7 +19,7 @@ class RoutingStatistics(Metric):
         self.experts, self.kinds, self.limited = config.experts, config.experts.kinds(), config.ffn_rows is not None
         self.add_state("chosen_LN", torch.zeros(0, config.experts.total, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("dropped", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("dropped_L", torch.zeros(0, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("recomputed", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("entropy", torch.zeros(()), dist_reduce_fx="mean")  # mean over layers, summed over batches
         self.add_state("batches", torch.zeros(()), dist_reduce_fx="mean")
@@ -28,10 +28,13 @@ class RoutingStatistics(Metric):
         """A model without MoE layers has no `stats` and leaves nothing."""
         if not stats:
             return
-        chosen_LN = torch.stack([layer.chosen_N for layer in stats])
-        self.chosen_LN = chosen_LN if self.chosen_LN.numel() == 0 else self.chosen_LN + chosen_LN
+        chosen_LN, dropped_L = (
+            torch.stack([getattr(layer, name) for layer in stats]) for name in ("chosen_N", "dropped")
+        )
+        first = self.chosen_LN.numel() == 0
+        self.chosen_LN = chosen_LN if first else self.chosen_LN + chosen_LN
+        self.dropped_L = dropped_L if first else self.dropped_L + dropped_L
         self.tokens += len(stats[0].logits_TN)
-        self.dropped += torch.stack([layer.dropped for layer in stats]).sum()
         if self.limited:
             self.recomputed += torch.stack([layer.recomputed for layer in stats]).sum()
         self.entropy += torch.stack([layer.entropy for layer in stats]).mean()
@@ -56,7 +59,7 @@ class RoutingStatistics(Metric):
         load_LE = share_LN[:, :ffn]
         metrics["load_max_over_mean"] = (load_LE.amax(1) / load_LE.mean(1).clamp(min=1e-12)).mean()
         metrics["entropy"] = self.entropy / self.batches
-        metrics["dropped_share"] = self.dropped / self.chosen_LN.sum().clamp(min=1)
+        metrics["dropped_share"] = self.dropped_L.sum() / self.chosen_LN.sum().clamp(min=1)
         if self.limited:
             metrics["recomputed_share"] = self.recomputed / self.chosen_LN[:, :ffn].sum().clamp(min=1)
         return metrics

@@ -10,6 +10,7 @@ import time
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -20,15 +21,21 @@ from moepp import config as configs
 from moepp.data.batches import TokenDataModule
 from moepp.data.prepare import prepare
 from moepp.data.token_files import TokenFiles
+from moepp.data.windows import window_count
 from moepp.errors import Interrupted, PeerLost, RunError, UsageError
 from moepp.layers.kernels.base import BackendError
 from moepp.models.budget import Budget
 from moepp.models.decoder import Decoder
 from moepp.records import TOKENIZER, RunRecord, UnreadableRecord, link_or_copy, write_json
 from moepp.strategies import make_strategy
-from moepp.training.callbacks import MetricsReporter, ResumeCheckpoint, remove, resume_points, save_whole, step_of
+from moepp.training.averaging import LateAverage
+from moepp.training.awakening import Awakening
+from moepp.training.bar import StepBar
+from moepp.training.branching import branch_off
+from moepp.training.callbacks import MetricsReporter, ResumeCheckpoint, resume_points, save_whole
 from moepp.training.cloze import ClozeScorer
 from moepp.training.compiled import refuse_what_cannot_be_compiled
+from moepp.training.foreign import completed
 from moepp.training.initial import FINAL_WEIGHTS, initial_weights
 from moepp.training.module import LanguageModel
 from moepp.training.provenance import collect, continued
@@ -38,8 +45,12 @@ from moepp.training.ranks.rank import Rank, from_rank_zero, is_lost_connection, 
 from moepp.training.record_logger import RecordLogger
 from moepp.training.settings import RunConfig, changed_settings, run_directory, say_changes
 from moepp.training.throughput import autocast_of, expert_forward_times, validation_ids
+from moepp.training.totals import TrainingTotals
 from moepp.training.trainer import RecordedTrainer, make_callbacks, make_loggers, make_profiler
-from moepp.training.weights import DamagedCheckpoint, begin_from, read_checkpoint
+from moepp.training.val_windows import write_windows
+from moepp.training.weights import DamagedCheckpoint, begin_from, read_whole_checkpoint
+
+Own = TypeVar("Own", bound=Callback)
 
 
 def freeze(config: RunConfig) -> RunConfig:
@@ -47,9 +58,10 @@ def freeze(config: RunConfig) -> RunConfig:
     another run. Builds the tokens.
     """
     _refuse_what_is_missing(config)
+    config = completed(config)
     tokens = prepare(config.data, progress=config.trainer.progress)
     data = dataclasses.replace(config.data, digest=tokens.header.digest)
-    return dataclasses.replace(config, data=data, init_weights=initial_weights(config.init_from))
+    return dataclasses.replace(config, data=data, init_weights=initial_weights(config))
 
 
 def train(config: RunConfig, directory: Path | None = None, judge: Judge | None = None) -> RunRecord:
@@ -152,21 +164,25 @@ def _train(record: RunRecord, config: RunConfig, rank: Rank, judge: Judge | None
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
     tokens = prepare(config.data, progress=False)
+    if rank.rank == 0:
+        branch_off(record, config)
     resume = from_rank_zero(_resume_point(record) if rank.rank == 0 else None)
     if rank.rank == 0:
         _record_provenance(record, dataclasses.asdict(tokens.header), resumed=resume is not None)
         _keep_tokenizer(record, tokens)
     module = LanguageModel.of_run(config, tokens.header.end_of_text)
     data = TokenDataModule(config.data, config.seed, config.trainer.accumulate)
-    trainer = _trainer(record, config, rank, judge)
+    trainer = _trainer(record, config, rank, tokens, judge)
     if config.init_from and resume is None:
         begin_from(config, module.model)
     trainer.fit(module, data, ckpt_path=resume and _arrived(resume))
     if any(isinstance(callback, Pruning) and callback.reason for callback in trainer.callbacks):
         return
-    if module.validated_step != trainer.global_step:
+    if config.data.final_val_sequences is not None:
+        data.val_sequences = config.data.final_val_sequences
+    if module.validated_step != trainer.global_step or data.val_sequences != config.data.val_sequences:
         trainer.validate(module, data, verbose=False)
-    _finish(record, config, trainer, module, tokens)
+    _finish(record, config, trainer, module, data)
 
 
 def _record_provenance(record: RunRecord, header: dict, resumed: bool) -> None:
@@ -186,7 +202,7 @@ def _keep_tokenizer(record: RunRecord, tokens: TokenFiles) -> None:
         link_or_copy(source, target)
 
 
-def _trainer(record: RunRecord, config: RunConfig, rank: Rank, judge: Judge | None) -> pl.Trainer:
+def _trainer(record: RunRecord, config: RunConfig, rank: Rank, tokens: TokenFiles, judge: Judge | None) -> pl.Trainer:
     settings = config.trainer
     return RecordedTrainer(
         strategy=make_strategy(**dataclasses.asdict(config.strategy)),
@@ -206,7 +222,11 @@ def _trainer(record: RunRecord, config: RunConfig, rank: Rank, judge: Judge | No
         profiler=make_profiler(settings.profiler, record),
         logger=[RecordLogger(record), *make_loggers(config.tracking, record)],
         log_every_n_steps=settings.log_every,
-        callbacks=[*make_callbacks(settings.callbacks), *_own_callbacks(record, config, judge)],
+        callbacks=[
+            *make_callbacks(settings.callbacks),
+            *_own_callbacks(record, config, tokens, judge),
+            *([StepBar()] if settings.progress else []),
+        ],
         default_root_dir=record.path,
         use_distributed_sampler=False,
         enable_progress_bar=settings.progress,
@@ -214,24 +234,29 @@ def _trainer(record: RunRecord, config: RunConfig, rank: Rank, judge: Judge | No
     )
 
 
-def _own_callbacks(record: RunRecord, config: RunConfig, judge: Judge | None) -> list[Callback]:
+def _own_callbacks(record: RunRecord, config: RunConfig, tokens: TokenFiles, judge: Judge | None) -> list[Callback]:
     """After those of the config, whose metrics belong into the same lines and whose state into the same checkpoints."""
-    data, every = config.data, config.trainer.val_every
+    data, every, steps = config.data, config.trainer.val_every, config.trainer.steps
+    epoch_steps = window_count(tokens.header.train.tokens, data.seq_len) // data.batch_size
+    averaged, added = config.trainer.average_checkpoints, config.model.retrofit
     return [
+        TrainingTotals(steps, epoch_steps),
+        *([LateAverage(averaged, steps)] if averaged else []),
+        *([Awakening(added)] if added.wakes else []),
         *([ClozeScorer(config.cloze, data.seq_len, every)] if config.cloze.points else []),
         MetricsReporter(data.batch_size * data.seq_len, data.seq_len),
         *([Pruning(judge)] if judge else []),
-        ResumeCheckpoint(record, config.trainer.checkpoint_every, every),
+        ResumeCheckpoint(record, config.trainer.checkpoint_every, every, config.trainer.keep_at),
     ]
 
 
 def _resume_point(record: RunRecord) -> Path | None:
     """The newest checkpoint that can be read; the record's metrics are rewound to its step. Damaged ones are set aside:
-    the run goes on from an older one, or anew. DeepSpeed's folders are taken as they are.
+    the run goes on from an older one, or anew.
     """
     for point in reversed(resume_points(record.checkpoints)):
         try:
-            step = step_of(point) if point.is_dir() else read_checkpoint(point)["global_step"]
+            step = read_whole_checkpoint(point)["global_step"]
         except DamagedCheckpoint as error:
             aside = point.with_name(f"damaged-{point.name}")
             point.replace(aside)
@@ -258,14 +283,18 @@ def _finish(
     config: RunConfig,
     trainer: pl.Trainer,
     module: LanguageModel,
-    tokens: TokenFiles,
+    data: TokenDataModule,
 ) -> None:
     """Writes the final weights, tables and `final/*` metrics, then the marker."""
     routing = {name: float(value) for name, value in module.val_routing.compute().items()}
     final = {f"val_{name}": value for name, value in module.validation_metrics().items()} | routing
     final["router_entropy"] = final.pop("entropy")
+    if trainer.is_global_zero:
+        module.val_routing.write_table(record.path / "tables" / "expert_load.csv")
+    write_windows(record, trainer, module, data)
     final |= _speed(record)
-    final["train_seconds"] = next(c.seconds for c in trainer.callbacks if isinstance(c, ResumeCheckpoint))
+    final |= _own(trainer, TrainingTotals).metrics()
+    final["train_seconds"] = _own(trainer, ResumeCheckpoint).seconds
     if trainer.global_step < config.trainer.steps:
         final["stopped_at_step"] = trainer.global_step  # by a callback, early
     if config.cloze.points and "step_time_ms" in final:
@@ -275,14 +304,26 @@ def _finish(
     timed = config.trainer.expert_timing and isinstance(module.model, Decoder)
     if timed and config.strategy.name in ("single", "ddp"):  # others shard what is timed
         module.to(trainer.strategy.root_device)  # from the CPU, where Lightning leaves it
-        final |= _expert_times(module, config, tokens)
+        final |= _expert_times(module, config, data.files)
     save_whole(trainer, record, FINAL_WEIGHTS, weights_only=True)
+    if config.trainer.average_checkpoints:
+        final |= _averaged(trainer, module, data)
     if trainer.is_global_zero:
-        module.val_routing.write_table(record.path / "tables" / "expert_load.csv")
         record.log(trainer.global_step, {f"final/{name}": value for name, value in final.items()})
         record.finish()
-        for point in resume_points(record.checkpoints):
-            remove(point)
+        for point in resume_points(record.checkpoints, but=config.trainer.keep_at):
+            point.unlink()
+
+
+def _own(trainer: pl.Trainer, kind: type[Own]) -> Own:
+    return next(callback for callback in trainer.callbacks if isinstance(callback, kind))
+
+
+def _averaged(trainer: pl.Trainer, module: LanguageModel, data: TokenDataModule) -> dict[str, float]:
+    """What the validation says of the mean of the late weights."""
+    with _own(trainer, LateAverage).in_place(module):
+        trainer.validate(module, data, verbose=False)
+    return {f"averaged_val_{name}": value for name, value in module.validation_metrics().items()}
 
 
 def _speed(record: RunRecord) -> dict[str, float]:

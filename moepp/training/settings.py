@@ -3,11 +3,12 @@
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from moepp import plugins, register
+from moepp import names, plugins, register
 from moepp.config import differences, identity
 from moepp.data.settings import DataConfig
+from moepp.layers.bounds import LARGEST, Bounded, Count, NotNegative, Range, Seconds, Seed, Share, Whole
 from moepp.models.settings import DecoderConfig
 from moepp.records import RunRecord, UnreadableRecord
 from moepp.tracking.settings import TrackingConfig
@@ -16,109 +17,107 @@ CLOZE_CHOICES = 4  # continuations to choose from: the text's own and those of o
 
 
 @dataclass
-class OptimConfig:
+class OptimConfig(Bounded, key="optim"):
     """The optimizer and its schedule, by optimizer steps. Paper, Table B: AdamW, lr 5e-4 -> 5e-5, decay 0.1, clip 1.0;
     betas are not stated there.
     """
 
     name: str = "adamw"  # or muon (with AdamW beside it), SGD, Adafactor, ... of torch.optim, a registered one
     options: dict[str, Any] = field(default_factory=dict)  # the optimizer's own, beside what follows
-    lr: float = 5e-4
-    final_lr_share: float = 0.1  # of lr, reached at the last step
-    schedule: Literal["cosine", "wsd"] = "cosine"
-    warmup_steps: int = 100
-    decay_share: float = 0.2  # wsd: share of all steps spent in the linear decay
-    beta1: float = 0.9  # these three of AdamW; others have their own in options
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    grad_clip: float = 1.0  # global norm; 0 switches clipping off
+    lr: Annotated[float, Range(above=0, most=1000)] = 5e-4  # the highest learning rate, after warm-up
+    final_lr_share: Annotated[float, Range(0, 1)] = 0.1  # of lr, reached at the last step
+    schedule: Literal["cosine", "wsd"] = "cosine"  # after warm-up: a cosine, or warm-up, stable, decay
+    warmup_steps: Whole = 100  # in which the rate rises linearly
+    decay_share: Share = 0.2  # wsd: share of all steps spent in the linear decay
+    beta1: Annotated[float, Range(0, below=1)] = 0.9  # these three of AdamW; others have their own in options
+    beta2: Annotated[float, Range(0, below=1)] = 0.95  # of the second moment
+    eps: Annotated[float, Range(0, 1)] = 1e-8  # in the denominator of AdamW's step
+    weight_decay: Annotated[float, Range(0, 100)] = 0.1  # decoupled, as AdamW's
+    grad_clip: NotNegative = 1.0  # global norm; 0 switches clipping off
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         register.optimizer.check(self.name, self.options)
-        if self.lr <= 0:
-            raise ValueError(f"optim.lr={self.lr} must be positive")
-        if not 0 < self.decay_share <= 1:
-            raise ValueError(f"optim.decay_share={self.decay_share} must lie in (0, 1]")
+
+    def decay_start(self, steps: int) -> int:
+        """wsd: the finished steps after which the rate falls, of `steps` in all."""
+        return steps - max(1, round(steps * self.decay_share))
 
 
 @dataclass
-class ClozeConfig:
+class ClozeConfig(Bounded, key="cloze"):
     """Held-out cloze questions at some of the validations: val/cloze_accuracy, val/cloze_bits_per_byte, and what they
     took, perf/cloze_seconds; final/cloze_share is the sum of these over the time of all training steps.
     """
 
-    points: int = 0  # how many validations, evenly spread over the schedule; 0: never
-    questions: int = 32
-
-    def __post_init__(self) -> None:
-        if self.points < 0 or self.questions < CLOZE_CHOICES:
-            raise ValueError(f"cloze.points must not be negative, and cloze.questions at least {CLOZE_CHOICES}")
+    points: Whole = 0  # how many validations, evenly spread over the schedule; 0: never
+    questions: Annotated[int, Range(CLOZE_CHOICES, LARGEST)] = 32  # asked at each of them
 
 
 @dataclass
-class TrainerConfig:
+class TrainerConfig(Bounded, key="trainer"):
     """How long and how a run trains. Intervals are in optimizer steps."""
 
-    steps: int = 1000
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    steps: Annotated[int, Range(1, 10**9)] = 1000  # optimizer steps of the whole run
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"  # of matrix products; weights stay float32
     compile: bool = False  # the forward and backward pass by torch.compile: faster, but for a minute at the start
     cuda_graphs: bool = False  # with compile, on one GPU: a step's kernels are launched as one
     deterministic: bool = False  # the same bits in every run on the same GPU; slower
-    accumulate: int = 1  # micro-batches per optimizer step
-    val_every: int = 100
-    log_every: int = 10
-    checkpoint_every: int = 100
+    accumulate: Count = 1  # micro-batches per optimizer step
+    val_every: Annotated[int, Range(1)] = 100  # steps between validations
+    log_every: Annotated[int, Range(1)] = 10  # steps between lines of metrics
+    checkpoint_every: Annotated[int, Range(1)] = 100  # steps between states to resume from
+    average_checkpoints: Whole = 0  # weights of the last fifth of training whose mean is scored too; 0: none
     expert_timing: bool = True  # measure perf/expert_forward_ms after the last step
-    accelerator: str = "auto"
-    devices: int = 1  # on each node; without GPUs as many processes, which share the cores
-    num_nodes: int = 1
-    threads: int = 0  # CPU threads of each process; 0 leaves torch's choice
-    stop_s: float = 120.0  # for a run that is asked to stop, to finish its step and save; then it is killed
-    progress: bool = True
+    accelerator: Literal["auto", "cpu", "gpu", "cuda"] = "auto"  # auto: a GPU where there is one
+    devices: Count = 1  # on each node; without GPUs as many processes, which share the cores
+    num_nodes: Count = 1  # machines
+    threads: Annotated[int, Range(0, 4096)] = 0  # CPU threads of each process; 0 leaves torch's choice
+    keep_at: list[Count] = field(default_factory=list)  # steps whose states stay, for runs of other lengths to begin at
+    stop_s: Seconds = 120.0  # for a run that is asked to stop, to finish its step and save; then it is killed
+    progress: bool = True  # a bar on the terminal
     profiler: Literal["", "simple", "advanced", "pytorch"] = ""  # of Lightning; its report goes into the run's folder
     callbacks: dict[str, Any] = field(default_factory=dict)  # options by name: EarlyStopping, ModelCheckpoint, ... of
     # Lightning, or registered ones
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, options in self.callbacks.items():
             if not isinstance(options, dict):
                 raise ValueError(f"trainer.callbacks.{name}={options} must be a mapping of options, {{}} for none")
             register.callback.check(name, options)
-        for name in ("steps", "accumulate", "val_every", "log_every", "checkpoint_every", "devices", "num_nodes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"trainer.{name}={getattr(self, name)} must be at least 1")
-        if self.stop_s <= 0:
-            raise ValueError(f"trainer.stop_s={self.stop_s} must be positive")
         if self.cuda_graphs and not self.compile:
             raise ValueError("trainer.cuda_graphs=true records what torch.compile made: set trainer.compile=true")
 
 
 @dataclass
-class StrategyConfig:
+class StrategyConfig(Bounded, key="strategy"):
     """How parameters and tokens are spread over devices; docs/strategies.md says which is for what.
 
     Not beside the strategies, whose package registers them with Lightning: a config is read without it.
     """
 
-    name: Literal["single", "ddp", "fsdp", "expert_parallel", "expert_parallel_fsdp", "deepspeed"] = "single"
-    expert_parallel_size: int = 0  # consecutive devices that share one copy of the experts; 0: all devices
-    timeout_s: float = 600.0  # how long a device waits for the others before the run fails
+    name: Literal["single", "ddp", "fsdp", "expert_parallel", "expert_parallel_fsdp"] = "single"  # docs/strategies.md
+    expert_parallel_size: Whole = 0  # consecutive devices that share one copy of the experts; 0: all devices
+    timeout_s: Seconds = 600.0  # how long a device waits for the others before the run fails
+    reduce_every_micro_batch: bool = False  # fsdp: less memory, more traffic; false: reduce a step's gradients once
 
     def __post_init__(self) -> None:
-        if self.expert_parallel_size < 0:
-            raise ValueError(f"strategy.expert_parallel_size={self.expert_parallel_size} must not be negative")
+        super().__post_init__()
+        if self.reduce_every_micro_batch and not self.name.endswith("fsdp"):
+            raise ValueError(
+                f"strategy={self.name} reduces gradients once in a step: leave strategy.reduce_every_micro_batch out, "
+                "or choose strategy=fsdp or expert_parallel_fsdp"
+            )
         if self.expert_parallel_size and not self.name.startswith("expert_parallel"):
             raise ValueError(
                 f"strategy={self.name} divides no experts: leave strategy.expert_parallel_size out, or choose "
                 "strategy=expert_parallel or expert_parallel_fsdp"
             )
-        if self.timeout_s <= 0:
-            raise ValueError(f"strategy.timeout_s={self.timeout_s} must be positive")
 
 
 @dataclass
-class RunConfig:
+class RunConfig(Bounded):
     """One run. `seed` sets initial weights and batch order; `tags` only label the run.
 
     `init_from`, a finished run's directory or a run's checkpoint file, gives the initial weights instead; optimizer,
@@ -129,13 +128,13 @@ class RunConfig:
     `plugin_sources` are the digests of their sources, by name, filled in as well.
     """
 
-    name: str = "train"
-    seed: int = 0
-    init_from: str = ""
-    init_weights: dict[str, str] = field(default_factory=dict)
+    name: str = "train"  # folder of the run below `runs`
+    seed: Seed = 0  # of initial weights and batch order
+    init_from: str = ""  # a finished run's directory or a checkpoint file, for the initial weights
+    init_weights: dict[str, str] = field(default_factory=dict)  # their digest, filled in when the run is frozen
     runs: str = "runs"  # folder of all run records
-    plugins: str | list[str] = field(default_factory=list)
-    plugin_sources: dict[str, str] = field(default_factory=dict)
+    plugins: str | list[str] = field(default_factory=list)  # modules or files that register parts; those used are added
+    plugin_sources: dict[str, str] = field(default_factory=dict)  # digests of their sources, filled in
     model: DecoderConfig = field(default_factory=DecoderConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -146,6 +145,10 @@ class RunConfig:
     tags: dict[str, str] = field(default_factory=dict)  # arm, baseline, sweep, experiment, paper_table
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        names.check("name", [self.name])
+        names.check("tags", self.tags)
+        names.check_line("runs", self.runs)
         used = [plugins.owner(module) for module in _foreign_modules(self)]
         self.plugins = list(dict.fromkeys([*plugins.listed(self.plugins), *used]))
         self.plugin_sources = plugins.digests(self.plugins) | self.plugin_sources
@@ -155,10 +158,20 @@ class RunConfig:
                 f"strategy=single trains on one device, not on trainer.devices={trainer.devices} times "
                 f"trainer.num_nodes={trainer.num_nodes}; choose another, such as strategy=ddp"
             )
-        if self.optim.name == "muon" and self.strategy.name in ("fsdp", "expert_parallel_fsdp", "deepspeed"):
+        if self.model.name == "hf" and self.strategy.name.startswith("expert_parallel"):
+            raise ValueError(
+                f"strategy={self.strategy.name} divides this package's own experts, not those of model=hf: choose "
+                "strategy=ddp or fsdp"
+            )
+        if self.optim.name == "muon" and self.strategy.name in ("fsdp", "expert_parallel_fsdp"):
             raise ValueError(
                 f"optim.name=muon needs whole matrices, and strategy={self.strategy.name} divides them: choose "
                 "strategy=ddp or expert_parallel, or optim.name=adamw"
+            )
+        if trainer.average_checkpoints and self.strategy.name not in ("single", "ddp"):
+            raise ValueError(
+                f"trainer.average_checkpoints={trainer.average_checkpoints} averages whole weights, and "
+                f"strategy={self.strategy.name} divides them: set it to 0, or choose strategy=single or ddp"
             )
         parts = devices * trainer.accumulate
         if self.data.batch_size % parts:
@@ -169,6 +182,32 @@ class RunConfig:
         for impossible, reason in _not_compiled(self) if trainer.compile else ():
             if impossible:
                 raise ValueError(reason)
+
+    def check_new(self) -> None:
+        """What is asked of a run that is to begin, beyond one that is read. Raises ValueError, in one line."""
+        for hopeless, reason in _hopeless(self):
+            if hopeless:
+                raise ValueError(reason)
+
+
+def _hopeless(config: RunConfig) -> list[tuple[bool, str]]:
+    """What would train to its end and learn nothing of it: whether it is asked for, and what to change."""
+    model, optim, steps = config.model, config.optim, config.trainer.steps
+    counts = model.experts
+    weighed = counts.total - counts.zero if model.gate == "released" else counts.total
+    one = weighed == 1 or (model.selection in ("top_k", "sigmoid") and model.top_k == 1)
+    return [
+        (
+            model.moe_every > 0 and model.gate in ("released", "renormalized") and one,
+            f"model.gate={model.gate} divides a single gate by itself, which gives 1 whatever the router says, so that"
+            " it learns nothing: set model.gate=softmax, or model.top_k above 1",
+        ),
+        (
+            1 < steps < optim.warmup_steps,
+            f"optim.warmup_steps={optim.warmup_steps} is more than trainer.steps={steps}, so the rate never reaches"
+            f" optim.lr={optim.lr}: set it to {steps} at most, or train longer",
+        ),
+    ]
 
 
 def _foreign_modules(config: RunConfig) -> list[str]:
@@ -195,6 +234,10 @@ def _not_compiled(config: RunConfig) -> list[tuple[bool, str]]:
     strategy = config.strategy.name
     return [
         (
+            config.model.name == "hf",
+            "trainer.compile=true compiles this package's own decoder, not model=hf: set trainer.compile=false",
+        ),
+        (
             strategy not in ("single", "ddp", "fsdp"),
             f"trainer.compile=true with strategy={strategy} would compile anew for the sizes of every step: set "
             "trainer.compile=false, or choose strategy=ddp or fsdp",
@@ -214,10 +257,11 @@ def _not_compiled(config: RunConfig) -> list[tuple[bool, str]]:
 
 # What cannot change a result: a run moved to other devices, folders or trackers is still the same run.
 NOT_IDENTITY = (
-    "name", "runs", "tags", "plugins", "init_from", "model.backend", "model.ffn_rows", "tracking", "cloze",
-    "data.cache", "data.workers", "trainer.compile", "trainer.cuda_graphs", "trainer.deterministic",
+    "name", "runs", "tags", "plugins", "init_from", "model.path", "model.backend", "model.ffn_rows", "tracking",
+    "cloze", "data.cache", "data.workers", "trainer.compile", "trainer.cuda_graphs", "trainer.deterministic",
     "trainer.log_every", "trainer.checkpoint_every", "trainer.expert_timing", "trainer.accelerator", "trainer.devices",
-    "trainer.num_nodes", "trainer.threads", "trainer.stop_s", "trainer.progress", "trainer.profiler", "strategy",
+    "trainer.num_nodes", "trainer.threads", "trainer.stop_s", "trainer.keep_at", "trainer.progress",
+    "trainer.profiler", "strategy",
 )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from moepp.data.token_files import TokenFiles
 from moepp.layers.dense import DenseFFN
 from moepp.layers.moe import MoELayer
 from moepp.layers.router import Routing
-from moepp.layers.settings import MoEConfig
+from moepp.layers.settings import TOP_K_SELECTIONS, MoEConfig
 from moepp.models.budget import expected_ffn_per_token
 from moepp.models.decoder import Decoder
 from moepp.training.interleaved import Key, interleaved_times
@@ -79,7 +79,7 @@ def balanced_routing(config: MoEConfig, tokens: int, generator: torch.Generator,
     zero-computation experts those that remain. Where a method has none of these, the rest of its slots stay unused.
     """
     experts, ffn_per_token = config.experts, expected_ffn_per_token(config)
-    slots = config.top_k if config.selection == "top_k" else math.ceil(ffn_per_token)
+    slots = config.top_k if config.selection in TOP_K_SELECTIONS else math.ceil(ffn_per_token)
     others = max(1, experts.zero_computation)  # without any, id N of unused slots
     weights = torch.tensor(
         [ffn_per_token / experts.ffn] * experts.ffn + [(slots - ffn_per_token) / others] * others, dtype=torch.float64

@@ -106,11 +106,11 @@ def stages(pack: Path, work: Path, device: str) -> list[Stage]:
     files = [name for name in marked if name != EMPTY_EXPERTS] if device == "cuda" else QUICK_TESTS
     return [
         Stage("tokens", 0.08, (*python, "window.tokens", str(pack), "tokens"), work),
-        Stage("card", 0.09, (*python, "moepp.cli", "bench", "card", "--out", "card"), work, 2),
-        Stage("empty_experts", 0.09, (*_pytest(device), EMPTY_EXPERTS), ROOT),
-        Stage("tests", 0.20, (*_pytest(device), "-n", str(cores), *files), ROOT),
-        Stage("layer", 0.20, (*python, "moepp.cli", "bench", "layer", *timed, "--out", "layer"), work, 4),
-        Stage("training", 0.16, (*python, "moepp.cli", "bench", "training", *timed, "--out", "training"), work, 4),
+        Stage("card", 0.08, (*python, "moepp.cli", "bench", "card", "--out", "card"), work, 2),
+        Stage("layer", 0.22, (*python, "moepp.cli", "bench", "layer", *timed, "--out", "layer"), work, 4),
+        Stage("training", 0.20, (*python, "moepp.cli", "bench", "training", *timed, "--out", "training"), work, 4),
+        Stage("empty_experts", 0.08, (*_pytest(device), EMPTY_EXPERTS), ROOT),
+        Stage("tests", 0.16, (*_pytest(device), "-n", str(cores), *files), ROOT),
         Stage("runs", 0.18, (*python, "window.runs", *timed), work),
     ]
 

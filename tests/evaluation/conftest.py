@@ -67,7 +67,7 @@ def text_run(tmp_path_factory) -> Path:
     lines = [" ".join(words[i] for i in torch.randint(len(words), (40,), generator=generator)) for _ in range(60)]
     (folder / "text.txt").write_text("\n\n".join(lines))
     config = freeze(compose(RunConfig, [
-        "size=smoke", "tracking=jsonl", "data=text", f"data.path={folder / 'text.txt'}", r"data.separator='\n\s*\n'",
+        "size=smoke", "tracking=jsonl", "data=text", f"data.path={folder / 'text.txt'}", r"data.separator=\n\s*\n",
         "data.val_share=0.2", f"data.cache={folder / 'cache'}", f"runs={folder / 'runs'}", "trainer.progress=false",
         "trainer.expert_timing=false", "trainer.accelerator=cpu", "trainer.threads=1",
     ]))  # fmt: skip

@@ -10,7 +10,7 @@ pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from moepp.errors import RunError, UsageError
+from moepp.errors import UsageError
 from moepp.evaluation.checkpoints import load_checkpoint
 from moepp.evaluation.commands import evaluate_checkpoint, evaluate_sweep
 from moepp.evaluation.evaluate import evaluate_task
@@ -192,12 +192,18 @@ def test_the_order_of_models_does_not_change_their_prompts(model, task_folder):
 def test_a_released_checkpoint_scores_as_its_run_does(model, text_run, tmp_path):
     folder, request = tmp_path / "released", instances("loglikelihood", ("the people", " work hard"))
     save_official(model.checkpoint.model, folder)
+    saved = json.loads((folder / "config.json").read_text())
     with pytest.raises(UsageError, match=r"has no tokenizer\.json; save one there"):
         load_checkpoint(folder, "cpu")
     (tokenizer,) = text_run.parents[2].glob("cache/*/tokenizer.json")
     copy(tokenizer, folder)
+    for context in (None, 0, "long"):
+        (folder / "config.json").write_text(json.dumps(saved | {"max_position_embeddings": context}))
+        with pytest.raises(UsageError, match=r"config\.json: max_position_embeddings=.* must be a positive whole"):
+            load_checkpoint(folder, "cpu")
+    (folder / "config.json").write_text(json.dumps(saved | {"max_position_embeddings": 4096, "bos_token_id": None}))
     released = MoEPlusPlus(folder, device="cpu")
-    assert released.checkpoint.context == 2048
+    assert released.checkpoint.context == 4096 and released.checkpoint.prefix == released.checkpoint.end_of_text
     assert released.loglikelihood(request)[0][0] == pytest.approx(model.loglikelihood(request)[0][0], abs=1e-4)
 
 
@@ -222,7 +228,7 @@ def test_impossible_requests_end_in_one_line(text_run, tmp_path, tasks, message,
 
 def test_a_damaged_file_ends_in_one_line(text_run, tmp_path):
     (tmp_path / "sciq.jsonl").write_text("{not json")
-    with pytest.raises(RunError, match="cannot load the data of task sciq in"):
+    with pytest.raises(UsageError, match=r"sciq\.jsonl is no file of JSON rows"):
         evaluate_checkpoint(text_run, "sciq", tmp_path, None, 4096)
 
 

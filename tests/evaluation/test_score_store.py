@@ -31,7 +31,9 @@ def data_cache(tmp_path_factory, monkeypatch):
 def released(text_run, tmp_path):
     """The run's weights in the released layout, with its tokenizer."""
     folder = tmp_path / "released"
-    save_official(MoEPlusPlus(text_run, device="cpu").checkpoint.model, folder)
+    save_official(
+        MoEPlusPlus(text_run, device="cpu").checkpoint.model, folder, text_keys={"max_position_embeddings": 64}
+    )
     (tokenizer,) = text_run.parents[2].glob("cache/*/tokenizer.json")
     copy(tokenizer, folder)
     return folder

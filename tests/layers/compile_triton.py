@@ -26,16 +26,23 @@ class CompileOnly:
 
     def __init__(self, kernel):
         tuned = isinstance(kernel, Autotuner)
-        self.kernel, self.configs = (kernel.fn, kernel.configs) if tuned else (kernel, [triton.Config({})])
+        self.kernel = kernel.fn if tuned else kernel
+        self.tuner = kernel if tuned else None
         self.seen = set()
 
     def __getitem__(self, grid):
         return self.launch
 
     def launch(self, *args, num_warps=None, num_stages=None, **constants):
-        for config in self.configs:
+        for config in self.suited(args, constants):
             options = {"num_warps": num_warps or config.num_warps, "num_stages": num_stages or config.num_stages}
             self.compile(args, constants | config.kwargs, options)
+
+    def suited(self, args, constants):
+        if self.tuner is None:
+            return [triton.Config({})]
+        named = dict(zip(self.kernel.arg_names, args, strict=False))
+        return self.tuner.early_config_prune(self.tuner.configs, named, **constants)
 
     def compile(self, args, constants, options):
         values = dict(zip(self.kernel.arg_names, args, strict=False)) | constants

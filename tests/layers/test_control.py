@@ -67,7 +67,7 @@ def test_the_state_is_saved():
     [
         ({"control": "longcat"}, "expected_ffn=None: longcat"),
         ({"form": "grouped"}, "expected_ffn=None: grouped"),
-        ({"control": "remoe", "expected_ffn": 0.0}, "expected_ffn=0.0: remoe"),
+        ({"control": "remoe", "expected_ffn": 0.0}, "expected_ffn=0.0 must be positive"),
         ({"control_rate": -1.0}, "control_rate"),
         ({"control_decay": 1.5}, "control_decay"),
         ({"z_loss": -1.0}, "z_loss"),

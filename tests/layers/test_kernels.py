@@ -335,6 +335,17 @@ def test_triton_refuses_the_cpu_unless_interpreted_and_float64(monkeypatch):
 
 
 @pytest.mark.skipif(NO_TRITON, reason="needs the package triton")
+def test_an_exact_float32_product_has_one_small_tile_and_all_others_are_measured():
+    from moepp.layers.kernels.triton_kernels import suited
+
+    def tiles(dtype, precision):
+        return suited(["a", "b", "exact"], {"x": torch.ones(1, dtype=dtype)}, precision)
+
+    assert tiles(torch.float32, "ieee") == ["exact"]
+    assert tiles(torch.float32, "tf32") == tiles(torch.bfloat16, "ieee") == ["a", "b"]
+
+
+@pytest.mark.skipif(NO_TRITON, reason="needs the package triton")
 def test_every_triton_kernel_compiles_for_hopper(tmp_path):
     script = Path(__file__).with_name("compile_triton.py")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

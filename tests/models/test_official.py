@@ -270,3 +270,31 @@ def test_a_model_trained_here_can_be_saved_and_loaded(tmp_path):
     assert torch.equal(again(random_ids()).logits, model(random_ids()).logits)
     with pytest.raises(UsageError, match="already holds a checkpoint"):
         save_official(model, tmp_path)
+
+
+def test_what_is_said_of_the_text_is_kept_from_checkpoint_to_checkpoint(tmp_path):
+    keys, _ = reference.write_checkpoint(tmp_path / "a")
+    said = {"max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    (tmp_path / "a/config.json").write_text(json.dumps(keys | said))
+    model = load_official(tmp_path / "a")
+    save_official(model, tmp_path / "b")
+    assert json.loads((tmp_path / "b/config.json").read_text()).items() >= said.items()
+    save_official(model, tmp_path / "c", text_keys={"max_position_embeddings": 64})
+    assert json.loads((tmp_path / "c/config.json").read_text())["max_position_embeddings"] == 64
+
+
+@pytest.mark.parametrize(
+    "key", [{"rope_parameters": {"rope_type": "yarn"}}, {"attention_bias": True}, {"sliding_window": 64},
+            {"quantization_config": {}}, {"head_dim": 5}, {"moe_new_switch": False}],
+)  # fmt: skip
+def test_no_key_is_passed_over_in_silence(tmp_path, key):
+    keys, _ = reference.write_checkpoint(tmp_path)
+    assert next(iter(key)) in refused_config(tmp_path, keys | key)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_pointer_is_no_weights(tmp_path, name):
+    reference.write_checkpoint(tmp_path)
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 123\n")
+    with pytest.raises(UsageError, match=rf"{name} is a Git LFS pointer.*git lfs pull"):
+        load_official(tmp_path)

@@ -1,11 +1,15 @@
+import numpy as np
 import pytest
 from moepp.experiments.table6 import EXPERIMENT as TABLE6
+from omegaconf import OmegaConf
 from scipy import stats
 from synthetic_sweep import compared, write_run, write_sweep
 
 from moepp.errors import UsageError
-from moepp.records import write_json
-from moepp.reports.tables import signed
+from moepp.records import write_json, write_text
+from moepp.reports.arms import of_sweep
+from moepp.reports.recipe import RECIPE
+from moepp.reports.tables import cost_table, noise_table, quality_table, recipe_table, second_table, signed
 from moepp.reports.verdict import held_equal, noise_floor, verdict
 
 FULL = "zero+copy+constant"
@@ -60,13 +64,131 @@ def test_only_seeds_finished_on_both_sides_make_pairs(tmp_path):
     assert list(found.by_seed) == [1, 2] and found.estimate.n == 2
 
 
-def test_the_noise_floor_pools_the_paired_differences(tmp_path):
+def test_every_arm_has_a_noise_floor_of_its_own(tmp_path):
     noise = comparison(tmp_path, NOISY).noise
-    deviations = [stats.tstd([a - b for a, b in zip(NOISY[arm].values(), NOISY["vanilla"].values(), strict=True)])
-                  for arm in ("no_residual", FULL)]  # fmt: skip
-    assert noise.baseline_std == pytest.approx(stats.tstd(list(NOISY["vanilla"].values())))
-    assert noise.difference_std == pytest.approx((sum(d**2 for d in deviations) / 2) ** 0.5)
-    assert noise.detectable < noise.detectable_corrected
+    assert noise["vanilla"].std == pytest.approx(stats.tstd(list(NOISY["vanilla"].values())))
+    assert noise["vanilla"].detectable is None
+    for arm in ("no_residual", FULL):
+        deviation = stats.tstd([a - b for a, b in zip(NOISY[arm].values(), NOISY["vanilla"].values(), strict=True)])
+        assert noise[arm].difference_std == pytest.approx(deviation)
+        assert noise[arm].detectable == pytest.approx(3.26 * deviation, rel=0.01)  # n = 3
+        assert noise[arm].detectable_corrected > noise[arm].detectable
+
+
+STUCK = {
+    "vanilla": dict(enumerate((4.64, 4.65, 4.66, 4.645, 4.655, 4.648))),
+    "no_residual": dict(enumerate((4.63, 4.64, 4.645, 4.64, 4.65, 4.641))),
+    FULL: dict(enumerate((4.56, 4.57, 4.58, 5.31, 4.575, 4.569))),
+}
+
+
+def test_an_arm_with_a_stuck_seed_is_flagged_and_judged_by_signs(tmp_path):
+    found = comparison(tmp_path, STUCK)
+    assert list(found.unstable) == [FULL]
+    assert "falls into two groups, 5 near 4.571 and 1 near 5.310" in found.unstable[FULL]
+    assert "scatters" in found.unstable[FULL]
+    difference = found.differences[FULL]
+    assert difference.robust.median == pytest.approx(-0.08) and difference.robust.level == pytest.approx(0.96875)
+    assert (difference.robust.low, difference.robust.high) == pytest.approx((-0.08, 0.665))
+    assert difference.p_alone == pytest.approx(14 / 64)  # one sign of six is another: 2 (1 + 6) / 2^6
+    assert signed(difference).endswith("≈") and "†" not in signed(difference)
+    assert found.differences["no_residual"].robust is None
+    assert any(line.startswith(f"Unstable: {FULL} scatters") for line in verdict(found))
+    rows = {row[0]: row for row in noise_table(found).rows}
+    assert rows[FULL][-1].startswith("unstable") and rows["vanilla"][-1] == "–"
+    assert [row[-3] for row in quality_table(found).rows if row[0] == FULL] == ["-0.0800 [-0.0800, +0.6650] (97%)"]
+
+
+def test_drops_in_training_are_shown_and_warned_of(tmp_path):
+    write_sweep(tmp_path, CLEAR)
+    for seed in range(3):
+        drops = {"": 0.218, "_early": 0.61, "_late": 0.11, "_layer_1": 0.3, "_layer_2": 0.136}
+        shares = {f"train_dropped_share{name}": share for name, share in drops.items()}
+        write_run(tmp_path / f"trials/{FULL}-{seed}", 3.1, **shares)
+        write_run(tmp_path / f"trials/vanilla-{seed}", 3.2, train_dropped_share=0.02, train_dropped_share_early=0.4)
+    found = compared(TABLE6, tmp_path)
+    (warning,) = [line for line in verdict(found) if line.startswith("Warning: slots")]
+    assert f"{FULL} 21.8%, 61% in the first tenth." in warning and "vanilla" not in warning
+    cells = {row[0]: dict(zip(cost_table(found).columns, row, strict=True)) for row in cost_table(found).rows}
+    columns = ("dropped in training, %", "first tenth", "last tenth", "by layer")
+    assert [cells[FULL][name] for name in columns] == ["21.8", "61.0", "11.0", "30 / 14"]
+    assert [cells["vanilla"][name] for name in columns] == ["2.0", "40.0", "–", "–"]
+
+
+def configured(path, losses, **by_arm):
+    write_sweep(path, losses)
+    common = {"model.capacity_factor": 1.1, "optim.lr": 0.005, "optim.warmup_steps": 30, "model.balance.beta": 0.01}
+    common |= {"model.balance.form": "switch", "model.balance.control": None, "model.balance.tau": 0.75}
+    for arm, by_seed in losses.items():
+        config = OmegaConf.create({"model": {"experts": {"ffn": 8, "zero": 1, "copy": 1, "constant": 2}}})
+        for key, value in (common | by_arm.get(arm, {})).items():
+            OmegaConf.update(config, key, value)
+        for seed in by_seed:
+            OmegaConf.save(config, path / f"trials/{arm}-{seed}/config.yaml")
+    return path
+
+
+def test_an_arm_whose_recipe_differs_for_no_reason_is_marked(tmp_path):
+    """As in a sweep of methods of which some train without a capacity."""
+    differing = {"no_residual": {"model.capacity_factor": None, "optim.beta2": 0.9}}
+    found = compared(TABLE6, configured(tmp_path, CLEAR, **differing))
+    assert found.differences["no_residual"].confounds == ("model.capacity_factor", "optim.beta2")
+    assert found.differences[FULL].confounds == ()
+    assert found.contrasts["the gating residual"].confounds and signed(found.differences["no_residual"]).endswith("‡§")
+    said = held_equal(found)
+    assert f"Capacity factor: 1.1 (vanilla, {FULL}), none (no_residual)." in said and "Rate: 0.005." in said
+    assert any("no_residual in model.capacity_factor, optim.beta2" in line for line in verdict(found))
+    rows = {row[0]: row for row in recipe_table(found).rows}
+    assert rows["no_residual"][1:] == ("none", "0.01", "30", "0.005", "§ model.capacity_factor, optim.beta2")
+
+
+def test_what_a_sweep_is_about_is_not_marked():
+    capacity, rate, routers = (of_sweep(name).measure.design.about for name in ("capacity", "learning_rate", "routers"))
+    assert "model.capacity_factor" in capacity and "optim.lr" in rate
+    assert not routers & RECIPE.keys()  # `remoe` names a balance weight, but is another method
+
+
+def test_the_held_out_text_widens_the_interval(tmp_path):
+    write_sweep(tmp_path, CLEAR)
+    before = compared(TABLE6, tmp_path).differences[FULL].estimate
+    generator = np.random.default_rng(0)
+    document_W, text_W = np.repeat(np.arange(20), 5), np.repeat(generator.normal(0, 0.2, 20), 5)
+    other = tmp_path / "windows"
+    write_sweep(other, CLEAR)
+    for arm, by_seed in CLEAR.items():
+        for seed, loss in by_seed.items():
+            nats_W = loss + text_W * (arm == FULL)
+            lines = [f"{w},{d},{n}" for w, (d, n) in enumerate(zip(document_W, nats_W, strict=True))]
+            write_text(other / f"trials/{arm}-{seed}/tables/val_windows.csv", "\n".join(["w,d,nats", *lines]))
+    found = compared(TABLE6, other).differences[FULL].estimate
+    assert found.shared.error == pytest.approx(stats.sem(text_W[::5]), rel=1e-6) and found.shared.freedom == 19
+    assert found.mean == before.mean and found.half_width > before.half_width
+
+
+def test_second_measures_are_paired_too(tmp_path):
+    write_sweep(tmp_path, CLEAR)
+    assert compared(TABLE6, tmp_path).second == {}
+    for arm, by_seed in CLEAR.items():
+        for seed, loss in by_seed.items():
+            write_run(tmp_path / f"trials/{arm}-{seed}", loss, online_loss=5 + seed + 0.5 * (arm == FULL) + 0.01 * seed)
+    found = compared(TABLE6, tmp_path)
+    assert found.second["online_loss"][FULL].estimate.mean == pytest.approx(0.5)
+    assert second_table(found).columns == ("arm", "training loss of the first epoch")
+
+
+def test_a_speed_up_has_the_interval_of_its_pairs(tmp_path):
+    write_sweep(tmp_path, CLEAR)
+    for seed, (base, ours) in enumerate(((15.0, 10.0), (14.0, 10.0), (16.0, 10.0))):
+        write_run(tmp_path / f"trials/vanilla-{seed}", 3.2, expert_forward_ms=base)
+        write_run(tmp_path / f"trials/{FULL}-{seed}", 3.1, expert_forward_ms=ours)
+    found = compared(TABLE6, tmp_path)
+    row = next(
+        dict(zip(cost_table(found).columns, row, strict=True)) for row in cost_table(found).rows if row[0] == FULL
+    )
+    logs = np.log([1.5, 1.4, 1.6])
+    half = stats.t.ppf(0.975, 2) * stats.sem(logs)
+    low, high = np.exp(logs.mean() - half), np.exp(logs.mean() + half)
+    assert row["speed-up over seeds, 95 %"] == f"{np.exp(logs.mean()):.2f} [{low:.2f}, {high:.2f}]"
 
 
 def test_verdict_on_clear_data(tmp_path):

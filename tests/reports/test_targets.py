@@ -10,7 +10,7 @@ from moepp.training.settings import RunConfig
 WITHOUT = ("dense", "remoe", "top_p")  # no slots, or a number of them that training decides
 
 
-@pytest.mark.parametrize("model", sorted(path.stem for path in (CONF / "model").glob("*.yaml")))
+@pytest.mark.parametrize("model", sorted({path.stem for path in (CONF / "model").glob("*.yaml")} - {"hf"}))
 def test_the_target_of_every_method_is_the_balanced_layers(model):
     config = compose(RunConfig, [f"model={model}"]).model
     expected = None if model in WITHOUT else pytest.approx(expected_ffn_per_token(config) / config.top_k)

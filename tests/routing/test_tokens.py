@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from scipy import stats
 
 from moepp.routing import tokens as token_use
-from moepp.routing.token_report import claims, paper_table, string_plot, tag_table
-from moepp.routing.tokens import TokenUse, by_label, difference
+from moepp.routing.token_report import claims, frequency_table, paper_table, string_plot, tag_table
+from moepp.routing.tokens import TokenUse, by_label, difference, frequency_class, loss_correlation
 
 TEXTS, TOKENS = 40, 60
 
@@ -23,7 +26,8 @@ def use():
     ffn_T = mean + generator.normal(0, 0.1, TEXTS)[text_T] + generator.normal(0, 0.2, TEXTS * TOKENS)
     string_T = np.char.add("s", (np.arange(TEXTS * TOKENS) % 7).astype(str)).astype("<U5")
     string_T[:2] = "rare"
-    return TokenUse(text_T, ffn_T, string_T, tag_T, part_T)
+    nats_T = 2 * (ffn_T - mean) + generator.normal(0, 0.4, TEXTS * TOKENS)
+    return TokenUse(text_T, ffn_T, nats_T, string_T, tag_T, part_T)
 
 
 def test_labels_have_their_mean_over_tokens_and_an_interval_over_texts(use):
@@ -63,13 +67,66 @@ def test_a_difference_is_the_first_side_minus_the_second(use):
 
 def test_claims_on_planted_verbs_and_fragments_hold(use):
     found = {claim.statement: claim for claim in claims({"one": use})}
-    assert len(found) == 4 and all(claim.verdict == "holds" for claim in found.values())
+    assert len(found) == 9 and all(claim.verdict == "holds" for claim in found.values())
     fragments = found["Word fragments use fewer FFN experts than whole words"]
     assert fragments.effect == pytest.approx(-0.3, abs=0.05)  # punctuation, which uses fewest, is no word
-    for classes in ("other words", "nouns (NOUN)"):  # auxiliary verbs are verbs, here and in the paper
-        assert found[f"Verbs (VERB and AUX) use more FFN experts than {classes}"].effect == pytest.approx(0.2, abs=0.03)
-    reversed_use = TokenUse(use.text_T, -use.ffn_T, use.string_T, use.tag_T, use.part_T)
+    for classes in ("other words", "nouns (NOUN)"):
+        assert found[f"Verbs (VERB) use more FFN experts than {classes}"].effect == pytest.approx(0.2, abs=0.03)
+    reversed_use = replace(use, ffn_T=-use.ffn_T)
     assert all(claim.verdict == "fails" for claim in claims({"one": reversed_use}))
+
+
+def test_verbs_are_judged_without_auxiliaries(use):
+    """Auxiliaries are a third of them here and most of them in English: a class that is mostly these tells of these."""
+    use.ffn_T[use.tag_T == "AUX"] += 1
+    found = {claim.statement: claim.effect for claim in claims({"one": use})}
+    assert found["Verbs (VERB) use more FFN experts than other words"] == pytest.approx(0.2, abs=0.03)
+    assert found["Auxiliary verbs (AUX) use more FFN experts than other words"] == pytest.approx(1.2, abs=0.03)
+
+
+def test_what_only_frequency_makes_is_gone_at_equal_frequency(use):
+    """Frequent strings use more FFN experts, and verbs are frequent: nothing else tells verbs from nouns."""
+    generator = np.random.default_rng(1)
+    verb_T = np.isin(use.tag_T, ("VERB", "AUX"))
+    frequent_T = generator.random(len(verb_T)) < np.where(verb_T, 0.8, 0.2)
+    rare_T = np.char.add("r", generator.integers(0, 200, len(verb_T)).astype(str))
+    string_T = np.where(frequent_T, np.char.add("f", generator.integers(0, 4, len(verb_T)).astype(str)), rare_T)
+    planted = replace(use, string_T=string_T, ffn_T=1.0 + 0.5 * frequent_T + generator.normal(0, 0.1, len(verb_T)))
+    found = {claim.statement: claim for claim in claims({"one": planted})}
+    raw = found["Verbs (VERB) use more FFN experts than other words"]
+    assert raw.verdict == "holds" and raw.effect > 0.2
+    controlled = found["Verbs (VERB) use more FFN experts than other words of the same frequency"]
+    assert controlled.verdict == "undecided" and abs(controlled.effect) < 0.03
+
+
+def test_a_loss_that_only_the_string_makes_is_gone_within_strings(use):
+    generator = np.random.default_rng(2)
+    hard_T = use.string_T > "s3"
+    planted = replace(
+        use,
+        nats_T=5.0 * hard_T + generator.normal(0, 1, len(hard_T)),
+        ffn_T=1.0 * hard_T + generator.normal(0, 1, len(hard_T)),
+    )
+    over, within = loss_correlation(planted), loss_correlation(planted, within_string=True)
+    assert over.interval.value > 0.3 and over.interval.low > 0 and over.p < 0.01
+    assert within.interval.low < 0 < within.interval.high and within.p > 0.05
+    assert over.interval.value == pytest.approx(stats.spearmanr(planted.nats_T, planted.ffn_T).statistic)
+    assert loss_correlation(use, within_string=True).interval.low > 0.3  # planted in every string
+
+
+def test_frequency_classes_hold_whole_strings_and_about_equally_many_tokens():
+    string_T = np.repeat(np.array([f"s{i}" for i in range(60)]), np.arange(1, 61))
+    class_T = frequency_class(string_T, classes=5)
+    assert all(len(set(class_T[string_T == string])) == 1 for string in set(string_T))
+    assert np.bincount(class_T) == pytest.approx(len(string_T) / 5, rel=0.2)
+    assert class_T[string_T == "s0"] == [0] and set(class_T[string_T == "s59"]) == {4}
+
+
+def test_the_table_by_frequency_has_the_loss_beside_it(use):
+    rows = frequency_table({"one": use}).rows
+    assert [row[0] for row in rows] == sorted(row[0] for row in rows) and sum(row[1] for row in rows) == len(use.ffn_T)
+    classes = frequency_class(use.string_T)
+    assert rows[-1][-1] == pytest.approx(use.nats_T[classes == classes.max()].mean())
 
 
 def test_the_data_of_the_figure_hold_every_string(use):

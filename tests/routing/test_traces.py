@@ -104,7 +104,7 @@ def test_scores_hold_the_moments_of_all_tokens(model, texts, expected):
 
 
 def test_ffn_experts_of_every_token_are_the_mean_over_layers(model, texts, expected):
-    found = routing.ffn_per_token(model, texts, trace(model, texts))
+    found, _ = routing.ffn_and_nats(model, texts, trace(model, texts))
     for ours, (experts, *_) in zip(found, expected, strict=True):
         assert ours == pytest.approx((experts < 4).sum(-1).mean(-1))
 

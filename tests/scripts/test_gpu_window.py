@@ -93,7 +93,7 @@ def test_the_rehearsal_ends_with_all_its_files_and_they_are_kept(packed, tmp_pat
         ended = outcomes(json.loads((out / "state.json").read_text()))
         if done.returncode == 0:
             break
-    assert list(ended) == ["tokens", "card", "empty_experts", "tests", "layer", "training", "runs"], shown
+    assert list(ended) == ["tokens", "card", "layer", "training", "empty_experts", "tests", "runs"], shown
     assert set(ended.values()) == {"ok"}, shown
     assert sorted(path.name for path in out.iterdir()) == ["state.json", "summary.md", "window.tar.gz"]
     found = members(out)

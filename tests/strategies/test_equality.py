@@ -142,6 +142,8 @@ def test_only_rows_of_ffn_experts_on_other_devices_cross(results, devices, scena
     found = results(devices, scenario)
     width, bytes_per_number = 32, 2 if scenario.precision == "bf16-mixed" else 4
     passes = 4  # to the expert and back, forward and backward
+    if scenario.accumulate > 1:
+        passes = 3  # half of the rows are forward alone: the pass that counts the step's load
     assert found["wire"] == found["remote"] * width * bytes_per_number * passes > 0
     steps = [metrics["ep/bytes_per_step"] for metrics in found["communication"] if metrics]
     assert sum(steps) == found["wire"]

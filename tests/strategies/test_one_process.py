@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 
@@ -92,7 +93,7 @@ def test_importing_the_package_registers_the_names():
     script = (
         "import moepp.strategies\n"
         "from lightning.pytorch.strategies import StrategyRegistry as registry\n"
-        "assert {'moe_ddp', 'moe_fsdp', 'moe_deepspeed', 'expert_parallel', 'expert_parallel_fsdp'} <= set(registry)"
+        "assert {'moe_ddp', 'moe_fsdp', 'expert_parallel', 'expert_parallel_fsdp'} <= set(registry)"
     )
     subprocess.run([sys.executable, "-c", script], cwd=CONF.parent, check=True)
 
@@ -102,6 +103,10 @@ def test_importing_the_package_registers_the_names():
     [
         ({"expert_parallel_size": -1}, r"expert_parallel_size=-1 must not be negative"),
         ({"timeout_s": 0}, r"timeout_s=0 must be positive"),
+        (
+            {"name": "ddp", "reduce_every_micro_batch": True},
+            r"strategy=ddp reduces gradients once .* leave strategy\.red",
+        ),
         ({"name": "ddp", "expert_parallel_size": 2}, r"strategy=ddp divides no experts: leave strategy\.expert"),
     ],
 )
@@ -197,6 +202,22 @@ def test_fsdp_trains_after_a_validation_in_inference_mode(token_folder, tmp_path
     assert len(found["losses"]) == STEPS
 
 
+@pytest.mark.parametrize(("reduce_every_micro_batch", "times"), [(False, 1), (True, 2)])
+def test_fsdp_reduces_the_gradients_of_a_step_once(
+    token_folder, tmp_path, one_process_group, monkeypatch, reduce_every_micro_batch, times
+):
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+
+    reduced, reduce = [], _fsdp_param_group.foreach_reduce
+    monkeypatch.setattr(_fsdp_param_group, "foreach_reduce", lambda *args: (reduced.append(1), reduce(*args))[1])
+    monkeypatch.setattr(
+        scenarios, "make_strategy", partial(make_strategy, reduce_every_micro_batch=reduce_every_micro_batch)
+    )
+    run_scenario(Scenario(strategy="fsdp", accumulate=2), str(token_folder), tmp_path)
+    parts = 3  # two blocks, and the rest
+    assert len(reduced) == STEPS * parts * times
+
+
 def validate(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule) -> None:
     trainer.validate(module, data, verbose=False)
 
@@ -214,7 +235,7 @@ def test_parts_are_gathered_on_the_device_of_the_collectives(monkeypatch):
 def test_shared_counts_are_kept_until_they_have_left(monkeypatch):
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(dist, "all_gather_into_tensor", lambda *_, async_op: mock.Mock())
+    monkeypatch.setattr(dist, "all_gather", lambda *_, async_op: mock.Mock())
     count_KN = torch.ones(2, 3, dtype=torch.int64)
     counts = SharedBatchDispatcher().share(count_KN)
     counts.wait()
@@ -235,29 +256,6 @@ def test_received_rows_are_not_counted_again(one_process_group, tmp_path, monkey
 def test_spawned_processes_are_refused():
     with pytest.raises(UsageError, match="cannot start processes by spawn"):
         ExpertParallelStrategy(start_method="spawn")
-
-
-def test_deepspeed_needs_its_package_and_cuda(monkeypatch):
-    monkeypatch.setattr("moepp.strategies.deepspeed.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match="pip install deepspeed"):
-        make_strategy("deepspeed")
-    monkeypatch.setattr("moepp.strategies.deepspeed.find_spec", lambda name: object())
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UsageError, match="needs CUDA devices"):
-        make_strategy("deepspeed")
-
-
-def test_deepspeed_is_configured_for_whole_experts(monkeypatch):
-    from lightning.pytorch.strategies import deepspeed
-
-    monkeypatch.setattr("moepp.strategies.deepspeed.find_spec", lambda name: object())
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(deepspeed, "_DEEPSPEED_AVAILABLE", True)
-    monkeypatch.setattr(deepspeed, "_DEEPSPEED_GREATER_EQUAL_0_16", True)
-    monkeypatch.setitem(sys.modules, "deepspeed", mock.MagicMock())
-    made = make_strategy("deepspeed", timeout_s=60)
-    assert made.config["zero_optimization"]["stage"] == 2
-    assert made._timeout.total_seconds() == 60
 
 
 def test_traffic_counts_what_leaves_each_device():

@@ -27,8 +27,8 @@ def sweep(retries=1, match="tokens", **arms) -> Sweep:
     arms = arms or {"top1": ["model.top_k=1"], "top2": {"model": {"top_k": 2}}}
     scales = {"smoke": Scale(set=["size=smoke", "trainer.steps=4", "tracking=jsonl"])}
     return Sweep(
-        name="toy", question="Which?", base=["model=vanilla"], scales=scales, baseline=next(iter(arms)), arms=arms,
-        retries=retries, match=match,
+        name="toy", question="Which?", base=["model=vanilla", "model.gate=softmax"], scales=scales,
+        baseline=next(iter(arms)), arms=arms, retries=retries, match=match,
     )  # fmt: skip
 
 

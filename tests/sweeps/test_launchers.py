@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import run_fake_sweep
@@ -14,7 +15,8 @@ from moepp.errors import Interrupted, RunError, UsageError
 from moepp.records import RunRecord, read_json
 from moepp.sweeps.launchers import LAUNCHERS, launch, split
 from moepp.sweeps.launchers.call import SweepCall
-from moepp.sweeps.launchers.slurm import Worker
+from moepp.sweeps.launchers.ray import RayLauncher
+from moepp.sweeps.launchers.slurm import SlurmPool, Worker
 from moepp.sweeps.launchers.worker_pool import begin_elsewhere, wait
 
 SUBMITIT = "the extra `slurm` is not installed"
@@ -90,6 +92,9 @@ def test_words_for_the_launcher_stand_anywhere_and_reach_no_run():
         (["launcher=ray", "launcher.partition=gpu"], r"unknown key launcher\.partition"),
         (["launcher.cpus=2"], r"launcher\.cpus"),
         (["launcher=slurm", "launcher.minutes=soon"], r"launcher\.minutes: Value 'soon'"),
+        (["launcher=slurm", "launcher.minutes=0"], r"launcher\.minutes=0 must be at least 1"),
+        (["launcher=slurm", "launcher.gpus=-1"], r"launcher\.gpus=-1 must not be negative"),
+        (["launcher=ray", "launcher.cpus=0"], r"launcher\.cpus=0 must be at least 1"),
     ],
 )
 def test_a_word_that_no_launcher_knows_is_one_line(call, words, message):
@@ -199,7 +204,7 @@ def test_slurm_is_asked_for_an_array_of_workers_once(call, slurm, capsys):
     for _ in range(2):
         assert launch(two_devices, words) is None
     out = capsys.readouterr().out
-    assert out == "job 77: 2 workers; `python run.py sweep status toy --scale smoke` shows\n" * 2
+    assert out == "job 77: 2 workers queued or running; `python run.py sweep status toy --scale smoke` shows\n" * 2
     (script,) = folder.glob("submitted-*")  # the second call found the jobs of the first
     for asked in (
         "array=0-1%2", "signal=USR2@150", "partition=gpus", "account=me", "time=90", "cpus-per-task=6",
@@ -214,6 +219,62 @@ def test_what_sbatch_refuses_is_one_line(call, slurm):
     with pytest.raises(RunError, match=r"sbatch refused the workers: .*invalid partition specified: gpus") as error:
         launch(call, ["launcher=slurm"])
     assert "\n" not in str(error.value)
+
+
+def test_a_cluster_without_gpus_hears_of_the_key(call, slurm):
+    pytest.importorskip("submitit", reason=SUBMITIT)
+    slurm[1]("sbatch", "echo 'sbatch: error: Invalid generic resource (gres) specification' >&2; exit 1")
+    with pytest.raises(RunError, match=r"\(gres\) specification; on a cluster without GPUs set launcher\.gpus=0$"):
+        launch(call, ["launcher=slurm", "launcher.gpus=1"])
+    with pytest.raises(RunError, match=r"\(gres\) specification$"):
+        launch(call, ["launcher=slurm", "launcher.gpus=0"])
+    slurm[1]("sbatch", f'cp "$1" {slurm[0]}/submitted; echo Submitted batch job 77')
+    launch(call, ["launcher=slurm", "launcher.gpus=0", "launcher.wait=false"])
+    assert "--gpus" not in (slurm[0] / "submitted").read_text()  # which such a cluster refuses even with 0
+
+
+@pytest.mark.parametrize(
+    ("sacct", "squeue", "alive"),
+    [
+        ("echo 'Slurm accounting storage is disabled' >&2; exit 1", "echo 77_1", 1),  # the other was cancelled
+        ("printf 'JobID|State|NodeList\\n77_[0-1]|RUNNING|n1\\n'", "", 0),  # stale
+        ("printf 'JobID|State|NodeList\\n77_0|CANCELLED|n1\\n77_1|RUNNING|n1\\n'", "exit 1", 1),
+        ("exit 1", "exit 1", 2),  # nobody knows
+    ],
+)
+def test_the_queue_says_which_jobs_are_left(call, slurm, sacct, squeue, alive, capfd):
+    pytest.importorskip("submitit", reason=SUBMITIT)
+    from submitit import SlurmJob
+
+    SlurmJob.watcher.clear()
+    launch(call, ["launcher=slurm", "launcher.gpus=0", "launcher.wait=false"])
+    capfd.readouterr()
+    slurm[1]("sacct", sacct)
+    slurm[1]("squeue", squeue)
+    assert SlurmPool(call.load().folder("smoke", call.overrides), "slurm").alive() == alive
+    assert "sacct" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("words", "overrides", "message"),
+    [
+        (["launcher.minutes=3"], [], r"launcher\.minutes=3: .* 150 s before its end .* set it to 4 at least"),
+        (["launcher.minutes=240"], ["trainer.stop_s=20000"], r"minutes=240: .*stop_s=20000 .* set it to 335 at least"),
+        ([], ["strategy=ddp", "trainer.num_nodes=2"], r"trainer\.num_nodes=2 \(arm \w+\): .*runs on one node"),
+    ],
+)
+def test_jobs_that_could_not_train_are_not_submitted(call, slurm, words, overrides, message):
+    pytest.importorskip("submitit", reason=SUBMITIT)
+    with pytest.raises(UsageError, match=message):
+        launch(SweepCall("toy", "smoke", overrides=[*call.overrides, *overrides]), ["launcher=slurm", *words])
+    assert not list(slurm[0].glob("submitted-*"))
+
+
+def test_trials_that_run_are_counted_in_place_of_jobs_that_wait(call, capsys):
+    directory, _, _ = begin_elsewhere(call)
+    with pytest.raises(RunError, match="pool ended"):
+        wait(call, directory, FakePool(directory, looks=3))
+    assert "0/2 trials, 0 running" in capsys.readouterr().err
 
 
 def test_a_machine_without_slurm_says_so(call, monkeypatch):
@@ -255,6 +316,20 @@ def test_a_ray_cluster_that_is_not_there_is_one_line(call):
     with pytest.raises(UsageError, match=r"no Ray cluster answers at 127\.0\.0\.1:1") as error:
         launch(call, ["launcher=ray", "launcher.address=127.0.0.1:1"])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("host", "mode"), [("127.0.0.1", "token"), ("elsewhere", None)])
+def test_a_ray_head_on_this_machine_is_shown_its_token(monkeypatch, tmp_path, host, mode):
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("secret")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_MODE", "")  # remembered, so that what the launcher sets is undone
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    monkeypatch.setattr("socket.create_connection", lambda *_: SimpleNamespace(close=lambda: None))
+    seen = []
+    ray = SimpleNamespace(init=lambda *_, **__: seen.append(os.environ.get("RAY_AUTH_MODE")), shutdown=lambda: None)
+    with RayLauncher(address=f"{host}:6379")._connected(ray):
+        assert seen == [mode]
 
 
 def test_a_job_that_is_preempted_gives_its_worker_its_time():

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from moepp.errors import UsageError
@@ -52,7 +54,11 @@ def test_random_points_lie_in_their_ranges_and_repeat_with_the_seed():
         ({"grid": {}}, "space.grid must hold keys and values"),
         ({"grid": {"optim.lr": 3}}, "space.grid: optim.lr must be a list"),
         ({"random": {"n": 3}}, "space.random must hold n, keys"),
-        ({"random": {"n": 0, "keys": {"a": {"int": [1, 2]}}}}, "n at least 1"),
+        ({"random": {"n": 0, "keys": {"a": {"int": [1, 2]}}}}, "n=0 .* n at least 1"),
+        ({"random": {"n": 3, "keys": {"a": {"float": [0.0, math.nan]}}}}, "a must be {float"),
+        ({"random": {"n": 3, "keys": {"a": {"float": [0.0, math.inf]}}}}, "a must be {float"),
+        ({"grid": {name: list(range(100)) for name in "abc"}}, "1,000,000 points; at most 10,000"),
+        ({"tpe": {"n": 3, "keys": {"a": {"int": [1, 2], "arms": [["x"]]}}}}, "with arms: "),
         ({"random": {"n": 3, "keys": {"a": [1, 2]}}}, "a must be {float"),
         ({"random": {"n": 3, "keys": {"a": {"int": [1, 2.5]}}}}, "a must be {float"),
         ({"random": {"n": 3, "keys": {"a": {"float": [0, 1], "log": True}}}}, "a must be {float"),

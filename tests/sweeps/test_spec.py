@@ -5,6 +5,7 @@ import yaml
 
 from moepp.errors import UsageError
 from moepp.sweeps import spec
+from moepp.sweeps.budgets import budgets
 from moepp.sweeps.spec import read_sweep
 
 SWEEP = {
@@ -78,8 +79,8 @@ def test_the_digest_of_the_data_is_part_of_the_identity(write):
 
 
 def test_arms_that_amount_to_the_same_run_are_refused(write):
-    arms = SWEEP["arms"] | {"one zero": {"model": {"experts": {"zero": 1, "copy": 0, "constant": 0}}}}
-    with pytest.raises(UsageError, match="arms zero and one zero are the same run"):
+    arms = SWEEP["arms"] | {"one_zero": {"model": {"experts": {"zero": 1, "copy": 0, "constant": 0}}}}
+    with pytest.raises(UsageError, match="arms zero and one_zero are the same run"):
         read_sweep(write(arms=arms)).trials("smoke")
 
 
@@ -151,5 +152,57 @@ def test_sweeps_of_ones_own_are_added_and_come_first(write, tmp_path, monkeypatc
         Path(write()).rename(tmp_path / f"sweeps/{name}.yaml")
     monkeypatch.chdir(tmp_path)
     assert read_sweep("toy").name == read_sweep("tau").name == "toy" and read_sweep("top_k").name == "top_k"
-    with pytest.raises(UsageError, match=r"unknown sweep 'tou'; choose from .*tau, top_k, toy, .*did you mean toy"):
+    with pytest.raises(
+        UsageError, match=r"unknown sweep 'tou'; choose from .*tau, tau_by_type, top_k, toy, .*did you mean toy"
+    ):
         read_sweep("tou")
+
+
+def test_anchors_and_dotted_keys_work(write):
+    arms = {"vanilla": [["optim.lr=1e-3"], [["optim.beta1=0.8"]]], "zero": {"optim.lr": 1e-2}}
+    vanilla, zero = read_sweep(write(arms=arms)).trials("smoke", seeds=[0])
+    assert (vanilla.config.optim.lr, vanilla.config.optim.beta1, zero.config.optim.lr) == (1e-3, 0.8, 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("vanilla:", "null:", "line .*: the name null is no string; write it in quotes"),
+        ("vanilla:", "1.10:", "line .*: the name 1.10 is no string"),
+        ("- model=moepp", "- [model=moepp]", "base=.* must be a single str"),
+        ("base:\n- model=moepp", "base: {model: moepp}", "base=.* must be a list"),
+        ("- model.experts.zero=1", "- 3", "arm zero must be a list of overrides"),
+        ("- model.experts.zero=1", "- optim.lr=nan", "arm zero: optim.lr=nan must be positive"),
+        ("- model.experts.zero=1", "- model.top_k=1", "arm zero: model.gate=released"),
+        ("model=moepp", "optim.eps=-1", "base: optim.eps=-1.0 must not be negative"),
+        ("trainer.steps=4", "trainer.steps=0", "scale smoke: trainer.steps=0 must be at least 1"),
+        ("name: toy", "name: toy\nretries: -1", "retries=-1 must not be negative"),
+        ("name: toy", "name: toy\nfile: x", "unknown key file"),
+    ],
+)
+def test_what_is_wrong_is_said_with_file_and_place(write, old, new, message):
+    path = Path(write())
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(UsageError, match=message) as caught:
+        read_sweep(str(path)).trials("smoke")
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_seeds_that_no_generator_takes_are_refused_and_the_command_is_not_the_files_fault(write):
+    sweep = read_sweep(write())
+    with pytest.raises(UsageError, match="seed=4294967296 must not be negative, and at most"):
+        sweep.trials("smoke", seeds=[2**32])
+    with pytest.raises(UsageError, match=r"^unknown key optim.rate"):
+        sweep.trials("smoke", ["optim.rate=1"])
+
+
+def test_lengths_train_the_baseline_to_other_ends_and_are_no_arms(write):
+    sweep = read_sweep(write(lengths=[0.5, 1, 1.5], base=[*SWEEP.get("base", []), "optim.schedule=wsd"]))
+    scale = next(iter(sweep.scales))
+    trials = sweep.trials(scale)
+    longer = [trial for trial in trials if trial.lengthened]
+    own = next(trial for trial in trials if trial.arm == sweep.baseline)
+    assert {trial.arm for trial in longer} == {f"{sweep.baseline}@0.5", f"{sweep.baseline}@1.5"}
+    assert longer[0].config.trainer.steps == round(1.5 * own.config.trainer.steps)
+    assert set(own.config.trainer.keep_at) < set(longer[0].config.trainer.keep_at)  # the longest is everyone's trunk
+    assert not set(budgets(trials)) & {trial.arm for trial in longer}

@@ -45,6 +45,7 @@ def test_views_of_a_thousand_arms_fit_into_tags():
 
 def test_the_server_is_for_this_machine_only(runs, monkeypatch, capsys):
     commands = []
+    monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", "")  # and removed at the end
     monkeypatch.setattr(os, "execv", lambda path, arguments: commands.append(arguments))
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -55,7 +56,7 @@ def test_the_server_is_for_this_machine_only(runs, monkeypatch, capsys):
     mlflow_store.serve(TrackingConfig(), runs, port)
     (command,) = commands
     assert command[command.index("--host") + 1] == "127.0.0.1"
-    assert command[command.index("--backend-store-uri") + 1] == f"sqlite:///{runs}/mlflow.db"
+    assert os.environ["MLFLOW_BACKEND_STORE_URI"] == f"sqlite:///{runs}/mlflow.db"  # unseen by others of the machine
     assert f"http://127.0.0.1:{port}" in capsys.readouterr().out
     assert pages.known_port(runs) == port  # `run.py compare` prints it
     assert capsys.readouterr().out == ""

@@ -67,5 +67,5 @@ KEPT = ("train/loss", "train/grad_norm", "val/loss", "final/val_loss", "final/ro
 
 
 def test_too_few_questions_are_refused():
-    with pytest.raises(UsageError, match=r"cloze\.questions at least 4"):
+    with pytest.raises(UsageError, match=r"cloze\.questions=\d must be at least 4"):
         compose(RunConfig, ["cloze.questions=3"])

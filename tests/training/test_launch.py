@@ -76,7 +76,23 @@ def test_two_devices_train_what_one_does_and_write_one_record(overrides, whole, 
     assert shown.count("val_loss") == 1 and errors == ""
 
 
-def test_a_stopped_launch_saves_and_continues_under_torchrun(overrides, whole):
+KILLED_ONCE = """
+import os, pathlib, sys
+from moepp.cli import main
+from moepp.training.module import LanguageModel
+
+step = LanguageModel.training_step
+def dying_step(module, tokens):
+    if (os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]) == ("0", "1"):
+        pathlib.Path(__file__).with_name("died").touch()
+        os.kill(os.getpid(), 9)
+    return step(module, tokens)
+LanguageModel.training_step = dying_step
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_stopped_launch_saves_and_continues_under_torchrun_which_restarts_it(overrides, whole, tmp_path):
     long = ["trainer.checkpoint_every=1000", "trainer.val_every=5"]
     config, directory = frozen(overrides, "name=stopped", *TWO, *long)
     record = RunRecord(directory)
@@ -86,14 +102,17 @@ def test_a_stopped_launch_saves_and_continues_under_torchrun(overrides, whole):
     assert record.status == "started" and not children()
     (saved,) = record.checkpoints.iterdir()
     assert 4 <= int(saved.stem.removeprefix("step-")) < 12
+    (tmp_path / "killed.py").write_text(KILLED_ONCE)
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "run.py", "train",
-        *overrides, "name=stopped", "strategy=ddp", *long,
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1",
+        str(tmp_path / "killed.py"), "train", *overrides, "name=stopped", "strategy=ddp", *long,
+        "strategy.timeout_s=20",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(CONF.parent)}
     done = subprocess.run(command, cwd=CONF.parent, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("run record:") == 1 and record.status == "done"
+    assert (tmp_path / "died").exists()
+    assert done.stdout.count("run record:") == 2 and record.status == "done"  # one of each attempt's rank 0
     for ours, theirs in zip(losses(record), losses(whole), strict=True):
         assert ours == pytest.approx(theirs, abs=2e-5)
 

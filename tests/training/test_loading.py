@@ -41,7 +41,7 @@ def alone(tmp_path_factory):
     lines = [" ".join(words[i] for i in torch.randint(len(words), (40,), generator=generator)) for _ in range(60)]
     (home / "text.txt").write_text("\n\n".join(lines))
     config = freeze(compose(RunConfig, [
-        "size=smoke", "tracking=jsonl", "data=text", f"data.path={home / 'text.txt'}", r"data.separator='\n\s*\n'",
+        "size=smoke", "tracking=jsonl", "data=text", f"data.path={home / 'text.txt'}", r"data.separator=\n\s*\n",
         f"data.cache={home / 'cache'}", f"runs={home / 'runs'}", "model.vocab_size=280", "trainer.steps=2",
         "trainer.accelerator=cpu", "trainer.progress=false", "trainer.expert_timing=false", "data.val_share=0.2",
     ]))  # fmt: skip

@@ -7,7 +7,7 @@ from moepp.training.run import freeze, train
 from moepp.training.settings import RunConfig, run_directory
 from moepp.training.weights import load_model
 
-METHODS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
+METHODS = sorted({path.stem for path in (CONF / "model").glob("*.yaml")} - {"hf"})  # which needs a folder
 CONTROLLED = ["longcat", "loss_free", "remoe"]
 
 

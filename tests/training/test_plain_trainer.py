@@ -1,6 +1,7 @@
 """LanguageModel by Lightning's own contract: in a plain Trainer, with plain DataLoaders and Lightning's callbacks."""
 
 import csv
+import re
 
 import lightning.pytorch as pl
 import pytest
@@ -15,7 +16,7 @@ from moepp.layers.settings import MoEConfig
 from moepp.models.decoder import Decoder
 from moepp.models.protocol import CausalLM, ModelOutput
 from moepp.models.settings import DecoderConfig
-from moepp.training.callbacks import MetricsReporter
+from moepp.training.callbacks import MetricsReporter, likely_cause
 from moepp.training.module import LanguageModel
 from moepp.training.settings import OptimConfig
 
@@ -67,6 +68,23 @@ def test_a_loss_that_is_not_finite_stops_a_plain_trainer_too(tmp_path):
     module = LanguageModel(decoder(), FAST, losses=lambda model, ids: spoil(model, ids))
     with pytest.raises(Exception, match=r"not finite at step 1 .* no checkpoint was saved before it"):
         fit(tmp_path, module, MetricsReporter(64, 8), ModelCheckpoint(tmp_path, monitor="val/loss"))
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "message"),
+    [
+        ("weight", "No update was made yet, and .* is not finite: see model.init_std and init_from"),
+        ("balance", "The cross-entropy is finite, the balance loss is not: lower model.balance.beta"),
+        ("loss", "Lower optim.lr, lengthen optim.warmup_steps"),
+    ],
+)
+def test_the_likely_cause_of_a_loss_that_is_not_finite_is_named(spoiled, message):
+    module = LanguageModel(decoder(), FAST)
+    nan, fine = torch.tensor(float("nan")), torch.tensor(1.0)
+    module.train_losses = {"train/loss": nan if spoiled == "loss" else fine, "train/balance_loss": nan}
+    if spoiled == "weight":
+        next(module.model.parameters()).data.fill_(float("inf"))
+    assert re.match(message, likely_cause(module, bad=0 if spoiled == "weight" else 3))
 
 
 def spoil(model, ids):

@@ -79,7 +79,9 @@ def test_the_command_holds_no_private_path(monkeypatch):
     monkeypatch.setattr(
         sys, "argv", [f"{Path.cwd()}/run.py", "train", f"data.path={Path.cwd()}/a.txt", f"{Path.home()}/b"]
     )
-    assert provenance.collect({})["command"] in ("run.py train data.path=a.txt ~/b", "run.py train data.path=a.txt b")
+    assert provenance.collect({})["command"] in (
+        "python run.py train data.path=a.txt ~/b", "python run.py train data.path=a.txt b",
+    )  # fmt: skip
 
 
 def test_torch_is_not_imported_for_it():

@@ -52,6 +52,16 @@ def test_srun_is_recognised_and_told_to_torch_as_torchrun_would(monkeypatch):
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["GROUP_RANK"]) == ("3", "4", "1")
 
 
+def test_each_attempt_of_torchrun_meets_in_a_place_of_its_own(monkeypatch):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    started = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "job"}
+    agent = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    environment(monkeypatch, {**started, **agent, "TORCHELASTIC_RESTART_COUNT": "2"})
+    with process_group(Rank.here(), 10.0, cuda=False):
+        assert largest(7) == 7
+    assert store.list_keys() and all(key.startswith("attempt-2/") for key in store.list_keys())
+
+
 def test_a_rank_that_leaves_after_a_stop_is_not_killed_on_its_way(monkeypatch, tmp_path):
     """Slurm signals the others when one has left with another code than 0."""
     joined = {"init_method": f"file://{tmp_path / 'meeting'}", "rank": 0, "world_size": 1}
@@ -132,3 +142,24 @@ def test_devices_that_do_not_exist_are_refused(overrides, capsys, monkeypatch):
 def test_several_nodes_need_to_know_each_other(overrides, capsys):
     assert main(["train", *overrides, "strategy=ddp", "trainer.num_nodes=2"]) == 2
     assert "MASTER_ADDR and MASTER_PORT (of the first) and NODE_RANK" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("variables", "missing"),
+    [
+        ({"TORCHELASTIC_RUN_ID": "none"}, "RANK= is no number"),
+        ({"TORCHELASTIC_RUN_ID": "none", "RANK": "0", "LOCAL_RANK": "x"}, "LOCAL_RANK=x is no number"),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, "SLURM_STEP_NUM_NODES= is no number"),
+        ({"SLURM_STEP_NUM_TASKS": "four"}, "SLURM_STEP_NUM_TASKS=four is no number"),
+    ],
+)
+def test_what_another_launcher_left_behind_is_named(variables, missing, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=missing):
+        Rank.here()
+
+
+def test_an_empty_variable_is_none(monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "")
+    assert Rank.here() == Rank()

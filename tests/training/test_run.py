@@ -350,7 +350,7 @@ def test_accumulation_equals_one_large_batch(overrides, precision):
             f"trainer.accumulate={n}",
             f"trainer.precision={precision}",
             "model.capacity_factor=null",
-            "model.balance.beta=0",
+            "model.balance.beta=0.1",
         )
         for n in (1, 2)
     ]

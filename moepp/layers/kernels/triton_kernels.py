@@ -12,10 +12,14 @@ Shape suffixes as in experts.py; R rows, M tiles.
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 
 Tile = tuple[int, int, int, int]  # BLOCK_N, BLOCK_K, warps, stages
+
+
+EXACT_TILE: Tile = (64, 32, 8, 2)  # of float32 without tensor cores: larger ones spill, and compile for up to 40 s
 
 
 def tuned(key: str, tiles: list[Tile], **blocks: int) -> Callable[[Any], Any]:
@@ -24,9 +28,16 @@ def tuned(key: str, tiles: list[Tile], **blocks: int) -> Callable[[Any], Any]:
     """
     configs = [
         triton.Config({**blocks, "BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
-        for n, k, warps, stages in tiles
+        for n, k, warps, stages in [*tiles, EXACT_TILE]
     ]
-    return triton.autotune(configs, key=key.split(), cache_results=True)
+    keys = [*key.split(), "PRECISION"]
+    return triton.autotune(configs, key=keys, prune_configs_by={"early_config_prune": suited}, cache_results=True)
+
+
+def suited(configs: list[triton.Config], arguments: dict[str, Any], PRECISION: str, **_: Any) -> list[triton.Config]:
+    """The tiles to measure: by how the product is computed there are several, or just one."""
+    exact = PRECISION == "ieee" and next(iter(arguments.values())).dtype == torch.float32
+    return configs[-1:] if exact else configs[:-1]
 
 
 @tuned("D F EXPERTS", [(64, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 4)])

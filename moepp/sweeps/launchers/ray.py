@@ -5,7 +5,7 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from moepp.errors import UsageError
+from moepp.layers.bounds import Bounded, Count, Whole
 from moepp.process import start
 from moepp.sweeps.launchers.call import SweepCall
 from moepp.sweeps.launchers.worker_pool import WORKER_MARGIN_SECONDS, begin_elsewhere, wait
@@ -21,15 +22,16 @@ if TYPE_CHECKING:
     from moepp.training.settings import TrainerConfig
 
 SECONDS_TO_ANSWER = 10.0
+HERE = ("localhost", "127.0.0.1", "[::1]")
 
 
 @dataclass
-class RayLauncher:
+class RayLauncher(Bounded, key="launcher"):
     """What each worker asks for. All nodes share a file system and find this checkout by the same path."""
 
     address: str = ""  # host:6379, ray://host:10001 or auto; empty: RAY_ADDRESS, else a new instance on this machine
-    cpus: int = 1
-    gpus: int | None = None  # null: trainer.devices, and none with trainer.accelerator=cpu or in a cluster without GPUs
+    cpus: Count = 1
+    gpus: Whole | None = None  # null: trainer.devices; none with trainer.accelerator=cpu or in a cluster without GPUs
 
     def run(self, call: SweepCall) -> Path:
         """Raises UsageError without Ray, where no cluster answers, or where none of its nodes could take a worker."""
@@ -46,7 +48,7 @@ class RayLauncher:
                     f"no node of the Ray cluster has {cpus} CPUs and {gpus} GPUs; set launcher.cpus and launcher.gpus"
                 )
             workers = min(call.workers or fitting, left)
-            pool.start(call.work(), workers, num_cpus=cpus, num_gpus=gpus)
+            pool.start(call.work(), call.environment(), workers, num_cpus=cpus, num_gpus=gpus)
             print(f"{pool.name}: {workers} workers, logs in {pool.logs}", flush=True)
             return wait(call, directory, pool)
 
@@ -62,6 +64,8 @@ class RayLauncher:
         try:
             if host:  # Ray itself would ask for minutes
                 socket.create_connection((host, int(port)), SECONDS_TO_ANSWER).close()
+            if host in HERE:
+                _show_token()
             ray.init(address, logging_level=logging.ERROR, log_to_driver=False)
         except (OSError, RuntimeError, ValueError) as error:
             raise UsageError(f"no Ray cluster answers at {address} ({str(error).splitlines()[0]})") from None
@@ -80,12 +84,13 @@ class RayPool:
         self.logs, self._ray, self._seconds_to_stop = logs, ray, seconds_to_stop
         self._tasks: list[Any] = []
 
-    def start(self, command: Sequence[str], workers: int, **resources: int) -> None:
+    def start(self, command: Sequence[str], environment: Mapping[str, str], workers: int, **resources: int) -> None:
         self.logs.mkdir(parents=True, exist_ok=True)
         task = self._ray.remote(max_retries=-1, **resources)(_work)
         logs = self.logs.resolve()
         self._tasks = [
-            task.remote(command, Path.cwd(), logs / f"worker-{n}.txt", self._seconds_to_stop) for n in range(workers)
+            task.remote(command, environment, Path.cwd(), logs / f"worker-{n}.txt", self._seconds_to_stop)
+            for n in range(workers)
         ]
 
     def alive(self) -> int:
@@ -105,10 +110,12 @@ class RayPool:
         return "its workers have stopped"
 
 
-def _work(command: Sequence[str], folder: Path, log: Path, seconds_to_stop: float) -> int:
+def _work(
+    command: Sequence[str], environment: Mapping[str, str], folder: Path, log: Path, seconds_to_stop: float
+) -> int:
     """Runs on a node, in the main thread of a process of Ray's; being cancelled is a KeyboardInterrupt."""
     os.chdir(folder)
-    process = start(command, log, {})
+    process = start(command, log, environment)
     try:
         return process.wait()
     except KeyboardInterrupt:
@@ -118,6 +125,13 @@ def _work(command: Sequence[str], folder: Path, log: Path, seconds_to_stop: floa
         except subprocess.TimeoutExpired:
             process.kill()
             raise
+
+
+def _show_token() -> None:
+    """`ray start` asks for the token that lies on this machine, and `ray.init` with an address shows none unasked."""
+    token = os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token"
+    if Path(token).exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _fitting(nodes: Sequence[dict[str, Any]], needed: dict[str, int]) -> int:

@@ -6,12 +6,15 @@ queued again (by Slurm itself where it preempts with SIGTERM). Any worker contin
 which one starts first.
 """
 
+import logging
 import math
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moepp.errors import Interrupted, RunError, UsageError
+from moepp.layers.bounds import Bounded, Count, Whole
+from moepp.names import check_line
 from moepp.process import python_path, start
+from moepp.program import program
 from moepp.records import read_json, write_json
 from moepp.sweeps.launchers.call import SweepCall
 from moepp.sweeps.launchers.worker_pool import WORKER_MARGIN_SECONDS, begin_elsewhere, wait
@@ -30,39 +36,56 @@ if TYPE_CHECKING:
 
     from moepp.training.settings import TrainerConfig
 
+PARAMETER = re.compile("[a-z][a-z0-9_-]*", re.ASCII)
 MOST_WORKERS = 32  # unless --workers says more: a job that finds no trial left was queued in vain
 JOB_MARGIN_SECONDS = 30.0  # from the signal to the end, beyond trainer.stop_s
 REQUEUES = 1000  # after time limits: each job goes on where it stopped, so only the end of the sweep ends it
+SECONDS_TO_TRAIN = 60.0  # at least, of a job's time, from its start to the signal
+SECONDS_BETWEEN_LOOKS = 5.0  # into the queue
+SECONDS_TO_ANSWER = 30.0
+NO_GPUS = re.compile("gres|gpu|node configuration", re.IGNORECASE)  # in what sbatch says where there are none
 SECONDS_OF_GRACE = 300  # how long a stopped job waits for Slurm to preempt or cancel it
 
 
 @dataclass
-class SlurmLauncher:
+class SlurmLauncher(Bounded, key="launcher"):
     """What each job asks for. Everything lies on a file system that all nodes share, and is found by the same path."""
 
     partition: str = ""  # empty: the cluster's default
-    minutes: int = 240  # time limit; what is not done by then is queued again
-    cpus: int = 4
-    gpus: int | None = None  # null: trainer.devices, and none with trainer.accelerator=cpu
+    minutes: Count = 240  # time limit; what is not done by then is queued again
+    cpus: Count = 4
+    gpus: Whole | None = None  # null: trainer.devices, and none with trainer.accelerator=cpu
     parameters: dict[str, str] = field(default_factory=dict)  # more of sbatch's: parameters.account=mine
     wait: bool = True  # show progress until the sweep is done; false: submit and return
     cluster: Literal["slurm", "local"] = "slurm"  # local: submitit's processes on this machine, to try it out
 
+    def __post_init__(self) -> None:
+        """All of it becomes lines of a batch script, which a shell reads."""
+        super().__post_init__()
+        for name, value in {"partition": self.partition, **self.parameters}.items():
+            if not PARAMETER.fullmatch(name):
+                raise ValueError(f"launcher.parameters.{name}: sbatch has parameters of letters, digits, - and _ alone")
+            check_line(f"launcher.{'' if name == 'partition' else 'parameters.'}{name}", value)
+
     def run(self, call: SweepCall) -> Path | None:
-        """Raises UsageError without submitit or sbatch, RunError when sbatch refuses the jobs."""
+        """Raises UsageError without submitit or sbatch, or for jobs that end before they train; RunError when sbatch
+        refuses them.
+        """
         self._require()
+        self._refuse_jobs_without_time(max(trial.config.trainer.stop_s for trial in call.trials()))
         directory, trainer, left = begin_elsewhere(call)
         pool = SlurmPool(directory, self.cluster)
         if (missing := min(call.workers or MOST_WORKERS, left) - pool.alive()) > 0:
             worker = Worker(call.work(), Path.cwd(), trainer.stop_s + WORKER_MARGIN_SECONDS)
-            with _refusal():
-                pool.add(self._executor(directory, trainer), [worker] * missing)
+            gpus = self._gpus(trainer)
+            with _refusal(gpus):
+                pool.add(self._executor(directory, trainer, gpus), [worker] * missing, call.environment())
         if left and not self.wait:
-            shows = f"`python run.py sweep status {call.sweep} --scale {call.scale}` shows"
-            print(f"{pool.name}: {pool.alive()} workers; {shows}")
+            shows = shlex.join(["sweep", "status", call.sweep, "--scale", call.scale])
+            print(f"{pool.name}: {pool.alive()} workers queued or running; `{program()} {shows}` shows")
             return None
         if left:
-            print(f"{pool.name}: {pool.alive()} workers, logs in {pool.logs}", flush=True)
+            print(f"{pool.name}: {pool.alive()} workers queued or running, logs in {pool.logs}", flush=True)
         return wait(call, directory, pool)
 
     def _require(self) -> None:
@@ -70,15 +93,27 @@ class SlurmLauncher:
             import submitit  # noqa: F401
         except ImportError:
             raise UsageError("launcher=slurm needs submitit: pip install submitit") from None
+        logging.getLogger("submitit").setLevel(logging.ERROR)  # its warnings would come through the progress bar
         if self.cluster == "slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
             raise UsageError("there is no sbatch on the PATH: call this where Slurm jobs are submitted")
 
-    def _executor(self, directory: Path, trainer: "TrainerConfig") -> "Executor":
+    def _refuse_jobs_without_time(self, stop_s: float) -> None:
+        needed = math.ceil((stop_s + JOB_MARGIN_SECONDS + SECONDS_TO_TRAIN) / 60)
+        if self.minutes < needed:
+            raise UsageError(
+                f"launcher.minutes={self.minutes}: a job is asked to stop {stop_s + JOB_MARGIN_SECONDS:g} s before its"
+                f" end (trainer.stop_s={stop_s:g} and {JOB_MARGIN_SECONDS:g} more); set it to {needed} at least, or"
+                " trainer.stop_s lower"
+            )
+
+    def _gpus(self, trainer: "TrainerConfig") -> int:
+        if self.gpus is not None:
+            return self.gpus
+        return 0 if trainer.accelerator == "cpu" else trainer.devices
+
+    def _executor(self, directory: Path, trainer: "TrainerConfig", gpus: int) -> "Executor":
         import submitit
 
-        gpus = self.gpus
-        if gpus is None:
-            gpus = 0 if trainer.accelerator == "cpu" else trainer.devices
         executor = submitit.AutoExecutor(
             directory / "slurm", self.cluster, slurm_max_num_timeout=REQUEUES, local_max_num_timeout=REQUEUES
         )
@@ -88,7 +123,7 @@ class SlurmLauncher:
             nodes=1,
             tasks_per_node=1,
             cpus_per_task=self.cpus,
-            gpus_per_node=gpus,
+            gpus_per_node=gpus or None,  # a cluster without GPUs takes not even 0
             slurm_partition=self.partition or None,
             slurm_signal_delay_s=math.ceil(trainer.stop_s + JOB_MARGIN_SECONDS),
             slurm_additional_parameters={"requeue": True, **self.parameters},
@@ -102,6 +137,7 @@ class SlurmPool:
     def __init__(self, directory: Path, cluster: str):
         self.logs, self._cluster = directory / "slurm", cluster
         self._path = self.logs / "jobs.json"
+        self._looked = -math.inf
         self._ids: list[str] = (read_json(self._path) or {}).get(cluster, [])
 
     @property
@@ -115,9 +151,11 @@ class SlurmPool:
         kind = SlurmJob if self._cluster == "slurm" else LocalJob
         return [kind(self.logs, job) for job in self._ids]
 
-    def add(self, executor: "Executor", workers: "Sequence[Worker]") -> None:
+    def add(self, executor: "Executor", workers: "Sequence[Worker]", environment: Mapping[str, str]) -> None:
+        from submitit.helpers import environment_variables
+
         jobs = self._living()
-        with _python_path(), executor.batch():
+        with environment_variables(PYTHONPATH=python_path(), **environment), executor.batch():
             jobs += [executor.submit(worker) for worker in workers]
         self._jobs, self._ids = jobs, [job.job_id for job in jobs]
         write_json(self._path, {self._cluster: self._ids})
@@ -133,7 +171,12 @@ class SlurmPool:
         return f"{self.name} goes on, `scancel` ends it"
 
     def _living(self) -> "list[Job[int]]":
-        return [job for job in self._jobs if not job.done()]
+        """As the queue says, which is there without accounting and never late; submitit asks sacct, which is."""
+        if self._cluster == "slurm" and time.monotonic() > self._looked + SECONDS_BETWEEN_LOOKS:
+            self._looked, self._queue = time.monotonic(), _queue()
+        if self._cluster == "local" or self._queue is None:
+            return [job for job in self._jobs if not job.done()]
+        return [job for job in self._jobs if job.job_id in self._queue]
 
 
 class Worker:
@@ -169,16 +212,18 @@ class Worker:
         return DelayedSubmission(Worker(self.command, self.folder, self.seconds_to_stop))
 
 
+def _queue() -> set[str] | None:
+    """The jobs of this user that wait or run; None where Slurm does not answer."""
+    command = ["squeue", "--me", "--array", "--noheader", "--format=%i"]
+    try:
+        said = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=SECONDS_TO_ANSWER)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return set(said.split())
+
+
 @contextmanager
-def _python_path() -> Iterator[None]:
-    from submitit.helpers import environment_variables
-
-    with environment_variables(PYTHONPATH=python_path()):
-        yield
-
-
-@contextmanager
-def _refusal() -> Iterator[None]:
+def _refusal(gpus: int) -> Iterator[None]:
     """One line in place of submitit's traceback with sbatch's words inside."""
     from submitit.core.utils import FailedJobError
 
@@ -187,4 +232,6 @@ def _refusal() -> Iterator[None]:
     except (FailedJobError, subprocess.CalledProcessError) as error:
         words: Any = getattr(error, "stderr", None) or str(error)
         lines = [line.strip() for line in str(words).splitlines() if line.strip()]
-        raise RunError(f"sbatch refused the workers: {lines[-1] if lines else error}") from None
+        said = lines[-1] if lines else str(error)
+        way_out = "; on a cluster without GPUs set launcher.gpus=0" if gpus and NO_GPUS.search(said) else ""
+        raise RunError(f"sbatch refused the workers: {said}{way_out}") from None

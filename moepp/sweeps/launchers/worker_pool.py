@@ -59,11 +59,11 @@ def wait(call: SweepCall, directory: Path, pool: WorkerPool) -> Path:
     """
     status, left = look(directory)
     with stop_requests() as stop, step_bar(0, _steps(status)) as bar:
-        while not stop.is_set() and (workers := pool.alive()) and left:
-            _show(bar, status, workers)
+        while not stop.is_set() and pool.alive() and left:
+            _show(bar, status)
             stop.wait(LOOK_SECONDS)
             status, left = look(directory)
-        _show(bar, status, pool.alive())
+        _show(bar, status)
         if stop.is_set():
             done = f"{status.count('done')} of {len(status.trials)} trials are finished"
             raise Interrupted(f"interrupted: {done}; {pool.leave()}; the same command continues")
@@ -94,8 +94,10 @@ def _steps(status: SweepStatus) -> int:
     return sum(trial.step for trial in status.trials)
 
 
-def _show(bar: "tqdm", status: SweepStatus, workers: int) -> None:
-    bar.set_description(f"{status.count('done')}/{len(status.trials)} trials, {workers} workers", refresh=False)
+def _show(bar: "tqdm", status: SweepStatus) -> None:
+    """How many trials run says what a job in a queue does not: that somebody works."""
+    done, running = status.count("done"), status.count("running")
+    bar.set_description(f"{done}/{len(status.trials)} trials, {running} running", refresh=False)
     bar.total = sum(trial.steps for trial in status.trials)
     bar.update(_steps(status) - bar.n)
 

@@ -31,20 +31,21 @@ class Rank:
 
     @classmethod
     def here(cls) -> "Rank":
-        """As the environment says. Raises UsageError for srun with a different number of tasks on each node."""
+        """As the environment says. Raises UsageError for srun with a different number of tasks on each node, and where
+        a launcher has left only some of its variables.
+        """
         if os.environ.get(STARTER):
             return cls._of(os.environ, "launch")
         if "TORCHELASTIC_RUN_ID" in os.environ:
             return cls._of(os.environ, "torchrun")
-        if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        if os.environ.get("SLURM_STEP_NUM_TASKS", "1") not in ("", "0", "1"):
             os.environ.update(_torchrun_variables(os.environ))
             return cls._of(os.environ, "srun")
         return cls()
 
     @classmethod
     def _of(cls, variables: Mapping[str, str], started_by: str) -> "Rank":
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-        return cls(*(int(variables[name]) for name in names), started_by)
+        return cls(*_numbers(variables, "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"), started_by)
 
     def keeps_record(self, config: "RunConfig") -> bool:
         """Whether this process writes the run record: rank 0, or the starter that watches over it."""
@@ -75,12 +76,24 @@ class Rank:
             raise UsageError(f"{error} ({self.started_by} started {self.world_size} processes)") from None
 
 
+def _numbers(variables: Mapping[str, str], *names: str) -> list[int]:
+    """Raises UsageError, in one line, where a launcher has set only some of its variables."""
+    if missing := [name for name in names if not variables.get(name, "").isdecimal()]:
+        raise UsageError(
+            f"{missing[0]}={variables.get(missing[0], '')} is no number, although a launcher seems to have started this"
+            " process; where that is another one's shell, unset TORCHELASTIC_RUN_ID and SLURM_STEP_NUM_TASKS"
+        )
+    return [int(variables[name]) for name in names]
+
+
 def _torchrun_variables(slurm: Mapping[str, str]) -> dict[str, str]:
     """What torchrun would have set, from what srun has."""
     from lightning.fabric.plugins.environments import SLURMEnvironment
 
-    tasks, nodes = int(slurm["SLURM_STEP_NUM_TASKS"]), int(slurm["SLURM_STEP_NUM_NODES"])
-    if tasks % nodes:
+    tasks, nodes, *_ = _numbers(
+        slurm, "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"
+    )
+    if not nodes or tasks % nodes:
         raise UsageError(f"srun started {tasks} tasks on {nodes} nodes; give every node as many: --ntasks-per-node")
     job = slurm.get("SLURM_JOB_ID", "0")[-4:]
     return {
@@ -112,8 +125,9 @@ def process_group(rank: Rank, timeout_s: float, cuda: bool) -> Iterator[None]:
     if cuda:
         device = torch.device("cuda", rank.local_rank)
         torch.cuda.set_device(device)
+    timeout = timedelta(seconds=timeout_s)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s), device_id=device
+        "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout, device_id=device, **_meeting(timeout)
     )
     try:
         yield
@@ -123,6 +137,18 @@ def process_group(rank: Rank, timeout_s: float, cuda: bool) -> Iterator[None]:
         raise
     largest(0)  # nobody leaves with success before everybody has it
     dist.destroy_process_group()
+
+
+def _meeting(timeout: timedelta) -> dict[str, Any]:
+    """Where ranks find each other, unless as the environment says: torchrun keeps one store for all its attempts at a
+    run, and in it the addresses of ranks that are dead by now.
+    """
+    import torch.distributed as dist
+
+    if not (attempt := os.environ.get("TORCHELASTIC_RESTART_COUNT")):
+        return {}
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    return {"store": dist.PrefixStore(f"attempt-{attempt}", store), "rank": rank, "world_size": world_size}
 
 
 def from_rank_zero(value: Any) -> Any:

@@ -1,0 +1,203 @@
+"""Files to documents: plain or JSON, compressed or not, and what of them cannot be read as text."""
+
+import bz2
+import gzip
+import hashlib
+import itertools
+import json
+import lzma
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from moepp.errors import UsageError
+from moepp.lfs import refuse_pointer
+
+BLOCK = 2**24  # characters read at a time
+LONGEST_DOCUMENT = 2**28  # characters; a document is held in memory
+# What a file begins with, whatever it is called.
+OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+ZSTANDARD = b"\x28\xb5\x2f\xfd"
+NOT_TEXT = {b"PAR1": "a Parquet file", b"PK\x03\x04": "a zip archive", b"ARROW1": "an Arrow file", b"%PDF": "a PDF"}
+JSON_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonlines")
+
+
+@dataclass
+class BadRows:
+    """What cannot be read as a document: refused as soon as it is met, or left out and counted."""
+
+    skip: bool
+    count: int = 0
+
+    def add(self, where: str, what: str) -> None:
+        """Raises UsageError where nothing may be left out."""
+        self.count += 1
+        if not self.skip:
+            raise UsageError(f"{where}: {what}; mend it, or set data.bad_rows=skip to leave out and count what is bad")
+
+
+def is_json(path: Path) -> bool:
+    return any(suffix.lower() in JSON_SUFFIXES for suffix in path.suffixes[-2:])
+
+
+def file_texts(paths: Iterable[Path], separator: str, column: str, bad: BadRows) -> Iterator[str]:
+    """The documents of files, in order. Raises UsageError for what cannot be opened or is of another kind."""
+    pattern = separator_pattern(separator)
+    for path in paths:
+        try:
+            with _open(path) as file:
+                if is_json(path):
+                    yield from _json_texts(file, path, column, bad)
+                else:
+                    yield from _pieces(file, path, pattern, bad)
+        except (OSError, EOFError, lzma.LZMAError) as error:
+            raise UsageError(f"cannot read {path}: {error}") from None
+
+
+def sha256(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _open(path: Path) -> TextIO:
+    """UTF-8 text, a byte-order mark left out, line ends as "\\n"; other bytes become lone surrogates, which UTF-8 text
+    never holds.
+    """
+    refuse_pointer(path)
+    with open(path, "rb") as file:
+        begin = file.read(8)
+    for mark, kind in NOT_TEXT.items():
+        if begin.startswith(mark):
+            raise UsageError(f"{path} is {kind}, not text: data=hub data.hub.id=FOLDER reads the forms of datasets")
+    how = {"mode": "rt", "encoding": "utf-8-sig", "errors": "surrogateescape"}
+    if begin.startswith(ZSTANDARD):
+        return _zstandard(path).open(path, **how)
+    opened = next((opener for mark, opener in OPENERS.items() if begin.startswith(mark)), open)
+    return opened(path, **how)
+
+
+def _zstandard(path: Path) -> Any:
+    try:
+        import zstandard
+    except ImportError:
+        raise UsageError(f"{path} needs the package zstandard: pip install zstandard") from None
+    return zstandard
+
+
+def separator_pattern(pattern: str) -> re.Pattern[str]:
+    """Raises UsageError for what separates nothing, or something else than it seems to say."""
+    try:
+        separator = re.compile(pattern or r"(?!)")  # the latter never matches: one file, one document
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UsageError(f"data.separator={pattern!r} is not a regular expression: {error}") from None
+    if separator.match(""):
+        raise UsageError(f"data.separator={pattern!r} matches the empty string")
+    alternatives = re.split(r"(?<!\\)\|", pattern)
+    if len(alternatives) > 1 and any(len(part) == 1 and not part.isspace() for part in alternatives):
+        literal = pattern.replace("|", r"\|")
+        raise UsageError(
+            f"data.separator={pattern!r} is a pattern in which | stands between alternatives, one of them a single"
+            f" character; for the text itself write {literal}"
+        )
+    return separator
+
+
+def _bad_byte(text: str) -> tuple[int, str] | None:
+    """Where in `text` the first byte is that no UTF-8 has, and what to say of it; None for text."""
+    found = re.search("[\udc80-\udcff]", text)
+    if not found:
+        return None
+    begin = text.rfind("\n", 0, found.start()) + 1
+    place = len(text[begin : found.start()].encode("utf-8", "surrogateescape")) + 1
+    return found.start(), f"byte {place} (0x{ord(found[0]) - 0xDC00:02X}) is not UTF-8 text"
+
+
+def _pieces(file: TextIO, path: Path, separator: re.Pattern[str], bad: BadRows) -> Iterator[str]:
+    """The text between separators, holding one block and one document in memory."""
+    rest, line, dropping = "", 1, False
+    while True:
+        block = file.read(BLOCK)
+        rest += block
+        start = 0
+        for match in separator.finditer(rest):
+            if block and match.end() == len(rest):
+                break  # the separator may go on in the next block
+            if not dropping:
+                yield from _whole(rest[start : match.start()], path, line, bad)
+            line += rest.count("\n", start, match.end())
+            start, dropping = match.end(), False
+        rest = rest[start:]
+        if len(rest) > LONGEST_DOCUMENT and not dropping:
+            what = f"a document of more than {LONGEST_DOCUMENT:,} characters; split it with data.separator"
+            bad.add(f"{path} line {line}", what)
+            dropping = True
+        if dropping:  # a separator may have begun at its end
+            line += rest.count("\n", 0, -BLOCK)
+            rest = rest[-BLOCK:]
+        if not block:
+            if not dropping:
+                yield from _whole(rest, path, line, bad)
+            return
+
+
+def _whole(text: str, path: Path, line: int, bad: BadRows) -> Iterator[str]:
+    """The text, unless a byte of it is none; `line` is where it begins."""
+    if found := _bad_byte(text):
+        place, what = found
+        bad.add(f"{path} line {line + text.count(chr(10), 0, place)}", what)
+    else:
+        yield text
+
+
+def _json_texts(file: TextIO, path: Path, column: str, bad: BadRows) -> Iterator[str]:
+    first = next((line for line in file if line.strip()), "")
+    file.seek(0)
+    if first.lstrip().startswith("["):
+        yield from _array_texts(file.read(), path, column, bad)
+        return
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        where = f"{path} line {number}"
+        if found := _bad_byte(line):
+            bad.add(where, found[1])
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            bad.add(where, "is no JSON object")
+            continue
+        yield from row_text(row, column, where, bad)
+
+
+def _array_texts(content: str, path: Path, column: str, bad: BadRows) -> Iterator[str]:
+    if found := _bad_byte(content):
+        raise UsageError(f"{path} line {1 + content.count(chr(10), 0, found[0])}: {found[1]}")
+    try:
+        rows = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is no JSON array: {error}") from None
+    for number, row in enumerate(rows, start=1):
+        yield from row_text(row, column, f"{path} row {number}", bad)
+
+
+def row_text(row: Any, column: str, where: str, bad: BadRows) -> Iterator[str]:
+    """The text in a row's column, unless it is none."""
+    text = row.get(column) if isinstance(row, dict) else None
+    if isinstance(text, str) and len(text) > LONGEST_DOCUMENT:
+        bad.add(where, f"holds a text of {len(text):,} characters, more than {LONGEST_DOCUMENT:,}")
+    elif isinstance(text, str) and not re.search("[\ud800-\udfff]", text):  # JSON can spell half a surrogate pair
+        yield text
+    elif not isinstance(row, dict):
+        bad.add(where, f"is a JSON {type(row).__name__}, not an object with text in '{column}' (data.text_column)")
+    elif column not in row:
+        names = ", ".join(itertools.islice(row, 20)) or "nothing"
+        bad.add(where, f"has no column '{column}' (data.text_column); it has {names}")
+    else:
+        kind = "half a character" if isinstance(text, str) else json.dumps(text, default=str)[:40]
+        bad.add(where, f"has no text in '{column}' (data.text_column) but {kind}")

@@ -1,0 +1,124 @@
+"""Datasets of the Hugging Face hub, and folders in the forms that `datasets` reads."""
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moepp.data.files import BadRows, file_texts, row_text, sha256
+from moepp.data.settings import HubConfig
+from moepp.errors import UsageError
+from moepp.records import read_json, write_json
+
+COMMITS = "commits.json"  # in the cache: what each revision was when the hub was last asked
+
+
+def fingerprint(hub: HubConfig, column: str, cache: Path) -> dict[str, Any]:
+    """What decides the documents: hashes of a folder's data files, or the dataset's commit."""
+    if Path(hub.id).is_dir():
+        source = [sha256(path) for path in _data_files(hub, cache)]
+    else:
+        source = [hub.id, commit(hub, cache)]
+    return {"hub": source, "choice": [hub.config, hub.split, column, hub.max_documents]}
+
+
+def commit(hub: HubConfig, cache: Path) -> str:
+    """The commit of the revision: the hub's, or where it cannot be reached the one it had when it last was."""
+    if re.fullmatch("[0-9a-f]{40}", hub.revision):
+        return hub.revision
+    path, key = cache / COMMITS, f"{hub.id}@{hub.revision}"
+    known = read_json(path) or {}
+    try:
+        found = _look_up(hub)
+    except UsageError as error:
+        if key not in known or not _is_away(error.__cause__):
+            raise
+        print(f"{hub.id}: the hub cannot be asked; going on with commit {known[key]}, its last", file=sys.stderr)
+        return known[key]
+    if known.get(key) != found:
+        write_json(path, {**known, key: found})
+    return found
+
+
+def _look_up(hub: HubConfig) -> str:
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(hub.id, revision=hub.revision, timeout=30).sha
+    except Exception as error:  # includes the classes of whichever HTTP library the client uses
+        raise UsageError(
+            f"cannot look up '{hub.id}' on the Hugging Face hub ({' '.join(str(error).split())}); check data.hub.id "
+            "and the network, or use a local folder as data.hub.id or prepared tokens (data.corpus=tokens)"
+        ) from error
+
+
+def _is_away(error: BaseException | None) -> bool:
+    """Whether nobody answered: what the hub says of a dataset that is gone or closed is an answer."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status is None or status >= 500
+
+
+def texts(hub: HubConfig, column: str, cache: Path, bad: BadRows) -> Iterator[str]:
+    """The documents in order. JSON files of a folder are read as data=text reads them."""
+    files = _json_files(hub, cache) if Path(hub.id).is_dir() else []
+    found = file_texts(files, "", column, bad) if files else _row_texts(hub, column, cache, bad)
+    for number, text in enumerate(found, start=1):
+        yield text
+        if number == hub.max_documents:
+            return
+
+
+def _row_texts(hub: HubConfig, column: str, cache: Path, bad: BadRows) -> Iterator[str]:
+    for number, row in enumerate(_rows(hub, cache), start=1):
+        if column not in row:
+            raise UsageError(
+                f"data.hub.id={hub.id} has no column '{column}'; set data.text_column to one of {', '.join(row)}"
+            )
+        if not isinstance(row[column], str | None):
+            raise UsageError(f"data.text_column={column} of {hub.id} holds {type(row[column]).__name__}s, not text")
+        yield from row_text(row, column, f"{hub.id} row {number}", bad)
+
+
+def _rows(hub: HubConfig, cache: Path) -> Iterator[dict[str, Any]]:
+    """Raises UsageError for whatever the library and the readers below it raise, at the start or in between."""
+    from datasets import load_dataset
+
+    revision = None if Path(hub.id).is_dir() else commit(hub, cache)
+    chosen = {"name": hub.config or None, "split": hub.split, "revision": revision, "streaming": hub.streaming}
+    read = 0
+    try:
+        rows = load_dataset(hub.id, **chosen, cache_dir=str(cache))
+        for row in rows:
+            yield row
+            read += 1
+    except Exception as error:
+        while error.__cause__ is not None:  # it wraps what a file was wrong with
+            error = error.__cause__
+        where = f" after row {read}" if read else ""
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"cannot load data.hub.id={hub.id}{where}: {said}") from error
+
+
+def _builder(hub: HubConfig, cache: Path) -> Any:
+    from datasets import load_dataset_builder
+
+    try:
+        return load_dataset_builder(hub.id, name=hub.config or None, cache_dir=str(cache))
+    except Exception as error:  # as in _rows
+        raise UsageError(f"cannot load data.hub.id={hub.id}: {' '.join(str(error).split())}") from error
+
+
+def _data_files(hub: HubConfig, cache: Path) -> list[Path]:
+    """The files of a folder that `datasets` reads, of all splits: a note beside them is none of the data."""
+    by_split = _builder(hub, cache).config.data_files or {}
+    return sorted({Path(name) for names in by_split.values() for name in names})
+
+
+def _json_files(hub: HubConfig, cache: Path) -> list[Path]:
+    """Those of the split, where all of them are JSON."""
+    from datasets.packaged_modules.json.json import Json
+
+    builder = _builder(hub, cache)
+    by_split = {str(split): names for split, names in (builder.config.data_files or {}).items()}
+    return [Path(name) for name in by_split.get(hub.split, [])] if isinstance(builder, Json) else []

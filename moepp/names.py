@@ -1,0 +1,34 @@
+"""The one rule for names: of runs, sweeps, scales, arms, tags and experiments.
+
+They become folders, jobs of a cluster, axes and headings: a name is letters, digits and a few signs, and can be no
+path, no command and no markup.
+"""
+
+import re
+from collections.abc import Iterable
+
+LENGTH = 120  # characters; a file system takes 255 bytes
+SIGNS = "_ . - + = , @"
+NAME = re.compile(rf"\w[\w.+=,@-]{{0,{LENGTH - 1}}}")
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # line ends among them
+
+
+def check(what: str, names: Iterable[str]) -> None:
+    """Raises ValueError, in one line, for the first of `names` that is none; `what` is the key or the place."""
+    for name in names:
+        if not NAME.fullmatch(name):
+            raise ValueError(
+                f"{what}={name!r}: a name begins with a letter or digit and holds letters, digits and {SIGNS}, at most"
+                f" {LENGTH} characters"
+            )
+
+
+def check_line(what: str, text: str) -> None:
+    """Raises ValueError for text with line ends or other control characters, as no path or parameter needs them."""
+    if CONTROL.search(text):
+        raise ValueError(f"{what}={text!r} must be one line without control characters")
+
+
+def plain(text: str) -> str:
+    """`text` as a name: `_` for each character that none may have."""
+    return re.sub(r"[^\w.+=,@-]", "_", text)[:LENGTH]

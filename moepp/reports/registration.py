@@ -1,0 +1,120 @@
+"""What a report says of its registration: when it was made, what it says, and what deviates from it."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import datetime
+from typing import Any
+
+from moepp.config import lies_in
+from moepp.records import read_json
+from moepp.reports.results import Run, SweepResults
+from moepp.sweeps.registration import plan_path
+from moepp.sweeps.spec import Exclusions, Primary
+
+ONLY_WHEN_FROZEN = ("data.digest", "init_weights", "model.architecture")
+
+
+def registered(results: SweepResults) -> dict[str, Any] | None:
+    """The plan.json of the sweep at this scale, below the working directory."""
+    return read_json(plan_path(results.name, results.scale, results.overrides, results.size))
+
+
+def stamp(plan: Mapping[str, Any] | None) -> str:
+    """For the first line: whether it was said beforehand."""
+    if plan is None:
+        return "Not registered beforehand."
+    after = " after the start" if plan["when"] == "after the start" else " before it ran"
+    return f"Registered{after}, on {plan['registered'][:10]}."
+
+
+def what_was_registered(plan: Mapping[str, Any]) -> list[str]:
+    primary, power, code = plan["primary"], plan["power"], plan["code"]
+    least, sha = power["detectable"], f"{code.get('sha', 'unknown')[:12]}{' with changes' if code.get('dirty') else ''}"
+    rules = [f"{name} {value}" for name, value in plan["exclusions"].items() if value is not None]
+    sides = " minus ".join(", ".join(primary[side]) for side in ("arms", "minus"))
+    seen = (
+        ""
+        if least["primary"] is None
+        else f" {least['primary']:.4f} in the primary, {least['secondary']:.4f} in others"
+    )
+    return [
+        f"Registered {plan['registered']}, {plan['when']}, at commit {sha}.",
+        f"Primary contrast: {primary['name']} ({sides})"
+        + (f"; the smallest difference that matters: {primary['smallest']}." if primary["smallest"] else "."),
+        f"Arms: {', '.join(plan['arms'])}; seeds {', '.join(map(str, plan['seeds']))}.",
+        f"Test: {plan['test']}.",
+        f"Excluded: {', '.join(rules) or 'no finished run'}.",
+        f"Smallest difference seen with {power['power']:.0%} probability, from a deviation of {power['sd']:.4f}"
+        f" ({power['sd_from']}) and {power['pairs']} pairs:{seen or ' none'}.",
+    ]
+
+
+def deviations(
+    plan: Mapping[str, Any], results: SweepResults, primary: Primary | None, exclusions: Exclusions
+) -> list[str]:
+    """`results` are those of all finished runs, excluded ones too."""
+    return [
+        *_arms_and_seeds(plan, results),
+        *_settings(plan, results),
+        *_rules(plan, primary, exclusions),
+        *_begun_before(plan, results),
+    ] or ["Nothing deviates."]
+
+
+def _arms_and_seeds(plan: Mapping[str, Any], results: SweepResults) -> list[str]:
+    wanted = [(arm, seed) for arm in plan["arms"] for seed in plan["seeds"]]
+    run = [(arm, seed) for arm, by_seed in results.runs.items() for seed in by_seed]
+    named = {"Registered, but without a result": wanted, "With a result, but not registered": run}
+    said = []
+    for words, pairs in named.items():
+        other = set(run if pairs is wanted else wanted)
+        extra: dict[str, list[int]] = {}
+        for arm, seed in (pair for pair in pairs if pair not in other):
+            extra.setdefault(arm, []).append(seed)
+        said += [f"{words}: {arm}, seeds {', '.join(map(str, sorted(seeds)))}." for arm, seeds in extra.items()]
+    return said
+
+
+def _settings(plan: Mapping[str, Any], results: SweepResults) -> list[str]:
+    found: dict[tuple[str, str], list[int]] = {}
+    for arm in plan["arms"]:
+        settings = plan["config"] | plan["arms"][arm]["differs"]
+        for seed, run in results.runs.get(arm, {}).items():
+            for key, value in _deviating(settings, run).items():
+                found.setdefault((arm, f"{key} {value}"), []).append(seed)
+    return [f"{arm}: {what} (seeds {', '.join(map(str, seeds))})." for (arm, what), seeds in found.items()]
+
+
+def _deviating(settings: Mapping[str, Any], run: Run) -> dict[str, str]:
+    """What the schema has gained or lost since counts for nothing."""
+    compared = {key: value for key, value in settings.items() if not lies_in(key, ONLY_WHEN_FROZEN)}
+    return {
+        key: f"was registered as {value}, and is {run.config[key]}"
+        for key, value in compared.items()
+        if key in run.config and run.config[key] != value
+    }
+
+
+def _rules(plan: Mapping[str, Any], primary: Primary | None, exclusions: Exclusions) -> list[str]:
+    now = {
+        "primary contrast": primary.contrast if primary else None,
+        "smallest difference that matters": primary.smallest if primary else None,
+        **asdict(exclusions),
+    }
+    then = {
+        "primary contrast": plan["primary"]["name"],
+        "smallest difference that matters": plan["primary"]["smallest"],
+        **plan["exclusions"],
+    }
+    return [f"The {k} was registered as {then.get(k)}, and is {v}." for k, v in now.items() if then.get(k) != v]
+
+
+def _begun_before(plan: Mapping[str, Any], results: SweepResults) -> list[str]:
+    at = datetime.fromisoformat(plan["registered"]).timestamp() * 1000
+    early = [
+        f"{arm} s{seed}"
+        for arm in plan["arms"]
+        for seed, run in results.runs.get(arm, {}).items()
+        if seed in plan["seeds"] and run.first_ms < at
+    ]
+    return [f"{len(early)} runs began before the registration: {', '.join(early)}."] if early else []

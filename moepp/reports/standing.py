@@ -1,0 +1,139 @@
+"""What the models of a report can do, which it says before anything else: their loss beside that of n-gram models of
+the same training tokens on the same held-out windows, and their tasks beside chance.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import TYPE_CHECKING
+
+from moepp.errors import UsageError
+from moepp.evaluation.results import TaskResult, load_task_results
+from moepp.records import read_json, write_json
+from moepp.reports.results import Run, SweepResults
+from moepp.statistics.tables import Table
+
+if TYPE_CHECKING:  # numpy comes with these, and listing experiments does not wait for it
+    from moepp.data.token_files import TokenFiles
+
+MOST_TOKENS = 2**27  # that are counted: beyond these the trigrams of a corpus take minutes and gigabytes
+STANDARD_ERRORS = 2  # over examples, above chance
+
+
+@dataclass(frozen=True)
+class Standing:
+    """`losses` are means over seeds by arm. `references` are of the tokens that one run of the baseline has seen; empty
+    where these are not on this machine, or too many to count. `tasks`: whether the runs together answer more of them
+    right than chance would.
+    """
+
+    losses: Mapping[str, float]
+    references: Mapping[str, float]
+    tokens: int  # different ones
+    tasks: Mapping[str, bool]
+
+    @property
+    def mechanics_only(self) -> bool:
+        """Whether a model here has not even learnt which token follows which."""
+        return bool(self.references) and max(self.losses.values()) > self.references["bigram"]
+
+    def __str__(self) -> str:
+        return " ".join([self._loss(), *([self._above_chance()] if self.tasks else [])])
+
+    def _loss(self) -> str:
+        best, worst = (choose(self.losses, key=self.losses.__getitem__) for choose in (min, max))
+        arms = f"{self.losses[best]:.3f} ({best})"
+        arms += f" to {self.losses[worst]:.3f} ({worst})" if worst != best else ""
+        said = f"What the models can do: they end at a validation loss of {arms} nats per token"
+        if not self.references:
+            return f"{said}; no n-gram stands beside it, for their tokens are not on this machine or too many to count."
+        references = ", ".join(f"{name} {nats:.3f}" for name, nats in self.references.items())
+        below = "; ".join(f"below the {name}: {self._below(nats)}" for name, nats in self.references.items())
+        same = f"on the same held-out windows n-grams of the same {self.tokens:,} training tokens have"
+        return f"{said}; {same} {references}. Of {len(self.losses)} arms {below}."
+
+    def _below(self, nats: float) -> str:
+        arms = [arm for arm, loss in self.losses.items() if loss < nats]
+        return "none" if not arms else "all" if len(arms) == len(self.losses) else ", ".join(arms)
+
+    def _above_chance(self) -> str:
+        above = [task for task, found in self.tasks.items() if found]
+        return f"Above chance: {', '.join(above) or 'none'} of {len(self.tasks)} tasks."
+
+    def table(self) -> Table:
+        rows = [*self.references.items(), *self.losses.items()]
+        caption = "Loss of n-gram models and of every arm on held-out text, nats per token."
+        return Table("standing", caption, ("model", "validation loss"), tuple(rows))
+
+
+def standing(results: SweepResults, arms: Sequence[str] = ()) -> Standing:
+    """Of these arms, or of all that have finished runs."""
+    runs = {arm: by_seed for arm, by_seed in results.runs.items() if not arms or arm in arms}
+    losses = {arm: loss for arm in runs if (loss := results.mean(arm, "val_loss")) is not None}
+    of_baseline = runs.get(results.baseline) or next(iter(runs.values()))
+    references, tokens = references_of(of_baseline[min(of_baseline)])
+    return Standing(losses, references, tokens, _tasks(run for by_seed in runs.values() for run in by_seed.values()))
+
+
+def references_of(run: Run) -> tuple[dict[str, float], int]:
+    """Nats per token of n-grams of what the run has seen, on its held-out windows, and how many tokens that were.
+
+    Counted once and kept beside the token files, where these can be written.
+    """
+    from moepp.data.windows import evenly_spread, gather, visited, window_count
+    from moepp.statistics.ngrams import NAMES, witten_bell
+
+    files = _token_files(run.config)
+    if files is None or "data.batch_size" not in run.config:
+        return {}, 0
+    length, seed = run.config["data.seq_len"], run.config.get("seed", 0)
+    sequences = run.config["trainer.steps"] * run.config["data.batch_size"]
+    windows = window_count(files.header.train.tokens, length)
+    seen = min(windows, sequences)
+    if seen * length > MOST_TOKENS:
+        return {}, 0
+    held = evenly_spread(window_count(files.header.val.tokens, length), run.config["data.val_sequences"])
+    order = f"seed {seed}" if seen < windows else "all"
+    asked = hashlib.sha256(f"{files.header.digest} {order} {seen}x{length} {len(held)}".encode()).hexdigest()[:16]
+    path = files.path / "ngrams" / f"{asked}.json"
+    found = read_json(path)
+    if found is None:
+        train_WS = gather(files.train, visited(windows, sequences, seed), length)
+        found = witten_bell(train_WS, gather(files.val, held, length), files.header.vocab_size)
+        with suppress(OSError):
+            write_json(path, found)
+    return {name: found[name] for name in NAMES}, seen * length
+
+
+def _token_files(config: Mapping[str, object]) -> "TokenFiles | None":
+    """Those of a run, where they are on this machine. Nothing is prepared anew for a report."""
+    from moepp.data.token_files import TokenFiles
+
+    digest, prepared = config.get("data.digest"), config.get("data.corpus") == "tokens"
+    folder = Path(config["data.path"]) if prepared else Path(config.get("data.cache", ""), str(digest))
+    with suppress(UsageError):
+        files = TokenFiles.open(folder.expanduser())
+        return files if files.header.digest == digest else None
+    return None
+
+
+def _tasks(runs: Iterable[Run]) -> dict[str, bool]:
+    scores: dict[str, list[TaskResult]] = {}
+    for run in runs:
+        for task, result in load_task_results(run.path).items():
+            scores.setdefault(task, []).append(result)
+    return {task: _above_chance(results) for task, results in scores.items()}
+
+
+def _above_chance(results: Sequence[TaskResult]) -> bool:
+    """Over the examples that all runs answered, each counted once with the mean of the runs."""
+    examples = zip(*(result.examples for result in results), strict=False)
+    metric = results[0].accuracy_metric
+    over = [
+        fmean(one.metrics[metric] for one in answers) - (1 / len(answers[0].choices) if answers[0].choices else 0.0)
+        for answers in examples
+    ]
+    return fmean(over) > STANDARD_ERRORS * pstdev(over) / len(over) ** 0.5

@@ -1,0 +1,380 @@
+"""Zero-computation experts and gating residuals inside other people's MoE blocks, by two class swaps per block.
+
+This file stands alone beside torch and transformers: an exported folder carries it as its one file of code. A block's
+router and its experts become instances of generated subclasses of their own classes, so that whatever selects modules
+by class still finds them, and the weights that were there stay where they were.
+Shape suffixes: T tokens, K slots of a token, D model width, E the family's own experts, Z new ones (constant, copy,
+zero), N = E + Z, C candidates for a token's slots, R rows of slots.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+SILENT = -1e4  # the offset at which a new expert is never chosen and takes no probability: float32 rounds it to 0
+ROUTER_NAMES = ("gate", "router")
+SKIPPING = ("grouped_mm", "deepgemm", "sonicmoe")  # experts implementations that never multiply the rows of id E
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a family's router does between its logits and its gates.
+
+    `score` is `softmax` (over all), `top_k_softmax` (over the chosen) or `sigmoid`; scores are taken in float32 or in
+    the logits' own dtype. The choice is by `chooses` (scores or logits), plus a `bias` per expert if there is one,
+    which is the name of a tensor of the router, or `argument` where the block hands it over. `groups` is (all, kept).
+    """
+
+    score: str
+    float_scores: bool = True
+    chooses: str = "scores"
+    bias: str | None = None
+    groups: tuple[int, int] | None = None
+    group_score: str = "max"
+    group_fill: float = 0.0
+    normed: bool = False
+    epsilon: float = 0.0  # added to the sum that gates are divided by, or its least value where `clamped`
+    clamped: bool = False
+    scale: float = 1.0
+    out: str = "scores"  # whose dtype the gates have: scores, logits or input
+    sorted: bool = True
+
+    @property
+    def offset_in_logits(self) -> bool:
+        """Sigmoid scores are independent of each other: there an offset enters the choice alone."""
+        return self.score != "sigmoid"
+
+    def route(
+        self, logits_TN: Tensor, offset_Z: Tensor, bias_E: Tensor | None, top_k: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Gates and ids [T, K]. The family's own choice among its experts competes with the new ones, and what is kept
+        of it keeps its order: ties and sums fall as they did.
+        """
+        new = len(offset_Z)
+        own = logits_TN.shape[1] - new
+        logits_TE, logits_TZ = logits_TN.split([own, new], 1)
+        if self.offset_in_logits:
+            logits_TZ = logits_TZ + offset_Z
+        dtype = torch.float32 if self.float_scores else dtype
+        # Contiguous as the family's own: elementwise kernels round strided rows otherwise.
+        logits_TE, logits_TZ = logits_TE.to(dtype).contiguous(), logits_TZ.to(dtype)
+        scores_TE, scores_TZ = self.scores(logits_TE, logits_TZ)
+        choice_TE, choice_TZ = (logits_TE, logits_TZ) if self.chooses == "logits" else (scores_TE, scores_TZ)
+        if bias_E is not None:
+            choice_TE = choice_TE + bias_E
+        own_TK = self.allowed(choice_TE).topk(top_k, -1, sorted=self.sorted).indices
+        silent_Z = offset_Z <= SILENT
+        choice_TZ = (choice_TZ if self.offset_in_logits else choice_TZ + offset_Z).masked_fill(silent_Z, float("-inf"))
+        place_TK = winners(torch.cat([choice_TE.gather(1, own_TK), choice_TZ], 1), top_k)
+        new_TZ = torch.arange(own, own + new, device=own_TK.device).expand(len(own_TK), -1)
+        if self.chooses == "logits":
+            scores_TE, scores_TZ = logits_TE, logits_TZ
+        values_TK = torch.cat([scores_TE.gather(1, own_TK), scores_TZ], 1).gather(1, place_TK)
+        return self.gates(values_TK), torch.cat([own_TK, new_TZ], 1).gather(1, place_TK)
+
+    def scores(self, logits_TE: Tensor, logits_TZ: Tensor) -> tuple[Tensor, Tensor]:
+        """A softmax over all is two softmaxes and each one's share of the mass; the own experts' is exactly 1 while the
+        new ones are silent, where one softmax over N columns would round otherwise than one over E.
+        """
+        if self.score == "sigmoid":
+            return logits_TE.sigmoid(), logits_TZ.sigmoid()
+        if self.score == "top_k_softmax":
+            return logits_TE, logits_TZ
+        if not logits_TZ.shape[1]:
+            return logits_TE.softmax(-1), logits_TZ
+        odds_T1 = logits_TE.logsumexp(-1, keepdim=True) - logits_TZ.logsumexp(-1, keepdim=True)
+        return logits_TE.softmax(-1) * odds_T1.sigmoid(), logits_TZ.softmax(-1) * (-odds_T1).sigmoid()
+
+    def allowed(self, choice_TE: Tensor) -> Tensor:
+        """Experts outside the best groups are out of the choice."""
+        if self.groups is None:
+            return choice_TE
+        groups, kept = self.groups
+        grouped = choice_TE.unflatten(1, (groups, -1))
+        best = grouped.amax(-1) if self.group_score == "max" else grouped.topk(2, -1).values.sum(-1)
+        mask = torch.ones_like(best, dtype=torch.bool).scatter(1, best.topk(kept, -1, sorted=False).indices, False)
+        return choice_TE.masked_fill(mask.repeat_interleave(grouped.shape[-1], 1), self.group_fill)
+
+    def gates(self, scores_TK: Tensor) -> Tensor:
+        if self.score == "top_k_softmax":
+            scores_TK = scores_TK.softmax(-1)
+        elif self.score == "sigmoid" and self.chooses == "logits":
+            scores_TK = scores_TK.sigmoid()
+        if self.normed:
+            total_T1 = scores_TK.sum(-1, keepdim=True)
+            scores_TK = scores_TK / (total_T1.clamp(min=self.epsilon) if self.clamped else total_T1 + self.epsilon)
+        return scores_TK if self.scale == 1 else scores_TK * self.scale
+
+
+def winners(choice_TC: Tensor, top_k: int) -> Tensor:
+    """The columns of each row's `top_k` largest, ascending [T, K]; of equal ones the first."""
+    return choice_TC.argsort(dim=-1, descending=True, stable=True)[:, :top_k].sort(-1).values
+
+
+class Carry:
+    """The logits that one MoE layer hands to the next (Eq. 6), and whether a recomputation may trust them."""
+
+    def __init__(self) -> None:
+        self.previous: Tensor | None = None
+        self.restored = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Carry":
+        return memo.setdefault(id(self), Carry())
+
+    def __reduce__(self) -> tuple[type["Carry"], tuple[()]]:
+        return Carry, ()
+
+    def before(self, first: bool) -> Tensor | None:
+        """What the router before this one said; raises where a recomputation would find another forward's."""
+        if first:
+            return None
+        recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        if recomputing and not self.restored:
+            raise RuntimeError(
+                "activation checkpointing of a model with gating residuals: switch it on by"
+                " model.activation_checkpointing_enable() after the retrofit, which recomputes them exactly"
+            )
+        return self.previous
+
+    @contextmanager
+    def at(self, previous: Tensor | None) -> Iterator[None]:
+        """Whatever runs in here finds `previous`, however many forwards came in between."""
+        kept, was_restored = self.previous, self.restored
+        self.previous, self.restored = previous, True
+        try:
+            yield
+        finally:
+            self.restored = was_restored
+            if torch._C._current_graph_task_id() != -1:
+                self.previous = kept
+
+
+class PlusPlusRouter:
+    """Mixed into a family's router: its own logits, those of the new experts, the gating residual."""
+
+    def plus_plus(self, form: Form, counts: dict[str, int], width: int, residual: bool, carry: Carry) -> None:
+        """Adds `new_rows` [Z, D], the offsets [Z] and `residual` [N, N], which only a later layer has."""
+        own = next(self.parameters())
+        new, total = sum(counts.values()), sum(counts.values()) + own_experts(self)
+        self.form, self.carry, self.first, self.last = form, carry, not residual, False
+        self.new_rows = nn.Parameter(own.new_empty(new, width))
+        self.register_buffer("offset", own.new_full((new,), SILENT, dtype=torch.float32))
+        self.register_buffer("calibrated", own.new_zeros(new, dtype=torch.float32))
+        self.residual = nn.Parameter(own.new_zeros(total, total)) if residual else None
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [T, N] with the offsets that softmaxes see, gates and ids [T, K]."""
+        logits_TE = super().forward(hidden_states, *args, **kwargs)[0]
+        logits_TN = self.all_logits(logits_TE, hidden_states)
+        bias_E = self.bias_of(args, kwargs)
+        self.own_dtype = dtype = logits_TE.dtype
+        gates_TK, expert_TK = self.form.route(logits_TN, self.offset, bias_E, self.top_k, dtype)
+        if self.form.out != "scores":
+            gates_TK = gates_TK.to(dtype if self.form.out == "logits" else hidden_states.dtype)
+        if self.form.offset_in_logits:
+            logits_TN = logits_TN + F.pad(self.offset, (logits_TE.shape[1], 0))
+        return logits_TN, gates_TK, expert_TK
+
+    def all_logits(self, logits_TE: Tensor, x: Tensor) -> Tensor:
+        """Before any offset, in float32; the next router's `previous`."""
+        with torch.autocast(x.device.type, enabled=False):
+            logits_TZ = F.linear(x.reshape(-1, x.shape[-1]).float(), self.new_rows.float())
+            logits_TN = torch.cat([logits_TE.float(), logits_TZ], 1)
+            if self.residual is not None and (previous_TN := self.carry.before(self.first)) is not None:
+                logits_TN = logits_TN + F.linear(previous_TN.to(logits_TN), self.residual.float())
+        self.carry.previous = None if self.last else logits_TN
+        return logits_TN
+
+    def bias_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The family's own bias on the choice, [E]."""
+        name = self.form.bias
+        if name is None:
+            return None
+        if name == "argument":
+            return next(iter((*args, *kwargs.values())), None)
+        *path, leaf = name.split(".")
+        return getattr(self.get_submodule(".".join(path)), leaf).reshape(-1)
+
+
+class PlusPlusExperts:
+    """Mixed into a family's experts: its own for their slots, and one affine map a x + b V for all the others."""
+
+    no_weight_decay = ("vectors", "copy_scale")
+
+    def plus_plus(self, own: int, counts: dict[str, int], scaled_copy: bool) -> None:
+        down, width = self.down_proj, experts_width(self)
+        constant, copy = counts["constant"], counts["copy"]
+        self.own, self.counts = own, counts
+        self.w_mix = nn.Parameter(down.new_empty(2 * constant, width)) if constant else None
+        self.vectors = nn.Parameter(down.new_empty(constant, width)) if constant else None
+        self.copy_scale = nn.Parameter(down.new_ones(copy)) if copy and scaled_copy else None
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`(x [T, D], ids [T, K], gates [T, K])`, by position or by the family's own names."""
+        expert_TK, gate_TK, *_ = *args, *kwargs.values()
+        y_TD = self.own_forward(hidden_states, expert_TK, gate_TK)
+        return y_TD + self.affine(hidden_states, expert_TK, gate_TK).to(y_TD.dtype)
+
+    def own_forward(self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor) -> Tensor:
+        """Slots of new experts are never multiplied: skipped by implementations that can, left out for the others."""
+        new_TK = expert_TK >= self.own
+        implementation = getattr(getattr(self, "config", None), "_experts_implementation", None)
+        decorated = hasattr(self, "_is_expert_parallel")
+        if not decorated or implementation in SKIPPING or torch.compiler.is_compiling():
+            return super().forward(x_TD, expert_TK.clamp(max=self.own), gate_TK.masked_fill(new_TK, 0))
+        if not new_TK.any():
+            return super().forward(x_TD, expert_TK, gate_TK)
+        token_R, slot_R = (~new_TK).nonzero(as_tuple=True)
+        if not len(token_R):
+            return torch.zeros_like(x_TD)
+        y_RD = super().forward(x_TD[token_R], expert_TK[token_R, slot_R, None], gate_TK[token_R, slot_R, None])
+        return torch.zeros_like(x_TD, dtype=y_RD.dtype).index_add(0, token_R, y_RD)
+
+    def affine(self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor) -> Tensor:
+        """Constant experts (Eq. 5), copies (Eq. 4) and zeros (Eq. 3) by their gates, in float32."""
+        constant, copy = self.counts["constant"], self.counts["copy"]
+        with torch.autocast(x_TD.device.type, enabled=False):
+            x_TD, gate_TK = x_TD.float(), gate_TK.float()
+            ids = torch.arange(self.own, self.own + constant + copy, device=expert_TK.device)
+            gate_TZ = torch.where(expert_TK[..., None] == ids, gate_TK[..., None], 0).sum(1)
+            constant_TC, copy_TC = gate_TZ.split([constant, copy], 1)
+            if self.copy_scale is not None:
+                copy_TC = copy_TC * self.copy_scale.float()
+            scale_T = copy_TC.sum(1)
+            if self.w_mix is None:
+                return scale_T[:, None] * x_TD
+            mix_TC2 = F.linear(x_TD, self.w_mix.float()).unflatten(1, (constant, 2)).softmax(-1)
+            scale_T = scale_T + (constant_TC * mix_TC2[..., 0]).sum(1)
+            return torch.addmm(scale_T[:, None] * x_TD, constant_TC * mix_TC2[..., 1], self.vectors.float())
+
+
+class PlusPlusModel:
+    """Mixed into a family's model: installs what `config.moepp` says, and refuses what would go around it."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        install(self, config.moepp)
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **options: Any
+    ) -> None:
+        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ValueError("use_reentrant=True cuts the gating residual off its gradient: pass use_reentrant=False")
+        carries = list({id(router.carry): router.carry for router in routers(self)}.values())
+        exact = partial(checkpoint_with, carries, gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, exact, **options)
+
+    def set_use_kernels(self, use_kernels: bool, *args: Any, **kwargs: Any) -> None:
+        if use_kernels:
+            raise ValueError("use_kernels=True replaces MoE blocks whole, their new experts included: set it to False")
+        super().set_use_kernels(use_kernels, *args, **kwargs)
+
+    @classmethod
+    def prepare_distribute_model(cls, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:
+        given = distributed_config if isinstance(distributed_config, dict) else vars(distributed_config or object)
+        if (given.get("ep_size") or 1) > 1 or given.get("enable_expert_parallel"):
+            raise ValueError("transformers' expert parallelism renumbers experts before the new ones: set ep_size=1")
+        return super().prepare_distribute_model(distributed_config, *args, **kwargs)
+
+
+def checkpoint_with(carries: Sequence[Carry], function: Callable, layer: Callable, *args: Any) -> Any:
+    """Activation checkpointing that gives a recomputed layer the logits that it had in its own forward."""
+    found = [carry.previous for carry in carries]
+
+    def run(*inputs: Any) -> Any:
+        with ExitStack() as stack:
+            for carry, previous in zip(carries, found, strict=True):
+                stack.enter_context(carry.at(previous))
+            return layer(*inputs)
+
+    return function(run, *args)
+
+
+@cache
+def mixed(mixin: type, cls: type, name: str) -> type:
+    return type(name, (mixin, cls), {"__module__": cls.__module__})
+
+
+def plus_plus_name(cls: type) -> str:
+    name = cls.__name__
+    return name.replace("For", "PlusPlusFor") if "For" in name else f"{name}PlusPlus"
+
+
+def plus_plus(cls: type) -> type:
+    """The class whose models are made with the experts and residuals that `config.moepp` names."""
+    return mixed(PlusPlusModel, cls, plus_plus_name(cls))
+
+
+def blocks(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
+    """Router and experts of every MoE block, by the block's path."""
+    found = {}
+    for path, module in model.named_modules():
+        children = dict(module.named_children())
+        router = next((children[name] for name in ROUTER_NAMES if name in children), None)
+        if router is not None and isinstance(getattr(children.get("experts"), "down_proj", None), nn.Parameter):
+            found[path] = router, children["experts"]
+    return found
+
+
+def own_experts(router: nn.Module) -> int:
+    """Columns of the family's own logits."""
+    return getattr(router, "n_routed_experts", None) or router.num_experts
+
+
+def experts_width(experts: nn.Module) -> int:
+    """D, which is the model's width unless experts work in a space of their own."""
+    down = experts.down_proj
+    return down.shape[2 if getattr(experts, "is_transposed", False) else 1]
+
+
+def routers(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, PlusPlusRouter)]
+
+
+def stack_of(path: str) -> str:
+    """Where a block's stack of layers begins: what stands before the layer's number."""
+    return path[: next((i for i, c in enumerate(path) if c.isdigit()), len(path))]
+
+
+def install(model: nn.Module, settings: dict[str, Any]) -> None:
+    """The class swaps and new members; initial values are whoever's who calls it, or a checkpoint's."""
+    form = Form(**settings["form"] | {"groups": settings["form"]["groups"] and tuple(settings["form"]["groups"])})
+    counts = {kind: settings[kind] for kind in ("constant", "copy", "zero")}
+    chosen = {path: block for path, block in blocks(model).items() if path in settings["layers"]}
+    for _, stack in groupby(chosen.items(), lambda item: stack_of(item[0])):
+        carry = Carry()
+        previous = None
+        for _, (router, experts) in stack:
+            own = own_experts(router)
+            router.__class__ = mixed(PlusPlusRouter, type(router), f"PlusPlus{type(router).__name__}")
+            experts.__class__ = mixed(PlusPlusExperts, type(experts), f"PlusPlus{type(experts).__name__}")
+            residual = settings["gating_residual"] and previous is not None
+            router.plus_plus(form, counts, settings["width"], residual, carry)
+            experts.plus_plus(own, counts, settings["scaled_copy"])
+            accept_no_one(experts, True)
+            previous = router
+        previous.last = True
+    count_experts(model, sum(counts.values()))
+
+
+def accept_no_one(experts: nn.Module, accept: bool) -> None:
+    """Whether the family's own forward takes slots of id E, which it does not multiply."""
+    if hasattr(experts, "_is_expert_parallel"):
+        experts._is_expert_parallel = accept
+    else:  # LongCat's, where such an id is one more identity expert
+        experts.total_experts += 1 if accept else -1
+
+
+def count_experts(model: nn.Module, change: int) -> None:
+    """A family's own balance loss reads the number of columns of its routers from the model."""
+    for module in model.modules():
+        if hasattr(module, "loss_function") and isinstance(getattr(module, "num_experts", None), int):
+            module.num_experts += change

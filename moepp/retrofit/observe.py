@@ -1,0 +1,73 @@
+"""What the routers of any MoE do with what passes through it, new experts or not.
+
+Shape suffixes: T tokens, K slots of a token, E experts of a layer.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moepp.errors import UsageError
+from moepp.records import RunRecord
+from moepp.retrofit.modeling import blocks
+
+
+class Observed:
+    """Sums of one layer, from which its row is made."""
+
+    def __init__(self) -> None:
+        self.count_E: Tensor | None = None
+        self.tokens = 0
+        self.entropy = self.top = 0.0
+
+    def router(self, module: nn.Module, args: Any, output: Any) -> None:
+        logits = next(o for o in output if isinstance(o, Tensor) and o.is_floating_point())
+        probs_TE = logits.detach().float().flatten(0, -2).softmax(-1)
+        self.entropy += torch.special.entr(probs_TE).sum().item()
+        self.top += probs_TE.amax(-1).sum().item()
+        self.tokens += len(probs_TE)
+        self.width = probs_TE.shape[1]
+
+    def experts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = (*args, *kwargs.values())[1]
+        count_E = torch.bincount(ids.flatten(), minlength=self.width)
+        self.count_E = count_E if self.count_E is None else self.count_E + count_E
+
+    def row(self) -> dict[str, Any]:
+        """Shares of all slots by expert, and means over tokens: entropy in nats, the largest probability."""
+        load_E = self.count_E / self.count_E.sum()
+        return {"load": load_E.tolist(), "entropy": self.entropy / self.tokens, "top_score": self.top / self.tokens}
+
+
+@contextmanager
+def observe(model: nn.Module, record: RunRecord | None = None, step: int = 0) -> Iterator[dict[str, dict[str, Any]]]:
+    """Gives a dict that has, after the block, each layer's loads, entropy and top score by its path; with a run record
+    they are logged there as `router/*`, from where MLflow shows them.
+    """
+    found = blocks(model)
+    if not found:
+        raise UsageError(f"{type(model).__name__} has no MoE block of a router and stacked experts")
+    layers, rows, hooks = {path: Observed() for path in found}, {}, []
+    for path, (router, experts) in found.items():
+        hooks.append(router.register_forward_hook(layers[path].router))
+        hooks.append(experts.register_forward_pre_hook(layers[path].experts, with_kwargs=True))
+    try:
+        yield rows
+    finally:
+        for hook in hooks:
+            hook.remove()
+    rows.update({path: layer.row() for path, layer in layers.items() if layer.tokens})
+    if record is not None:
+        record.log(step, metrics(rows))
+
+
+def metrics(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """One number per layer and expert."""
+    found = {}
+    for layer, row in enumerate(rows.values()):
+        found |= {f"router/layer{layer}/{name}": row[name] for name in ("entropy", "top_score")}
+        found |= {f"router/layer{layer}/expert{i}/load": load for i, load in enumerate(row["load"])}
+    return found

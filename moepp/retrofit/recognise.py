@@ -1,0 +1,133 @@
+"""Which form a family's router has: found by what it computes on random input, never by its name.
+
+Candidates are made of what stands in the router (numbers, tensors of E elements) and of what families are known to do;
+the one that gives the router's own gates and ids, bit for bit in float32 and in bfloat16, is it.
+"""
+
+import inspect
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moepp.errors import UsageError
+from moepp.retrofit.modeling import Form, own_experts
+
+TOKENS = 61  # odd: elementwise kernels round the ends of rows otherwise than their vectorised middle
+BIAS = 1.0  # large enough that a score with its bias is negative here and there, which tells fills of 0 and -inf apart
+DTYPES = (torch.float32, torch.bfloat16)
+EPSILONS = (0.0, 1e-20, 1e-6, 1e-9, 1e-12, 1e-15)
+
+Sample = tuple[Tensor, Tensor, Tensor, torch.dtype, nn.Module, tuple[Any, ...]]
+
+
+def recognise(router: nn.Module, width: int) -> Form:
+    """The router's form; raises UsageError, naming its class, where none fits."""
+    try:
+        samples = [sample(router, width, dtype) for dtype in DTYPES]
+    except Exception as error:
+        raise unknown(router, f"it cannot be asked on its own: {str(error).splitlines()[0]}") from None
+    for form in candidates(router, samples[0]):
+        if all(agrees(form, found) for found in samples):
+            return form
+    raise unknown(router, "what it computes is none of softmax, top-k then softmax, and sigmoid")
+
+
+def unknown(router: nn.Module, why: str) -> UsageError:
+    return UsageError(f"{type(router).__name__} is a router of unknown form: {why}; nothing was changed")
+
+
+def sample(router: nn.Module, width: int, dtype: torch.dtype) -> Sample:
+    """Logits, gates and ids of a copy of the router with random weights and biases, and what it was given."""
+    generator = torch.Generator().manual_seed(0)
+    copy = deepcopy(router).to_empty(device="cpu").eval()
+    for tensor in (*copy.parameters(), *copy.buffers()):
+        if tensor.is_floating_point():
+            deviation = tensor.shape[-1] ** -0.5 if tensor.dim() > 1 else BIAS
+            tensor.data = (torch.randn(tensor.shape, generator=generator) * deviation).to(dtype)
+    x_1TD = torch.randn(1, TOKENS, width, generator=generator).to(dtype)
+    extra = tuple(torch.randn(own_experts(router), generator=generator) * BIAS for _ in range(arguments(router)))
+    with torch.no_grad():
+        try:
+            logits, gates, ids = copy(x_1TD[0].clone(), *extra)
+        except ValueError:  # some unpack batch, sequence and width
+            logits, gates, ids = copy(x_1TD.clone(), *extra)
+    if ids.is_floating_point() or logits.shape != (TOKENS, own_experts(router)) or gates.shape != ids.shape:
+        raise ValueError("it does not answer with logits, gates and ids")
+    return logits, gates, ids, dtype, copy, extra
+
+
+def arguments(router: nn.Module) -> int:
+    """How many more tensors its forward takes; one, where it is a bias per expert."""
+    names = list(inspect.signature(router.forward).parameters)[1:]
+    if len(names) > 1 or (names and "bias" not in names[0]):
+        raise ValueError(f"its forward also takes {', '.join(names)}")
+    return len(names)
+
+
+def candidates(router: nn.Module, found: Sample) -> Iterator[Form]:
+    """Plain forms first: where two agree on everything, the one that says less is the form."""
+    numbers = {float(value) for value in vars(router).values() if type(value) in (int, float) and value == value}
+    scales = [1.0, *sorted(numbers - {1.0}), 1 / router.top_k]
+    norms = [
+        (False, 0.0, False),
+        *((True, e, False) for e in EPSILONS + tuple(sorted(n for n in numbers if 0 < n < 1))),
+    ]
+    norms += [(True, number, True) for number in sorted(numbers) if 0 < number < 1]
+    choices = product(("scores", "logits"), biases(router, found), groupings(router), (True, False))
+    for score, (chooses, bias, groups, is_sorted) in product(("softmax", "top_k_softmax", "sigmoid"), choices):
+        chosen = Form(score, chooses=chooses, bias=bias, sorted=is_sorted, **groups)
+        if (score == "softmax" and chooses == "logits") or not same_choice(chosen, found):
+            continue
+        for (normed, epsilon, clamped), scale, float_scores, out in product(
+            norms, scales, (True, False), ("scores", "logits", "input")
+        ):
+            yield replace(
+                chosen, normed=normed, epsilon=epsilon, clamped=clamped, scale=scale, float_scores=float_scores, out=out
+            )
+
+
+def biases(router: nn.Module, found: Sample) -> list[str | None]:
+    experts = own_experts(router)
+    tensors = (*router.named_parameters(), *router.named_buffers())
+    named = [name for name, tensor in tensors if tensor.numel() == experts and tensor.is_floating_point()]
+    return [None, *named, *(["argument"] if found[-1] else [])]
+
+
+def groupings(router: nn.Module) -> list[dict[str, Any]]:
+    groups = getattr(router, "num_group", None) or getattr(router, "n_group", None)
+    kept = getattr(router, "topk_group", None)
+    if not groups or not kept or groups == 1:
+        return [{}]
+    fills = (0.0, float("-inf"))
+    return [
+        {},
+        *({"groups": (groups, kept), "group_score": s, "group_fill": f} for s, f in product(("max", "sum"), fills)),
+    ]
+
+
+def route(form: Form, found: Sample) -> tuple[Tensor, Tensor]:
+    logits, _, _, dtype, router, extra = found
+    bias = None if form.bias is None else extra[0] if form.bias == "argument" else named(router, form.bias)
+    gates, ids = form.route(logits.float(), torch.zeros(0), bias, router.top_k, logits.dtype)
+    return gates.to({"scores": gates.dtype, "logits": logits.dtype, "input": dtype}[form.out]), ids
+
+
+def named(router: nn.Module, name: str) -> Tensor:
+    return {**dict(router.named_parameters()), **dict(router.named_buffers())}[name].detach().reshape(-1)
+
+
+def same_choice(form: Form, found: Sample) -> bool:
+    try:
+        return torch.equal(route(form, found)[1], found[2])
+    except RuntimeError:  # groups of one expert have no second
+        return False
+
+
+def agrees(form: Form, found: Sample) -> bool:
+    gates, ids = route(form, found)
+    return torch.equal(ids, found[2]) and gates.dtype == found[1].dtype and torch.equal(gates, found[1])

@@ -1,0 +1,326 @@
+"""`retrofit`, `calibrate`, `wake` and `strip`: a model of another family with zero-computation experts, and back."""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from moepp.errors import UsageError
+from moepp.retrofit.modeling import (
+    SILENT,
+    PlusPlusModel,
+    PlusPlusRouter,
+    accept_no_one,
+    blocks,
+    count_experts,
+    install,
+    own_experts,
+    plus_plus,
+    routers,
+)
+from moepp.retrofit.recognise import recognise
+
+ROWS = 0.01  # standard deviation of new rows, as a share of the old ones': enough to tell two equal experts apart
+NEW_OF_ROUTER = ("new_rows", "offset", "calibrated", "residual")
+NEW_OF_EXPERTS = ("w_mix", "vectors", "copy_scale")
+
+
+def retrofit(
+    model: nn.Module,
+    zero: int = 1,
+    copy: int = 1,
+    constant: int = 2,
+    gating_residual: bool = True,
+    init: Literal["silent", "warm", "zeda"] = "silent",
+    layers: Collection[int] | None = None,
+    verify: bool = True,
+    scaled_copy: bool = False,
+) -> nn.Module:
+    """Adds the experts and the gating residual to every MoE block, or to the `layers`-th ones, in place.
+
+    `silent` computes what the model computed, bit for bit, until `calibrate` or `wake`; `warm` calibrates a quarter of
+    the slots on random ids, fewer where fewer can be had; `zeda` draws rows with the old rows' mean and deviation
+    (arXiv 2605.18643). `verify` compares each router with its form at its own weights too. `scaled_copy` gives copies a
+    learnt factor. Raises UsageError, with the model as it was.
+    """
+    counts = {"constant": constant, "copy": copy, "zero": zero}
+    if init not in ("silent", "warm", "zeda"):
+        raise UsageError(f"init={init!r}: must be silent, warm or zeda")
+    if bad := [f"{kind}={count}" for kind, count in counts.items() if count < 0]:
+        raise UsageError(f"{bad[0]} must not be negative")
+    if not any(counts.values()) and not gating_residual:
+        raise UsageError("nothing to add: set zero, copy or constant above 0, or gating_residual=True")
+    chosen = choose_blocks(model, layers)
+    form, width = common_form(chosen)
+    settings = {**counts, "gating_residual": gating_residual, "scaled_copy": scaled_copy, "layers": list(chosen)}
+    model.config.moepp = {**settings, "form": asdict(form), "width": width}
+    model.__class__ = plus_plus(type(model))
+    expected = before(chosen) if verify else {}
+    install(model, model.config.moepp)
+    for router, experts in chosen.values():
+        draw(router, experts, init)
+    check(model, chosen, expected)
+    if init == "warm":
+        warm(model, sum(counts.values()))
+    return model
+
+
+def choose_blocks(model: nn.Module, layers: Collection[int] | None) -> dict[str, tuple[nn.Module, nn.Module]]:
+    """The MoE blocks that get new experts; raises UsageError where they cannot have any."""
+    name = type(model).__name__
+    if isinstance(model, PlusPlusModel):
+        raise UsageError(f"{name} has its new experts already: strip(model) first")
+    if getattr(model, "use_kernels", False):
+        raise UsageError(f"{name} was loaded with use_kernels=True, which replaces MoE blocks whole: load it without")
+    found = blocks(model)
+    if not found:
+        raise UsageError(f"{name} has no MoE block of a router and stacked experts: upcycle a dense model first")
+    if parallel := [path for path, (_, experts) in found.items() if getattr(experts, "_is_expert_parallel", False)]:
+        raise UsageError(f"{parallel[0]} of {name} runs under transformers' expert parallelism: load it with ep_size=1")
+    if layers is None:
+        return found
+    if bad := [layer for layer in layers if not 0 <= layer < len(found)]:
+        raise UsageError(f"layers: {bad[0]} is no MoE block of {name}, which has {len(found)}, from 0")
+    return {path: block for i, (path, block) in enumerate(found.items()) if i in layers}
+
+
+def common_form(chosen: dict[str, tuple[nn.Module, nn.Module]]) -> tuple[Any, int]:
+    """Form and input width of all these routers; raises UsageError where they have no common one."""
+    found = {}
+    for path, (router, _) in chosen.items():
+        width = router_width(router)
+        found[path] = recognise(router, width), width
+    if len(set(found.values())) > 1:
+        paths = [path for path in found if found[path] != next(iter(found.values()))]
+        raise UsageError(f"{paths[0]} routes otherwise than {next(iter(found))}: choose `layers` of one form")
+    return next(iter(found.values()))
+
+
+def router_width(router: nn.Module) -> int:
+    """D, from the one matrix with a row per expert."""
+    matrices = [p for p in router.parameters() if p.dim() == 2 and p.shape[0] == own_experts(router)]
+    if len(matrices) != 1:
+        raise UsageError(
+            f"{type(router).__name__} is a router of unknown form: {len(matrices)} matrices with a row per expert"
+        )
+    return matrices[0].shape[1]
+
+
+def draw(router: nn.Module, experts: nn.Module, init: str) -> None:
+    """Initial values of one block's new parameters."""
+    matrix = next(p for name, p in router.named_parameters() if p.dim() == 2 and name not in NEW_OF_ROUTER)
+    if matrix.is_meta:
+        return
+    with torch.no_grad():
+        if init == "zeda":
+            mean_D, std_D = matrix.float().mean(0), matrix.float().std(0)
+            router.new_rows.copy_(mean_D + std_D * torch.randn_like(router.new_rows, dtype=torch.float32))
+            router.offset.zero_()
+        else:
+            router.new_rows.normal_(std=ROWS * matrix.float().std().item())
+        for parameter in (experts.w_mix, experts.vectors):
+            if parameter is not None:
+                parameter.normal_(std=0.02)
+
+
+def probe(router: nn.Module) -> tuple[Tensor, ...]:
+    """Random input for a router with its own weights."""
+    generator = torch.Generator().manual_seed(1)
+    weight = next(iter(router.parameters()))
+    x_1TD = torch.randn(1, 64, router_width(router), generator=generator).to(weight.device, weight.dtype)
+    extra = [torch.zeros(own_experts(router), device=weight.device)] if "bias" in str(argument_names(router)) else []
+    return x_1TD, *extra
+
+
+def argument_names(router: nn.Module) -> tuple[str, ...]:
+    return type(router).forward.__code__.co_varnames[1 : type(router).forward.__code__.co_argcount]
+
+
+@torch.no_grad()
+def before(chosen: dict[str, tuple[nn.Module, nn.Module]]) -> dict[str, tuple[Any, tuple[Tensor, ...]]]:
+    """What each router says to random input before anything is changed; of none on the meta device."""
+    found = {}
+    for path, (router, _) in chosen.items():
+        if not next(router.parameters()).is_meta:
+            given = probe(router)
+            found[path] = given, ask(router, given)
+    return found
+
+
+def ask(router: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    training = router.training
+    try:
+        return router.eval()(given[0][0].clone(), *given[1:])
+    except ValueError:
+        return router(given[0].clone(), *given[1:])
+    finally:
+        router.train(training)
+
+
+@torch.no_grad()
+def check(model: nn.Module, chosen: dict[str, tuple[nn.Module, nn.Module]], expected: dict[str, Any]) -> None:
+    """Raises UsageError, with the model stripped, where a silent router says anything else than it did."""
+    for path, (given, (_, gates, ids)) in expected.items():
+        router = chosen[path][0]
+        offset = router.offset.clone()
+        router.offset.fill_(SILENT)
+        _, new_gates, new_ids = ask(router, given)
+        router.offset.copy_(offset)
+        if not (torch.equal(gates, new_gates) and torch.equal(ids, new_ids)):
+            name = type(router).__name__.removeprefix("PlusPlus")
+            strip(model)
+            raise UsageError(f"{name} at {path} does not compute its form with its own weights; nothing was changed")
+
+
+def strip(model: nn.Module) -> nn.Module:
+    """The model as it was before `retrofit`, in place: classes, parameters and config; returns it."""
+    require(model)
+    new = sum(model.config.moepp[kind] for kind in ("constant", "copy", "zero"))
+    for router, experts in blocks(model).values():
+        if isinstance(router, PlusPlusRouter):
+            remove(router, (*NEW_OF_ROUTER, "form", "carry", "first", "last", "own_dtype"))
+            remove(experts, (*NEW_OF_EXPERTS, "own", "counts"))
+            accept_no_one(experts, False)
+    model.__class__ = type(model).__bases__[1]
+    del model.config.moepp
+    count_experts(model, -new)
+    if getattr(model, "is_activation_checkpointing", False):
+        model.activation_checkpointing_disable()
+    return model
+
+
+def remove(module: nn.Module, names: Iterable[str]) -> None:
+    module.__class__ = type(module).__bases__[1]
+    for name in names:
+        if hasattr(module, name):
+            delattr(module, name)
+
+
+def require(model: nn.Module) -> None:
+    if not isinstance(model, PlusPlusModel):
+        raise UsageError(f"{type(model).__name__} has no new experts: retrofit(model) first")
+
+
+def calibrate(model: nn.Module, batches: Iterable[Any], share: float = 0.25, tolerance: float = 0.002) -> nn.Module:
+    """Sets every layer's offset, one for all its new experts, so that this share of the batches' slots goes to them;
+    no training. A batch is ids [B, S], or a mapping of a model's inputs whose `attention_mask` leaves padding out.
+
+    Later layers see what earlier ones changed: passes are repeated until every layer is within `tolerance`.
+    """
+    require(model)
+    found = routers(model)
+    most = min(min(len(router.offset), router.top_k) / router.top_k for router in found)
+    if not 0 <= share <= most:
+        raise UsageError(
+            f"share={share} must lie between 0 and {most:g}: a token has {most * found[0].top_k:g} of"
+            f" {found[0].top_k} slots for {len(found[0].offset)} new experts"
+        )
+    batches = list(batches)
+    for router in found:
+        router.calibrated.fill_(SILENT if share == 0 else 0)
+    if share:
+        for _ in range(len(found) + 3):
+            seen = listen(model, batches)
+            errors = [abs(taken(router, *seen[router], router.offset) - share) for router in found]
+            if max(errors) <= tolerance:
+                break
+            for router in found:
+                router.calibrated.copy_(offset_for(router, *seen[router], share))
+                router.offset.copy_(router.calibrated)
+    wake(model, 1.0)
+    return model
+
+
+Heard = tuple[Tensor, Tensor | None, torch.dtype]
+
+
+@torch.no_grad()
+def listen(model: nn.Module, batches: Iterable[Any]) -> dict[nn.Module, Heard]:
+    """Each router's logits [T, N] before offsets, the bias on its choice and the family's dtype of logits, over all
+    batches.
+    """
+    heard: dict[nn.Module, list[Tensor]] = {router: [] for router in routers(model)}
+    biases: dict[nn.Module, tuple[Tensor | None, torch.dtype]] = {}
+    training = model.training
+    with hearing(heard, biases):
+        for batch in batches:
+            inputs = as_inputs(batch, model)
+            model.eval()(**inputs)
+            mask = inputs.get("attention_mask")
+            if mask is not None and mask.dim() == 2:
+                for logits in heard.values():
+                    logits[-1] = logits[-1][mask.flatten().bool().to(logits[-1].device)]
+    model.train(training)
+    return {router: (torch.cat(logits), *biases[router]) for router, logits in heard.items()}
+
+
+@contextmanager
+def hearing(heard: dict[nn.Module, list[Tensor]], biases: dict[nn.Module, Any]) -> Iterator[None]:
+    def hook(router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Tensor, ...]) -> None:
+        own = own_experts(router)
+        logits_TN = output[0].detach().clone()
+        if router.form.offset_in_logits:
+            logits_TN[:, own:] -= router.offset
+        heard[router].append(logits_TN)
+        biases[router] = router.bias_of(args[1:], kwargs), router.own_dtype
+
+    hooks = [router.register_forward_hook(hook, with_kwargs=True) for router in heard]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def as_inputs(batch: Any, model: nn.Module) -> dict[str, Any]:
+    inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
+    inputs.pop("labels", None)
+    return {name: v.to(model.device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
+
+
+def taken(router: nn.Module, logits_TN: Tensor, bias: Tensor | None, dtype: torch.dtype, offset: Tensor) -> float:
+    """The share of slots that new experts get at this offset."""
+    _, ids = router.form.route(logits_TN, offset, bias, router.top_k, dtype)
+    return (ids >= own_experts(router)).float().mean().item()
+
+
+@torch.no_grad()
+def offset_for(router: nn.Module, logits_TN: Tensor, bias: Tensor | None, dtype: torch.dtype, share: float) -> Tensor:
+    """The offset at which new experts get this share of the slots, by bisection: the share grows with the offset."""
+    low, high = -64.0, 64.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        if taken(router, logits_TN, bias, dtype, torch.full_like(router.offset, middle)) < share:
+            low = middle
+        else:
+            high = middle
+    return torch.full_like(router.offset, high)
+
+
+@torch.no_grad()
+def wake(model: nn.Module, fraction: float) -> nn.Module:
+    """Moves the offsets from silent, at 0, to calibrated, at 1: their odds of being chosen grow with the fraction in a
+    softmax, their score in a sigmoid. Uncalibrated offsets are 0.
+    """
+    require(model)
+    if not 0 <= fraction <= 1:
+        raise UsageError(f"fraction={fraction} must lie in [0, 1]")
+    for router in routers(model):
+        if fraction == 0:
+            router.offset.fill_(SILENT)
+        else:
+            step = torch.tensor(fraction).log() if router.form.offset_in_logits else fraction - 1
+            router.offset.copy_((router.calibrated + step).clamp(min=SILENT))
+    return model
+
+
+def warm(model: nn.Module, new: int) -> None:
+    """Calibrated on random ids."""
+    if new:
+        ids = torch.randint(
+            model.config.get_text_config().vocab_size, (4, 64), generator=torch.Generator().manual_seed(0)
+        )
+        calibrate(model, [ids], share=min([0.25, *(min(new, r.top_k) / r.top_k for r in routers(model))]))

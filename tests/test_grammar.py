@@ -1,0 +1,99 @@
+"""The words of a command line, sorted by one small command."""
+
+import click
+import pytest
+
+from moepp.grammar import Group, Number, Several, run
+from moepp.layers.bounds import Count, NotNegative
+
+
+@pytest.fixture
+def group():
+    @click.group(cls=Group)
+    def commands():
+        pass
+
+    @commands.command(examples=["here --seeds 0..2"])
+    @click.argument("place", required=False)
+    @click.option("--seeds", type=Several(Number(Count)))
+    @click.option("--note", type=Several(click.STRING))
+    @click.option("--tasks-dir")
+    @click.option("--share", type=Number(NotNegative), default=0.5)
+    @click.option("--flag", is_flag=True)
+    @click.argument("overrides", nargs=-1)
+    def show(**given):
+        print({name: value for name, value in given.items() if value not in (None, (), False, 0.5)})
+
+    @commands.command()
+    @click.argument("place")
+    def bare(place):
+        print(place)
+
+    @commands.command(hidden=True)
+    def sham():
+        pass
+
+    return commands
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (
+            "here --seeds 3 4 5 a.b=6 --flag",
+            {"place": "here", "seeds": [3, 4, 5], "overrides": ("a.b=6",), "flag": True},
+        ),
+        ("a=1 here b=2", {"place": "here", "overrides": ("a=1", "b=2")}),
+        ("a=1", {"overrides": ("a=1",)}),
+        ("seeds=1..3 tasks_dir=x share=2", {"seeds": [1, 2, 3], "tasks_dir": "x", "share": 2.0}),
+        ("--seeds 1,7", {"seeds": [1, 7]}),
+        ("--tasks-dir share=2", {"tasks_dir": "share=2"}),  # what an option takes is not looked at
+        ("--note a=1", {"note": [""], "overrides": ("a=1",)}),
+        ("runs/x:lr=1", {"place": "runs/x:lr=1"}),
+        ("flag=true", {"overrides": ("flag=true",)}),
+    ],
+)
+def test_every_word_finds_its_place(group, capsys, words, shown):
+    assert run(group, ["show", *words.split()]) == 0
+    assert eval(capsys.readouterr().out) == shown
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("show --seeds one", "Invalid value for '--seeds': 'one' is no whole number"),
+        ("show --seeds -1", "Invalid value for '--seeds': -1 must be at least 1, and at most 16,777,216"),
+        ("show --seeds a.b=1", "Invalid value for '--seeds': '' is no whole number"),
+        ("show --share nan", "Invalid value for '--share': nan must not be negative, and finite"),
+        ("show --sedes 1", "No such option '--sedes'"),
+        ("bare here a=1 b=2", "unrecognized arguments: a=1 b=2"),
+        ("bare", "Missing argument 'PLACE'"),
+        ("shwo", "no command 'shwo'; did you mean show?"),
+        ("xyz", "no command 'xyz'; choose from show, bare\n"),
+    ],
+)
+def test_wrong_words_end_in_one_line(group, capsys, words, message):
+    assert run(group, words.split()) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {message}") and err.count("\n") == 1
+
+
+def test_help_ends_with_examples_that_can_be_typed(group, capsys):
+    assert run(group, ["show", "--help"]) == 0
+    assert capsys.readouterr().out.endswith("Examples:\n  python run.py show here --seeds 0..2\n")
+
+
+def test_the_installed_command_calls_itself_so(group, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/usr/bin/moepp"])
+    run(group, ["show", "--help"])
+    out = capsys.readouterr().out
+    assert out.startswith("Usage: moepp show ") and "  moepp show here" in out
+
+
+def test_an_interrupted_command_says_how_to_go_on(group, capsys):
+    @group.command()
+    def stop():
+        raise KeyboardInterrupt
+
+    assert run(group, ["stop"]) == 130
+    assert capsys.readouterr().err.endswith("interrupted; the same command continues\n")
