@@ -13,7 +13,7 @@ from moepp.errors import UsageError
 from moepp.experiments import fig4, fig5, fig6, findings
 from moepp.models.official import save_official
 from moepp.records import write_json
-from moepp.reports.experiment import SCALES, Context
+from moepp.reports.experiment import USUAL, Context
 from moepp.reports.report import write_report
 from moepp.routing import measure as measured
 from moepp.training.run import freeze, train
@@ -228,9 +228,9 @@ def test_a_released_checkpoint_takes_the_place_of_runs(measure, sweep, tasks, tm
 
 @pytest.mark.parametrize("study", [fig4.EXPERIMENT, fig5.EXPERIMENT, fig6.EXPERIMENT, findings.EXPERIMENT])
 def test_every_scale_of_the_runs_can_be_measured(study):
-    assert study.scales == SCALES
+    assert study.scales == USUAL
     for amount in (measured.EXAMPLES, measured.SUBJECT_EXAMPLES, measured.WORDS):
-        assert tuple(amount) == SCALES and sorted(amount.values()) == list(amount.values())
+        assert tuple(amount) == USUAL and sorted(amount.values()) == list(amount.values())
 
 
 def test_a_token_that_begins_a_word_is_told_from_its_namesake():
