@@ -69,8 +69,8 @@ class Traffic:
     def read(self) -> dict[str, float]:
         """Per optimizer step since the last call, over all devices; the time is this one's. {} where no rows travel.
 
-        `ep/bytes_per_step` counts rows that leave their device, forward and backward, without those of the pass that counts
-        the load of a step of several micro-batches (`balance.over`); `ep/rows_sent_share` is of all
+        `ep/bytes_per_step` counts rows that leave their device, forward and backward, without those of the pass that
+        counts the load of a step of several micro-batches (`balance.over`); `ep/rows_sent_share` is of all
         slots that were routed and not dropped; `ep/device_load_max_over_mean` compares the FFN rows that devices
         compute, mean over layers; `ep/all_to_all_ms` contains the wait for the slowest device.
         """

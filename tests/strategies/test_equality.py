@@ -141,7 +141,7 @@ def test_experts_without_tokens_get_none(results, strategy):
 def test_only_rows_of_ffn_experts_on_other_devices_cross(results, devices, scenario):
     found = results(devices, scenario)
     width, bytes_per_number = 32, 2 if scenario.precision == "bf16-mixed" else 4
-    # To the expert and back, forward and backward; where a pass counts the step's load, half of the rows go forward alone.
+    # To the expert and back, forward and backward; where a pass counts the load, half of the rows go forward alone.
     passes, reported = (4, 1) if scenario.accumulate == 1 else (3, 2 / 3)
     assert found["wire"] == found["remote"] * width * bytes_per_number * passes > 0
     steps = [metrics["ep/bytes_per_step"] for metrics in found["communication"] if metrics]
