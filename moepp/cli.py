@@ -34,7 +34,10 @@ SWEEP_ACTIONS = {
 out = click.option("--out", type=DIRECTORY, metavar="DIR", help="Write DIR/<name>/<scale>/; else beside the records.")
 overrides = click.argument("overrides", nargs=-1, metavar="[key=value]...")
 scale = click.option(
-    "--scale", default="laptop", help="smoke, laptop, gpu or paper, as the sweep file defines them.", show_default=True
+    "--scale",
+    default="laptop",
+    help="smoke, laptop, desk, gpu or paper, as the sweep file defines them.",
+    show_default=True,
 )
 workers = click.option(
     "--workers", type=Number(Whole), default=0, help="Trials at a time; 0: one per core, one per GPU."
@@ -67,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run(commands, arguments)
 
 
-@commands.command(examples=["", "seed=1 runs=/tmp/runs"])
+@commands.command(examples=["", "seed=1 runs=runs/mine"])
 @overrides
 def demo(overrides: Sequence[str]) -> None:
     """Train a tiny MoE++ and a vanilla MoE side by side, in a minute; draw what came of it."""

@@ -5,6 +5,7 @@ Shape suffixes: T tokens, K slots of a token, N all experts (FFN, constant, copy
 
 import math
 from collections.abc import Mapping
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -90,24 +91,29 @@ def combine_layers(losses: list[Tensor], config: BalanceConfig) -> Tensor:
     return total if config.form == "paper" else total / len(losses)
 
 
-def expert_capacities(
-    counts: ExpertCounts, tau: float, slots: int, factor: float, tau_of: Mapping[str, float] | None = None
-) -> tuple[int, int]:
-    """Rows that an FFN expert and any other expert accept, rounded up (Eq. 8): factor * slots * w / sum w, with w = tau
-    for FFN experts and 1 for the others, whose weight is tau.
+def expert_capacities(counts: ExpertCounts, config: BalanceConfig, slots: int, factor: float) -> dict[str, int]:
+    """Rows that an expert of each type accepts, rounded up (Eq. 8): factor * slots * w / sum w, with the weights of
+    `load_weights`: tau for FFN experts, and 1 for the others where they have none of their own.
 
     `slots` = K * T assignments. Eq. 8 prints T, which would drop 45 % of all top-2 assignments even under perfect
     balance.
     """
-    share = factor * slots / total_weight(counts, load_weights(counts, tau, tau_of))
-    return math.ceil(share * tau), math.ceil(share)
-
-
-def capacities_by_kind(counts: ExpertCounts, config: BalanceConfig, slots: int, factor: float) -> dict[str, int]:
-    """Rows that an expert of each type accepts (Eq. 8)."""
     weights = load_weights(counts, config.tau, config.tau_of)
     share = factor * slots / total_weight(counts, weights)
     return {kind: math.ceil(share * weight) for kind, weight in weights.items()}
+
+
+def capacity_of_each(counts: ExpertCounts, limits: Mapping[str, int], device: torch.device) -> Tensor:
+    """`expert_capacities` expert by expert, [N]: filled run by run of equal ones, for a tensor made from a list is
+    copied from the host, which a CUDA graph cannot replay.
+    """
+    runs = [(limit, len(list(run))) for limit, run in groupby(limits[kind] for kind in counts.kinds())]
+    limit_N = torch.full((counts.total,), runs[-1][0], device=device)
+    begin = 0
+    for limit, length in runs[:-1]:
+        limit_N[begin : begin + length] = limit
+        begin += length
+    return limit_N
 
 
 def accepted_counts(count_WKN: Tensor, capacity_N: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from . import registry
 from .balance import (
     accepted_counts,
     accepted_slots,
-    capacities_by_kind,
+    capacity_of_each,
+    expert_capacities,
     likeliest_slots,
     load_balance_loss,
     router_losses,
@@ -120,11 +121,8 @@ class MoELayer(nn.Module):
         """
         config, expert_TK, count_WKN = self.config, routing.expert_TK, counts.wait()
         experts, slots = config.experts, expert_TK.numel() * len(count_WKN)
-        limits = capacities_by_kind(experts, config.balance, slots, config.capacity_factor)
-        limit_N = torch.empty(experts.total, dtype=torch.int64, device=expert_TK.device)
-        for kind, limit in limits.items():
-            ids = experts.ids(kind)
-            limit_N[ids.start : ids.stop] = limit
+        limits = expert_capacities(experts, config.balance, slots, config.capacity_factor)
+        limit_N = capacity_of_each(experts, limits, expert_TK.device)
         if config.drop_order == "probability":
             kept_TK, accepted_WKN = self.keep_likeliest(routing, limit_N, counts.device)
         else:

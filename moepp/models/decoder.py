@@ -23,6 +23,7 @@ from moepp.models.attention import Attention, KeyValueCache, rotary_table
 from moepp.models.budget import active_parameters, forward_flops
 from moepp.models.cross_entropy import linear_cross_entropy, target_scores
 from moepp.models.protocol import ModelOutput
+from moepp.models.sampling import continue_ids
 from moepp.models.settings import DecoderConfig
 
 
@@ -161,7 +162,6 @@ class Decoder(nn.Module):
     def moe_layers(self) -> list[MoELayer]:
         return [block.ffn for block in self.blocks if isinstance(block.ffn, MoELayer)]
 
-    @torch.inference_mode()
     def generate(
         self,
         ids_BS: Tensor,
@@ -170,19 +170,12 @@ class Decoder(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """`ids_BS` with `max_new_tokens` more ids, [B, S + max_new_tokens]; greedy at temperature 0, else sampled."""
-        was_training = self.training
-        self.eval()
         caches = [KeyValueCache() for _ in self.blocks]
-        step_BS = ids_BS
-        for _ in range(max_new_tokens):
-            logits_BV = self(step_BS, caches).logits[:, -1].float()
-            if temperature == 0:
-                step_BS = logits_BV.argmax(-1, keepdim=True)
-            else:
-                step_BS = torch.multinomial((logits_BV / temperature).softmax(-1), 1, generator=generator)
-            ids_BS = torch.cat([ids_BS, step_BS], dim=1)
-        self.train(was_training)
-        return ids_BS
+
+        def last_logits(ids_BS: Tensor) -> Tensor:
+            return self(ids_BS, caches).logits[:, -1]
+
+        return continue_ids(self, last_logits, ids_BS, max_new_tokens, temperature, generator)
 
 
 def _generator(device: torch.device, seed: int, name: str) -> torch.Generator:

@@ -24,6 +24,7 @@ from moepp.models.budget import expected_ffn_per_token
 from moepp.models.cross_entropy import widened
 from moepp.models.foreign import RetrofitConfig, architecture_of, folder_of
 from moepp.models.protocol import ModelOutput
+from moepp.models.sampling import continue_ids
 from moepp.models.settings import DecoderConfig
 from moepp.retrofit.folders import load as load_folder
 from moepp.retrofit.modeling import blocks, own_experts, plus_plus
@@ -181,7 +182,6 @@ class TransformersModel(nn.Module):
     def wake(self, fraction: float) -> None:
         wake(self.hf, fraction)
 
-    @torch.inference_mode()
     def generate(
         self,
         ids_BS: Tensor,
@@ -190,19 +190,15 @@ class TransformersModel(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """`ids_BS` with `max_new_tokens` more ids, [B, S + max_new_tokens]; greedy at temperature 0, else sampled."""
-        was_training = self.training
-        self.eval()
-        step_BS, cache = ids_BS, None
-        for _ in range(max_new_tokens):
-            output = self.hf(input_ids=step_BS, cache=cache, use_cache=True)
-            cache, logits_BV = output.cache, output.logits[:, -1].float()
-            if temperature == 0:
-                step_BS = logits_BV.argmax(-1, keepdim=True)
-            else:
-                step_BS = torch.multinomial((logits_BV / temperature).softmax(-1), 1, generator=generator)
-            ids_BS = torch.cat([ids_BS, step_BS], dim=1)
-        self.train(was_training)
-        return ids_BS
+        cache = None
+
+        def last_logits(ids_BS: Tensor) -> Tensor:
+            nonlocal cache
+            output = self.hf(input_ids=ids_BS, cache=cache, use_cache=True)
+            cache = output.cache
+            return output.logits[:, -1]
+
+        return continue_ids(self, last_logits, ids_BS, max_new_tokens, temperature, generator)
 
 
 def pretrained(path: str, architecture: Mapping[str, Any]) -> nn.Module:

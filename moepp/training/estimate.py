@@ -140,10 +140,8 @@ class StepMemory:
         config, slots = self.config, self.tokens * self.slots_per_token()
         bounds = [slots]
         if config.capacity_factor is not None:
-            capacity, _ = expert_capacities(
-                config.experts, config.balance.tau, slots, config.capacity_factor, config.balance.tau_of
-            )
-            bounds.append(config.experts.ffn * capacity)
+            limits = expert_capacities(config.experts, config.balance, slots, config.capacity_factor)
+            bounds.append(config.experts.ffn * limits["ffn"])
         if config.ffn_rows is not None:
             bounds.append(config.ffn_rows * self.tokens)
         return min(bounds)

@@ -72,7 +72,8 @@ def test_ffn_share_of_a_balanced_layer(ffn, zero_computation, shares):
 
 
 def test_capacity_counts_all_assignments():
-    of_ffn, of_other = expert_capacities(COUNTS, tau=0.75, slots=2 * 1000, factor=1.1)
+    limits = expert_capacities(COUNTS, BalanceConfig(tau=0.75), slots=2 * 1000, factor=1.1)
+    of_ffn, of_other = limits["ffn"], limits["zero"]
     assert (of_ffn, of_other) == (165, 220)  # 1.1 * 2000 * (0.75, 1) / 10
     assert 8 * of_ffn + 4 * of_other >= 2000  # Eq. 8 as printed, with T for K*T, would hold 1100
 

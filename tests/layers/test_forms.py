@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from moepp.layers.balance import capacities_by_kind, likeliest_slots, load_balance_loss, load_targets
+from moepp.layers.balance import expert_capacities, likeliest_slots, load_balance_loss, load_targets
 from moepp.layers.moe import MoELayer
 from moepp.layers.router import normalize_logits
 from moepp.layers.settings import BalanceConfig, ExpertCounts, MoEConfig, ffn_share
@@ -87,7 +87,7 @@ def test_tau_of_a_type_weighs_its_loss_its_target_and_its_capacity():
     targets = [1 / e / sum(1 / other for other in eta) for e in eta]
     assert load_targets(COUNTS, 0.5, config.tau_of).tolist() == pytest.approx(targets)
     assert ffn_share(COUNTS, 0.5, config.tau_of) == pytest.approx(sum(targets[:4]))
-    capacities = capacities_by_kind(COUNTS, config, slots=800, factor=1.1)
+    capacities = expert_capacities(COUNTS, config, slots=800, factor=1.1)
     rows = [capacities[kind] for kind in COUNTS.kinds()]
     assert rows == [math.ceil(round(880 * target, 9)) for target in targets]
 
@@ -102,7 +102,7 @@ def test_the_likeliest_slots_stay():
     layer = make(capacity_factor=0.6, drop_order="probability").train()
     routing = layer.route(layer.router(inputs(), None)[0])
     kept, counts = layer.drop_over_capacity(routing, layer.count(routing))
-    limits = capacities_by_kind(COUNTS, layer.config.balance, 80, 0.6)
+    limits = expert_capacities(COUNTS, layer.config.balance, 80, 0.6)
     dropped = 0
     for expert, kind in enumerate(COUNTS.kinds()):
         slots = [(t, k) for t in range(40) for k in range(2) if routing.expert_TK[t, k] == expert]
