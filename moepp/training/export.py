@@ -1,13 +1,12 @@
 """`python run.py export RUN`: a finished run as a folder that plain transformers runs, with a model card."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from moepp.errors import UsageError
 from moepp.models.settings import DecoderConfig
-from moepp.records import TOKENIZER
+from moepp.records import TOKENIZER, write_json
 from moepp.retrofit import folders, modeling
 from moepp.training.loading import LoadedRun, load_run
 
@@ -147,10 +146,6 @@ def write_tokenizer(run: LoadedRun, folder: Path) -> None:
     end = run.tokenizer.id_to_token(run.end_of_text)
     keys = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "model_max_length": run.config.data.seq_len}
     write_json(folder / "tokenizer_config.json", keys | {"bos_token": end, "clean_up_tokenization_spaces": False})
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def card(run: LoadedRun, folder: Path) -> str:
