@@ -21,7 +21,14 @@ from window.stages import Stage, run_stage
 ROOT = Path(__file__).resolve().parents[2]
 END_SHARE = 0.03  # of the time, kept for ending the last stage and saving what it has found
 LEAST_SECONDS = 5.0  # that a stage gets, whatever its share; with less it is not begun
-NEEDED = {"torch": "PyTorch", "lightning": "lightning", "tokenizers": "tokenizers", "yaml": "PyYAML", "pip": "pip"}
+NEEDED = {
+    "torch": "PyTorch",
+    "lightning": "lightning",
+    "tokenizers": "tokenizers",
+    "yaml": "PyYAML",
+    "click": "click",
+    "pip": "pip",
+}
 EMPTY_EXPERTS = "tests/layers/test_empty_experts_gpu.py"  # known to hang on some builds of torch
 QUICK_TESTS = ("tests/layers/test_balance.py",)  # stand for the GPU's in a rehearsal
 LOOK = """

@@ -4,6 +4,7 @@ import torch
 from moepp.layers.balance import (
     accepted_counts,
     accepted_slots,
+    capacity_of_each,
     combine_layers,
     expert_capacities,
     load_balance_loss,
@@ -76,6 +77,12 @@ def test_capacity_counts_all_assignments():
     of_ffn, of_other = limits["ffn"], limits["zero"]
     assert (of_ffn, of_other) == (165, 220)  # 1.1 * 2000 * (0.75, 1) / 10
     assert 8 * of_ffn + 4 * of_other >= 2000  # Eq. 8 as printed, with T for K*T, would hold 1100
+
+
+def test_every_expert_has_its_types_capacity():
+    limits = {"ffn": 3, "constant": 5, "copy": 7, "zero": 5}
+    of_each = capacity_of_each(ExpertCounts(ffn=2, zero=1, copy=2, constant=2), limits, torch.device("cpu"))
+    assert of_each.tolist() == [3, 3, 5, 5, 7, 7, 5] and of_each.dtype == torch.int64
 
 
 def within_capacity(expert_TK, capacity_N, devices=1):
