@@ -274,7 +274,7 @@ def test_many_configs_are_made_value_by_value(monkeypatch):
 
 
 def test_values_are_made_as_omegaconf_makes_them(monkeypatch):
-    words = ["size=smoke", "optim.lr=1", "tags.a=1", "trainer.keep_at=[3]"]
+    words = ["size=smoke", "optim.lr=1", "tags.a=1", "optim.schedule=wsd", "trainer.keep_at=[3]"]
     found = compose(RunConfig, words)
     monkeypatch.setattr(typed, "make", None)
     assert repr(found) == repr(compose(RunConfig, words))

@@ -191,9 +191,10 @@ class RunConfig(Bounded):
 
 
 def _hopeless(config: RunConfig) -> list[tuple[bool, str]]:
-    """What would train to its end and learn nothing of it: whether it is asked for, and what to change."""
+    """What would train to its end and teach nothing: whether it is asked for, and what to change."""
     model, optim, steps = config.model, config.optim, config.trainer.steps
-    counts = model.experts
+    counts, common = model.experts, optim.decay_start(steps) if optim.schedule == "wsd" else 0
+    decaying = [step for step in config.trainer.keep_at if step > common]
     weighed = counts.total - counts.zero if model.gate == "released" else counts.total
     one = weighed == 1 or (model.selection in ("top_k", "sigmoid") and model.top_k == 1)
     return [
@@ -206,6 +207,11 @@ def _hopeless(config: RunConfig) -> list[tuple[bool, str]]:
             1 < steps < optim.warmup_steps,
             f"optim.warmup_steps={optim.warmup_steps} is more than trainer.steps={steps}, so the rate never reaches"
             f" optim.lr={optim.lr}: set it to {steps} at most, or train longer",
+        ),
+        (
+            bool(decaying),
+            f"trainer.keep_at={decaying and decaying[0]}: no run of another length may begin there, for the rate falls"
+            f" already; with optim.schedule=wsd it falls after step {optim.decay_start(steps)} of {steps}",
         ),
     ]
 
