@@ -15,7 +15,7 @@ from moepp.sweeps.spec import read_sweep
 from moepp.training.settings import RunConfig
 
 PATHS = ["a/b", "../x", "/abs", "..", ".hidden"]
-BAD = [*PATHS, "", "t\nid > F #", "a b", "$(id)", "`id`", "<b>", "a|b", "x" * 200, "-rf"]
+BAD = [*PATHS, "", "t\nid > F #", "a b", "$(id)", "`id`", "<b>", "a|b", "x" * 121, "-rf"]
 SWEEP = """
 name: {name}
 question: q

@@ -95,7 +95,9 @@ def references_of(run: Run) -> tuple[dict[str, float], int]:
     seen = min(windows, sequences)
     if seen * length > MOST_TOKENS:
         return {}, 0
-    held = evenly_spread(window_count(files.header.val.tokens, length), run.config["data.val_sequences"])
+    last = run.config.get("data.final_val_sequences")
+    sequences_held = run.config["data.val_sequences"] if last is None else last
+    held = evenly_spread(window_count(files.header.val.tokens, length), sequences_held)
     order = f"seed {seed}" if seen < windows else "all"
     asked = hashlib.sha256(f"{files.header.digest} {order} {seen}x{length} {len(held)}".encode()).hexdigest()[:16]
     path = files.path / "ngrams" / f"{asked}.json"

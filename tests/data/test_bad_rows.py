@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -93,6 +94,25 @@ def test_tokens_that_lie_in_the_cache_need_no_network(tmp_path, monkeypatch, cap
     assert "someone/corpus: the hub cannot be asked" in capsys.readouterr().err
     with pytest.raises(UsageError, match="cannot look up 'someone/other'"):
         prepare(replace(config, hub=HubConfig(id="someone/other")), progress=False)
+
+
+@pytest.mark.parametrize(("status", "goes_on"), [(None, True), (503, True), (401, False), (404, False)])
+def test_a_dataset_that_the_hub_denies_is_not_taken_from_memory(tmp_path, monkeypatch, status, goes_on):
+    error = OSError("no")
+    error.response = SimpleNamespace(status_code=status)
+    monkeypatch.setattr(hub, "_look_up", lambda hub: "a" * 40)
+    assert hub.commit(HubConfig(id="someone/corpus"), tmp_path) == "a" * 40
+
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.undo()
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", refuse)
+    if goes_on:
+        assert hub.commit(HubConfig(id="someone/corpus"), tmp_path) == "a" * 40
+    else:
+        with pytest.raises(UsageError, match="cannot look up 'someone/corpus'"):
+            hub.commit(HubConfig(id="someone/corpus"), tmp_path)
 
 
 def test_a_long_document_is_tokenised_in_pieces_as_it_would_be_whole(monkeypatch):

@@ -23,6 +23,7 @@ def without(name):
     [
         ([without("distractor3")] * 3, r"row 1 has no 'distractor3', which the task needs; it has support, question"),
         ([ROW, ROW, without("support")], r"row 3 has no 'support'"),
+        ([ROW | {"question": None}], r"row 1 has no 'question'"),
         ([ROW, ROW | {"correct_answer": ""}], r"row 2: 'correct_answer', an answer, is empty"),
         ([], "has no rows"),
         (["x"], "row 1 is no JSON object"),

@@ -23,6 +23,10 @@ def test_ngrams_are_of_what_the_run_has_seen_and_kept_beside_the_tokens(token_fo
     assert tokens == 8 * 12 * 32 and found["bigram"] < found["unigram"]
     assert references_of(replace(run, config=config)) == (found, tokens)
     assert references_of(replace(run, config=config | {"data.digest": "another"})) == ({}, 0)
+    of_few = references_of(replace(run, config=config | {"data.val_sequences": 4}))
+    assert of_few != (found, tokens)  # on the windows of the last validation
+    last = {"data.val_sequences": 100, "data.final_val_sequences": 4}
+    assert references_of(replace(run, config=config | last)) == of_few
 
 
 def test_without_its_tokens_a_report_says_so(tmp_path):

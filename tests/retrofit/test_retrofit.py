@@ -124,6 +124,15 @@ def test_an_upcycled_model_computes_what_the_dense_one_did():
     torch.testing.assert_close(upcycle(dense)(IDS).logits, dense(IDS).logits, rtol=0, atol=1e-4)
 
 
+def test_zeda_draws_new_rows_around_the_old_ones():
+    model = tiny("qwen3_moe")
+    router = next(iter(blocks(model).values()))[0]
+    with torch.no_grad():
+        router.weight.add_(5)
+    retrofit(model, init="zeda")
+    assert (router.new_rows.mean() - router.weight.mean()).abs() < 0.1
+
+
 def test_a_zeda_folder_reads_back_equal(tmp_path):
     model = retrofit(tiny("qwen3_moe"), constant=0, gating_residual=False, init="zeda")
     export(model, tmp_path, format="zeda")

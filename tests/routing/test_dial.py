@@ -27,6 +27,11 @@ def test_more_bias_means_less_compute_from_all_experts_to_none():
     assert rows[2][2] == pytest.approx(sum(losses) / 2, rel=1e-6)  # no bias is left behind
 
 
+def test_a_bias_adds_to_the_models_own():
+    model = Decoder(DecoderConfig(**SIZES, zero_computation_bias=-100.0))
+    assert measured(model, 0.0)[0] == 2 and measured(model, 200.0)[0] == 0
+
+
 def test_a_model_without_zero_computation_experts_has_no_dial():
     model = Decoder(DecoderConfig(**SIZES, experts=ExpertCounts(8, 0, 0, 0)))
     with pytest.raises(UsageError, match="needs zero-computation experts"):

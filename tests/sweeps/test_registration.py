@@ -55,6 +55,11 @@ def test_a_plan_says_what_is_compared_and_how_it_is_judged(toy):
     assert list(registered(toy(), "laptop")[1]["secondary"]) == ["half", "half over whole"]
 
 
+def test_runs_of_other_lengths_are_no_arms_of_a_plan(toy):
+    plan = registered(toy("seeds: [0, 1]", "seeds: [0, 1]\nlengths: [1, 2]"))[1]
+    assert list(plan["arms"]) == ["vanilla", "moepp"]
+
+
 def test_a_plan_is_not_overwritten(toy):
     first = registered(toy())[1]
     said, again = registered(toy())
