@@ -79,7 +79,10 @@ def test_run_py_is_the_same_entry_point():
         (["train", "trainer.devices=2"], "strategy=single trains on one device, not on trainer.devices=2"),
         (["train", "size=huge"], "size=huge: no such fragment; choose from 0.6b, 1b, 2b, 7b, mini,"),
         (["reproduce", "table55"], "no experiment and no sweep 'table55'; choose from"),
-        (["reproduce", "table5", "--scale", "big"], "table5 has no scale 'big'; choose from smoke, laptop, gpu, paper"),
+        (
+            ["reproduce", "table5", "--scale", "big"],
+            "table5 has no scale 'big'; choose from smoke, laptop, desk, gpu, paper",
+        ),
         (["reproduce", "table5", "--scale", "smoke", "model.topk=1"], "unknown key model.topk; did you mean"),
         (["sweep", "run", "table5"], "unknown sweep 'table5'; choose from"),
         (["sweep", "status", "routers", "runs=nowhere"], "nowhere/routers-laptop holds no sweep; `python run.py"),
