@@ -27,7 +27,7 @@ from moepp.training.cloze import ClozeScorer
 from moepp.training.module import LanguageModel
 from moepp.training.settings import RunConfig
 
-STEPS = 12
+STEPS = 6
 CLIP = 0.3  # below every gradient norm of these runs
 MODELS = {
     "moepp": [],
