@@ -2,7 +2,12 @@
 
 import sys
 
-from moepp.cli import main
+from moepp.program import missing
+
+try:
+    from moepp.cli import main
+except ModuleNotFoundError as error:
+    sys.exit(missing(error.name))
 
 if __name__ == "__main__":  # processes that `spawn` starts import this file
     sys.exit(main())

@@ -11,7 +11,7 @@ from moepp.reports.experiment import Context, Experiment, Findings, Runs
 from moepp.reports.results import SweepResults
 from moepp.statistics import style
 from moepp.statistics.claims import Claim, judge
-from moepp.statistics.seeds import paired_difference
+from moepp.statistics.seeds import mean_interval, paired_difference
 from moepp.statistics.style import Figure
 from moepp.statistics.tables import Table
 
@@ -27,7 +27,7 @@ def measure(context: Context) -> Findings:
     results = context.results("learning_rate")
     losses, seeds, left_out = _complete(results)
     table = _loss_table(losses, seeds)
-    plots = (Figure(table, lambda: _draw(losses, seeds)),) if seeds else ()
+    plots = (rates_figure(table),) if seeds else ()
     if len(seeds) < 2 or not all(losses.values()):
         return Findings((table,), plots, notes=(*left_out, "Too few runs: no rate can be chosen on other seeds."))
     chosen = {side: {seed: _best(rates, [s for s in seeds if s != seed]) for seed in seeds}
@@ -71,25 +71,36 @@ def _claim(where: str, losses: dict[str, list[float]]) -> Claim:
 
 
 def _loss_table(losses: Losses, seeds: list[int]) -> Table:
-    def mean(side: str, rate: str) -> float | None:
+    def cells(side: str, rate: str) -> tuple[float | None, ...]:
         by_seed = losses[side].get(rate) if seeds else None
-        return by_seed and sum(by_seed[seed] for seed in seeds) / len(seeds)
+        found = by_seed and mean_interval([by_seed[seed] for seed in seeds])
+        return (found.mean, found.low, found.high) if found else (None, None, None)
 
-    rows = tuple((float(rate), *(mean(side, rate) for side in SIDES), len(seeds)) for rate in RATES)
-    caption = "Mean validation loss, nats per token, over the seeds that most rates have finished."
-    return Table("rates", caption, ("learning rate", *SIDES.values(), "n"), rows)
+    rows = tuple((float(rate), *(cell for side in SIDES for cell in cells(side, rate)), len(seeds)) for rate in RATES)
+    caption = (
+        f"Validation loss, nats per token, by learning rate: mean and 95 % t-interval over the n = {len(seeds)} seeds"
+        " that most rates have finished."
+    )
+    columns = (end for name in SIDES.values() for end in (name, f"{name}: low", f"{name}: high"))
+    return Table("rates", caption, ("learning rate", *columns, "n"), rows)
 
 
-def _draw(losses: Losses, seeds: list[int]):
+def rates_figure(table: Table) -> Figure:
+    return Figure(table, lambda: _draw(table))
+
+
+def _draw(table: Table):
     figure, axes = style.axes_of(5.2, 3.4)
-    for side, marker, colour in zip(SIDES, ("o", "s"), (style.GREY, style.BLUE), strict=True):
-        rates = [float(rate) for rate in losses[side]]
-        curves = [[by_seed[seed] for by_seed in losses[side].values()] for seed in seeds]
-        for curve in curves:
-            axes.plot(rates, curve, marker, mfc="none", color=colour, ms=4)
-        means = [sum(at_rate) / len(seeds) for at_rate in zip(*curves, strict=True)]
-        axes.plot(rates, means, color=colour, marker=marker, ms=6, lw=1, label=SIDES[side])
+    for place, look in enumerate(style.looks(SIDES, "vanilla").values()):
+        first = 1 + 3 * place
+        known = [(row[0], *row[first : first + 3]) for row in table.rows if row[first] is not None]
+        if known:
+            rates, means, lows, highs = zip(*known, strict=True)
+            half_widths = [0 if low is None else (high - low) / 2 for low, high in zip(lows, highs, strict=True)]
+            axes.errorbar(rates, means, yerr=half_widths, capsize=3, ms=5, label=table.columns[first], **look)
     axes.set_xscale("log")
+    style.plain_log(axes.xaxis)
+    axes.set_xticks([row[0] for row in table.rows])
     axes.set_xlabel("learning rate")
     axes.set_ylabel("validation loss, nats per token")
     axes.legend()
@@ -103,8 +114,6 @@ EXPERIMENT = Experiment(
     expected="both are best within a factor of two of the same rate, and the difference stays within noise.",
     measure=measure,
     runs=(Runs("learning_rate"),),
-    notes=(
-        "Open marks are single seeds. The rate of a side is chosen on the other seeds and judged on the one left out.",
-    ),
+    notes=("The rate of a side is chosen on the other seeds and judged on the one left out.",),
     scales=("smoke", "laptop"),
 )

@@ -30,11 +30,11 @@ NODE = {"devices_per_node": 8, "flops": 400e12, "inside": (5e-6, 1 / 360e9), "be
 def measure(context: Context) -> Findings:
     from dataclasses import asdict
 
-    from moepp.benchmarks.parallel import measure as run
+    from moepp.benchmarks.parallel import measure_exchange
     from moepp.reports.communication import EXCHANGES, MeasuredExchange, error, fit
 
     benchmark = _benchmark(context)
-    layers, exchanges = run(benchmark)
+    layers, exchanges = measure_exchange(benchmark)
     on_plain = [MeasuredExchange(row["messages"], row["bytes"], row["ms"] / 1000) for row in exchanges]
     model = fit(on_plain)
     exchanged = [row for row in layers if row["group"] > 1]
@@ -173,21 +173,28 @@ def _paper_sizes(steps: Steps) -> Table:
 
 def _plot(steps: Steps) -> Figure:
     shown = [(size, tau, devices) for size in SIZES for tau in PLOTTED for devices in DEVICES]
-    rows = tuple((*key, *_over_vanilla(steps, *key)) for key in shown)
+    return step_figure(tuple((*key, *_over_vanilla(steps, *key)) for key in shown))
+
+
+def step_figure(rows: tuple[tuple[Any, ...], ...]) -> Figure:
+    """A panel for each tau, two lines for each size."""
     columns = ("size", "tau", "devices", "over vanilla, no overlap", "over vanilla, full overlap")
-    caption = "Predicted speed of a training step over vanilla MoE: solid without overlap, dotted with full overlap."
+    caption = (
+        "Predicted speed of a training step over vanilla MoE (a model, no measurement: no n, no interval): solid"
+        " without overlap, dotted with full overlap."
+    )
     return Figure(Table("step_over_vanilla", caption, columns, rows), lambda: _draw(rows))
 
 
 def _draw(rows: tuple[tuple[Any, ...], ...]):
-    from moepp.statistics.style import COLOURS, MARKERS, axes_of
+    from moepp.statistics.style import axes_of, looks
 
-    figure, columns = axes_of(width=6.4, height=2.8, columns=2)
+    figure, columns = axes_of(width=6.4, height=3.0, columns=2)
     for axes, tau in zip(columns, PLOTTED, strict=True):
-        for size, colour, marker in zip(SIZES, COLOURS, MARKERS, strict=False):
+        for size, look in looks(SIZES).items():
             _, _, devices, without, full = zip(*(row for row in rows if row[:2] == (size, tau)), strict=True)
-            axes.plot(devices, without, marker, ls="-", color=colour, ms=4, label=size)
-            axes.plot(devices, full, marker, ls=":", color=colour, ms=4, mfc="none")
+            axes.plot(devices, without, ms=4, label=size, **look)
+            axes.plot(devices, full, ms=4, mfc="none", **look | {"ls": ":"})
         axes.set_xscale("log", base=2)
         axes.set_xticks(DEVICES, [str(count) for count in DEVICES])
         axes.set_title(f"tau {tau}")

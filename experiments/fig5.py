@@ -21,7 +21,6 @@ PAPER = {  # read off the bars, within 0.01
 def measure(context: Context) -> Findings:
     from moepp.routing.measure import token_uses
     from moepp.routing.token_report import (
-        claims,
         frequency_table,
         label_plot,
         paper_plot,
@@ -29,6 +28,7 @@ def measure(context: Context) -> Findings:
         part_table,
         string_plot,
         tag_table,
+        token_claims,
     )
 
     uses, about = token_uses(context, SWEEP, ARM)
@@ -37,7 +37,7 @@ def measure(context: Context) -> Findings:
     if tags:
         plots.append(label_plot(tags, "by_tag", "part of speech"))
     tables = (*([tags] if tags else []), parts, frequency, paper)
-    return Findings(tables, tuple(plots), claims(uses), (about,))
+    return Findings(tables, tuple(plots), token_claims(uses), (about,))
 
 
 EXPERIMENT = Experiment(

@@ -15,11 +15,11 @@ PAPER = {WITH: (0.23, 0.105), WITHOUT: (0.27, 0.10)}  # modes of the highest and
 
 def measure(context: Context) -> Findings:
     from moepp.routing.measure import score_distributions
-    from moepp.routing.score_report import claims, histogram_plot, layer_table, score_table
+    from moepp.routing.score_report import histogram_plot, layer_scores, score_claims, score_table
 
     scores, about = score_distributions(context, SWEEP, (WITH, WITHOUT), task="WinoGrande")
-    tables = (score_table(scores, PAPER), layer_table(scores))
-    return Findings(tables, (histogram_plot(scores),), claims(scores, on=WITH, off=WITHOUT), (about,))
+    tables = (score_table(scores, PAPER), layer_scores(scores))
+    return Findings(tables, (histogram_plot(scores),), score_claims(scores, on=WITH, off=WITHOUT), (about,))
 
 
 EXPERIMENT = Experiment(

@@ -50,11 +50,11 @@ def measure(context: Context) -> Findings:
     data = Table(
         "detectable",
         f"Smallest true difference, in nats per token, that n seeds on each side show with {POWER:.0%} probability at"
-        f" {SIGNIFICANCE:.0%}.",
+        f" {SIGNIFICANCE:.0%}; from the scatter of {len(seeds)} paired seeds.",
         ("seeds", "paired by seed", "unrelated seeds"),
         tuple((n, _detectable(paired, n), _detectable(pooled, n, paired=False)) for n in COUNTS),
     )
-    return Findings((*tables, data), (Figure(data, lambda: _draw(data)),), (_pairing(*both),))
+    return Findings((*tables, data), (detectable_figure(data),), (_pairing(*both),))
 
 
 def _pairing(a: list[float], b: list[float]) -> Claim:
@@ -89,13 +89,18 @@ def _spread_table(spreads: dict[str, list[float]]) -> Table:
     return Table("spread", caption, columns, tuple(rows))
 
 
+def detectable_figure(data: Table) -> Figure:
+    return Figure(data, lambda: _draw(data))
+
+
 def _draw(data: Table):
     figure, axes = style.axes_of(5.2, 3.4)
     seeds = [row[0] for row in data.rows]
-    for column, (marker, colour) in enumerate((("o", style.BLUE), ("s", style.GREY)), start=1):
-        values = [row[column] for row in data.rows]
-        axes.plot(seeds, values, marker=marker, color=colour, ms=5, lw=1, label=data.columns[column])
+    for column, (name, look) in enumerate(style.looks(data.columns[1:]).items(), start=1):
+        axes.plot(seeds, [row[column] for row in data.rows], ms=5, label=name, **look)
     axes.set_yscale("log")
+    style.plain_log(axes.yaxis)
+    style.whole_ticks(axes.xaxis)
     axes.set_xlabel("seeds on each side")
     axes.set_ylabel("smallest visible difference, nats per token")
     axes.legend()

@@ -6,10 +6,11 @@ is long enough for the balance loss; time is a straight line in them with a part
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moepp.reports.experiment import Context, Experiment, Findings, Runs
 from moepp.reports.results import ROUTINGS, SweepResults
@@ -17,7 +18,7 @@ from moepp.reports.targets import balanced_share
 from moepp.statistics import style
 from moepp.statistics.claims import Claim, judge
 from moepp.statistics.style import Figure
-from moepp.statistics.tables import Table
+from moepp.statistics.tables import Cell, Table
 
 from .table3 import PAPER, TAUS
 
@@ -169,27 +170,38 @@ def _fixed_part(series: str, line: Line) -> Claim:
 
 
 def _plot(points: Points, lines: dict[str, Line]) -> Figure:
-    rows = tuple((series, x, y, lines[series].at(x)) for series, xy in points.items() for x, y in zip(*xy, strict=True))
+    rows = [(series, x, y, lines[series].at(x)) for series, xy in points.items() for x, y in zip(*xy, strict=True)]
+    return time_figure(rows)
+
+
+def time_figure(rows: Sequence[Sequence[Cell]]) -> Figure:
+    """Points and their lines, each through two of its fitted times."""
     caption = (
-        "Expert forward time against executed FFN compute, both over vanilla MoE's; the dashed diagonal is time in"
-        " proportion to compute."
+        "Expert forward time against executed FFN compute, both over vanilla MoE's: each point the median of repeats of"
+        " one arm, each line fitted to its series, whose fixed part has an interval in the table of fits; the dashed"
+        " diagonal is time in proportion to compute."
     )
-    data = Table("time", caption, ("series", "FFN compute", "time", "fitted time"), rows)
+    data = Table("time", caption, ("series", "FFN compute", "time", "fitted time"), tuple(rows))
+    return Figure(data, partial(_draw, rows))
 
-    def draw():
-        figure, axes = style.axes_of(6.4, 4.0)
-        axes.plot([0, 1], [0, 1], "--", color=style.GREY, lw=1)
-        for (series, (x, y)), colour, marker in zip(points.items(), style.COLOURS, style.MARKERS, strict=False):
-            axes.plot(x, y, marker, color=colour, ms=5, label=f"{series} ({lines[series].intercept:.2f} fixed)")
-            axes.plot([0, 1], [lines[series].at(0), lines[series].at(1)], color=colour, lw=0.8)
-        axes.set_xlim(0, 1.05)
-        axes.set_ylim(0, None)
-        axes.set_xlabel("FFN compute per token, over vanilla MoE's")
-        axes.set_ylabel("expert forward time, over vanilla MoE's")
-        axes.legend(loc="lower right")
-        return figure
 
-    return Figure(data, draw)
+def _draw(rows: Sequence[Sequence[Cell]]) -> Any:
+    figure, axes = style.axes_of(6.4, 4.4)
+    axes.plot([0, 1], [0, 1], "--", color=style.GREY, lw=1)
+    for series, look in style.looks(row[0] for row in rows).items():
+        _, x, y, fitted = zip(*(row for row in rows if row[0] == series), strict=True)
+        (x0, y0), (x1, y1) = min(zip(x, fitted, strict=True)), max(zip(x, fitted, strict=True))
+        slope = (y1 - y0) / (x1 - x0) if x1 > x0 else 0.0
+        fixed = y0 - slope * x0
+        axes.plot([0, 1], [fixed, fixed + slope], color=look["color"], ls=look["ls"], lw=0.9)
+        axes.plot(x, y, look["marker"], color=look["color"], ms=5)
+        axes.plot([], [], ms=5, label=f"{series} ({fixed:.2f} fixed)", **look)
+    axes.set_xlim(0, 1.05)
+    axes.set_ylim(0, None)
+    axes.set_xlabel("FFN compute per token, over vanilla MoE's")
+    axes.set_ylabel("expert forward time, over vanilla MoE's")
+    axes.legend(loc="lower right")
+    return figure
 
 
 EXPERIMENT = Experiment(

@@ -18,6 +18,7 @@ PAPER = {
 EXPERIMENT = of_sweep(
     "zero_computation_experts",
     PaperScores(TASKS, "BoolQ", {"1b": PAPER}, "1b"),
+    opening="the gating residual",
     name="table6",
     title="The gating residual, on and off",
     question="Does the gating residual help?",

@@ -4,7 +4,10 @@ import re
 
 # user:password@, or a token before @; a password may hold what a path begins with, and a port is none.
 USER = re.compile(r"""([A-Za-z][\w+.-]*://)(?:[^\s/?#"'<>]*@|[^\s:/@"']*:(?!\d+(?:[/?#\s]|$))[^\s@"']*@)""")
-QUERY = re.compile(r"""([?&](?:user(?:name)?|pass(?:word|wd)?|pwd|token|access_token|api_?key)=)[^&\s"'#]+""", re.I)
+QUERY = re.compile(
+    r"""([?&#](?:[\w-]*(?:token|secret|signature|pass(?:word|wd)?|pwd|api[-_]?key)|user(?:name)?|auth|sig|key)=)[^&\s"'#]+""",
+    re.I,
+)
 NAMED = re.compile(
     r"""(?:pass(?:word|wd|phrase)|secret|api_?key|credential|access_?token|auth_?token)\w*["']?\s*[:=]""", re.I
 )

@@ -12,9 +12,10 @@ import click
 
 from moepp import __version__
 from moepp.errors import Interrupted, RunError, UsageError
-from moepp.grammar import Group, Number, Several, run
+from moepp.grammar import CommandGroup, Number, Several, Word, run_command
 from moepp.layers.bounds import Count, NotNegative, Range, Seed, Whole
 from moepp.program import program
+from moepp.terminal import WIDE, working
 
 if TYPE_CHECKING:
     from moepp.sweeps.launchers.call import SweepCall
@@ -48,11 +49,18 @@ seeds = click.option(
 minutes = partial(click.option, "--minutes", type=Number(NotNegative))
 tasks = partial(click.option, "--tasks", help="`paper`: the paper's eleven; or names, as sciq,piqa,boolq:0.")
 tasks_dir = click.option("--tasks-dir", metavar="DIR", help="Local task data, <task>.jsonl[.gz]; else the hub's.")
+wide = click.option(
+    "--wide",
+    is_flag=True,
+    expose_value=False,
+    callback=lambda context, _, asked: context.meta.update({WIDE: asked}),
+    help="All columns of tables, beyond the width of the terminal.",
+)
 limit = click.option("--limit", type=Number(Count), help="Examples of each task at most, in all of its parts.")
 
 
 @click.group(
-    cls=Group,
+    cls=CommandGroup,
     invoke_without_command=True,
     context_settings={"show_default": True, "help_option_names": ["-h", "--help"]},
     epilog="Values of the config are written key=value and chosen by fragments, as model=vanilla: `keys` lists them.",
@@ -67,14 +75,15 @@ def commands(context: click.Context) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
-    return run(commands, arguments)
+    return run_command(commands, arguments)
 
 
 @commands.command(examples=["", "seed=1 runs=runs/mine"])
 @overrides
 def demo(overrides: Sequence[str]) -> None:
     """Train a tiny MoE++ and a vanilla MoE side by side, in a minute; draw what came of it."""
-    from moepp.demo import demo
+    with working("loading torch"):
+        from moepp.demo import demo
 
     print(f"open {demo(overrides)} in a browser; next: `{program()} reproduce table5`")
 
@@ -88,6 +97,7 @@ def demo(overrides: Sequence[str]) -> None:
 @tasks_dir
 @limit
 @out
+@wide
 @scale
 @overrides
 def reproduce(experiment: str | None, listed: bool, workers: int, scale: str, **asked: Any) -> None:
@@ -107,11 +117,11 @@ def reproduce(experiment: str | None, listed: bool, workers: int, scale: str, **
 
 @commands.command(
     help="Plan, run, watch or share a sweep.\n\n"
-    "SWEEP is a file of sweeps/, such as routers, or the path of your own.\n\n\b\n"
+    "SWEEP is a file of sweeps/, such as routers, or the path of your own. ACTION is one of\n\n\b\n"
     + "\n".join(f"{action:<8}{meaning}" for action, meaning in SWEEP_ACTIONS.items()),
     examples=["plan routers", "run tau --workers 2", "status tau runs=runs/softmax", "run routers launcher=slurm"],
 )
-@click.argument("action", type=click.Choice(list(SWEEP_ACTIONS)))
+@click.argument("action", type=Word(list(SWEEP_ACTIONS)), metavar="ACTION")
 @click.argument("sweep")
 @workers
 @seeds
@@ -123,6 +133,7 @@ def reproduce(experiment: str | None, listed: bool, workers: int, scale: str, **
     help="Of `plan`: write results/<sweep>/<scale>/plan.json, what will be compared and how it will be judged; the"
     " deviation over seeds is that of an earlier sweep's records, else the file's.",
 )
+@wide
 @scale
 @overrides
 def sweep(action: str, minutes: float | None, register: list[str] | None, **asked: Any) -> None:
@@ -161,6 +172,7 @@ def _call(
 @click.option("--all", "everything", is_flag=True, help="Write results/index.html, all reports on one page.")
 @click.option("--runs", default="runs", help="Folder of the run records.")
 @out
+@wide
 @scale
 def report(experiment: str | None, everything: bool, runs: str, out: Path | None, scale: str) -> None:
     """Rebuild a report from the run records, without training.
@@ -198,19 +210,20 @@ def train(config: Path | None, dry_run: bool, overrides: Sequence[str]) -> None:
         asked.data.digest = ""  # of other tokens
     if dry_run:
         from moepp.training.estimate import estimate
+        from moepp.training.plan import plan
 
-        print("\n".join(estimate(asked)))
+        print("\n".join([*estimate(asked), *plan(asked)]))
         return
     from moepp.process import no_collections
 
-    with no_collections():
+    with no_collections(), working("loading torch and Lightning"):
         from moepp.training.ranks.rank import Rank
         from moepp.training.run import freeze, train
         from moepp.training.summary import summary
 
     asked = freeze(asked)
     directory = run_directory(asked)
-    if not Rank.here().keeps_record(asked):
+    if not Rank.here().keeps_record(asked.trainer.num_nodes):
         train(asked, directory)
         return
     print(f"run record: {directory}")
@@ -238,10 +251,10 @@ def keys(prefix: str | None, overrides: Sequence[str]) -> None:
     change; parts of plugins are among the choices.
     """
     from moepp.config import compose
-    from moepp.keys import describe
+    from moepp.keys import describe_keys
     from moepp.training.settings import RunConfig
 
-    print("\n".join(describe(compose(RunConfig, overrides), prefix or "")))
+    print("\n".join(describe_keys(compose(RunConfig, overrides), prefix or "")))
 
 
 @commands.command(examples=["data=sotu", "data=text data.path='books/*.txt'"])
@@ -271,7 +284,9 @@ def generate(run: Path, prompt: str, tokens: int, temperature: float, seed: int)
     """
     from moepp.training.generate import continue_text
 
-    print(continue_text(run, prompt, tokens, temperature, seed))
+    with working("reading"):
+        text = continue_text(run, prompt, tokens, temperature, seed)
+    print(text)
 
 
 @commands.command(examples=["runs/train/<hash> --tasks paper", "runs/train/<hash> --tasks sciq,boolq:0 --limit 100"])
@@ -280,12 +295,14 @@ def generate(run: Path, prompt: str, tokens: int, temperature: float, seed: int)
 @tasks_dir
 @limit
 @click.option("--batch-tokens", type=Number(Count), default=4096, help="Padded tokens per batch.")
+@wide
 def evaluate(checkpoint: Path, tasks: str, tasks_dir: str | None, limit: int | None, batch_tokens: int) -> None:
     """Score a trained run or a released checkpoint on the paper's tasks or others.
 
     CHECKPOINT is a run directory, a *.ckpt file, or a folder in the released layout.
     """
-    from moepp.evaluation.commands import evaluate_checkpoint
+    with working("loading lm-evaluation-harness"):
+        from moepp.evaluation.commands import evaluate_checkpoint
 
     print(evaluate_checkpoint(checkpoint, tasks, Path(tasks_dir) if tasks_dir else None, limit, batch_tokens))
 
@@ -296,14 +313,17 @@ def evaluate(checkpoint: Path, tasks: str, tasks_dir: str | None, limit: int | N
     "--biases", type=Several(Number(Annotated[float, Range(-100, 100)])), help="What to add; else nine from -4 to 4."
 )
 @click.option("--out", type=DIRECTORY, metavar="DIR", help="For table and figure; else the run's folder tables.")
+@wide
 def dial(run: Path, biases: list[float] | None, out: Path | None) -> None:
     """Measure a finished run's loss against its compute, by a bias on its zero-computation logits.
 
     RUN is the directory of a finished run.
     """
-    from moepp.routing.dial import BIASES, dial
+    with working("measuring the loss at each bias"):
+        from moepp.routing.dial import BIASES, dial
 
-    print(dial(run, biases or BIASES, out))
+        table = dial(run, biases or BIASES, out)
+    print(table)
 
 
 @commands.command(examples=["<folder>", "<folder> --offsets -2 0 2 data=text data.path=held_out.txt"])
@@ -312,44 +332,68 @@ def dial(run: Path, biases: list[float] | None, out: Path | None) -> None:
     "--offsets", type=Several(Number(Annotated[float, Range(-100, 100)])), help="What to add; else nine from -4 to 4."
 )
 @click.option("--out", type=DIRECTORY, metavar="DIR", help="For table and figure; else the model's folder.")
+@wide
 @overrides
 def route(folder: Path, offsets: list[float] | None, out: Path | None, overrides: Sequence[str]) -> None:
     """Measure a retrofitted model's loss against the FFN experts a token uses, as the offsets of new experts move.
 
     FOLDER holds the model, as `export` and save_pretrained write it. Values of the config say on what text.
     """
-    from moepp.routing.offsets import OFFSETS, route
+    from moepp.routing.offsets import OFFSETS, route_by_offsets
 
-    print(route(folder, offsets or OFFSETS, overrides, out))
+    print(route_by_offsets(folder, offsets or OFFSETS, overrides, out))
 
 
 @commands.command(examples=["runs/train/<hash>", "runs/train/<hash> --format zeda --out model"])
 @click.argument("run", type=DIRECTORY)
-@click.option(
-    "--format", "kind", type=click.Choice(["hf", "zeda", "longcat"]), default="hf", help="The layout of the folder."
-)
+@click.option("--format", "kind", type=Word(["hf", "zeda", "longcat"]), default="hf", help="The layout of the folder.")
 @click.option("--out", type=DIRECTORY, metavar="DIR", help="The folder; else export-<format> in the run's.")
 def export(run: Path, kind: str, out: Path | None) -> None:
     """Write a finished run as a folder that plain transformers runs, with a model card.
 
     RUN is the directory of a finished run.
     """
-    from moepp.training.export import export_run
+    with working("writing the folder"):
+        from moepp.training.export import export_run
 
-    print(export_run(run, kind, out))
+        folder = export_run(run, kind, out)
+    print(folder)
+
+
+@commands.command(
+    examples=[
+        "runs/train/<hash>/checkpoints/step-00000500.ckpt one.ckpt",
+        "one.ckpt folder --to parts",
+        "runs/train/<hash> titan --to torchtitan",
+        "titan back.ckpt --run runs/train/<hash>",
+    ]
+)
+@click.argument("source", type=DIRECTORY)
+@click.argument("target", type=DIRECTORY)
+@click.option("--to", "form", type=click.Choice(["file", "parts", "torchtitan"]), default="file", help="Its form.")
+@click.option("--run", type=DIRECTORY, help="Of a torchtitan SOURCE: a run with the same model.")
+def convert(source: Path, target: Path, form: str, run: Path | None) -> None:
+    """Write a checkpoint in another form: one file, parts for many devices, or torchtitan's model, and back."""
+    from moepp.pretrain.convert import convert
+
+    convert(source, target, form, run)
+    print(target)
 
 
 @commands.command(examples=["runs/train/<hash> runs/train/<other>", "runs/tau-laptop:vanilla runs/tau-laptop:tau_0.5"])
 @click.argument("a")
 @click.argument("b")
+@wide
 def compare(a: str, b: str) -> None:
     """Set two runs, or two arms of a sweep, side by side.
 
     A and B are run directories, or SWEEP_DIRECTORY:ARM.
     """
-    from moepp.reports.side_by_side import read_side, side_by_side
+    with working("reading"):
+        from moepp.reports.side_by_side import read_side, side_by_side
 
-    print(side_by_side(read_side(a), read_side(b)))
+        compared = side_by_side(read_side(a), read_side(b))
+    print(compared)
 
 
 @commands.command(examples=["runs/train/<hash>"])
@@ -360,12 +404,14 @@ def rerun(run: Path) -> None:
     RUN is the directory of a finished run.
     """
     from moepp.records import RunRecord
-    from moepp.reports.repetition import compare_repetition, describe
-    from moepp.training.rerun import rerun
+    from moepp.reports.repetition import compare_repetition, describe_repetition
+
+    with working("loading torch and Lightning"):
+        from moepp.training.rerun import rerun
 
     again = rerun(run)
     repetition = compare_repetition(RunRecord(run), again)
-    print("\n".join([f"{run} repeated in {again.path}", *describe(repetition)]))
+    print("\n".join([f"{run} repeated in {again.path}", *describe_repetition(repetition)]))
     if repetition.unexplained:
         raise RunError(f"the losses of {run} differ although nothing else does")
 
@@ -382,12 +428,16 @@ def ui(sweep: str | None, port: int, scale: str, overrides: Sequence[str]) -> No
     """
     from moepp.config import compose
     from moepp.sweeps.spec import read_sweep
-    from moepp.tracking.mlflow_store import serve
     from moepp.training.settings import RunConfig
+
+    with working("loading MLflow"):
+        from moepp.tracking.mirror import as_recorded
+        from moepp.tracking.mlflow_store import serve
 
     config = compose(RunConfig, overrides)
     folder = read_sweep(sweep).folder(scale, overrides) if sweep else None
-    serve(config.tracking, config.runs, port, folder)
+    tracking = as_recorded(config.tracking, folder) if folder else config.tracking
+    serve(tracking, config.runs, port, folder)
 
 
 @commands.command(examples=["", "tracking.uri=http://tracker:5000"])
@@ -399,19 +449,20 @@ def sync(overrides: Sequence[str]) -> None:
     from moepp.training.settings import RunConfig
 
     config = compose(RunConfig, overrides)
-    print(f"{sync_all(config.runs, config.tracking)} run records are in MLflow")
+    with working("sending"):
+        sent = sync_all(config.runs, config.tracking)
+    print(f"{sent} run records are in MLflow")
 
 
 @commands.command(examples=["layer --scale laptop", "layer --ffn 8 16 --tokens 4096 --routing learned", "training"])
-@click.argument("what", type=click.Choice(["card", "layer", "training", "parallel"]))
+@click.argument("what", type=Word(["card", "layer", "training", "parallel"]), metavar="WHAT")
 @click.option("--scale", help="smoke, laptop, gpu or paper, as far as the benchmark has them.")
+@wide
 @minutes(help="Measure nothing that would not end in time, and say what.")
-@click.option(
-    "--ffn", type=Several(click.Choice([8, 16, 32, 64])), metavar="N...", help="FFN experts: 8, 16, 32 or 64."
-)
+@click.option("--ffn", type=Several(Word([8, 16, 32, 64])), metavar="N...", help="FFN experts: 8, 16, 32 or 64.")
 @click.option("--devices", type=Number(Count), help="Of `parallel`: a process each, on GPUs if any; else 4.")
 @click.option(
-    "--routing", "routings", type=Several(click.Choice(["learned", "balanced"])), metavar="ROUTING...",
+    "--routing", "routings", type=Several(Word(["learned", "balanced"])), metavar="ROUTING...",
     help="learned, balanced or both.",
 )  # fmt: skip
 @click.option("--tokens", type=Several(Number(Count)), help="Of a call; else the scale's.")
@@ -423,12 +474,17 @@ def sync(overrides: Sequence[str]) -> None:
     help="Folder of the results, where the same command goes on; else results/bench_<what>/latest.",
 )
 def bench(what: str, scale: str | None, minutes: float | None, out: Path | None, **given: Any) -> None:
-    """Time the device, the expert layer beside its floor and its peers, or training."""
-    from moepp.benchmarks.commands import bench
+    """Time the device, the expert layer beside its floor and its peers, or training.
+
+    WHAT is card, layer, training, or parallel: what experts on several devices send.
+    """
+    with working("loading torch"):
+        from moepp.benchmarks.commands import bench
+        from moepp.statistics.tables import on_terminal
 
     out = out or Path(f"results/bench_{what}/latest")
     lines, missing = bench(what, scale, out, minutes, given)
-    print("\n".join([*lines, "", f"report: {out / 'report.md'}"]))
+    print("\n".join([*on_terminal(lines), "", f"report: {out / 'report.md'}"]))
     if missing:
         raise Interrupted(f"{missing} groups of measurements were left out for lack of time; call this again")
 

@@ -10,6 +10,7 @@ fragment of the same name below ./conf comes before the shipped one; base.yaml i
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, field, fields, is_dataclass, make_dataclass
@@ -233,22 +234,41 @@ def _join(
     try:
         merged = OmegaConf.merge(typed.structured(schema), OmegaConf.create(plain))
         if "plugin_sources" in known:  # before the names that they register are checked
-            plugins.load(merged.plugins, merged.plugin_sources, folder)
+            plugins.import_plugins(merged.plugins, merged.plugin_sources, folder)
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise UsageError(f"{getattr(error, 'full_key', None) or 'config'}: {str(error).splitlines()[0]}") from None
+        raise UsageError(_refused(schema, plain, error)) from None
     except OverflowError:
         raise UsageError("a number of the config is too large") from None
     except ValueError as error:  # raised by a dataclass that refuses its values, by names of its own for the keys
         said = str(error)
         with suppress(OmegaConfBaseException):  # a reference to no key, which is then not what was refused first
             said = next(refusals(schema, OmegaConf.to_container(merged, resolve=True)), said)
-        raise UsageError(said) from None
+        raise UsageError(_with_whole_key(said, known)) from None
+
+
+def _refused(schema: type, plain: Mapping[str, Any], error: OmegaConfBaseException) -> str:
+    """Of a value that is of no use where it stands: key, value and what is allowed."""
+    key = getattr(error, "full_key", None) or ""
+    said, given = words.allowed(schema, key), dict(leaves(plain))
+    if said and key in given and "${" not in str(given[key]):
+        return f"{key}={'null' if given[key] is None else given[key]} must be {said}"
+    return f"{key or 'config'}: {str(error).splitlines()[0]}"
+
+
+def _with_whole_key(said: str, known: Iterable[str]) -> str:
+    """What a part of the config says of its own key, with the groups that the key lies in, where only one has it."""
+    found = re.match(r"[a-z]\w*(?:\.\w+)*(?=[=:])", said)
+    if not found or found[0].partition(".")[0] in {key.partition(".")[0] for key in known}:
+        return said
+    own = [found[0], *(found[0][: dot.start()] for dot in re.finditer(r"\.", found[0]))]  # options lie in what is named
+    groups = {key[: -len(name)] for key in known for name in own if key.endswith(f".{name}")}
+    return groups.pop() + said if len(groups) == 1 else said
 
 
 def _made(schema: type[Schema], plain: Mapping[str, Any], folder: Path | None) -> Schema:
     if "plugins" in plain:
-        plugins.load(typed.value(schema, ("plugins",), plain["plugins"]), plain.get("plugin_sources"), folder)
+        plugins.import_plugins(typed.value(schema, ("plugins",), plain["plugins"]), plain.get("plugin_sources"), folder)
     return typed.make(schema, plain)
 
 
@@ -266,6 +286,8 @@ def _default(schema: type) -> Any:
 
 def _refuse_unknown_keys(layer: Mapping[str, Any], known: Mapping[str, Any], groups: Iterable[str]) -> None:
     for key, _ in leaves(layer):
+        if key in groups and key not in known:
+            raise UsageError(f"{key} chooses a fragment and is no key: write it as a word of a list, [{key}=NAME]")
         if key not in known and not any(lies_in(key, [leaf]) or lies_in(leaf, [key]) for leaf in known):
             raise UsageError(f"unknown key {key}{nearest(key, [*known, *groups])}")
 

@@ -15,8 +15,9 @@ from tokenizers import Tokenizer
 from moepp.records import write_text
 from moepp.routing.texts import Text
 from moepp.routing.traces import ffn_and_nats, trace
-from moepp.statistics.style import COLOURS, MARKERS, axes_of, styled
+from moepp.statistics.style import axes_of, looks, styled
 from moepp.sweeps.spec import Scale, Sweep
+from moepp.terminal import working
 from moepp.training.loading import LoadedRun, load_sweep
 
 SCALE, VANILLA, MOEPP = "laptop", "vanilla", "moepp"
@@ -25,8 +26,9 @@ SWEEP = Sweep(
     name="demo",
     question="What does a tiny MoE++ do that a vanilla MoE does not?",
     base=[
-        "size=tiny", "data=sotu", "tracking=jsonl", "trainer.steps=150", "trainer.val_every=25", "trainer.log_every=5",
-        "trainer.checkpoint_every=75", "trainer.expert_timing=false", "data.val_sequences=48",
+        "size=tiny", "recipe=tuned", "data=sotu", "tracking=jsonl", "trainer.steps=150", "optim.warmup_steps=40",
+        "trainer.val_every=25", "trainer.log_every=5", "trainer.checkpoint_every=75", "trainer.expert_timing=false",
+        "data.val_sequences=48",
     ],
     scales={SCALE: Scale()},
     baseline=VANILLA,
@@ -68,11 +70,12 @@ def demo(overrides: Sequence[str] = ()) -> Path:
     directory = run_sweep(SWEEP, SCALE, extra=overrides)
     arms = load_sweep(directory).arms
     page = directory / "demo.html"
-    write_text(page, write_page({arm: next(iter(arms[arm].values())) for arm in NAMES}))
+    with working("drawing the page"):
+        write_text(page, demo_page({arm: next(iter(arms[arm].values())) for arm in NAMES}))
     return page
 
 
-def write_page(runs: Mapping[str, LoadedRun]) -> str:
+def demo_page(runs: Mapping[str, LoadedRun]) -> str:
     """The page, from a finished run of each arm."""
     moepp = runs[MOEPP]
     most = moepp.config.model.top_k
@@ -115,10 +118,9 @@ def _curves(runs: Mapping[str, LoadedRun]) -> str:
     """Training and validation loss over tokens, as an SVG element."""
     with styled():
         figure, axes = axes_of(width=7.2, height=3.4)
-        for (arm, name), colour, marker in zip(NAMES.items(), (COLOURS[0], COLOURS[5]), MARKERS, strict=False):
-            axes.plot(*_series(runs[arm], "train/loss"), color=colour, lw=0.7, alpha=0.5)
-            look = {"color": colour, "marker": marker, "ms": 4, "lw": 1.4, "label": f"{name}, held-out text"}
-            axes.plot(*_series(runs[arm], "val/loss"), **look)
+        for arm, look in looks(NAMES, VANILLA).items():
+            axes.plot(*_series(runs[arm], "train/loss"), color=look["color"], lw=0.7, alpha=0.5)
+            axes.plot(*_series(runs[arm], "val/loss"), ms=4, label=f"{NAMES[arm]}, held-out text", **look)
         axes.set_xlabel("training tokens, thousands (thin: loss in training)")
         axes.set_ylabel("loss, nats per token")
         axes.legend()

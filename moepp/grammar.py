@@ -15,7 +15,9 @@ import click
 
 from moepp.errors import Interrupted, RunError, UsageError, reason
 from moepp.layers.bounds import taken_apart
-from moepp.program import program
+from moepp.program import missing, program
+from moepp.ranges import whole_range
+from moepp.terminal import painted
 
 VALUE = re.compile(r"[^-/:=\s][^/:=\s]*=", re.ASCII)  # no path, and no directory:arm, begins a value
 NEGATIVE = re.compile(r"-[\d.]")
@@ -59,11 +61,20 @@ class Several(click.ParamType):
         return f"{self.each.get_metavar(param, ctx) or self.each.name.upper()}..."
 
 
+class Word(click.Choice):
+    """One of a few words; a mistyped one gets the nearest."""
+
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        words = [str(choice) for choice in self.choices]
+        nearest = difflib.get_close_matches(str(value), words, n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        return f"'{value}' is none of {', '.join(words)}{hint}"
+
+
 def _span(word: str) -> Sequence[str]:
     """`0..19` as the whole numbers from the first to the last, any other word alone."""
-    first, dots, last = word.partition("..")
-    whole = dots and first.isdecimal() and last.isdecimal() and int(first) <= int(last)
-    return [*map(str, range(int(first), int(last) + 1))] if whole else [word]
+    numbers = whole_range(word)
+    return [*map(str, numbers)] if numbers else [word]
 
 
 class Command(click.Command):
@@ -104,7 +115,7 @@ class Command(click.Command):
         if self.examples:
             with formatter.section("Examples"):
                 for example in self.examples:
-                    formatter.write(f"  {program()} {self.name} {example}\n")
+                    formatter.write(f"  {program()} {self.name} {example}".rstrip() + "\n")
 
 
 def _listed(rest: deque[str]) -> Iterator[str]:
@@ -113,7 +124,7 @@ def _listed(rest: deque[str]) -> Iterator[str]:
         yield rest.popleft()
 
 
-class Group(click.Group):
+class CommandGroup(click.Group):
     """The program, whose commands are listed in the order in which they are written."""
 
     command_class = Command
@@ -132,7 +143,7 @@ class Group(click.Group):
             formatter.write_dl([(name, command.get_short_help_str(limit=200)) for name, command in shown])
 
 
-def run(group: click.Group, arguments: Sequence[str] | None) -> int:
+def run_command(group: click.Group, arguments: Sequence[str] | None) -> int:
     """Runs one command; returns the exit code, and says in one line why it is not 0."""
     try:
         return group.main(arguments, prog_name=program(), standalone_mode=False) or 0
@@ -140,6 +151,10 @@ def run(group: click.Group, arguments: Sequence[str] | None) -> int:
         return _said(f"error: {error}", error.exit_code)
     except click.ClickException as error:
         return _said(f"error: {' '.join(error.format_message().split())}", error.exit_code)
+    except ModuleNotFoundError as error:
+        if (error.name or "moepp").partition(".")[0] == "moepp":
+            raise
+        return _said(missing(error.name), RunError.exit_code)
     except OSError as error:  # a folder that is not there, is none, or must not be read or written
         where = f"cannot read or write {error.filename}: " if error.filename else ""
         return _said(f"error: {where}{reason(error)}", RunError.exit_code)
@@ -148,5 +163,6 @@ def run(group: click.Group, arguments: Sequence[str] | None) -> int:
 
 
 def _said(line: str, code: int) -> int:
-    print(line, file=sys.stderr)
+    before, colon, rest = line.partition("error:")
+    print(f"{before}{painted(colon, sys.stderr, fg='red')}{rest}", file=sys.stderr)
     return code

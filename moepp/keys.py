@@ -34,7 +34,7 @@ class Key:
     choices: tuple[str, ...] = ()  # names of registered parts
 
 
-def describe(config: Any, prefix: str = "", width: int = WIDTH) -> list[str]:
+def describe_keys(config: Any, prefix: str = "", width: int = WIDTH) -> list[str]:
     """Lines on the keys of a config's schema below `prefix`, or whose last component it is, with their values in
     `config`, after the fragments of that name. Raises UsageError where there is none.
     """
@@ -56,8 +56,8 @@ def _choice(group: str, names: Sequence[str], width: int) -> Iterator[str]:
 
 
 def _lines(key: Key, value: Any, width: int) -> Iterator[str]:
-    own = "" if value == key.default else f" (the schema's default: {_shown(key.default)})"
-    yield f"{key.name}={_shown(value)}{own}"
+    own = "" if value == key.default else f" (the schema's default: {as_typed(key.default)})"
+    yield f"{key.name}={as_typed(value)}{own}"
     choices = f"; one of {', '.join(key.choices)}" if key.choices else ""
     for part in filter(None, (f"{key.kind}{choices}", key.meaning)):
         yield from _indented(part, width)
@@ -67,8 +67,8 @@ def _indented(text: str, width: int) -> list[str]:
     return textwrap.wrap(text, width, initial_indent="    ", subsequent_indent="    ")
 
 
-def _shown(value: Any) -> str:
-    """As a command line takes it."""
+def as_typed(value: Any) -> str:
+    """A value as a command line takes it."""
     words = {"None": "null", "True": "true", "False": "false", "": "''"}
     return words.get(str(value), str(value))
 

@@ -23,6 +23,13 @@ def check(what: str, names: Iterable[str]) -> None:
             )
 
 
+def check_label(what: str, text: str) -> None:
+    """Of a figure or a table. Raises ValueError for more than a line, and for the sign that begins a formula there."""
+    check_line(what, text)
+    if not text.strip() or "$" in text or len(text) > LENGTH:
+        raise ValueError(f"{what}={text!r}: a label holds 1 to {LENGTH} characters, and no $")
+
+
 def check_line(what: str, text: str) -> None:
     """Raises ValueError for text with line ends or other control characters, as no path or parameter needs them."""
     if CONTROL.search(text):

@@ -37,7 +37,9 @@ class Plugin:
         return Path(FOLDER, self.digest, self.source.name)
 
 
-def load(names: str | Iterable[str], digests: Mapping[str, str] | None = None, folder: Path | None = None) -> None:
+def import_plugins(
+    names: str | Iterable[str], digests: Mapping[str, str] | None = None, folder: Path | None = None
+) -> None:
     """Imports the plugins of those names, each once as long as its source does not change.
 
     Of a run, `digests` says what their sources were: where another stands there now, the copy in `folder` is imported.
@@ -62,7 +64,7 @@ def label(name: str) -> str:
 
 def digests(names: Iterable[str]) -> dict[str, str]:
     """16 hex digits of the source of each by its label, as it was imported."""
-    load(name for name in names if name not in _loaded)
+    import_plugins(name for name in names if name not in _loaded)
     return {label(name): _loaded[name].digest for name in names}
 
 
@@ -100,7 +102,7 @@ def owner(module: str) -> str:
 @cache
 def load_installed() -> None:
     """Imports what installed packages name in the entry-point group."""
-    load(point.value for point in entry_points(group=GROUP))
+    import_plugins(point.value for point in entry_points(group=GROUP))
 
 
 def _find(name: str) -> Plugin:
@@ -115,7 +117,7 @@ def _find(name: str) -> Plugin:
         found = importlib.util.find_spec(name)
     except (ImportError, ValueError):
         found = None
-    if found is None or found.origin is None:
+    if found is None or not found.has_location:  # Python's own parts have no source that a record could keep
         raise UsageError(f"plugins={name}: no module of that name can be imported; a file ends in .py")
     source = Path(found.origin)
     source = source.parent if source.name == "__init__.py" else source

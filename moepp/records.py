@@ -112,15 +112,26 @@ def read_json(path: Path) -> Any:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-    from yaml import YAMLError
+    """What `config.save` wrote. By libyaml where PyYAML has it: a report reads a thousand of them."""
+    import yaml
 
     try:
-        return dict(OmegaConf.to_container(OmegaConf.load(path)))
+        return dict(yaml.load(path.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {})
     except FileNotFoundError:
         return {}
-    except (PermissionError, ValueError, YAMLError) as error:
+    except (PermissionError, TypeError, ValueError, yaml.YAMLError) as error:
         raise UnreadableRecord(f"{path} cannot be read ({' '.join(str(error).split())}); restore it") from None
+
+
+def _complete(path: Path) -> bytes:
+    """All lines but a last one that was cut off by a crash."""
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return b""
+    except PermissionError as error:
+        raise UnreadableRecord(f"{path} cannot be read ({error.strerror})") from None
+    return text[: text.rfind(b"\n") + 1]
 
 
 def _read_lines(path: Path, complete: bytes) -> list[dict[str, float]]:
@@ -193,14 +204,17 @@ class RunRecord:
         path = self.path / "metrics.jsonl"
         if path.exists():
             kept = [
-                line for line in self.metrics() if line["step"] <= step and not any("final/" in key for key in line)
+                line
+                for line in self.metrics()
+                if 0 < step >= line["step"] and not any("final/" in key for key in line)  # 0: it begins anew
             ]
             write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def final(self) -> dict[str, float]:
         """The `final/*` metrics without their prefix; empty while the run is unfinished."""
-        found: dict[str, float] = {}
-        for line in self.metrics():
+        path, found = self.path / "metrics.jsonl", {}
+        final = [line for line in _complete(path).splitlines(keepends=True) if b'"final/' in line]  # one of hundreds
+        for line in _read_lines(path, b"".join(final)):
             found.update({key.removeprefix("final/"): value for key, value in line.items() if key.startswith("final/")})
         return found
 
@@ -218,6 +232,12 @@ class RunRecord:
         if name.endswith(".yaml"):
             return _read_yaml(self.path / name)
         return read_json(self.path / name) or {}
+
+    def keep_tokenizer(self, tokens: Path) -> None:
+        """Takes it from the folder of the run's tokens. Those that were prepared elsewhere may come without one."""
+        source, target = tokens / TOKENIZER, self.path / TOKENIZER
+        if source.is_file() and not target.exists():
+            link_or_copy(source, target)
 
     def finish(self) -> None:
         self.keep_metrics()

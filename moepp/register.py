@@ -40,6 +40,7 @@ callback = Registry(
     options="trainer.callbacks.{}",
     given=(),
     defined=dict.fromkeys(CALLBACKS, "moepp.training.trainer"),
+    complete=False,
 )
 logger = Registry(
     "logger",

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, is_dataclass
 from functools import partial
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin
 
 import yaml
@@ -19,6 +19,7 @@ from moepp.errors import UsageError
 from moepp.layers.bounds import parts, taken_apart
 
 TAG = "tag:yaml.org,2002:"
+LONGEST_SHOWN = 200  # characters of a value that is refused
 DEEPEST = 50  # of lists in lists, and mappings
 # More than ${another.key}: what could read the environment or run code, and what becomes a reference once it is saved.
 RESOLVER = re.compile(r"\$\{[^}]*(:|\$\{)|\\\$\{")
@@ -86,6 +87,10 @@ def read(text: str | bytes) -> Any:
         loader = _Loader(text)
         node = loader.get_single_node()
         return None if node is None else loader.construct_object(node, deep=True)  # deep: no anchor within itself
+    except yaml.reader.ReaderError as error:
+        begin = text[: error.position] if isinstance(error.position, int) else text[:0]
+        line = 1 + begin.count("\n" if isinstance(begin, str) else b"\n")
+        raise UsageError(f"line {line}: {' '.join(str(error.reason).split())}") from None
     except (yaml.YAMLError, ValueError, UnicodeDecodeError) as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
         where = f"line {mark.line + 1}: " if mark else ""
@@ -133,6 +138,8 @@ def meant(value: Any, kind: Any, key: str = "") -> Any:
         value = value.word if is_word else value.value
     if kind is str and isinstance(value, bool | float):
         raise UsageError(f"{key}={value} is no string; write it in quotes")
+    if value == "???":
+        raise UsageError(f"{key}=??? stands for a value that is missing; give one")
     if isinstance(value, str) and RESOLVER.search(value):
         raise UsageError(f"{key}={value}: a value may refer to another key, as ${{model.dim}}, and to nothing else")
     return value
@@ -144,11 +151,35 @@ def _refuse_other_shape(value: Any, kind: Any, optional: bool, key: str) -> None
     empty = isinstance(value, Plain) and value.value is None
     refers = isinstance(value, str) and value.startswith("${")
     if shape and not (isinstance(value, get_origin(kind)) or refers or (optional and (empty or value is None))):
-        raise UsageError(f"{key}={meant(value, Any)} must be {shape}")
+        raise UsageError(f"{key}={_shown(value)} must be {shape}")
     if is_dataclass(kind) and not (isinstance(value, Mapping) or (optional and (empty or value is None))):
         raise UsageError(f"{key} is a group of keys; set one of {', '.join(f'{key}.{name}' for name in parts(kind))}")
     if kind in (str, int, float, bool) and isinstance(value, Mapping | list):
-        raise UsageError(f"{key}={meant(value, Any)} must be a single {kind.__name__}")
+        raise UsageError(f"{key}={_shown(value)} must be a single {kind.__name__}")
+
+
+def _shown(value: Any) -> str:
+    """As it was written, as far as that helps."""
+    text = str(meant(value, Any))
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
+
+
+def allowed(schema: type, key: str) -> str:
+    """What a single value under the key may be, in words; empty where that is not known."""
+    kind, _, optional = taken_apart(_path(key, schema)[1])
+    said = _in_words(kind)
+    return f"{said}, or null" if said and optional else said
+
+
+def _in_words(kind: Any) -> str:
+    kind = taken_apart(kind)[0]
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(repr, get_args(kind)))}"
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(_in_words(choice) for choice in get_args(kind) if choice is not NoneType)
+    if get_origin(kind) is list:
+        return f"a list, each {_in_words(get_args(kind)[0])}"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, "")
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

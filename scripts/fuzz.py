@@ -1,4 +1,5 @@
-"""Throws odd input at everything a person types: overrides, sweep files and arguments of the commands, in-process.
+"""Throws odd input at everything a person brings: overrides, sweep files, arguments of the commands and files of text,
+in-process.
 
     python scripts/fuzz.py --inputs 20000 --seed 1
 
@@ -7,10 +8,14 @@ printed with the input that brings it back. The same seed makes the same inputs;
 """
 
 import argparse
+import bz2
 import contextlib
 import dataclasses
+import gzip
 import io
 import itertools
+import json
+import lzma
 import math
 import random
 import sys
@@ -24,6 +29,7 @@ import yaml
 
 from moepp.cli import main as command
 from moepp.config import compose, flatten, load, save
+from moepp.data.files import BadRows, file_texts
 from moepp.errors import UsageError
 from moepp.models.budget import Budget
 from moepp.sweeps.spec import read_sweep
@@ -148,12 +154,46 @@ def check_arguments(words: list[str]) -> bool:
     return code == 0
 
 
+def text_file(draw: random.Random) -> tuple[str, bytes, str]:
+    """A name, content and separator: rows or prose, with a byte or a row that does not belong there."""
+    rows: list[Any] = [{"text": f"document {number} " * 3, "id": number} for number in range(draw.randint(0, 6))]
+    for _ in range(draw.randint(0, 2) if rows else 0):
+        odd = draw.choice([None, 3, "", [], {}, {"text": None}, {"text": ["a"]}, {"body": "x"}, {"text": "\ud800"}])
+        rows[draw.randrange(len(rows))] = odd
+    name = draw.choice(["a.jsonl", "a.JSON", "a.ndjson.gz", "a.txt", "a"])
+    prose = "".join(f"{row.get('text') if isinstance(row, dict) else row}<|endoftext|>\n" for row in rows)
+    text = draw.choice(["\n".join(map(json.dumps, rows)), json.dumps(rows), prose])
+    content = bytearray(text.encode("utf-8", "surrogatepass"))
+    for _ in range(draw.randint(0, 2) if content else 0):
+        content[draw.randrange(len(content))] = draw.choice([0, 0xE9, 0xFF, 0x0D, 0x0A, 0x22, 0x7B, 0x5B])
+    packed = draw.choice([bytes, bytes, gzip.compress, lzma.compress, bz2.compress])(bytes(content))
+    packed = packed[: draw.randrange(len(packed) + 1)] if draw.random() < 0.2 else packed
+    return name, packed, draw.choice(["", r"\n", r"<\|endoftext\|>", "<|endoftext|>", *ODD])
+
+
+def check_text_file(made: tuple[str, bytes, str]) -> bool:
+    """What is taken is text without NUL, and nothing of it is lost unless it is counted."""
+    name, content, separator = made
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, name)
+        path.write_bytes(content)
+        try:
+            found = list(file_texts([path], separator, "text", BadRows(skip=False)))
+        except UsageError as error:
+            _one_line(str(error), [str(path), "data.separator"])
+            return False
+    if any("\0" in text or text != text.encode().decode() for text in found):
+        raise Finding("bytes that are no text are taken")
+    return bool(found)
+
+
 KINDS: dict[str, tuple[Callable[[random.Random], Any], Callable[[Any], bool]]] = {
     "overrides": (overrides, check_overrides),
     "sweep files": (sweep_file, check_sweep_file),
     "arguments": (arguments, check_arguments),
+    "text files": (text_file, check_text_file),
 }
-SHARES = ("overrides", "overrides", "overrides", "sweep files", "sweep files", "arguments")
+SHARES = ("overrides", "overrides", "overrides", "sweep files", "sweep files", "arguments", "text files")
 
 
 def fuzz(inputs: int, seed: int) -> Iterator[tuple[str, Any, bool | Exception]]:

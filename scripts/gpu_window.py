@@ -2,7 +2,7 @@
 
 python scripts/gpu_window.py pack                        with a network: what the GPU's machine lacks, in .gpu_window/
 python scripts/gpu_window.py run --minutes 9 --out DIR   there: tests, measurements and runs, stage after stage
-python scripts/gpu_window.py keep DIR                    back here: into results/, and what to write into README
+python scripts/gpu_window.py keep DIR                    back here: into results/; says what docs/results.md lacks
 """
 
 import argparse

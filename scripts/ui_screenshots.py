@@ -14,8 +14,7 @@ from moepp.records import read_json
 from moepp.tracking import pages
 from moepp.tracking.mlflow_views import ARMS, TRIALS, view_key
 
-SECONDS_TO_DRAW = 6.0
-COLOURS = 256  # keeps a screenshot below 100 kB
+COLOURS = 128  # keeps a screenshot below 100 kB
 # MLflow opens its assistant over a third of the first page that a browser sees.
 NO_ASSISTANT = "localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true')"
 
@@ -28,15 +27,16 @@ def main() -> None:
     )
     parser.add_argument("--browser", default="/usr/bin/chromium")
     parser.add_argument("--out", type=Path, default=Path("docs/ui"))
+    parser.add_argument("--wait", type=float, default=6.0, help="seconds that a page takes to draw")
     options = parser.parse_args()
     base = options.base or pages.address("", pages.known_port(options.sweep.parent))
     options.out.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=options.browser, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1360, "height": 800})
+        page = browser.new_page(viewport={"width": 1400, "height": 860})
         page.add_init_script(NO_ASSISTANT)
         for name, address in addresses(base, options.sweep).items():
-            _take(page, address, options.out / f"{name}.png")
+            _take(page, address, options.out / f"{name}.png", options.wait)
         browser.close()
 
 
@@ -55,6 +55,8 @@ def addresses(base: str, sweep: Path) -> dict[str, str]:
         "trials": pages.view_page(base, place, view_key(parent["run_id"], TRIALS)),
         "trials_charts": pages.view_page(base, place, view_key(parent["run_id"], TRIALS), charts=True),
         "report": pages.run_page(base, place, parent["run_id"]),
+        "report_page": pages.report_page(base, place, parent["run_id"], next(iter(parent["sections"]))),
+        "models": pages.models_page(base, place),
         "run": one,
         "run_metrics": one.replace("?", "/model-metrics?"),
         "run_system": one.replace("?", "/system-metrics?"),
@@ -63,10 +65,10 @@ def addresses(base: str, sweep: Path) -> dict[str, str]:
     }
 
 
-def _take(page: Page, address: str, file: Path) -> None:
+def _take(page: Page, address: str, file: Path, seconds: float) -> None:
     page.goto("about:blank")  # else a change behind the # does not load anew
     page.goto(address)
-    page.wait_for_timeout(1000 * SECONDS_TO_DRAW)
+    page.wait_for_timeout(1000 * seconds)
     if "compare-runs" in address:  # plots of single points stand above what a user came for
         page.get_by_text("Visualizations", exact=True).click()
         page.get_by_text("Run details", exact=True).click()
@@ -74,7 +76,7 @@ def _take(page: Page, address: str, file: Path) -> None:
     if (more := page.get_by_text("Show more", exact=True)).count():
         more.first.click()
         page.wait_for_timeout(500)
-    page.screenshot(path=file)
+    page.screenshot(path=file, timeout=30_000 * seconds)
     Image.open(file).convert("RGB").quantize(COLOURS).save(file, optimize=True)
     print(f"{file} {file.stat().st_size / 1000:.0f} kB  {page.url}")
 

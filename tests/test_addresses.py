@@ -24,6 +24,11 @@ PUBLIC = "postgresql://db:5432/mlflow"
         ("mysql+pymysql://u:p@ss@host/x", "mysql+pymysql://host/x"),
         ("mysql://u:p/a#?ss@host/x", "mysql://host/x"),
         ("postgresql://h/x?user=me&password=hunter2", "postgresql://h/x?user=***&password=***"),
+        (
+            "https://h/x?a=1&X-Amz-Signature=s&sig=s#access_token=t",
+            "https://h/x?a=1&X-Amz-Signature=***&sig=***#access_token=***",
+        ),
+        ("https://h/x?client_secret=s&api-key=k&monkey=1", "https://h/x?client_secret=***&api-key=***&monkey=1"),
         ("http://host:5000/a@b and me@x.org", "http://host:5000/a@b and me@x.org"),
         ('{"a": "http://host:5000", "b": "me@x.org"}', '{"a": "http://host:5000", "b": "me@x.org"}'),
         (f"see {SECRET}, or {SECRET}", f"see {PUBLIC}, or {PUBLIC}"),

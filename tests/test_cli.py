@@ -73,7 +73,7 @@ def test_run_py_is_the_same_entry_point():
     ("arguments", "message"),
     [
         (["train", "model.expert.zero=1"], "unknown key model.expert.zero; did you mean model.experts.zero?"),
-        (["train", "model=vanilla", "model.top_k=9"], "top_k=9 must lie between 1 and the 8 experts"),
+        (["train", "model=vanilla", "model.top_k=9"], "model.top_k=9 must lie between 1 and the 8 experts"),
         (["train", "data=text", "data.path=nothing/*.txt"], "data.path=nothing/*.txt: no file matches"),
         (["train", "data=text"], "data.corpus=text needs data.path"),
         (["train", "trainer.devices=2"], "strategy=single trains on one device, not on trainer.devices=2"),

@@ -29,7 +29,7 @@ def test_the_page_shows_both_losses_and_every_token_of_the_sentence(tmp_path):
             ],
         )
     )  # fmt: skip
-    page = demo.write_page(dict.fromkeys(demo.NAMES, load_run(record.path)))
+    page = demo.demo_page(dict.fromkeys(demo.NAMES, load_run(record.path)))
     assert page.count("<svg") == 1 and "vanilla MoE, held-out text" in page and "MoE++, held-out text" in page
     spans = re.findall(r'<span style="[^"]*" title="([\d.]+)">([^<]*)</span>', page)
     assert "".join(piece for _, piece in spans).startswith(demo.SENTENCE)

@@ -23,8 +23,12 @@ def test_the_page_trains_sweeps_and_reports_what_it_defines(tmp_path, monkeypatc
             Path(re.match(r"# (\S+)", text)[1]).write_text(text)
     for words in commands:
         with forgotten():
-            cli.main([*words, *FAST] if words[0] != "report" else words)
+            one_seed = ["--seeds", "0"] if words[0] == "sweep" else []
+            assert cli.main([*words[:3], *one_seed, *words[3:], *(FAST if words[0] != "report" else [])]) == 0
     found = capsys.readouterr().out
     assert "half_share" in found and len(commands) == 5
     report = Path("runs/parts-smoke/report/report.md").read_text()
-    assert all(word in report for word in ("half", "cosine", "earn its place"))
+    assert all(word in report for word in ("half", "cosine", "signs", "earn its place"))
+    assert all("mine/largest" in path.read_text() for path in Path("runs/parts-smoke").glob("*/metrics.jsonl"))
+    sweep = re.search(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
+    assert len(sweep.splitlines()) <= 25

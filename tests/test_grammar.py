@@ -3,13 +3,13 @@
 import click
 import pytest
 
-from moepp.grammar import Group, Number, Several, run
+from moepp.grammar import CommandGroup, Number, Several, Word, run_command
 from moepp.layers.bounds import Count, NotNegative
 
 
 @pytest.fixture
 def group():
-    @click.group(cls=Group)
+    @click.group(cls=CommandGroup)
     def commands():
         pass
 
@@ -26,6 +26,7 @@ def group():
 
     @commands.command()
     @click.argument("place")
+    @click.option("--level", type=Word(["low", "high"]), expose_value=False)
     def bare(place):
         print(place)
 
@@ -54,7 +55,7 @@ def group():
     ],
 )
 def test_every_word_finds_its_place(group, capsys, words, shown):
-    assert run(group, ["show", *words.split()]) == 0
+    assert run_command(group, ["show", *words.split()]) == 0
     assert eval(capsys.readouterr().out) == shown
 
 
@@ -69,23 +70,25 @@ def test_every_word_finds_its_place(group, capsys, words, shown):
         ("bare here a=1 b=2", "unrecognized arguments: a=1 b=2"),
         ("bare", "Missing argument 'PLACE'"),
         ("shwo", "no command 'shwo'; did you mean show?"),
+        ("bare here --level hihg", "Invalid value for '--level': 'hihg' is none of low, high; did you mean high?"),
         ("xyz", "no command 'xyz'; choose from show, bare\n"),
     ],
 )
 def test_wrong_words_end_in_one_line(group, capsys, words, message):
-    assert run(group, words.split()) == 2
+    assert run_command(group, words.split()) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"error: {message}") and err.count("\n") == 1
 
 
 def test_help_ends_with_examples_that_can_be_typed(group, capsys):
-    assert run(group, ["show", "--help"]) == 0
+    assert run_command(group, ["show", "--help"]) == 0
     assert capsys.readouterr().out.endswith("Examples:\n  python run.py show here --seeds 0..2\n")
 
 
 def test_the_installed_command_calls_itself_so(group, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["/usr/bin/moepp"])
-    run(group, ["show", "--help"])
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    run_command(group, ["show", "--help"])
     out = capsys.readouterr().out
     assert out.startswith("Usage: moepp show ") and "  moepp show here" in out
 
@@ -95,5 +98,5 @@ def test_an_interrupted_command_says_how_to_go_on(group, capsys):
     def stop():
         raise KeyboardInterrupt
 
-    assert run(group, ["stop"]) == 130
+    assert run_command(group, ["stop"]) == 130
     assert capsys.readouterr().err.endswith("interrupted; the same command continues\n")

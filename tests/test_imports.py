@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "moepp"
 ORDER = (  # lowest first; what shares a line does not know each other
-    ("addresses", "names", "program"),
+    ("addresses", "names", "program", "ranges", "terminal"),
     ("shipped", "errors", "locks"),
     ("records", "lfs"),
     ("experiments",),  # finds the files of experiments/, and imports none until it is asked to
@@ -28,6 +28,7 @@ ORDER = (  # lowest first; what shares a line does not know each other
     ("strategies",),
     ("tracking",),
     ("training",),
+    ("pretrain",),
     ("sweeps",),
     ("evaluation",),
     ("reports",),

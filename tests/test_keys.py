@@ -7,7 +7,7 @@ from registered import forgotten
 from moepp import register
 from moepp.config import compose
 from moepp.errors import UsageError
-from moepp.keys import describe, keys, meanings
+from moepp.keys import describe_keys, keys, meanings
 from moepp.layers.bounds import Range
 from moepp.training.settings import RunConfig
 
@@ -56,20 +56,20 @@ def test_every_key_of_a_run_has_a_meaning():
 
 def test_a_key_is_found_by_its_group_and_by_its_last_name():
     config = compose(RunConfig, ["size=tiny"])
-    assert describe(config, "trainer.steps")[0] == "trainer.steps=360 (the schema's default: 1000)"
-    assert describe(config, "lr")[0].startswith("optim.lr=")
-    group = [line for line in describe(config, "model.balance") if not line.startswith(" ")]
+    assert describe_keys(config, "trainer.steps")[0] == "trainer.steps=360 (the schema's default: 1000)"
+    assert describe_keys(config, "lr")[0].startswith("optim.lr=")
+    group = [line for line in describe_keys(config, "model.balance") if not line.startswith(" ")]
     assert len(group) > 5 and all(line.startswith("model.balance.") for line in group)
-    assert max(map(len, describe(config))) <= 120
-    assert "tiny" in " ".join(describe(config, "size"))
+    assert max(map(len, describe_keys(config))) <= 120
+    assert "tiny" in " ".join(describe_keys(config, "size"))
 
 
 def test_a_key_that_is_none_gets_the_nearest():
     with pytest.raises(UsageError, match=r"^unknown key model\.tau; did you mean model\.balance\.tau\?$"):
-        describe(compose(RunConfig, []), "model.tau")
+        describe_keys(compose(RunConfig, []), "model.tau")
 
 
 def test_parts_of_plugins_are_among_the_choices():
     with forgotten():
         register.router("of_mine")(lambda config, first: None)
-        assert "of_mine" in " ".join(describe(compose(RunConfig, []), "model.router"))
+        assert "of_mine" in " ".join(describe_keys(compose(RunConfig, []), "model.router"))

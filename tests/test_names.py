@@ -9,8 +9,8 @@ from moepp import names
 from moepp.config import compose
 from moepp.errors import UsageError
 from moepp.models.weight_files import find_weights
+from moepp.sweeps.allocations import own_share
 from moepp.sweeps.launchers.slurm import SlurmLauncher
-from moepp.sweeps.slots import own_share
 from moepp.sweeps.spec import read_sweep
 from moepp.training.settings import RunConfig
 

@@ -153,9 +153,17 @@ def test_its_parameters_are_in_the_budget(scaled, tmp_path):
     assert Budget.of(config, 8, 8).total_params == sum(p.numel() for p in Decoder(config).parameters())
 
 
-def test_a_run_with_a_router_of_ones_own_resumes_to_the_same_losses(overrides, tmp_path, monkeypatch):
-    router = [f"plugins={plugin(tmp_path, 'router', ROUTER)}", "model.router=plain", "model.router_options.scale=2"]
-    whole = run(*overrides, *router, "name=whole")
+def test_a_run_with_parts_of_ones_own_resumes_to_the_same_losses(overrides, scaled, tmp_path, monkeypatch):
+    """One of each kind, a file each."""
+    texts = {"router": ROUTER, "signs": OPTIMIZER, "steps": CALLBACK, "sums": CORPUS}
+    parts = [scaled, *(plugin(tmp_path, name, text) for name, text in texts.items())]
+    words = [w for w in overrides if not w.startswith("data")] + [f"plugins=[{','.join(parts)}]"]
+    words += ["data.corpus=sums", f"data.cache={tmp_path / 'cache'}", "model.router=plain", "optim.name=signs"]
+    words += ["model.experts.others.scaled=1", f"trainer.callbacks.steps.path={tmp_path / 'seen'}"]
+    whole = run(*words, "name=whole")
+    assert (tmp_path / "seen").read_text() == "12"
+    shown = axes(whole.read("config.yaml"), {})
+    assert (shown["router"], shown["optimizer"], shown["n_scaled"]) == ("plain", "signs", "1")
     from moepp.training import callbacks
 
     class Killed(BaseException):
@@ -168,9 +176,9 @@ def test_a_run_with_a_router_of_ones_own_resumes_to_the_same_losses(overrides, t
                 raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("moepp.training.run.ResumeCheckpoint", Kill)
-        run(*overrides, *router, "name=cut")
-    assert losses(run(*overrides, *router, "name=cut")) == losses(whole)
+        patch.setattr("moepp.training.trainer.ResumeCheckpoint", Kill)
+        run(*words, "name=cut")
+    assert losses(run(*words, "name=cut")) == losses(whole)
 
 
 def test_an_optimizer_and_a_callback_of_ones_own(overrides, tmp_path):

@@ -1,12 +1,13 @@
-"""README's tables of arms show what the committed results hold, rounded once: 1.7049 is 1.70, and not the 1.71 that
-comes of 1.705.
+"""Tables of arms in README and docs/results.md show what the committed results hold, rounded once: 1.7049 is 1.70, and
+not the 1.71 that comes of 1.705.
 """
 
 import csv
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-COLUMNS = {  # of README -> metric of table.csv, decimals
+PAGES = ("README.md", "docs/results.md")
+COLUMNS = {  # of their tables -> metric of table.csv, decimals
     "validation loss": ("val_loss", ".3f"),
     "minus vanilla": ("difference", "+.3f"),
     "bits per byte": ("val_bits_per_byte", ".3f"),
@@ -47,10 +48,10 @@ def differing(head, rows, committed):
     return found
 
 
-def test_readme_shows_committed_numbers_rounded_once():
+def test_pages_show_committed_numbers_rounded_once():
     files = sorted(ROOT.glob("results/*/*/table.csv"))
     committed = [list(csv.DictReader(file.open())) for file in files]
-    for head, rows in tables((ROOT / "README.md").read_text()):
+    for head, rows in (table for page in PAGES for table in tables((ROOT / page).read_text())):
         if COLUMNS.keys() & set(head):
             candidates = [found for each in committed if (found := differing(head, rows, each)) is not None]
             assert [] in candidates, min(candidates, key=len, default="no committed table has these arms")

@@ -73,6 +73,15 @@ def test_a_tail_reads_a_rewound_record_from_its_beginning(record):
     assert [line["step"] for line in tail.read()] == [1, 2, 3, 4]
 
 
+def test_a_record_that_begins_anew_forgets_what_came_before_the_first_step(record):
+    for step in (0, 1):
+        record.log(step, {"loss": 0.5})
+    record.rewind(1)
+    assert [line["step"] for line in record.metrics()] == [0, 1]
+    record.rewind(0)
+    assert record.metrics() == []
+
+
 def test_a_record_is_held_while_a_process_works_in_it(record):
     assert record.held is False
     with record.lock():

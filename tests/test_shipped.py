@@ -36,7 +36,7 @@ SCALES = [(name, scale) for name in NAMES for scale in read_sweep(name).scales]
 SPACES = [
     name for name in NAMES if read_sweep(name).space
 ]  # tests/reports/test_own_sweep.py; arms differ in values alone
-ARMS = [(name, arm) for name in NAMES if name not in SPACES for arm in read_sweep(name).arms]
+ARMS = [(name, arm) for name in NAMES if name not in (*SPACES, "retrofit") for arm in read_sweep(name).arms]
 SIZES = {"smoke": {"smoke"}, "laptop": {"tiny"}, "gpu": {"small", "mini"}}  # by scale
 TWO_STEPS = [
     "size=smoke", "tracking=jsonl", "trainer.steps=2", "trainer.val_every=2", "trainer.checkpoint_every=2",
@@ -45,7 +45,7 @@ TWO_STEPS = [
 ]  # fmt: skip
 ELSEWHERE = {  # what trains or measures in processes of its own, or needs what no repository holds
     "expert_parallelism": "tests/benchmarks", "table4": "tests/experiments/test_table4.py",
-    "ladder": "its arms differ in size, which is one here",
+    "ladder": "its arms differ in size, which is one here", "retrofit": "tests/retrofit/test_study.py",
 }  # fmt: skip
 
 

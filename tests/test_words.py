@@ -93,6 +93,8 @@ def test_dotted_keys_anchors_and_merge_keys_work_in_mappings():
         ("a: &a [*a]", "line 1: .*recursive"),
         ("a: !!python/object:os.system x", "line 1: could not determine a constructor"),
         ("a: [", "line 2: "),
+        (b"a: 1\nb: \xe9\n", "line 2: incomplete UTF-8"),
+        ("a: 1\n\nb: \0\n", "line 3: control characters"),
         ("[" * 100_000, ""),
         (b"\xff\xfe\x00", ""),
     ],
@@ -112,6 +114,9 @@ def test_what_cannot_be_read_is_one_line_with_its_place(text, message):
         ("parts: {p: []}", "parts.p is a group of keys; set one of parts.p.word"),
         ("part: {word: [a]}", r"part.word=\['a'\] must be a single str"),
         ("part: {word: '${oc.env:HOME}'}", r"part.word=\$\{oc.env:HOME\}: a value may refer to another key"),
+        ("part: {rate: '???'}", r"part.rate=\?\?\? stands for a value that is missing"),
+        (f"part: [{'x, ' * 10_000}]", r"^part is a group of keys"),
+        (f"names: {{a: [{'x, ' * 10_000}]}}", r"^names=.{200}\.\.\. must be a list"),
         ("options: {a: '${${x}}'}", "a value may refer to another key"),
     ],
 )

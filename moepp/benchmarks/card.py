@@ -9,12 +9,12 @@ from typing import ClassVar, Literal
 
 import torch
 
-from moepp.benchmarks.failures import DeviceLost, attempt, describe
+from moepp.benchmarks.failures import DeviceLost, attempt, describe_failure
 from moepp.benchmarks.machine import nvidia_smi
-from moepp.benchmarks.tables import Columns, Row, markdown
+from moepp.benchmarks.tables import Columns, Row, markdown_table
 from moepp.training.interleaved import Call, interleaved_times
 
-Work = Literal["copy", "product"]
+CardGroup = Literal["copy", "product"]
 UNITS = {"copy": "GB/s", "product": "TFLOP/s"}
 COLUMNS: Columns = {
     "what": ("what", ""), "median": ("median", ".4g"), "min": ("min", ".4g"), "max": ("max", ".4g"),
@@ -43,21 +43,21 @@ class CardBenchmark:
     TITLE: ClassVar[str] = "What the device gives"
     SCALES: ClassVar[dict[str, Row]] = {}  # the device decides
 
-    def groups(self) -> list[Work]:
+    def groups(self) -> list[CardGroup]:
         return ["copy", "product"]
 
-    def measure(self, group: Work, before: list[Row], device: torch.device, out: Path) -> list[Row]:
+    def measure(self, group: CardGroup, before: list[Row], device: torch.device, out: Path) -> list[Row]:
         if before:  # its failure
             return []
         state = {f"{name}_before": value for name, value in nvidia_smi().items()}
         try:
             rates, failure = attempt(partial(self._rates, group, device))
         except torch.AcceleratorError as error:
-            raise DeviceLost(f"{group}: {error}", [{"what": group, "failure": describe(error)}]) from error
+            raise DeviceLost(f"{group}: {error}", [{"what": group, "failure": describe_failure(error)}]) from error
         state |= {f"{name}_after": value for name, value in nvidia_smi().items()}
         return [{"what": group, "unit": UNITS[group], **(rates or {}), "failure": failure, **state}]
 
-    def _rates(self, group: Work, device: torch.device) -> Row:
+    def _rates(self, group: CardGroup, device: torch.device) -> Row:
         call, work = self._copy(device) if group == "copy" else self._product(device)
         times = interleaved_times([group], lambda *_: call, device, self.repeats, self.warmup, self.seed)[group]
         rates = [work / milliseconds * 1000 for milliseconds in times]
@@ -86,4 +86,4 @@ class CardBenchmark:
         return rows
 
     def report(self, rows: list[Row]) -> Iterator[str]:
-        return markdown(rows, COLUMNS)
+        return markdown_table(rows, COLUMNS)

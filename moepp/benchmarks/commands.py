@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from moepp.benchmarks.card import CardBenchmark
-from moepp.benchmarks.folder import run
+from moepp.benchmarks.folder import run_benchmark
 from moepp.benchmarks.layer import LayerBenchmark
-from moepp.benchmarks.parallel import ParallelBenchmark, markdown
-from moepp.benchmarks.parallel import run as run_parallel
+from moepp.benchmarks.parallel import ParallelBenchmark, run_parallel, traffic_table
 from moepp.benchmarks.training import TrainingBenchmark
 from moepp.errors import UsageError
 
@@ -27,10 +26,10 @@ def bench(
     """
     benchmark = at_scale(what, scale, {name: value for name, value in given.items() if value is not None})
     if not isinstance(benchmark, ParallelBenchmark):
-        return run(benchmark, out, minutes)
+        return run_benchmark(benchmark, out, minutes)
     if minutes is not None:
         raise UsageError("bench parallel takes no --minutes")
-    return list(markdown(run_parallel(benchmark, out))), 0
+    return list(traffic_table(run_parallel(benchmark, out))), 0
 
 
 def at_scale(what: str, scale: str | None, given: dict[str, Any]) -> Any:

@@ -7,16 +7,18 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from moepp.benchmarks.cases import Case, Draw, Inputs, RoutingSource
-from moepp.benchmarks.failures import DeviceLost, attempt, describe
+from moepp.benchmarks.failures import DeviceLost, attempt, describe_failure
+from moepp.benchmarks.memory import peak_bytes
 from moepp.benchmarks.peers import IMPLEMENTATIONS, Forward
 from moepp.benchmarks.tables import Row
 from moepp.layers.moe import MoELayer
 from moepp.layers.settings import BalanceConfig, MoEConfig
 from moepp.training.interleaved import Call, interleaved_times
 
-Key = tuple[Case, str]  # and the name of an implementation
+Contender = tuple[Case, str]  # and the name of an implementation
 
 
 @dataclass(frozen=True)
@@ -51,16 +53,16 @@ class Contest:
 
     def __init__(
         self, sizes: Sizes, cases: Sequence[Case], names: Sequence[str], device: torch.device, seed: int,
-        before: Collection[Key] = (),
+        before: Collection[Contender] = (),
     ):  # fmt: skip
         self.sizes, self.device, self.seed = sizes, device, seed
         self.source, generator = RoutingSource(seed, device), torch.Generator(device).manual_seed(seed)
         self.layers = {case: sizes.layer(case, device, generator) for case in cases}
         self.keys = [(case, name) for case in cases for name in names if (case, name) not in before]
-        self.running: Key | None = None
-        self.forwards: dict[Key, Forward] = {}
-        self.failures: dict[Key, str] = {}
-        self.gib: dict[Key, float] = {}  # most memory that a call held above what stood there before it
+        self.running: Contender | None = None
+        self.forwards: dict[Contender, Forward] = {}
+        self.failures: dict[Contender, str] = {}
+        self.gib: dict[Contender, float] = {}  # most memory that a call held above what stood there before it
         # Random numbers: with constant ones a product takes less power, and so runs at higher clocks.
         shape, dtype = (sizes.tokens * MoEConfig.top_k, sizes.dim), getattr(torch, sizes.dtype)
         self.x_SD, self.gradient_SD = (
@@ -79,7 +81,7 @@ class Contest:
             )  # fmt: skip
             times, of_device = timed(), timed(ahead=True) if self.device.type == "cuda" else {}
         except torch.AcceleratorError as error:
-            raise self._lost(describe(error)) from error
+            raise self._lost(describe_failure(error)) from error
         return [
             self._row(key, times.get(key, []), of_device.get(key, []), [each[key[0]] for each in draws])
             for key in self.keys
@@ -100,44 +102,35 @@ class Contest:
         """Builds, compiles and allocates, and shows what fails; the last round's memory is kept."""
         for draws in (self._draws() for _ in range(rounds)):
             for key in self.keys:
-                call = self._call(key, draws[key[0]])
-                if self.device.type == "cuda":
-                    self._watch_memory(key, call)
-                else:
-                    call()
+                self.gib[key] = peak_bytes(self._call(key, draws[key[0]]), self.device) / 2**30
 
-    def _watch_memory(self, key: Key, call: Call) -> None:
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        call()
-        torch.cuda.synchronize(self.device)  # so that what goes wrong on the device is not taken for the next one's
-        self.gib[key] = (torch.cuda.max_memory_allocated(self.device) - before) / 2**30
-
-    def _call(self, key: Key, draw: Draw) -> Call:
+    def _call(self, key: Contender, draw: Draw) -> Call:
         return partial(self._guarded, key, self._inputs(draw))
 
     def _inputs(self, draw: Draw) -> Inputs:
         return Inputs.of(draw, self.x_SD, self.sizes.backward)
 
-    def _guarded(self, key: Key, inputs: Inputs) -> None:
+    def _guarded(self, key: Contender, inputs: Inputs) -> None:
         self.running = key
         if key not in self.failures:
             _, failure = attempt(partial(self._pass, key, inputs))
             if failure:
                 self.failures[key] = failure
 
-    def _pass(self, key: Key, inputs: Inputs) -> None:
+    def _pass(self, key: Contender, inputs: Inputs) -> None:
         """Forward, and backward to all inputs and weights; nothing keeps the gradients."""
         layer = self.layers[key[0]]
         if key not in self.forwards:
             self.forwards[key] = IMPLEMENTATIONS[key[1]](layer)
         with torch.set_grad_enabled(self.sizes.backward):
-            y = self.forwards[key](inputs)
+            forward = self.forwards[key]
+            y = forward(inputs)
             if self.sizes.backward:
-                leaves = [inputs.x_TD, inputs.x_RD, inputs.routing.gate_TK, *layer.parameters()]
+                owner = forward if isinstance(forward, nn.Module) else layer
+                leaves = [inputs.x_TD, inputs.x_RD, inputs.routing.gate_TK, *owner.parameters()]
                 torch.autograd.grad(y, leaves, self.gradient_SD[: len(y)], allow_unused=True)
 
-    def _row(self, key: Key, times: list[float], of_device: list[float], draws: list[Draw]) -> Row:
+    def _row(self, key: Contender, times: list[float], of_device: list[float], draws: list[Draw]) -> Row:
         case, name = key
         failure = self.failures.get(key)
         measured = {"ms": statistics.median(times), "min_ms": min(times)} if times and not failure else {}

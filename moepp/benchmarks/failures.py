@@ -27,10 +27,10 @@ def attempt(call: Callable[[], Result]) -> tuple[Result | None, str | None]:
     except torch.AcceleratorError:
         raise
     except Exception as error:  # whatever it is, the others shall be measured
-        return None, describe(error)
+        return None, describe_failure(error)
 
 
-def describe(error: Exception) -> str:
+def describe_failure(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     first = next(iter(str(error).strip().splitlines()), "")

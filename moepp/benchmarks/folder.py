@@ -20,9 +20,11 @@ from tqdm import tqdm
 
 from moepp.benchmarks.failures import DeviceLost
 from moepp.benchmarks.machine import describe_machine, device_facts
-from moepp.benchmarks.tables import Row, write_csv, write_report
+from moepp.benchmarks.tables import Row, write_benchmark, write_csv
 from moepp.errors import UsageError
 from moepp.records import read_json, write_json, write_text
+from moepp.statistics.markup import code
+from moepp.training.allocator import keep_freed_memory
 from moepp.training.provenance import collect, continued
 
 
@@ -106,8 +108,8 @@ class Folder:
         found = collect({}) | device_facts() | {"benchmark": self.settings, "date": today}
         write_json(self.path / "provenance.json", continued(self.earlier, found))
         write_csv(self.benchmark.table(self.rows), self.path / "table.csv")
-        setup = f"{describe_machine()}, {today}. {self.benchmark.setup()} Made by `{found['command']}`."
-        write_report(self.path / "report.md", self.benchmark.TITLE, setup, self.report(left_out))
+        setup = f"{describe_machine()}, {today}. {self.benchmark.setup()} Made by {code(found['command'])}."
+        write_benchmark(self.path / "report.md", self.benchmark.TITLE, setup, self.report(left_out))
 
     def report(self, left_out: Sequence[Hashable]) -> list[str]:
         lines = list(self.benchmark.report(self.rows)) if self.rows else ["Nothing was measured."]
@@ -116,13 +118,15 @@ class Folder:
         return lines
 
 
-def run(benchmark: Benchmark, out: Path, minutes: float | None = None) -> tuple[list[str], int]:
+def run_benchmark(benchmark: Benchmark, out: Path, minutes: float | None = None) -> tuple[list[str], int]:
     """Measures what `out` lacks and writes its files; returns the report's lines and how many groups are missing yet.
 
     Stops before a group for which `minutes` would not suffice if it took as long as the longest before it.
     """
     folder, begin = Folder(out, benchmark), time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        keep_freed_memory()  # for all alike, as training does
     missing = folder.missing()
     with tqdm(total=len(missing), unit="group", disable=not sys.stderr.isatty()) as bar:
         while missing and (minutes is None or time.perf_counter() - begin + folder.longest <= 60 * minutes):

@@ -10,7 +10,7 @@ import torch
 
 from moepp.benchmarks.cases import SETS, Case
 from moepp.benchmarks.contest import Contest, Sizes
-from moepp.benchmarks.failures import DeviceLost, attempt, describe
+from moepp.benchmarks.failures import DeviceLost, attempt, describe_failure
 from moepp.benchmarks.layer_tables import layer_report, layer_table
 from moepp.benchmarks.tables import Row
 from moepp.layers.settings import MoEConfig
@@ -20,7 +20,7 @@ PEERS = ["loop", "transformers_eager", "transformers_grouped_mm"]
 
 
 @dataclass(frozen=True)
-class Group:
+class LayerGroup:
     """Cases that are timed in turn: vanilla MoE and MoE++ at `taus`, under every kind of routing."""
 
     tokens: int
@@ -74,26 +74,31 @@ class LayerBenchmark:
             "ffn": [8], "taus": [[0.75]], "passes": [("float32", "forward"), ("bfloat16", "forward+backward")],
             "routings": ["learned"], "repeats": 3,
         },
+        "cpu": {  # a quarter of an hour on one thread
+            "tokens": [512, 1024, 4096], "ffn": [8, 16, 32, 64], "taus": [[0.10, 0.25, 0.75, 1.0]],
+            "passes": [("float32", "forward"), ("float32", "forward+backward")], "routings": ["learned"],
+            "implementations": ["moepp", "floor", "loop", "transformers_grouped_mm"], "repeats": 3,
+        },
         "smoke": ON_GPU | {
             "tokens": [64, 32], "dim": 16, "hidden": 32, "fine_hidden": 16, "ffn": [8, 64], "repeats": 2,
         },
         "gpu": ON_GPU | {"tokens": [65536, 16384, 4096], "ffn": [8, 16, 32, 64], "repeats": 10, "warmup": 3},
     }  # fmt: skip
 
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[LayerGroup]:
         """The first taus of all sizes come before others, and so do the first number of tokens and both passes."""
         groups = [
-            Group(tokens, ffn, tuple(taus), *one)
+            LayerGroup(tokens, ffn, tuple(taus), *one)
             for taus in self.taus
             for tokens in self.tokens
             for one in self.passes
             for ffn in self.ffn
         ]
         first = groups[0]
-        traced = Group(first.tokens, first.ffn, first.taus[:1], first.dtype, "forward+backward", trace=True)
+        traced = LayerGroup(first.tokens, first.ffn, first.taus[:1], first.dtype, "forward+backward", trace=True)
         return [first, *([traced] if self.trace else []), *groups[1:]]
 
-    def measure(self, group: Group, before: list[Row], device: torch.device, out: Path) -> list[Row]:
+    def measure(self, group: LayerGroup, before: list[Row], device: torch.device, out: Path) -> list[Row]:
         if group.trace:
             return self._trace(group, device, out / TRACE) if not before else []
         cases = [Case(group.ffn, tau, routing) for routing in self.routings for tau in (None, *group.taus)]
@@ -106,16 +111,18 @@ class LayerBenchmark:
             error.rows = [row | shared for row in error.rows]
             raise
 
-    def _trace(self, group: Group, device: torch.device, path: Path) -> list[Row]:
+    def _trace(self, group: LayerGroup, device: torch.device, path: Path) -> list[Row]:
         case = Case(group.ffn, group.taus[0], self.routings[0])
         contest = Contest(self._sizes(group), [case], ["moepp"], device, self.seed)
         try:
             _, failure = attempt(partial(contest.trace, path))
         except torch.AcceleratorError as error:
-            raise DeviceLost(f"{group}: {error}", [{"trace": str(group), "failure": describe(error)}]) from error
+            raise DeviceLost(
+                f"{group}: {error}", [{"trace": str(group), "failure": describe_failure(error)}]
+            ) from error
         return [{"trace": str(group), "failure": failure}]
 
-    def _sizes(self, group: Group) -> Sizes:
+    def _sizes(self, group: LayerGroup) -> Sizes:
         hidden = self.fine_hidden if group.ffn == max(SETS) else self.hidden
         backward = "backward" in group.direction
         return Sizes(group.tokens, self.dim, hidden, group.dtype, backward, self.capacity_factor)
@@ -125,7 +132,8 @@ class LayerBenchmark:
         limit = "dropless" if self.capacity_factor is None else f"slots over capacity {self.capacity_factor} dropped"
         return (
             f"{' and '.join(map(str, self.tokens))} tokens, width {self.dim}, hidden {self.hidden}{fine}, top-"
-            f"{MoEConfig.top_k}, {limit}. Medians of {self.repeats} interleaved calls, every call with new routing."
+            f"{MoEConfig.top_k}, {limit}. Medians of {self.repeats} interleaved calls, every call with new routing; on "
+            "one thread of a CPU of its own time, so that other processes do not count."
         )
 
     def table(self, rows: list[Row]) -> list[Row]:

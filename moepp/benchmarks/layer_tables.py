@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from moepp.benchmarks.cases import SETS, Case
-from moepp.benchmarks.tables import Columns, Row, markdown, ratio
+from moepp.benchmarks.tables import Columns, Row, markdown_table, ratio
 from moepp.layers.settings import ffn_share
 
 # Expert forward of MoE++ over vanilla MoE in the paper's Table 3 (0.6B, 1B, 2B), by the FFN experts of the set.
@@ -14,7 +14,7 @@ PAPER = {
 }
 NAMES = {
     "moepp": "ours", "triton": "triton", "grouped": "grouped", "sorted": "sorted", "floor": "GEMM floor",
-    "zero_computation": "zero-comp. part", "loop": "loop", "transformers_eager": "transformers eager",
+    "zero_computation": "zero-comp. part", "loop": "released loop", "transformers_eager": "transformers eager",
     "transformers_grouped_mm": "transformers grouped_mm", "whole_layer": "with router",
 }  # fmt: skip
 LAYER: Columns = {
@@ -23,7 +23,7 @@ LAYER: Columns = {
 }  # fmt: skip
 RATIOS: Columns = {
     "tflops": ("ours, TFLOP/s", ".3g"), "over_floor": ("ours / floor", ".2f"),
-    "zero_computation_share": ("zero-comp. part / ours", ".2f"), "loop_over_moepp": ("loop / ours", ".2f"),
+    "zero_computation_share": ("zero-comp. part / ours", ".2f"), "loop_over_moepp": ("released loop / ours", ".2f"),
     "best_transformers_over_moepp": ("best transformers / ours", ".2f"), "speedup": ("over vanilla", ".2f"),
     "device_speedup": ("over vanilla, device", ".2f"), "floor_speedup": ("floor's", ".2f"),
     "ideal_speedup": ("ideal", ".2f"), "paper_speedup": ("paper", ".2f"),
@@ -97,14 +97,14 @@ def layer_report(rows: list[Row]) -> Iterator[str]:
     for dtype, direction in dict.fromkeys((row["dtype"], row["direction"]) for row in table):
         part = [row for row in table if (row["dtype"], row["direction"]) == (dtype, direction)]
         yield from (f"## {dtype}, {direction}", "", "Milliseconds:", "")
-        yield from markdown(part, layer | {f"{name}_ms": (title, ",.4g") for name, title in names.items()})
+        yield from markdown_table(part, layer | {f"{name}_ms": (title, ",.4g") for name, title in names.items()})
         yield from ("", "Ratios:", "")
-        yield from markdown(part, layer | RATIOS)
+        yield from markdown_table(part, layer | RATIOS)
         for suffix, title, spec in ON_A_GPU:
             columns = {f"{name}{suffix}": (column, spec) for name, column in names.items()}
             if any(row.get(key) is not None for row in part for key in columns):
                 yield from ("", title, "")
-                yield from markdown(part, layer | columns)
+                yield from markdown_table(part, layer | columns)
         yield ""
     for name, reason in failures.items():
         yield f"Not measured: {NAMES[name]} ({reason})."

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from moepp.layers.kernels.cpu import features
+from moepp.training.allocator import allocator
 from moepp.training.provenance import collect
 
 # Columns of nvidia-smi, and what they are called here.
@@ -28,7 +30,8 @@ def device_facts() -> dict[str, Any]:
 def describe_machine() -> str:
     facts = device_facts()
     if "cuda" not in facts:
-        return f"{facts['device']}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        cpu = f"{facts['device']} ({', '.join(features())}), {torch.get_num_threads()} threads"
+        return ", ".join(filter(None, [cpu, f"torch {torch.__version__}", allocator()]))
     versions = f"torch {torch.__version__}, CUDA {facts['cuda']}, Triton {facts['triton']}"
     return f"{facts['device']}, driver {facts['driver']}, {versions}"
 

@@ -24,15 +24,15 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, r
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from moepp.benchmarks.cases import SETS, learned_like_routing
-from moepp.benchmarks.tables import Columns, Row, write_csv, write_report
-from moepp.benchmarks.tables import markdown as write_markdown
+from moepp.benchmarks.tables import Columns, Row, markdown_table, write_benchmark, write_csv
 from moepp.errors import RunError, UsageError
 from moepp.layers.moe import MoELayer
 from moepp.layers.router import Routing
 from moepp.layers.settings import BalanceConfig, ExpertCounts, MoEConfig, ffn_share
 from moepp.records import write_json
+from moepp.statistics.markup import code
 from moepp.strategies.dispatch import AllToAllDispatcher
-from moepp.strategies.groups import ExpertGroups
+from moepp.strategies.groups import CopyGroups
 from moepp.strategies.sharding import slice_experts
 from moepp.strategies.traffic import Traffic
 from moepp.training.provenance import collect
@@ -75,11 +75,11 @@ class _Case:
     routing: str
 
 
-def run(benchmark: ParallelBenchmark, out: Path) -> list[Row]:
+def run_parallel(benchmark: ParallelBenchmark, out: Path) -> list[Row]:
     """Measures and writes table.csv, exchanges.csv, report.md and provenance.json into `out`; returns the table's
     rows.
     """
-    rows, exchanges = measure(benchmark)
+    rows, exchanges = measure_exchange(benchmark)
     found = collect({}) | {"benchmark": asdict(benchmark), "date": datetime.now(UTC).date().isoformat()}
     write_csv(rows, out / "table.csv")
     if exchanges:  # one device has none
@@ -91,13 +91,13 @@ def run(benchmark: ParallelBenchmark, out: Path) -> list[Row]:
         f"{machine}, torch {torch.__version__}, {found['date']}: {benchmark.devices} processes, {benchmark.tokens} "
         f"tokens each, width {benchmark.dim}, hidden {benchmark.hidden}, {benchmark.ffn} FFN experts, top-2, "
         f"{benchmark.dtype}, forward and backward. Medians of {benchmark.repeats} interleaved passes of the slowest "
-        f"process, each with new routing. Made by `{found['command']}`."
+        f"process, each with new routing. Made by {code(found['command'])}."
     )
-    write_report(out / "report.md", "The expert layer on several devices", setup, list(markdown(rows)))
+    write_benchmark(out / "report.md", "The expert layer on several devices", setup, list(traffic_table(rows)))
     return rows
 
 
-def measure(benchmark: ParallelBenchmark) -> tuple[list[Row], list[Row]]:
+def measure_exchange(benchmark: ParallelBenchmark) -> tuple[list[Row], list[Row]]:
     """One row per layer, and one per plain exchange that a communication model can be fitted to.
 
     Raises UsageError for devices that cannot share the experts, or more than there are GPUs; RunError when a process
@@ -129,7 +129,7 @@ def measure(benchmark: ParallelBenchmark) -> tuple[list[Row], list[Row]]:
     return layers, exchanges
 
 
-@record  # so that the error of a process reaches `measure`
+@record  # so that the error of a process reaches `measure_exchange`
 def _measure(benchmark: ParallelBenchmark) -> tuple[list[Row], list[Row]]:
     """What one process does; rank 0's rows are the result."""
     cuda = torch.cuda.is_available()
@@ -138,14 +138,14 @@ def _measure(benchmark: ParallelBenchmark) -> tuple[list[Row], list[Row]]:
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=300)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
-    groups = {size: ExpertGroups.create(size, timeout) for size in benchmark.groups}
+    groups = {size: CopyGroups.create(size, timeout) for size in benchmark.groups}
     layers = _layers(benchmark, groups, device)
     exchanges = [row for size in benchmark.groups if size > 1 for row in _exchanges(benchmark, groups[size], device)]
     dist.destroy_process_group()
     return layers, exchanges
 
 
-def _layers(benchmark: ParallelBenchmark, groups: dict[int, ExpertGroups], device: torch.device) -> list[Row]:
+def _layers(benchmark: ParallelBenchmark, groups: dict[int, CopyGroups], device: torch.device) -> list[Row]:
     """Every case once per repeat, in an order that is new each time and the same on all devices."""
     # Routing differs between devices, weights do not: each device has its own tokens.
     tokens = torch.Generator().manual_seed(benchmark.seed * 1000 + dist.get_rank())
@@ -172,7 +172,7 @@ def _layers(benchmark: ParallelBenchmark, groups: dict[int, ExpertGroups], devic
     return [_row(benchmark, case, seen[case]) for case in cases]
 
 
-def _layer(benchmark: ParallelBenchmark, case: _Case, groups: ExpertGroups, device: torch.device) -> MoELayer:
+def _layer(benchmark: ParallelBenchmark, case: _Case, groups: CopyGroups, device: torch.device) -> MoELayer:
     counts = SETS[benchmark.ffn] if case.tau is not None else ExpertCounts(benchmark.ffn, 0, 0, 0)
     balance = BalanceConfig(tau=case.tau or 1.0)
     layer = MoELayer(MoEConfig(dim=benchmark.dim, hidden=benchmark.hidden, experts=counts, balance=balance), first=True)
@@ -298,7 +298,7 @@ def _busiest(rows_WE: list[list[int]], group: int) -> int:
     return int(max(rows_CGG.sum(1).max(), rows_CGG.sum(2).max()))
 
 
-def _exchanges(benchmark: ParallelBenchmark, groups: ExpertGroups, device: torch.device) -> list[Row]:
+def _exchanges(benchmark: ParallelBenchmark, groups: CopyGroups, device: torch.device) -> list[Row]:
     """All-to-alls of equal parts, without a layer: medians over the repeats of the slowest device's time."""
     found = []
     for size in benchmark.sizes:
@@ -310,7 +310,7 @@ def _exchanges(benchmark: ParallelBenchmark, groups: ExpertGroups, device: torch
             dist.barrier()
             _synchronize(device)
             begin = time.perf_counter()
-            dist.all_to_all_single(received, sent, group=groups.expert)
+            dist.all_to_all_single(received, sent, group=groups.within)
             _synchronize(device)
             slowest = torch.tensor(time.perf_counter() - begin, dtype=torch.float64)
             dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
@@ -341,7 +341,7 @@ COLUMNS: Columns = {
 }  # fmt: skip
 
 
-def markdown(rows: list[Row]) -> Iterator[str]:
+def traffic_table(rows: list[Row]) -> Iterator[str]:
     """The rows as a Markdown table."""
     vanilla = {(row["group"], row["routing"]): row["step_ms"] for row in rows if row["tau"] == "vanilla"}
     shown = [
@@ -352,4 +352,4 @@ def markdown(rows: list[Row]) -> Iterator[str]:
         }
         for row in rows
     ]
-    return write_markdown(shown, COLUMNS)
+    return markdown_table(shown, COLUMNS)

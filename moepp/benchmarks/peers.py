@@ -1,7 +1,8 @@
 """What the expert layer is measured against: the GEMMs alone, a plain loop over experts, and Hugging Face transformers.
 
 Every entry maps a MoELayer to a function that computes its experts' output [T, D] from `Inputs` with the layer's own
-weights. Shape suffixes as in cases.py; E FFN experts, F their hidden width.
+weights; one that is a module has parameters of its own, which lie in the same memory.
+Shape suffixes as in cases.py; E FFN experts, F their hidden width.
 """
 
 from collections.abc import Callable
@@ -10,10 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from moepp.benchmarks.cases import Inputs
 from moepp.layers.moe import MoELayer
+from moepp.layers.router import Routing
 from moepp.layers.settings import Backend
 
 Forward = Callable[[Inputs], Tensor]
@@ -46,30 +48,39 @@ def whole_layer(layer: MoELayer) -> Forward:
     return forward
 
 
-def reference_loop(layer: MoELayer) -> Forward:
-    """One pass of a Python loop over all experts, zero-computation ones too, with index_select and index_add."""
-    counts = layer.config.experts
+class ReleasedLoop(nn.Module):
+    """The released layer's pass: a Python loop over all experts, zero-computation ones too, with nonzero, index_select
+    and index_add_. Each FFN expert has weights of its own, so that its gradients need no stack.
+    """
 
-    def expert(index: int, x_RD: Tensor) -> Tensor:
-        if index < counts.ffn:
-            gate_RF, up_RF = F.linear(x_RD, layer.ffn.w_in[index]).chunk(2, -1)
-            return F.linear(F.silu(gate_RF) * up_RF, layer.ffn.w_out[index])
-        constant = index - counts.ffn
-        if constant < counts.constant:
-            mix = F.linear(x_RD, layer.zero_computation.w_mix[2 * constant : 2 * constant + 2]).softmax(-1)
-            return mix[:, :1] * x_RD + mix[:, 1:] * layer.zero_computation.vectors[constant]
-        return x_RD if constant < counts.constant + counts.copy else torch.zeros_like(x_RD)
+    def __init__(self, layer: MoELayer):
+        super().__init__()
+        self.counts = layer.config.experts
+        self.w_in, self.w_out = (
+            nn.ParameterList(weight.detach().unbind(0)) for weight in (layer.ffn.w_in, layer.ffn.w_out)
+        )
+        self.constants = layer.zero_computation if self.counts.constant else None
 
-    def forward(inputs: Inputs) -> Tensor:
-        x_TD, routing = inputs.x_TD, inputs.routing
+    def forward(self, inputs: Inputs) -> Tensor:
+        return self.gated_sum(inputs.x_TD, inputs.routing)
+
+    def gated_sum(self, x_TD: Tensor, routing: Routing) -> Tensor:
         y_TD = torch.zeros_like(x_TD)
-        for index in range(counts.total):
+        for index in range(self.counts.total):
             token_R, slot_R = torch.where(routing.expert_TK == index)
-            rows = expert(index, x_TD.index_select(0, token_R)) * routing.gate_TK[token_R, slot_R, None]
-            y_TD = y_TD.index_add(0, token_R, rows.to(x_TD.dtype))
+            rows = self.expert(index, x_TD.index_select(0, token_R)) * routing.gate_TK[token_R, slot_R, None]
+            y_TD.index_add_(0, token_R, rows.to(x_TD.dtype))
         return y_TD
 
-    return forward
+    def expert(self, index: int, x_RD: Tensor) -> Tensor:
+        if index < self.counts.ffn:
+            gate_RF, up_RF = F.linear(x_RD, self.w_in[index]).chunk(2, -1)
+            return F.linear(F.silu(gate_RF) * up_RF, self.w_out[index])
+        constant = index - self.counts.ffn
+        if constant < self.counts.constant:
+            mix = F.linear(x_RD, self.constants.w_mix[2 * constant : 2 * constant + 2]).softmax(-1)
+            return mix[:, :1] * x_RD + mix[:, 1:] * self.constants.vectors[constant]
+        return x_RD if constant < self.counts.constant + self.counts.copy else torch.zeros_like(x_RD)
 
 
 def transformers_experts(implementation: str) -> Callable[[MoELayer], Forward]:
@@ -152,7 +163,7 @@ IMPLEMENTATIONS: dict[str, Callable[[MoELayer], Forward]] = {
     **{backend: ours(backend) for backend in ("triton", "grouped", "sorted")},
     "floor": gemm_floor,
     "zero_computation": zero_computation_pass,
-    "loop": reference_loop,
+    "loop": ReleasedLoop,
     "transformers_eager": transformers_experts("eager"),
     "transformers_grouped_mm": transformers_experts("grouped_mm"),
     "whole_layer": whole_layer,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moepp.records import write_text
+from moepp.statistics.markup import cell
 
 Row = dict[str, Any]
 Columns = Mapping[str, tuple[str, str]]  # a row's key -> the column's title and the format of its numbers
@@ -21,7 +22,7 @@ def write_csv(rows: list[Row], path: Path) -> None:
         writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
 
 
-def markdown(rows: list[Row], columns: Columns) -> Iterator[str]:
+def markdown_table(rows: list[Row], columns: Columns) -> Iterator[str]:
     """The rows as a Markdown table; columns that no row fills are left out."""
     kept = {key: column for key, column in columns.items() if any(row.get(key) is not None for row in rows)}
     yield "| " + " | ".join(title for title, _ in kept.values()) + " |"
@@ -33,7 +34,7 @@ def markdown(rows: list[Row], columns: Columns) -> Iterator[str]:
 def _cell(value: Any, numbers: str) -> str:
     if value is None:
         return "–"
-    return format(value, numbers) if isinstance(value, int | float) else str(value).replace("|", "\\|")
+    return format(value, numbers) if isinstance(value, int | float) else cell(str(value))
 
 
 def ratio(numerator: float | None, denominator: float | None) -> float | None:
@@ -41,5 +42,5 @@ def ratio(numerator: float | None, denominator: float | None) -> float | None:
     return None if numerator is None or denominator is None else numerator / denominator
 
 
-def write_report(path: Path, title: str, setup: str, lines: list[str]) -> None:
+def write_benchmark(path: Path, title: str, setup: str, lines: list[str]) -> None:
     write_text(path, "\n".join([f"# {title}", "", setup, "", *lines]) + "\n")

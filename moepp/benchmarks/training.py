@@ -1,4 +1,6 @@
-"""Times whole training steps, optimizer included, of vanilla MoE and MoE++, and of transformers' Mixtral."""
+"""Times whole training steps, optimizer included, of vanilla MoE and MoE++, of the released layer in the same decoder,
+and of transformers' models.
+"""
 
 import gc
 import statistics
@@ -10,28 +12,31 @@ from typing import ClassVar
 
 import torch
 
-from moepp.benchmarks.failures import DeviceLost, attempt, describe
-from moepp.benchmarks.subjects import Subject, decoder, mixtral
-from moepp.benchmarks.tables import Columns, Row, markdown, ratio
+from moepp.benchmarks.failures import DeviceLost, attempt, describe_failure
+from moepp.benchmarks.subjects import Subject, decoder, mixtral, qwen3_moe
+from moepp.benchmarks.tables import Columns, Row, markdown_table, ratio
 from moepp.config import compose
 from moepp.models.budget import forward_flops
 from moepp.training.interleaved import interleaved_times
 from moepp.training.settings import RunConfig
 from moepp.training.throughput import peak_flops
 
-MIXTRAL = "transformers Mixtral"
+MIXTRAL, QWEN = "transformers Mixtral", "transformers Qwen3-MoE"
+TRANSFORMERS = {MIXTRAL: mixtral, QWEN: qwen3_moe}
+RELEASED = ", released layer"  # after the model in which it takes the place of ours
 OURS_COMPILED = [("moepp", True), ("vanilla", True)]
 EAGER = [(MIXTRAL, False), ("moepp", False), ("vanilla", False)]
 COLUMNS: Columns = {
     "size": ("size", ""), "model": ("model", ""), "compiled": ("compiled", ""),
     "batch": ("tokens per step", ""), "step_ms": ("step, ms", ",.1f"), "tokens_per_s": ("tokens/s", ",.0f"),
     "mfu": ("MFU", ".1%"), "gib": ("peak, GiB", ".1f"), "ffn_per_token": ("FFN experts per token", ".2f"),
-    "over_vanilla": ("over vanilla", ".2f"), "over_transformers": ("over transformers", ".2f"),
+    "over_vanilla": ("over vanilla", ".2f"), "over_released": ("over the released layer", ".2f"),
+    "over_transformers": ("over transformers", ".2f"),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Group:
+class TrainingGroup:
     """One model, alone on the device."""
 
     size: str
@@ -42,9 +47,13 @@ class Group:
         return f"size={self.size}, {self.model}, {'compiled' if self.compiled else 'eager'}"
 
     def config(self) -> RunConfig:
-        arm = "vanilla" if self.model == MIXTRAL else self.model
+        arm = "vanilla" if self.model in TRANSFORMERS else self.model.removesuffix(RELEASED)
         compiled = f"trainer.compile={str(self.compiled).lower()}"
         return compose(RunConfig, [f"size={self.size}", f"model={arm}", "tracking=jsonl", compiled])
+
+    def subject(self, config: RunConfig, device: torch.device) -> Subject:
+        build = TRANSFORMERS.get(self.model) or partial(decoder, released=self.model.endswith(RELEASED))
+        return build(config, device)
 
 
 @dataclass
@@ -52,7 +61,7 @@ class TrainingBenchmark:
     """What is measured. Defaults are the laptop scale's model."""
 
     sizes: list[str] = field(default_factory=lambda: ["tiny"])  # fragments of conf/size
-    # A fragment of conf/model or MIXTRAL, and whether it is compiled.
+    # A fragment of conf/model, with or without RELEASED, or one of TRANSFORMERS; and whether it is compiled.
     models: list[tuple[str, bool]] = field(default_factory=lambda: [*EAGER, *OURS_COMPILED, (MIXTRAL, True)])
     most_tokens: int = 65_536  # of a step, where the size's batch has more
     repeats: int = 10
@@ -68,23 +77,29 @@ class TrainingBenchmark:
             "repeats": 2,
             "warmup": 1,
         },
+        "cpu": {  # minutes on one thread
+            "models": [(name, False) for arm in ("moepp", "vanilla") for name in (arm, f"{arm}{RELEASED}")]
+            + [(name, False) for name in TRANSFORMERS],
+        },
         "gpu": {"sizes": ["small", "0.6b"]},
     }
 
-    def groups(self) -> list[Group]:
-        return [Group(size, *model) for size in self.sizes for model in self.models]
+    def groups(self) -> list[TrainingGroup]:
+        return [TrainingGroup(size, *model) for size in self.sizes for model in self.models]
 
-    def measure(self, group: Group, before: list[Row], device: torch.device, out: Path) -> list[Row]:
+    def measure(self, group: TrainingGroup, before: list[Row], device: torch.device, out: Path) -> list[Row]:
         if before:  # its failure
             return []
         row = {"size": group.size, "model": group.model, "compiled": "yes" if group.compiled else "no"}
         try:
             measured, failure = attempt(partial(self._largest, group, device))
         except torch.AcceleratorError as error:
-            raise DeviceLost(f"{group}: {describe(error)}", [row | {"failure": describe(error)}]) from error
+            raise DeviceLost(
+                f"{group}: {describe_failure(error)}", [row | {"failure": describe_failure(error)}]
+            ) from error
         return [row | (measured or {}) | {"failure": failure}]
 
-    def _largest(self, group: Group, device: torch.device) -> Row:
+    def _largest(self, group: TrainingGroup, device: torch.device) -> Row:
         """Of the size's batch, or of as many sequences as fit into the device's memory: halved until they do."""
         config = group.config()
         sequences = max(1, min(config.data.batch_size, self.most_tokens // config.data.seq_len))
@@ -96,9 +111,9 @@ class TrainingBenchmark:
                     raise
             sequences //= 2  # outside of the except clause, which keeps the tensors of the failed step alive
 
-    def _steps(self, config: RunConfig, group: Group, sequences: int, device: torch.device) -> Row:
+    def _steps(self, config: RunConfig, group: TrainingGroup, sequences: int, device: torch.device) -> Row:
         _free(device)
-        subject = (mixtral if group.model == MIXTRAL else decoder)(config, device)
+        subject = group.subject(config, device)
         shape, generator = (sequences, config.data.seq_len + 1), torch.Generator(device).manual_seed(self.seed)
 
         def draw() -> torch.Tensor:
@@ -140,20 +155,21 @@ class TrainingBenchmark:
         )
 
     def table(self, rows: list[Row]) -> list[Row]:
-        """Each beside vanilla MoE compiled as it is, and ours beside the faster of transformers' two."""
+        """Each beside vanilla MoE compiled as it is, and ours beside the released layer and transformers' fastest."""
         speeds = {(row["size"], row["model"], row["compiled"]): row.get("tokens_per_s") for row in rows}
         return [row | _ratios(row, speeds) for row in rows]
 
     def report(self, rows: list[Row]) -> Iterator[str]:
-        yield from markdown(self.table(rows), COLUMNS | {"failure": ("failure", "")})
+        yield from markdown_table(self.table(rows), COLUMNS | {"failure": ("failure", "")})
 
 
 def _ratios(row: Row, speeds: dict[tuple[str, str, str], float | None]) -> Row:
     size, own = row["size"], row.get("tokens_per_s")
-    if row["model"] == MIXTRAL:
-        return {"over_vanilla": None, "over_transformers": None}
-    theirs = [speed for (of, model, _), speed in speeds.items() if (of, model) == (size, MIXTRAL) and speed]
+    if row["model"] in TRANSFORMERS:
+        return {"over_vanilla": None, "over_released": None, "over_transformers": None}
+    theirs = [speed for (of, model, _), speed in speeds.items() if of == size and model in TRANSFORMERS and speed]
     return {
+        "over_released": ratio(own, speeds.get((size, f"{row['model']}{RELEASED}", row["compiled"]))),
         "over_vanilla": ratio(own, speeds.get((size, "vanilla", row["compiled"]))),
         "over_transformers": ratio(own, max(theirs, default=None)),
     }

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from moepp.data.prepare import prepare
 from moepp.data.settings import DataConfig
 from moepp.data.token_files import TokenFiles
-from moepp.data.windows import epoch_order, evenly_spread, gather, window_count
+from moepp.data.windows import epoch_order, evenly_spread, gather_windows, window_count
 from moepp.errors import UsageError
 
 
@@ -27,7 +27,7 @@ class TrainWindows(Dataset):
 
     def __getitem__(self, windows: np.ndarray) -> Tensor:
         """[B] window numbers -> tokens [B, S + 1], int64."""
-        return torch.from_numpy(gather(self.files.train, windows, self.seq_len))
+        return torch.from_numpy(gather_windows(self.files.train, windows, self.seq_len))
 
 
 class ValWindows(Dataset):
@@ -41,25 +41,25 @@ class ValWindows(Dataset):
 
     def __getitem__(self, windows: np.ndarray) -> tuple[Tensor, Tensor]:
         """[B] window numbers -> tokens [B, S + 1] and bytes of each target [B, S], int64."""
-        ids, lengths = (gather(of, windows, self.seq_len) for of in (self.files.val, self.files.val_lengths))
+        ids, lengths = (gather_windows(of, windows, self.seq_len) for of in (self.files.val, self.files.val_lengths))
         return torch.from_numpy(ids), torch.from_numpy(lengths[:, 1:])
 
 
 class StepSampler:
     """Window numbers of one rank's micro-batches, without end, from optimizer step `first_step` on.
 
-    Epoch e visits all windows in a permutation seeded by (seed, e). The permutations follow one another, and step s
-    takes positions s * batch_size to (s + 1) * batch_size: a batch may straddle two epochs, and no window is ever left
-    out. The step's windows are cut into micro-batches, and each of these into the ranks' shares, so how many there are
-    cannot change what a step learns from.
+    Epoch e visits all windows in a permutation seeded by (seed, e), of the kind that `order` names. The permutations
+    follow one another, and step s takes positions s * batch_size to (s + 1) * batch_size: a batch may straddle two
+    epochs, and no window is ever left out. The step's windows are cut into micro-batches, and each of these into the
+    ranks' shares, so how many there are cannot change what a step learns from.
     """
 
     def __init__(
         self, windows: int, batch_size: int, seed: int, first_step: int = 0,
-        accumulate: int = 1, rank: int = 0, world_size: int = 1,
+        accumulate: int = 1, rank: int = 0, world_size: int = 1, order: str = "permuted",
     ):  # fmt: skip
         self.windows, self.batch_size, self.seed, self.first_step = windows, batch_size, seed, first_step
-        self.accumulate, self.rank, self.world_size = accumulate, rank, world_size
+        self.accumulate, self.rank, self.world_size, self.order = accumulate, rank, world_size, order
 
     def __iter__(self) -> Iterator[np.ndarray]:
         epoch, permutation = -1, np.empty(0, dtype=np.int64)
@@ -68,7 +68,7 @@ class StepSampler:
             chosen = np.empty(self.batch_size, dtype=np.int64)
             for needed in np.unique(positions // self.windows):
                 if needed != epoch:
-                    epoch, permutation = needed, epoch_order(self.windows, self.seed, needed)
+                    epoch, permutation = needed, epoch_order(self.windows, self.seed, needed, self.order)
                 inside = positions // self.windows == epoch
                 chosen[inside] = permutation[positions[inside] % self.windows]
             yield from chosen.reshape(self.accumulate, self.world_size, -1)[:, self.rank]
@@ -114,26 +114,26 @@ class TokenDataModule(pl.LightningDataModule):
     def _sampler(self, windows: TrainWindows, first_step: int) -> StepSampler:
         return StepSampler(
             len(windows), self.config.batch_size, self.seed, first_step,
-            self.accumulate, self.trainer.global_rank, self.trainer.world_size,
+            self.accumulate, self.trainer.global_rank, self.trainer.world_size, self.config.order,
         )  # fmt: skip
 
     def val_dataloader(self) -> DataLoader:
         """Windows evenly spread over the held-out split; rank r takes the r-th of every world_size.
 
-        All ranks get equally many, so up to world_size - 1 of `self.val_sequences` are left out.
+        All ranks get equally many batches, since they meet in every one; the last holds a window more on some ranks.
         """
-        windows = ValWindows(self.files, self.config.seq_len)
-        mine = self.validated_windows()[self.trainer.global_rank :: self.trainer.world_size]
-        size = self.micro_batch_size
-        return self._loader(windows, [mine[i : i + size] for i in range(0, len(mine), size)])
+        chosen, world = self.validated_windows(), self.trainer.world_size
+        mine, least, size = chosen[self.trainer.global_rank :: world], len(chosen) // world, self.micro_batch_size
+        batches = np.split(mine, np.arange(size, least, size))
+        return self._loader(ValWindows(self.files, self.config.seq_len), batches)
 
     def validated_windows(self) -> np.ndarray:
-        """The windows of all ranks. Raises UsageError where there are fewer than ranks."""
+        """The windows of all ranks, however many these are. Raises UsageError where there are fewer than ranks."""
         windows, world = len(ValWindows(self.files, self.config.seq_len)), self.trainer.world_size
-        count = len(evenly_spread(windows, self.val_sequences)) // world * world
-        if not count:
+        chosen = evenly_spread(windows, self.val_sequences)
+        if len(chosen) < world:
             raise UsageError(f"{world} devices need at least as many validation sequences; hold out more text")
-        return evenly_spread(windows, count)
+        return chosen
 
     def _loader(self, windows: Dataset, sampler: StepSampler | list[np.ndarray]) -> DataLoader:
         # batch_size=None: the sampler's items are whole batches already.

@@ -117,7 +117,7 @@ class Hub(Corpus):
     """A dataset of the Hugging Face hub, or a folder in one of its forms."""
 
     def texts(self) -> Iterator[str]:
-        return hub.texts(self.config.hub, self.config.text_column, _hub_cache(self.config), self.bad)
+        return hub.hub_texts(self.config.hub, self.config.text_column, _hub_cache(self.config), self.bad)
 
     def fingerprint(self) -> dict[str, Any]:
         if not self.config.hub.id:
@@ -135,7 +135,7 @@ class Mixture(Corpus):
 
     def texts(self) -> Iterator[str]:
         cache, sources = _hub_cache(self.config), self.config.sources
-        streams = self._of_each(lambda source: hub.texts(source, source.text_column, cache, self.bad))
+        streams = self._of_each(lambda source: hub.hub_texts(source, source.text_column, cache, self.bad))
         return interleave(streams, {name: source.share for name, source in sources.items()})
 
     def fingerprint(self) -> dict[str, Any]:

@@ -7,7 +7,9 @@ import itertools
 import json
 import lzma
 import re
+import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -51,9 +53,21 @@ def file_texts(paths: Iterable[Path], separator: str, column: str, bad: BadRows)
                 if is_json(path):
                     yield from _json_texts(file, path, column, bad)
                 else:
+                    _refuse_rows(file, path, column)
                     yield from _pieces(file, path, pattern, bad)
-        except (OSError, EOFError, lzma.LZMAError) as error:
-            raise UsageError(f"cannot read {path}: {error}") from None
+        except UsageError:
+            raise
+        except Exception as error:  # each way to compress has errors of its own
+            raise UsageError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+
+
+def _refuse_rows(file: TextIO, path: Path, column: str) -> None:
+    """JSON rows under another name would be taken for text, braces and all."""
+    with suppress(ValueError, RecursionError):
+        row = json.loads(file.readline(BLOCK))
+        if isinstance(row, dict) and column in row:
+            raise UsageError(f"{path} holds JSON rows with '{column}'; rename it to end in .jsonl, to be read as such")
+    file.seek(0)
 
 
 def sha256(path: Path) -> str:
@@ -62,6 +76,15 @@ def sha256(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
+
+
+def refuse_bad_bytes(paths: Iterable[Path]) -> None:
+    """Raises UsageError for the first byte that is no text, with file and line."""
+    for path in paths:
+        with _open(path) as file:
+            for number, line in enumerate(file, start=1):
+                if found := _bad_byte(line):
+                    raise UsageError(f"{path} line {number}: {found[1]}")
 
 
 def _open(path: Path) -> TextIO:
@@ -92,29 +115,41 @@ def _zstandard(path: Path) -> Any:
 def separator_pattern(pattern: str) -> re.Pattern[str]:
     """Raises UsageError for what separates nothing, or something else than it seems to say."""
     try:
-        separator = re.compile(pattern or r"(?!)")  # the latter never matches: one file, one document
+        with warnings.catch_warnings(action="ignore"):  # of forms that a later Python may read otherwise
+            separator = re.compile(pattern or r"(?!)")  # the latter never matches: one file, one document
     except (re.error, RecursionError, OverflowError) as error:
-        raise UsageError(f"data.separator={pattern!r} is not a regular expression: {error}") from None
+        raise UsageError(
+            f"data.separator={pattern!r} is not a regular expression: {error}; for the text itself write"
+            f" {re.escape(pattern)}"
+        ) from None
     if separator.match(""):
         raise UsageError(f"data.separator={pattern!r} matches the empty string")
-    alternatives = re.split(r"(?<!\\)\|", pattern)
-    if len(alternatives) > 1 and any(len(part) == 1 and not part.isspace() for part in alternatives):
-        literal = pattern.replace("|", r"\|")
+    if meaning := _other_meaning(pattern):
+        literal = re.sub(r"([][|.()])", r"\\\1", pattern)
         raise UsageError(
-            f"data.separator={pattern!r} is a pattern in which | stands between alternatives, one of them a single"
-            f" character; for the text itself write {literal}"
+            f"data.separator={pattern!r} is a pattern in which {meaning}; for the text itself write {literal}"
         )
     return separator
 
 
+def _other_meaning(pattern: str) -> str:
+    """What a pattern means of which the words look as if they stood for themselves: <|endoftext|>, [SEP], ..."""
+    alternatives = [re.sub(r"^\(+(\?:)?|\)+$", "", part) for part in re.split(r"(?<!\\)\|", pattern)]
+    if len(alternatives) > 1 and any(len(part) == 1 and not part.isspace() for part in alternatives):
+        return "| stands between alternatives, one of them a single character"
+    if re.search(r"(?<!\\)\[[A-Za-z_/ ]{2,}\](?![*+?{])", pattern):
+        return "[...] is any one of the characters in it"
+    return ". is any character" if pattern.strip(".") == "" and pattern else ""
+
+
 def _bad_byte(text: str) -> tuple[int, str] | None:
-    """Where in `text` the first byte is that no UTF-8 has, and what to say of it; None for text."""
-    found = re.search("[\udc80-\udcff]", text)
+    """Where in `text` the first byte is that no UTF-8 text has, and what to say of it; None for text."""
+    found = re.search("[\0\udc80-\udcff]", text)  # NUL: a tape archive, UTF-16, a hole in the file
     if not found:
         return None
     begin = text.rfind("\n", 0, found.start()) + 1
     place = len(text[begin : found.start()].encode("utf-8", "surrogateescape")) + 1
-    return found.start(), f"byte {place} (0x{ord(found[0]) - 0xDC00:02X}) is not UTF-8 text"
+    return found.start(), f"byte {place} (0x{ord(found[0]) & 0xFF:02X}) is not UTF-8 text"
 
 
 def _pieces(file: TextIO, path: Path, separator: re.Pattern[str], bad: BadRows) -> Iterator[str]:

@@ -1,14 +1,16 @@
 """Datasets of the Hugging Face hub, and folders in the forms that `datasets` reads."""
 
+import os
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moepp.data.files import BadRows, file_texts, row_text, sha256
+from moepp.data.files import BadRows, file_texts, refuse_bad_bytes, row_text, sha256
 from moepp.data.settings import HubConfig
 from moepp.errors import UsageError
+from moepp.lfs import refuse_pointer
 from moepp.records import read_json, write_json
 
 COMMITS = "commits.json"  # in the cache: what each revision was when the hub was last asked
@@ -59,7 +61,7 @@ def _is_away(error: BaseException | None) -> bool:
     return status is None or status >= 500
 
 
-def texts(hub: HubConfig, column: str, cache: Path, bad: BadRows) -> Iterator[str]:
+def hub_texts(hub: HubConfig, column: str, cache: Path, bad: BadRows) -> Iterator[str]:
     """The documents in order. JSON files of a folder are read as data=text reads them."""
     files = _json_files(hub, cache) if Path(hub.id).is_dir() else []
     found = file_texts(files, "", column, bad) if files else _row_texts(hub, column, cache, bad)
@@ -70,7 +72,7 @@ def texts(hub: HubConfig, column: str, cache: Path, bad: BadRows) -> Iterator[st
 
 
 def _row_texts(hub: HubConfig, column: str, cache: Path, bad: BadRows) -> Iterator[str]:
-    for number, row in enumerate(_rows(hub, cache), start=1):
+    for number, row in enumerate(_rows(hub, column, cache), start=1):
         if column not in row:
             raise UsageError(
                 f"data.hub.id={hub.id} has no column '{column}'; set data.text_column to one of {', '.join(row)}"
@@ -80,24 +82,44 @@ def _row_texts(hub: HubConfig, column: str, cache: Path, bad: BadRows) -> Iterat
         yield from row_text(row, column, f"{hub.id} row {number}", bad)
 
 
-def _rows(hub: HubConfig, cache: Path) -> Iterator[dict[str, Any]]:
+def _rows(hub: HubConfig, column: str, cache: Path) -> Iterator[dict[str, Any]]:
     """Raises UsageError for whatever the library and the readers below it raise, at the start or in between."""
     from datasets import load_dataset
 
-    revision = None if Path(hub.id).is_dir() else commit(hub, cache)
+    local = Path(hub.id).is_dir()
+    revision, reading = (None, _only(column, hub, cache)) if local else (commit(hub, cache), {})
     chosen = {"name": hub.config or None, "split": hub.split, "revision": revision, "streaming": hub.streaming}
     read = 0
     try:
-        rows = load_dataset(hub.id, **chosen, cache_dir=str(cache))
+        rows = load_dataset(hub.id, **chosen, **reading, cache_dir=str(cache))
         for row in rows:
             yield row
             read += 1
     except Exception as error:
         while error.__cause__ is not None:  # it wraps what a file was wrong with
             error = error.__cause__
+        if local and isinstance(error, UnicodeDecodeError):
+            refuse_bad_bytes(_data_files(hub, cache))
         where = f" after row {read}" if read else ""
         said = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(f"cannot load data.hub.id={hub.id}{where}: {said}") from error
+
+
+def _only(column: str, hub: HubConfig, cache: Path) -> dict[str, Any]:
+    """Makes the library read one column of a folder's files: the others need not be alike in all of them."""
+    from datasets.packaged_modules.csv.csv import Csv
+    from datasets.packaged_modules.parquet.parquet import Parquet
+    from pyarrow.parquet import read_schema
+
+    builder = _builder(hub, cache)
+    if isinstance(builder, Csv):
+        return {"usecols": [column], "keep_default_na": False}  # NA and null are words
+    if not isinstance(builder, Parquet):
+        return {}
+    for file in _data_files(hub, cache):
+        if column not in (names := read_schema(file).names):
+            raise UsageError(f"{file} has no column '{column}' (data.text_column); it has {', '.join(names)}")
+    return {"columns": [column]}
 
 
 def _builder(hub: HubConfig, cache: Path) -> Any:
@@ -110,9 +132,22 @@ def _builder(hub: HubConfig, cache: Path) -> Any:
 
 
 def _data_files(hub: HubConfig, cache: Path) -> list[Path]:
-    """The files of a folder that `datasets` reads, of all splits: a note beside them is none of the data."""
+    """The files of a folder that `datasets` reads, of all splits: a note beside them is none of the data. Raises
+    UsageError for one that is not whole.
+    """
     by_split = _builder(hub, cache).config.data_files or {}
-    return sorted({Path(name) for names in by_split.values() for name in names})
+    files = sorted({Path(name) for names in by_split.values() for name in names})
+    for file in files:
+        refuse_pointer(file)
+        if file.suffix.lower() == ".parquet" and not _ends_as_parquet(file):
+            raise UsageError(f"{file} is no whole Parquet file: it does not end as one")
+    return files
+
+
+def _ends_as_parquet(file: Path) -> bool:
+    with open(file, "rb") as content:
+        content.seek(-min(4, file.stat().st_size), os.SEEK_END)
+        return content.read() == b"PAR1"
 
 
 def _json_files(hub: HubConfig, cache: Path) -> list[Path]:

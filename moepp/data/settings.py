@@ -51,6 +51,8 @@ class DataConfig(Bounded, key="data"):
     split_seed: Seed = 0  # of that hash
     seq_len: Count = 128  # predicted tokens per sequence
     batch_size: Count = 16  # sequences per optimizer step, over all devices and micro-batches
+    # of the windows in an epoch: a permutation in memory, 8 bytes a window in every process, or one that a key computes
+    order: Literal["permuted", "keyed"] = "permuted"
     val_sequences: Whole = 256  # held-out sequences per validation, evenly spread; 0 takes all
     final_val_sequences: Whole | None = None  # after the last step; null: as all others, 0: all there are
     cache: str = ".cache"  # folder of prepared tokens

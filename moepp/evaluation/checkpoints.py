@@ -1,6 +1,6 @@
 """A trained decoder with what is needed to feed it text: a run's, or a folder in the released layout."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,6 +14,7 @@ from torch import Tensor
 from moepp.data.settings import DataConfig
 from moepp.data.tokenizer import end_of_text, load_tokenizer
 from moepp.errors import UsageError
+from moepp.models.attention import KeyValueCache
 from moepp.models.decoder import Decoder
 from moepp.models.official import load_official
 from moepp.models.weight_files import find_weights, read_json_object
@@ -21,6 +22,8 @@ from moepp.records import TOKENIZER, digest_of
 from moepp.training.initial import checkpoint_file
 from moepp.training.loading import load_run
 from moepp.training.throughput import autocast_of
+
+RELEASED = ("config.json", TOKENIZER, "tokenizer_config.json", "generation_config.json")  # what end of text is, too
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,21 @@ class Checkpoint:
             raise UsageError("this checkpoint has no tokenizer.json, so it cannot read text")
         return self.tokenizer
 
+    def caches(self) -> list[KeyValueCache]:
+        """Empty ones, of every layer."""
+        if not isinstance(self.model, Decoder):
+            return self.model.caches()
+        return [KeyValueCache() for _ in self.model.blocks]
+
     @torch.inference_mode()
-    def logits(self, ids_BS: Tensor) -> Tensor:
-        """Logits [B, S, V] of ids on the model's device."""
+    def logits(
+        self, ids_BS: Tensor, at: tuple[Tensor, Tensor] | None = None, caches: list[KeyValueCache] | None = None
+    ) -> Tensor:
+        """Logits [B, S, V] of ids on the model's device, or [Q, V] `at` those rows and positions alone; the ids follow
+        those in `caches`.
+        """
         with self.autocast():
-            return self.model(ids_BS).logits
+            return self.model(ids_BS, caches, at=at).logits
 
 
 def load_checkpoint(path: Path, device: str | None = None, dtype: torch.dtype | None = None) -> Checkpoint:
@@ -61,7 +74,7 @@ def load_checkpoint(path: Path, device: str | None = None, dtype: torch.dtype | 
     training; a released checkpoint's bfloat16 on a GPU, float32 on a CPU. Raises UsageError or RunError in one line for
     what cannot be loaded.
     """
-    path, device = path.expanduser(), torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    path, device = path.expanduser(), torch.device(device) if device else default_device()
     return (_run if is_run(path) else _official)(path, device, dtype)
 
 
@@ -77,16 +90,34 @@ def is_run(path: Path) -> bool:
     )
 
 
-def weight_files(path: Path) -> list[Path]:
-    """The files that hold a checkpoint's weights. Raises UsageError or RunError where there are none."""
-    return [checkpoint_file(path)] if is_run(path) else find_weights(path)
+def answering_files(path: Path) -> list[Path]:
+    """The files that decide what a checkpoint answers: its weights first, then what says how text is read and what
+    the weights mean. Raises UsageError or RunError where there are no weights.
+    """
+    if not is_run(path):
+        return [*find_weights(path), *_those_of(path, RELEASED)]
+    weights = checkpoint_file(path)
+    return [weights, *_those_of(weights.resolve().parent.parent, ("config.yaml", TOKENIZER))]
+
+
+def _those_of(folder: Path, names: Sequence[str]) -> list[Path]:
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
+def released_dtype(device: torch.device) -> torch.dtype:
+    """In which a released checkpoint computes, unless another type is asked for."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _run(path: Path, device: torch.device, dtype: torch.dtype | None) -> Checkpoint:
     run = load_run(path)
     file, end, data = run.path / TOKENIZER, run.end_of_text, run.config.data
     tokenizer = _tokenizer(file, digest_of(file)) if file.is_file() else None
-    autocast = autocast_of(run.config, device) if dtype is None else nullcontext
+    autocast = autocast_of(run.config.trainer.precision, device) if dtype is None else nullcontext
     return Checkpoint(run.model.to(device, dtype), end, end, data.seq_len, tokenizer, autocast, data)
 
 
@@ -100,8 +131,7 @@ def _official(path: Path, device: torch.device, dtype: torch.dtype | None) -> Ch
     tokenizer = _tokenizer(file, digest_of(file))  # before the weights, which may take minutes
     keys, end = read_json_object(path / "config.json"), end_of_text(tokenizer, path)
     context, begin = _context(path, keys), _begin(file)
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    model = load_official(path, dtype, device, attention="fused").eval()
+    model = load_official(path, dtype or released_dtype(device), device, attention="fused").eval()
     first = keys.get("bos_token_id")
     return Checkpoint(model, end, end if first is None else first, context, tokenizer, nullcontext, begin=begin)
 

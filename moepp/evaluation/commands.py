@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from moepp.errors import UsageError
 from moepp.evaluation.results import GOLD, TaskResult, means
-from moepp.evaluation.tasks import TaskRequest, parse_tasks
+from moepp.evaluation.tasks import TaskRequest, parse_tasks, refuse_what_is_missing
 from moepp.records import RunRecord, read_json
 from moepp.statistics.tables import Table, as_lines, number
 
@@ -25,7 +25,7 @@ def evaluate_checkpoint(source: Path, tasks: str, folder: Path | None, limit: in
     run = ScoreStore.of(source).run
     if run is not None:
         _mirror(run.path.parent)
-    return "\n".join(describe(results))
+    return "\n".join(score_lines(results))
 
 
 def scored(
@@ -67,7 +67,7 @@ def evaluate_sweep(directory: Path, tasks: str, folder: Path | None, limit: int 
     _mirror(directory)
 
 
-def describe(results: Sequence[TaskResult]) -> list[str]:
+def score_lines(results: Sequence[TaskResult]) -> list[str]:
     """A row per task, the means, and what to know about them."""
     columns = ("task", "shots", "n", "accuracy", "±", "acc_norm", "±", "gold bits/byte", "±", "cut")
     rows = []
@@ -95,7 +95,9 @@ def check_request(tasks: str, folder: Path | None, limit: int | None) -> list[Ta
         raise UsageError(f"--tasks-dir {folder} is no folder")
     if limit is not None and limit < 1:
         raise UsageError(f"--limit {limit} must be at least 1")
-    return parse_tasks(tasks)
+    requests = parse_tasks(tasks)
+    refuse_what_is_missing(requests, folder)
+    return requests
 
 
 def _terminal() -> TextIO | None:

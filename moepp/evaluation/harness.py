@@ -15,7 +15,6 @@ from tqdm import tqdm
 from moepp.errors import UsageError
 from moepp.evaluation.checkpoints import Checkpoint, load_checkpoint
 from moepp.evaluation.scoring import Tokens, log_likelihoods
-from moepp.models.attention import KeyValueCache
 
 MAX_NEW_TOKENS = 256  # the harness's default
 
@@ -113,7 +112,7 @@ class MoEPlusPlus(TemplateLM):
         self.cut += sum(len(tokens) > context + 1 for tokens, _ in requests)
         with tqdm(desc="scoring", unit=" windows", file=self.progress, disable=self.progress is None) as bar:
             found = log_likelihoods(
-                self.checkpoint.logits, requests, context, self.batch_tokens, self.checkpoint.device, bar.update
+                self.checkpoint, requests, context, self.batch_tokens, self.checkpoint.device, bar.update
             )
         return [(likelihood.nats, likelihood.greedy) for likelihood in found]
 
@@ -132,7 +131,7 @@ class MoEPlusPlus(TemplateLM):
     def _continue(self, prompts: Sequence[Tokens], new: int, stops: tuple[str, ...]) -> list[str]:
         """Continues prompts of one length, with a key-value cache, until all rows have ended."""
         model, device = self.checkpoint.model, self.checkpoint.device
-        caches = [KeyValueCache() for _ in model.blocks]
+        caches = self.checkpoint.caches()
         step_BS = torch.tensor(prompts, device=device)
         ids: list[list[int]] = [[] for _ in prompts]
         texts: list[str | None] = [None] * len(prompts)

@@ -2,12 +2,16 @@
 
 import gzip
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moepp.errors import UsageError
 from moepp.lfs import refuse_pointer
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import ConfigurableTask
 
 ANSWERS, FIELDS = ("doc_to_target", "doc_to_choice"), ("doc_to_text", "doc_to_target", "doc_to_choice")
 
@@ -31,6 +35,38 @@ def check_rows(file: Path, task: Mapping[str, Any]) -> int:
     return len(rows)
 
 
+def check_questions(docs: Iterable[Mapping[str, Any]], task: "ConfigurableTask", file: Path) -> None:
+    """Has the task make its questions of all rows of a file. Raises UsageError for a row of which it cannot."""
+    for number, doc in enumerate(docs, start=1):
+        try:
+            _refuse_no_question(task, doc)
+        except Exception as error:  # whatever templates and the task's own functions raise
+            said = " ".join(str(error).split())
+            raise UsageError(f"{file} row {number} is none of task {task.config.task}: {said}") from error
+
+
+def _refuse_no_question(task: "ConfigurableTask", doc: Mapping[str, Any]) -> None:
+    text, target = task.doc_to_text(doc), task.doc_to_target(doc)
+    if task.OUTPUT_TYPE != "multiple_choice":
+        _refuse_no_texts("answer", target)
+        return
+    choices = task.doc_to_choice(doc)
+    _refuse_no_texts("choices", choices)
+    if task.multiple_input:  # texts to choose from, with one continuation
+        _refuse_no_texts("continuation", target)
+    right = text if task.multiple_input else target
+    right = choices.index(right) if right in choices else right
+    for index in right if isinstance(right, list) else [right]:
+        if type(index) is not int or not 0 <= index < len(choices):
+            raise ValueError(f"the answer {index!r} is none of its {len(choices)} choices")
+
+
+def _refuse_no_texts(what: str, found: Any) -> None:
+    texts = found if isinstance(found, list) else [found]
+    if not texts or not all(isinstance(text, str) and text for text in texts):
+        raise ValueError(f"its {what} {found!r} must be text")
+
+
 def read_rows(file: Path) -> list[dict[str, Any]]:
     """Of JSON lines or an array. Raises UsageError for another file, and for one without rows."""
     refuse_pointer(file)
@@ -45,6 +81,8 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise UsageError(f"{file} row {number} is no JSON object")
+        if re.search(r"\\u[dD][89a-fA-F]", text) and re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
+            raise UsageError(f"{file} row {number} holds half a character")
     return rows
 
 

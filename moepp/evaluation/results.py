@@ -37,7 +37,7 @@ class About:
     cut: float = 0.0  # share of the requests whose context was cut from the left
     date: str = ""
     examples: int = 0
-    checkpoint: str = ""  # name and digest of the weights
+    checkpoint: str = ""  # name and digest of the weights, and of what says how they are fed
 
     @property
     def asked(self) -> dict[str, object]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from moepp.evaluation.checkpoints import is_run, weight_files
+from moepp.evaluation.checkpoints import answering_files, default_device, is_run, released_dtype
 from moepp.evaluation.results import FOLDER, About, TaskResult, final_metrics, find_task_result, write_task_result
 from moepp.records import RunRecord, digest_of
 from moepp.tracking.mirror import mirror_again
@@ -17,25 +17,27 @@ class ScoreStore:
 
     folder: Path
     name: str
-    files: tuple[Path, ...]  # that hold the weights
+    files: tuple[Path, ...]  # that decide the answers
     run: RunRecord | None
+    dtype: str = ""  # of a released checkpoint, which computes in another on another device
 
     @classmethod
     def of(cls, source: Path) -> "ScoreStore":
         """Raises UsageError or RunError for what is no checkpoint."""
         source = source.expanduser()
-        files = tuple(weight_files(source))
+        files = tuple(answering_files(source))
         if not is_run(source):
-            return cls(source / FOLDER, source.resolve().name, files, None)
-        [file], run = files, RunRecord(files[0].parents[1])
+            dtype = str(released_dtype(default_device())).removeprefix("torch.")
+            return cls(source / FOLDER, source.resolve().name, files, None, dtype)
+        file, run = files[0], RunRecord(files[0].parents[1])
         if file.name == FINAL_WEIGHTS and run.status == "done":
             return cls(run.path / FOLDER, file.name, files, run)
         return cls(file.parent / FOLDER / file.stem, file.name, files, None)
 
     @cached_property
     def checkpoint(self) -> str:
-        """Name and digest of the weights; reading a large checkpoint for it takes a while."""
-        return f"{self.name}:{digest_of(*self.files)}"
+        """Name, digest of all that decides the answers, and type; reading a large checkpoint for it takes a while."""
+        return ":".join(filter(None, (self.name, digest_of(*self.files), self.dtype)))
 
     def find(self, wanted: About) -> TaskResult | None:
         return find_task_result(self.folder, wanted)

@@ -6,19 +6,21 @@ import difflib
 import gzip
 import json
 import logging
+import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from moepp.errors import RunError, UsageError
-from moepp.evaluation.local_rows import check_rows
+from moepp.evaluation.local_rows import check_questions, check_rows
 from moepp.records import digest_of
 
 if TYPE_CHECKING:
-    from lm_eval.api.task import Task
+    from lm_eval.api.task import ConfigurableTask, Task
     from lm_eval.tasks import TaskManager
 
 # The paper's tasks (sections 3.3 and 4.1) with its numbers of examples in the prompt, in the order of its Table 4.
@@ -32,6 +34,7 @@ FOLDERS = {
     "mmlu": "mmlu/default",
 }  # fmt: skip
 EVALUATED, EXAMPLES = ("", "_test", "_validation"), ("_train", "_dev")  # endings of local files' names, best first
+WORD = re.compile(r"""[^\s"',:\[\]]+""")
 SUBJECT = "subject"  # the column that divides a local file of MMLU into its 57 tasks
 
 
@@ -76,6 +79,27 @@ def parse_tasks(text: str) -> list[TaskRequest]:
     return list(found.values())
 
 
+def refuse_what_is_missing(requests: Sequence[TaskRequest], folder: Path | None) -> None:
+    """Raises UsageError for a task whose name stands in no task file of the harness, and for one without a file in
+    `folder`: what can be seen in a few seconds, when an index of all tasks takes a minute on a busy machine.
+    """
+    if others := [request.name for request in requests if request.name not in PAPER_SHOTS]:
+        files = [file for file in stock_folder().rglob("*") if file.suffix not in (".py", ".pyc", ".md")]
+        texts = (file.read_text("utf-8", errors="replace") for file in files if file.is_file())
+        known, stems = {word for text in texts for word in WORD.findall(text)}, {file.stem for file in files}
+        for name in others:
+            _refuse_unknown(name, known, stems | PAPER_SHOTS.keys())
+    for request in requests if folder else ():
+        _evaluated_file(folder, request.name)
+
+
+def _refuse_unknown(name: str, known: Collection[str], likely: Collection[str]) -> None:
+    if name not in known:
+        nearest = difflib.get_close_matches(name, likely, n=1, cutoff=0.6)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise UsageError(f"lm-evaluation-harness has no task '{name}'{hint}")
+
+
 def load_task(request: TaskRequest, folder: Path | None, limit: int | None = None) -> LoadedTask:
     """The task on hub data, or on the files of `folder` (docs/evaluation.md says which); of its examples the first
     `limit`, spread evenly over the tasks it is made of.
@@ -102,12 +126,23 @@ def load_task(request: TaskRequest, folder: Path | None, limit: int | None = Non
             raise RunError(f"cannot load the data of task {request.name} {where}: {_line(error)}") from error
         for task in tasks.values():
             task.set_config("num_fewshot", (task.config.num_fewshot or 0) if request.shots is None else request.shots)
-    if folder is None:
+    if folder is not None:
+        _check_questions(tasks, request.name, folder)
+    else:
         data = f"hub:{next(iter(tasks.values())).config.dataset_path}"
     sizes = shared_out({name: len(task.eval_docs) for name, task in tasks.items()}, limit)
     asked = {name: tasks[name] for name in sizes}
     loaded = LoadedTask(request, asked, sizes, limit, data, examples_from)
     return loaded if loaded.shots else replace(loaded, examples_from="")
+
+
+def _check_questions(tasks: "Mapping[str, ConfigurableTask]", name: str, folder: Path) -> None:
+    """Of local files, those of the evaluated one first."""
+    examples = _find(folder, name, EXAMPLES)
+    for task in tasks.values():
+        check_questions(task.eval_docs, task, _find(folder, name, EVALUATED))
+        if examples and task.config.num_fewshot:
+            check_questions(task.fewshot_docs(), task, examples)
 
 
 def shared_out(sizes: Mapping[str, int], limit: int | None) -> dict[str, int]:
@@ -121,9 +156,7 @@ def shared_out(sizes: Mapping[str, int], limit: int | None) -> dict[str, int]:
 
 def stock_folder() -> Path:
     """Where the harness keeps its task files."""
-    import lm_eval.tasks
-
-    return Path(lm_eval.tasks.__file__).parent
+    return Path(find_spec("lm_eval").origin).parent / "tasks"
 
 
 def _manager(name: str) -> "TaskManager":
@@ -132,19 +165,13 @@ def _manager(name: str) -> "TaskManager":
 
     folder = stock_folder() / FOLDERS.get(name, name) if name in PAPER_SHOTS else stock_folder()
     manager = TaskManager(include_defaults=False, include_path=str(folder))
-    if name not in manager.all_tasks:
-        nearest = difflib.get_close_matches(name, manager.all_tasks, n=1, cutoff=0.6)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        raise UsageError(f"lm-evaluation-harness has no task '{name}'{hint}")
+    _refuse_unknown(name, manager.all_tasks, manager.all_tasks)
     return manager
 
 
 def _local(request: TaskRequest, manager: "TaskManager", folder: Path, scratch: Path) -> tuple[list[str], str, str]:
     """Task files that include the stock ones and name local data, what that data is, and where examples come from."""
-    evaluated = _find(folder, request.name, EVALUATED)
-    if evaluated is None:
-        names = " or ".join(f"{request.name}{ending}.jsonl[.gz]" for ending in EVALUATED)
-        raise UsageError(f"{folder} has no data for task {request.name}: it needs {names}")
+    evaluated = _evaluated_file(folder, request.name)
     examples = _find(folder, request.name, EXAMPLES)
     files = {"test": evaluated} | ({"examples": examples} if examples else {})
     entry = manager.task_index[request.name]
@@ -213,10 +240,18 @@ def _write_task(scratch: Path, name: str, stock: Path, files: dict[str, Path]) -
     return str(path)
 
 
+def _evaluated_file(folder: Path, name: str) -> Path:
+    if file := _find(folder, name, EVALUATED):
+        return file
+    names = " or ".join(f"{name}{ending}.jsonl[.gz]" for ending in EVALUATED)
+    raise UsageError(f"{folder} has no data for task {name}: it needs {names}")
+
+
 def _find(folder: Path, name: str, endings: Sequence[str]) -> Path | None:
     files = (folder / f"{name}{ending}.jsonl{packed}" for ending in endings for packed in ("", ".gz"))
     return next((file for file in files if file.is_file()), None)
 
 
 def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    said = (str(error).strip().splitlines() or [""])[0]
+    return said if said and not isinstance(error, LookupError) else f"{type(error).__name__} {said}".strip()

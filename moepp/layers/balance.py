@@ -137,6 +137,20 @@ def accepted_slots(expert_TK: Tensor, accepted_KN: Tensor) -> Tensor:
     return kept_S.view(choices, -1).t()
 
 
+def accepted_in_runs(expert_TK: Tensor, capacity_N: Tensor, runs: int, score_TK: Tensor | None = None) -> Tensor:
+    """True for the slots an expert accepts, [T, K], where each of so many equal `runs` of tokens is a batch of its own:
+    the first of them, or those with the highest scores.
+    """
+    experts, run_T = len(capacity_N), torch.arange(len(expert_TK), device=expert_TK.device) * runs // len(expert_TK)
+    apart_TK = expert_TK + experts * run_T[:, None]  # as if each run had experts of its own
+    apart_N = capacity_N.repeat(runs)
+    if score_TK is not None:
+        return likeliest_slots(apart_TK, score_TK, apart_N)
+    count_RKN = torch.stack([selection_counts(expert_SK, experts) for expert_SK in expert_TK.chunk(runs)])
+    count_KN = count_RKN.transpose(0, 1).flatten(1)
+    return accepted_slots(apart_TK, accepted_counts(count_KN[None], apart_N)[0])
+
+
 def likeliest_slots(expert_WTK: Tensor, score_WTK: Tensor, capacity_N: Tensor) -> Tensor:
     """True for the slots an expert accepts by score: the `capacity_N` highest of its own, earlier slots first among
     equals. Of any shape; slots whose id is N or more are never accepted.

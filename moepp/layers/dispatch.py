@@ -40,14 +40,16 @@ def choose_backend(w_out: Tensor) -> str:
 class SlotCounts:
     """How many slots of a batch chose each expert, [W, K, N] by device, choice and expert.
 
-    `device` is this device's row. While `pending`, which has a `wait()`, the rows of the others are on their way.
-    `sent` is kept while that may still read it: on GPUs a wait orders streams and returns before it is done.
+    `device` is this device's row, and the only one where nobody needs those `of_others`. While `pending`, which has a
+    `wait()`, the rows of the others are on their way. `sent` is kept while that may still read it: on GPUs a wait
+    orders streams and returns before it is done.
     """
 
     count_WKN: Tensor
     device: int = 0
     pending: Any = None
     sent: Tensor | None = None
+    of_others: bool = True
 
     def wait(self) -> Tensor:
         """`count_WKN`, complete."""
@@ -59,6 +61,8 @@ class SlotCounts:
 
 class LocalDispatcher:
     """All experts and all tokens on this device."""
+
+    kept_operators: tuple[Any, ...] = ()  # whose results activation checkpointing keeps, for they are dear to make
 
     def __init__(self, backend: Backend = "auto"):
         self.backend = backend

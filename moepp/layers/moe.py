@@ -6,7 +6,10 @@ constant, copy, zero, registered types), W devices that share a batch.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 from . import registry
 from .balance import (
     accepted_counts,
+    accepted_in_runs,
     accepted_slots,
     capacity_of_each,
     expert_capacities,
@@ -27,8 +31,9 @@ from .control import build_control
 from .dense import DenseFFN
 from .dispatch import SlotCounts
 from .experts import AffineExperts, FFNExperts, Terms, add_rows, module_name, one_affine
-from .initial import draw
+from .initial import built, draw
 from .kernels.base import Affine, RoutedTokens
+from .registry import Registry
 from .router import Routing, route
 from .settings import ExpertCounts, MoEConfig
 
@@ -68,17 +73,29 @@ class MoELayer(nn.Module):
         super().__init__()
         self.config, self.layout = config, layout or config.experts
         experts = config.experts
-        self.router = registry.router[config.router](config, first, **config.router_options)
+        self.foreign: dict[str, Callable[[], nn.Module]] = {}  # how parts that are not the package's own are built
+        self.router = self._part("router", registry.router, config.router, first, **config.router_options)
         if gru is not None:
             self.router.share(gru)
         self.ffn = FFNExperts(experts.ffn, config.dim, config.hidden, config.backend)
         self.ids = {kind: experts.ids(kind) for kind, count in experts.by_kind().items() if count and kind != "ffn"}
         for kind, ids in self.ids.items():
             options = config.expert_options.get(kind, {})
-            self.add_module(module_name(kind), registry.expert[kind](config, len(ids), **options))
+            name = module_name(kind)
+            self.add_module(name, self._part(name, registry.expert, kind, len(ids), **options))
         self.shared = DenseFFN(config.dim, experts.shared * config.hidden) if experts.shared else None
         self.control = build_control(config.balance, experts)
         self.step_counts: tuple[Tensor, int] | None = None
+
+    def _part(self, name: str, parts: Registry, kind: str, *given: Any, **options: Any) -> nn.Module:
+        build = partial(parts[kind], self.config, *given, **options)
+        if kind in parts.defined:
+            return build()
+        self.foreign[name] = build
+        return built(build)
+
+    def parts_of_others(self) -> list[nn.Module]:
+        return [getattr(self, name) for name in self.foreign]
 
     def reset_parameters(self) -> None:
         draw(self)
@@ -102,36 +119,67 @@ class MoELayer(nn.Module):
         counts = self.count(routing)
         terms = self.terms(self.expert_input(x_TD), routing)  # before the wait for counts of other devices
         kept, accepted = routing, counts
+        sequences = math.prod(x_BSD.shape[:-2])
         if self.training and self.config.capacity_factor is not None:
-            kept, accepted = self.drop_over_capacity(routing, counts)
+            kept, accepted = self.drop_over_capacity(routing, counts, sequences)
         y_TD = self.expert_forward(x_TD, kept, accepted, terms)
         # After the experts: where counts come from other devices, nothing before this needs to wait for them.
-        return y_TD.view_as(x_BSD), self.statistics(logits_TN, carried, routing, counts, accepted)
+        return y_TD.view_as(x_BSD), self.statistics(logits_TN, carried, routing, counts, accepted, sequences)
 
     def route(self, logits_TN: Tensor) -> Routing:
         return route(logits_TN, self.config, getattr(self.control, "bias_N", None))
 
     def count(self, routing: Routing) -> SlotCounts:
-        """How many slots of the whole batch chose each expert."""
-        return self.ffn.dispatcher.share(selection_counts(routing.expert_TK, self.config.experts.total))
+        """How many slots chose each expert: of the whole batch, where anything is limited or balanced by that."""
+        count_KN = selection_counts(routing.expert_TK, self.config.experts.total)
+        if self.needs_others:
+            return self.ffn.dispatcher.share(count_KN)
+        return SlotCounts(count_KN[None], of_others=False)
 
-    def drop_over_capacity(self, routing: Routing, counts: SlotCounts) -> tuple[Routing, SlotCounts]:
+    @property
+    def needs_others(self) -> bool:
+        """Whether capacity or balance count the slots of other devices."""
+        config, over = self.config, self.config.balance.over
+        limited = self.training and config.capacity_factor is not None and config.capacity_over == "global_batch"
+        counted = over == "step" and self.training and self.step_counts is not None
+        return limited or (over in ("global_batch", "step") and not counted)
+
+    def drop_over_capacity(
+        self, routing: Routing, counts: SlotCounts, sequences: int = 1
+    ) -> tuple[Routing, SlotCounts]:
         """Slots over capacity (Eq. 8) get gate 0 and id N, which no expert has; the token keeps its residual path. Also
         the counts of those that are kept.
         """
-        config, expert_TK, count_WKN = self.config, routing.expert_TK, counts.wait()
-        experts, slots = config.experts, expert_TK.numel() * len(count_WKN)
+        config, experts, slots = self.config, self.config.experts, routing.expert_TK.numel()
+        whole = config.capacity_over == "global_batch"
+        runs = sequences if config.capacity_over == "sequence" else 1
+        slots = slots * len(counts.count_WKN) if whole else slots // runs
         limits = expert_capacities(experts, config.balance, slots, config.capacity_factor)
-        limit_N = capacity_of_each(experts, limits, expert_TK.device)
-        if config.drop_order == "probability":
+        limit_N = capacity_of_each(experts, limits, routing.expert_TK.device)
+        keep = self.keep_of_whole_batch if whole else partial(self.keep_of_own, runs=runs)
+        kept_TK, accepted = keep(routing, counts, limit_N)
+        expert_TK = routing.expert_TK.masked_fill(~kept_TK, experts.total)
+        gate_TK, most = routing.gate_TK * kept_TK, runs * experts.ffn * limits["ffn"]
+        return replace(routing, expert_TK=expert_TK, gate_TK=gate_TK, most_ffn_slots=most), accepted
+
+    def keep_of_whole_batch(self, routing: Routing, counts: SlotCounts, limit_N: Tensor) -> tuple[Tensor, SlotCounts]:
+        """The slots that stay where a limit is of all devices' tokens, [T, K], and the counts of all that do."""
+        if self.config.drop_order == "probability":
             kept_TK, accepted_WKN = self.keep_likeliest(routing, limit_N, counts.device)
         else:
-            accepted_WKN = accepted_counts(count_WKN, limit_N)
-            kept_TK = accepted_slots(expert_TK, accepted_WKN[counts.device])
-        expert_TK = expert_TK.masked_fill(~kept_TK, experts.total)
-        gate_TK, most = routing.gate_TK * kept_TK, experts.ffn * limits["ffn"]
-        kept = replace(routing, expert_TK=expert_TK, gate_TK=gate_TK, most_ffn_slots=most)
-        return kept, SlotCounts(accepted_WKN, counts.device)
+            accepted_WKN = accepted_counts(counts.wait(), limit_N)
+            kept_TK = accepted_slots(routing.expert_TK, accepted_WKN[counts.device])
+        return kept_TK, SlotCounts(accepted_WKN, counts.device)
+
+    def keep_of_own(
+        self, routing: Routing, counts: SlotCounts, limit_N: Tensor, runs: int
+    ) -> tuple[Tensor, SlotCounts]:
+        """The same where it is of each of this device's `runs` of tokens."""
+        likeliest = self.config.drop_order == "probability"
+        score_TK = routing.probs_TN.detach().gather(1, routing.expert_TK) if likeliest else None
+        kept_TK = accepted_in_runs(routing.expert_TK, limit_N, runs, score_TK)
+        kept_ids_TK = routing.expert_TK.masked_fill(~kept_TK, len(limit_N))
+        return kept_TK, SlotCounts(selection_counts(kept_ids_TK, len(limit_N))[None], of_others=False)
 
     def keep_likeliest(self, routing: Routing, limit_N: Tensor, device: int) -> tuple[Tensor, Tensor]:
         """The slots whose scores are the highest of the whole batch's: those of this device that stay [T, K], and the
@@ -197,6 +245,18 @@ class MoELayer(nn.Module):
             return self.own_counts(count_N), tokens
         return count_WKN.sum((0, 1)), tokens * len(count_WKN)
 
+    def balance_loss(self, routing: Routing, counts: SlotCounts, sequences: int) -> Tensor:
+        """Eq. 7 before beta, over the batch that is balanced; over `sequence` the mean of each one's own."""
+        config, balance, probs_TN = self.config, self.config.balance, routing.probs_TN
+        if balance.over != "sequence":
+            balanced = self.balanced_counts(counts, len(probs_TN))
+            return load_balance_loss(probs_TN, *balanced, config.experts, balance)
+        losses = []
+        for probs_SN, ids_SK in zip(probs_TN.chunk(sequences), routing.expert_TK.chunk(sequences), strict=True):
+            count_N = selection_counts(ids_SK, config.experts.total).sum(0)
+            losses.append(load_balance_loss(probs_SN, count_N, len(ids_SK), config.experts, balance))
+        return torch.stack(losses).mean()
+
     def reported_counts(self, count_N: Tensor) -> Tensor:
         """Counts of this layer's experts in the places that they have in the layout."""
         if self.layout == self.config.experts:
@@ -214,11 +274,17 @@ class MoELayer(nn.Module):
         return torch.cat([part[:count] for part, count in parts])
 
     def statistics(
-        self, logits_TN: Tensor, carried: Tensor, routing: Routing, counts: SlotCounts, accepted: SlotCounts
+        self,
+        logits_TN: Tensor,
+        carried: Tensor,
+        routing: Routing,
+        counts: SlotCounts,
+        accepted: SlotCounts,
+        sequences: int,
     ) -> MoEStats:
         """`routing` and `counts` are those before any slots were dropped."""
         config, balance, probs_TN = self.config, self.config.balance, routing.probs_TN
-        loss = load_balance_loss(probs_TN, *self.balanced_counts(counts, len(probs_TN)), config.experts, balance)
+        loss = self.balance_loss(routing, counts, sequences)
         if (multiplier := getattr(self.control, "multiplier", None)) is not None:
             loss = loss * multiplier
         weighted = balance.z_loss or balance.entropy_loss
@@ -226,7 +292,7 @@ class MoELayer(nn.Module):
         if routing.unnormalized:
             probs_TN = F.normalize(probs_TN, p=1, dim=-1)
         entropy = torch.special.entr(probs_TN.detach()).sum(-1).mean()
-        chosen_N, accepted_N = (c.count_WKN[c.device].sum(0) for c in (counts, accepted))
+        chosen_N, accepted_N = (c.wait()[c.device].sum(0) for c in (counts, accepted))
         kept_rows = self.kept_rows(len(probs_TN))
         recomputed = None if kept_rows is None else (accepted_N[: config.experts.ffn].sum() - kept_rows).clamp(min=0)
         return MoEStats(

@@ -11,6 +11,8 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
+from .bounds import refusals, taken_apart
+
 Part = TypeVar("Part", bound=Callable[..., Any])
 SCALARS = (bool, int, float, str)  # annotations that an option's value is checked against
 
@@ -20,15 +22,24 @@ class Registry:
 
     `key` and `options` are the config's keys for a part's name and its options, `{}` standing for the name. `given` is
     what every part is called with, by position; its other parameters are its options. `defined` names the modules of
-    the package's own parts.
+    the package's own parts; these are `complete` where none of them needs options.
     """
 
     def __init__(
-        self, kind: str, key: str, options: str, given: tuple[str, ...], defined: Mapping[str, str] | None = None
+        self,
+        kind: str,
+        key: str,
+        options: str,
+        given: tuple[str, ...],
+        defined: Mapping[str, str] | None = None,
+        complete: bool = True,
     ):
         self.kind, self.key, self.options_key, self.given = kind, key, options, given
-        self.defined = dict(defined or {})
+        self.defined, self.complete = dict(defined or {}), complete
         self.find_more: Callable[[], None] = lambda: None  # called before a name is refused; may register more
+        # Makes one of the package's own parts with options of somebody else's library, which alone knows their ranges;
+        # set where such parts are defined. Raises whatever that library raises.
+        self.attempt: Callable[[str, Mapping[str, Any]], object] = lambda name, options: None
         self._parts: dict[str, Callable[..., Any]] = {}
 
     def __call__(self, name: str) -> Callable[[Part], Part]:
@@ -68,12 +79,12 @@ class Registry:
     def check(self, name: str, options: Mapping[str, Any]) -> None:
         """Raises ValueError, in one line, for a name that no part has and for options that the part does not take.
 
-        The package's own parts need no options, so that their names are checked without importing them.
+        Parts of the package's own that need no options are not imported for it.
         """
         self.check_name(name)
         if not isinstance(options, Mapping):
             raise ValueError(f"{self.options_key.format(name)}={options} must hold options by their names")
-        if options or name not in self.defined:
+        if options or name not in self.defined or not self.complete:
             self._check_options(name, options)
 
     def _check_options(self, name: str, options: Mapping[str, Any]) -> None:
@@ -83,12 +94,26 @@ class Registry:
             if option not in taken and not anything:
                 choices = _choices(option, taken) if taken else "no options"
                 raise ValueError(f"{key}.{option}: {self.kind} {name} takes {choices}")
-            if option in taken and not _fits(value, taken[option].annotation):
-                raise ValueError(f"{key}.{option}={value} is no {taken[option].annotation.__name__}")
+            annotation = taken[option].annotation if option in taken else Any
+            kind, _, optional = taken_apart(annotation)
+            if not (_fits(value, kind) or (optional and value is None)):
+                raise ValueError(f"{key}.{option}={value} is no {kind.__name__}")
+            for refusal in refusals(type(value) if annotation is Any else annotation, value, f"{key}.{option}"):
+                raise ValueError(refusal)
         for option, parameter in taken.items():
             needed = parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
             if needed and option not in options:
                 raise ValueError(f"{self.kind} {name} needs {key}.{option}")
+        if name in self.defined:
+            self._try(name, options)
+
+    def _try(self, name: str, options: Mapping[str, Any]) -> None:
+        key = self.options_key.format(name)
+        try:
+            self.attempt(name, options)
+        except Exception as error:
+            said = " ".join(str(error).split())
+            raise ValueError(f"{key}={dict(options)}: {self.kind} {name} refuses this: {said}") from None
 
     def options(self, name: str) -> dict[str, inspect.Parameter]:
         """The parameters that are the part's own options, by name."""

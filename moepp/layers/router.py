@@ -1,6 +1,7 @@
 """Router logits with the gating residual (Eq. 6), and what turns logits into each token's experts and gates.
 
-Shape suffixes: T tokens, K slots of a token, D model width, N all experts (FFN, constant, copy, zero).
+Shape suffixes: T tokens, K slots of a token, D model width, N all experts (FFN, constant, copy, zero), G groups of FFN
+experts, E experts of a group or FFN experts, L groups that a token may choose from.
 """
 
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import registry
+from .bounds import Positive
 from .initial import draw
 from .settings import MoEConfig
 
@@ -95,12 +97,28 @@ def normalize_logits(logits_TN: Tensor, std: float) -> Tensor:
 def select_top_k(logits_TN: Tensor, config: MoEConfig, bias_N: Tensor | None) -> Routing:
     """The `top_k` experts with the highest probability; a bias counts in the choice, not in the gate."""
     probs_TN = logits_TN.softmax(-1)
-    if bias_N is None:
+    if bias_N is None and config.expert_groups == 1:
         gate_TK, expert_TK = probs_TN.topk(config.top_k, dim=-1)
     else:
-        expert_TK = (probs_TN + bias_N).topk(config.top_k, dim=-1).indices
+        ranked_TN = probs_TN if bias_N is None else probs_TN + bias_N
+        expert_TK = within_groups(ranked_TN, config).topk(config.top_k, dim=-1).indices
         gate_TK = probs_TN.gather(1, expert_TK)
     return Routing(expert_TK, gate_TK, probs_TN)
+
+
+def within_groups(ranked_TN: Tensor, config: MoEConfig) -> Tensor:
+    """Scores, -inf for FFN experts outside the token's `groups_per_token` groups: those whose top_k / groups_per_token
+    highest scores have the largest sum.
+    """
+    if config.expert_groups == 1:
+        return ranked_TN
+    ffn = config.experts.ffn
+    ffn_TGE = ranked_TN[:, :ffn].unflatten(1, (config.expert_groups, -1))
+    counted = min(ffn_TGE.shape[2], -(-config.top_k // config.groups_per_token))
+    best_TL = ffn_TGE.topk(counted, dim=-1).values.sum(-1).topk(config.groups_per_token, dim=-1).indices
+    open_TG = torch.zeros_like(ffn_TGE[..., 0], dtype=torch.bool).scatter(1, best_TL, True)
+    ffn_TE = ffn_TGE.masked_fill(~open_TG[..., None], -torch.inf).flatten(1)
+    return torch.cat([ffn_TE, ranked_TN[:, ffn:]], 1)
 
 
 @registry.selection("sigmoid")
@@ -110,7 +128,7 @@ def select_by_sigmoid(logits_TN: Tensor, config: MoEConfig, bias_N: Tensor | Non
     """
     score_TN = logits_TN.sigmoid()
     ranked_TN = score_TN if bias_N is None else score_TN + bias_N
-    expert_TK = ranked_TN.topk(config.top_k, dim=-1).indices
+    expert_TK = within_groups(ranked_TN, config).topk(config.top_k, dim=-1).indices
     return Routing(expert_TK, score_TN.gather(1, expert_TK), _shares(score_TN))
 
 
@@ -132,13 +150,13 @@ def select_positive(logits_TN: Tensor, config: MoEConfig, bias_N: Tensor | None)
 
 
 @registry.gate("softmax")
-def scores_as_gates(routing: Routing, config: MoEConfig, scale: float = 1.0) -> Tensor:
+def scores_as_gates(routing: Routing, config: MoEConfig, scale: Positive = 1.0) -> Tensor:
     """The scores themselves, not renormalised (Eq. 1), times `scale` (DeepSeek's routed scaling factor)."""
     return routing.gate_TK if scale == 1 else routing.gate_TK * scale
 
 
 @registry.gate("renormalized")
-def renormalized_gates(routing: Routing, config: MoEConfig, scale: float = 1.0) -> Tensor:
+def renormalized_gates(routing: Routing, config: MoEConfig, scale: Positive = 1.0) -> Tensor:
     """The scores divided by their sum over the chosen, times `scale`."""
     gate_TK = _shares(routing.gate_TK)
     return gate_TK if scale == 1 else gate_TK * scale

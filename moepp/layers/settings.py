@@ -66,14 +66,16 @@ class BalanceConfig(Bounded, key="balance"):
     """How the load is balanced. `tau` in (0, 1] is the weight of a zero-computation expert against 1 for an FFN
     expert; docs/methods.md says which keys make which published method.
 
-    `over` is the batch that f of Eq. 7 counts: one device's micro-batch, the micro-batch over all devices, or all of an
-    optimizer step. A step of several micro-batches learns what it would as one batch only over `step`, which takes a
-    forward pass more of each. Capacity (Eq. 8) is of a micro-batch over all devices, which pass an expert together.
+    `over` is the batch that f of Eq. 7 counts: one sequence (the loss is then the mean of theirs), one device's
+    micro-batch, the micro-batch over all devices, or all of an optimizer step. A step of several micro-batches learns
+    what it would as one batch only over `step`, which takes a forward pass more of each. Capacity (Eq. 8) has a scope
+    of its own, `capacity_over`. Where neither needs them, no layer waits for the counts of other devices.
     """
 
     tau: Share = 0.75  # weight of a zero-computation expert in the balance loss and in capacities, 1 for an FFN expert
     tau_of: dict[str, Share] = field(default_factory=dict)  # of single types in place of tau: {zero: 0.5}
-    over: Literal["micro_batch", "global_batch", "step"] = "step"  # the batch whose shares the balance loss counts
+    # the batch whose shares the balance loss counts
+    over: Literal["sequence", "micro_batch", "global_batch", "step"] = "step"
     beta: Weight = 0.01  # weight of the balance loss
     form: str = "switch"  # paper, switch, null_averaged, grouped, or a registered one
     options: dict[str, Any] = field(default_factory=dict)  # of a registered form
@@ -90,6 +92,8 @@ class BalanceConfig(Bounded, key="balance"):
         registry.balance.check(self.form, self.options)
         if self.control is not None:
             registry.control.check(self.control, self.control_options)
+        elif self.control_options:
+            raise ValueError(f"balance.control_options={self.control_options} are of no control: set balance.control")
         if self.aims_at_expected_ffn and self.expected_ffn is None:
             user = self.control if self.control in ("longcat", "remoe") else self.form
             raise ValueError(f"balance.expected_ffn={self.expected_ffn}: {user} aims at it, set it above 0")
@@ -133,6 +137,9 @@ class MoEConfig(Bounded):
     # any number of experts
     selection_options: dict[str, Any] = field(default_factory=dict)  # of a registered selection
     top_k: Count = 2  # experts per token
+    # node-limited routing (DeepSeek-V3, arXiv 2412.19437): FFN experts in so many equal groups, those of a node say
+    expert_groups: Count = 1
+    groups_per_token: Count = 1  # whose FFN experts a token may choose; zero-computation experts are on every device
     top_p: Share = 0.4  # cumulative probability that selection=top_p reaches
     gate: str = "released"  # released, softmax, renormalized, or a registered form
     gate_options: dict[str, Any] = field(default_factory=dict)  # scale, of softmax and renormalized; of registered ones
@@ -145,6 +152,8 @@ class MoEConfig(Bounded):
     residual_init: Literal["normal", "identity"] = "normal"  # of W_g
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     capacity_factor: Positive | None = 1.1  # in training only; null is dropless
+    # the batch that an expert's capacity is of: a sequence, a device's micro-batch, or the micro-batch over all devices
+    capacity_over: Literal["sequence", "micro_batch", "global_batch"] = "global_batch"
     drop_order: Literal["position", "probability"] = (
         "position"  # which slots stay: first choices of all tokens, then the
     )
@@ -186,7 +195,26 @@ def _conflicts(config: MoEConfig) -> list[tuple[bool, str]]:
     experts, balance = config.experts, config.balance
     variable, shared_null = config.selection in ("top_p", "relu"), config.router == "shared_null"
     no_zero_computation = experts.zero_computation == 0
+    groups, reachable = config.expert_groups, config.groups_per_token * experts.ffn // config.expert_groups
     return [
+        (
+            groups > 1 and config.selection not in TOP_K_SELECTIONS,
+            f"expert_groups={groups} limits a top-k choice, which selection={config.selection} is not: set"
+            " expert_groups=1",
+        ),
+        (
+            experts.ffn % groups > 0,
+            f"expert_groups={groups} must divide experts.ffn={experts.ffn}",
+        ),
+        (
+            config.groups_per_token > groups,
+            f"groups_per_token={config.groups_per_token} must not exceed expert_groups={groups}",
+        ),
+        (
+            groups > 1 and config.top_k > reachable + experts.zero_computation,
+            f"top_k={config.top_k} needs more experts than the {reachable} of groups_per_token="
+            f"{config.groups_per_token} and {experts.zero_computation} zero-computation ones",
+        ),
         (
             config.residual_init != "normal" and not config.gating_residual,
             f"residual_init={config.residual_init} is of the gating residual: set gating_residual=true",
@@ -225,6 +253,10 @@ def _conflicts(config: MoEConfig) -> list[tuple[bool, str]]:
         (
             balance.control == "longcat" and no_zero_computation,
             "balance.control=longcat needs zero-computation experts: set experts.zero, copy or constant above 0",
+        ),
+        (
+            config.capacity_over != "global_batch" and config.capacity_factor is None,
+            f"capacity_over={config.capacity_over} limits nothing without a capacity: set capacity_factor",
         ),
         (
             config.drop_order != "position" and config.capacity_factor is None,

@@ -30,6 +30,10 @@ class KeyValueCache:
         self.keys, self.values = keys, values
         return keys, values
 
+    def select(self, row_B: Tensor) -> None:
+        """Goes on with these rows, which may be there several times."""
+        self.keys, self.values = self.keys[row_B], self.values[row_B]
+
 
 def rotary_table(positions_S: Tensor, head_dim: int, theta: float) -> Tensor:
     """cos and sin of every position's angles, [2, S, A], float32; the two halves of a head share their angles (LLaMA's

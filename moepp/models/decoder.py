@@ -4,18 +4,21 @@ Shape suffixes: B batch, S sequence, T = B*S tokens, D model width, H query head
 vocabulary, N experts.
 """
 
-import hashlib
 import math
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from moepp import register
 from moepp.layers.balance import combine_layers
 from moepp.layers.dense import DenseFFN
-from moepp.layers.initial import own_beginnings, uninitialized
+from moepp.layers.initial import own_beginnings, seed_of, uninitialized
 from moepp.layers.moe import MoELayer, MoEStats
 from moepp.layers.rival_routers import shared_gru
 from moepp.layers.settings import MoEConfig
@@ -84,16 +87,19 @@ class Decoder(nn.Module):
         for layer in self.moe_layers():
             if layer.control is not None:
                 layer.control.reset_parameters()
-        std, scaled = self.config.init_std, self.config.init_std / math.sqrt(2 * self.config.layers)
-        own = own_beginnings(self)
+        own = own_beginnings(self, seed)
         for name, parameter in self.named_parameters():
-            if name in own:
-                own[name](parameter)
-            elif "norm" in name:
-                nn.init.ones_(parameter)
-            elif not parameter.is_meta:
-                generator = _generator(parameter.device, seed, name)
-                nn.init.normal_(parameter, 0, scaled if "w_out" in name else std, generator)
+            self._begin(name, parameter, seed, own)
+
+    def _begin(self, name: str, parameter: Tensor, seed: int, own: Mapping[str, Callable[[Tensor], Any]]) -> None:
+        std, scaled = self.config.init_std, self.config.init_std / math.sqrt(2 * self.config.layers)
+        if name in own:
+            own[name](parameter)
+        elif "norm" in name:
+            nn.init.ones_(parameter)
+        elif not parameter.is_meta:
+            generator = torch.Generator(parameter.device).manual_seed(seed_of(seed, name))
+            nn.init.normal_(parameter, 0, scaled if "w_out" in name else std, generator)
 
     def forward(
         self,
@@ -101,9 +107,11 @@ class Decoder(nn.Module):
         caches: list[KeyValueCache] | None = None,
         hidden_states: bool = False,
         targets_BS: Tensor | None = None,
+        at: tuple[Tensor, Tensor] | None = None,
     ) -> ModelOutput:
         """`ids_BS` int64 token ids; with `caches`, the tokens that follow those already cached. `targets_BS`, the ids
-        that come next, are scored here, so that many logits need never exist at once (cross_entropy.py).
+        that come next, are scored here, so that many logits need never exist at once (cross_entropy.py); neither need
+        they where only those of some rows and positions, `at`, are wanted: [Q, V].
         """
         offset = caches[0].length if caches else 0
         positions = torch.arange(offset, offset + ids_BS.shape[1], device=ids_BS.device)
@@ -115,7 +123,7 @@ class Decoder(nn.Module):
                 states.append(x_BSD)
             inputs = (x_BSD, rotary, carried, caches[index] if caches else None)
             if self.config.activation_checkpointing and self.training:
-                x_BSD, layer = checkpoint(block, *inputs, use_reentrant=False)
+                x_BSD, layer = checkpoint(block, *inputs, use_reentrant=False, **keeping(block))
             else:
                 x_BSD, layer = block(*inputs)
             if layer is not None:
@@ -123,7 +131,7 @@ class Decoder(nn.Module):
                 stats.append(layer)
         x_BSD = self.norm(x_BSD)
         output = ModelOutput(stats, hidden_states=[*states, x_BSD] if hidden_states else None)
-        self._read(x_BSD, targets_BS, output)
+        self._read(x_BSD if at is None else x_BSD[at], targets_BS, output)
         return output
 
     def _read(self, x_BSD: Tensor, targets_BS: Tensor | None, output: ModelOutput) -> None:
@@ -159,6 +167,11 @@ class Decoder(nn.Module):
     def forward_flops(self, seq_len: int, ffn_per_token: float | None = None) -> dict[str, float]:
         return forward_flops(self.config, seq_len, ffn_per_token)
 
+    @property
+    def has_buffers_of_others(self) -> bool:
+        """Whether parts that are not the package's own have any."""
+        return any(True for layer in self.moe_layers() for part in layer.parts_of_others() for _ in part.buffers())
+
     def moe_layers(self) -> list[MoELayer]:
         return [block.ffn for block in self.blocks if isinstance(block.ffn, MoELayer)]
 
@@ -178,6 +191,37 @@ class Decoder(nn.Module):
         return continue_ids(self, last_logits, ids_BS, max_new_tokens, temperature, generator)
 
 
-def _generator(device: torch.device, seed: int, name: str) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7]))
+def keeping(block: Block) -> dict[str, Any]:
+    """Options of `checkpoint`: rows that have come from other devices are kept, not sent again."""
+    operators = block.ffn.ffn.dispatcher.kept_operators if isinstance(block.ffn, MoELayer) else ()
+    return {"context_fn": partial(create_selective_checkpoint_contexts, list(operators))} if operators else {}
+
+
+class InitialState(Mapping[str, Tensor]):
+    """The state that a decoder begins with by `seed`: whole, on the CPU, and each tensor drawn when it is read, so that
+    a decoder on the meta device may take it in parts. Made before the decoder is divided.
+    """
+
+    def __init__(self, decoder: Decoder, seed: int):
+        self.decoder, self.seed, self.own = decoder, seed, own_beginnings(decoder, seed)
+        self.shapes = {name: parameter.shape for name, parameter in decoder.named_parameters()}
+        self.controls: dict[str, Tensor] = {}
+        for path, layer in decoder.named_modules():
+            if isinstance(layer, MoELayer) and layer.control is not None:
+                control = deepcopy(layer.control).to_empty(device="cpu")
+                control.reset_parameters()
+                self.controls |= control.state_dict(prefix=f"{path}.control.")
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self.controls:
+            return self.controls[name]
+        drawn = torch.empty(self.shapes[name], device="cpu")
+        with torch.no_grad():
+            self.decoder._begin(name, drawn, self.seed, self.own)
+        return drawn
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self.shapes, *self.controls])
+
+    def __len__(self) -> int:
+        return len(self.shapes) + len(self.controls)

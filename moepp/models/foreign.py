@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from moepp.errors import UsageError
 from moepp.layers.bounds import Bounded, Count, Range, Whole
+from moepp.models.packaged import PACKAGED, packaged
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # what families call their number
 SLOTS = ("num_experts_per_tok", "moe_topk")  # and that of the experts a token is given
@@ -20,6 +21,10 @@ class RetrofitConfig(Bounded, key="model.retrofit"):
     is added, and all is trained.
     """
 
+    upcycle: Whole = 0  # experts that each FFN of a dense model becomes first, two of them for a token; 0: none
+    # steps in which such a model is trained as it is before anything is added, once for each seed: its experts are
+    # copies, and of these a router learns nothing
+    first_steps: Whole = 0
     zero: Whole = 0  # zero experts beside the family's own in every MoE layer
     copy: Whole = 0  # copy experts
     constant: Whole = 0  # constant experts
@@ -28,11 +33,25 @@ class RetrofitConfig(Bounded, key="model.retrofit"):
     init: Literal["silent", "warm", "zeda"] = "silent"  # how new experts begin
     share: Annotated[float, Range(0, 1)] = 0.25  # of the slots, which silent experts are calibrated to before the
     wake_steps: Whole = 0  # first step; and the steps over which they rise to it
+    recalibrate_every: Whole = 0  # steps between calibrations that hold this share while routers learn; 0: none
     # new: routers and new experts; experts: the family's too; lora: new, and adapters on what lies outside MoE blocks
     train: Literal["new", "experts", "all", "lora"] = "all"
     lora_rank: Count = 8  # of those adapters
-    # or the divergence from the original model: KL(original || trained), and the reverse
+    # or the divergence from the original model: KL(original || trained), and the reverse; validations then have the
+    # former as val/divergence
     loss: Literal["cross_entropy", "forward_kl", "reverse_kl"] = "cross_entropy"
+    # tokens of each sequence after which the divergence is learnt on the trained model's own continuation, sampled from
+    # it at every step (arXiv 2306.13649); 0: on the text
+    own_after: Whole = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.recalibrate_every and self.init != "silent":
+            raise ValueError(f"recalibrate_every={self.recalibrate_every} is of init=silent, not of init={self.init}")
+        if self.own_after and self.loss == "cross_entropy":
+            raise ValueError(f"own_after={self.own_after} learns from the original: set loss=forward_kl or reverse_kl")
+        if self.first_steps and not self.upcycle:
+            raise ValueError(f"first_steps={self.first_steps} trains what a dense model becomes: set upcycle above 0")
 
     @property
     def adds(self) -> bool:
@@ -45,12 +64,19 @@ class RetrofitConfig(Bounded, key="model.retrofit"):
 
 
 def folder_of(path: str) -> Path:
-    """The folder itself, or that of a hub id once it is downloaded. Raises UsageError where there is neither."""
+    """The folder itself, that of a packaged model, or that of a hub id once it is downloaded. Raises UsageError where
+    there is none.
+    """
     folder = Path(path).expanduser()
     if (folder / "config.json").is_file():
         return folder
+    if path in PACKAGED:
+        return packaged(path)
     if folder.exists() or path.count("/") != 1:
-        raise UsageError(f"model.path={path}: must be a folder with a config.json, or a hub id such as owner/name")
+        raise UsageError(
+            f"model.path={path}: must be a folder with a config.json, or a hub id such as owner/name, or one of"
+            f" {', '.join(PACKAGED)}"
+        )
     from huggingface_hub import snapshot_download
 
     try:

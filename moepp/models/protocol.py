@@ -23,7 +23,7 @@ class ModelOutput:
     cross_entropy: Tensor | None = None  # mean over the targets, in nats; without gradients also of each of them:
     nats_BS: Tensor | None = None
     right_BS: Tensor | None = None  # whether the target has the largest logit
-    divergence: Tensor | None = None  # from another model, in training by it: what is then learnt in their place
+    divergence: Tensor | None = None  # from another model, mean over tokens; in training what is learnt in their place
     hidden_states: list[Tensor] | None = None  # the embeddings, each block's output but the last, and the final norm's
 
     @property

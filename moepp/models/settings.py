@@ -50,6 +50,8 @@ class DecoderConfig(MoEConfig):
             raise ValueError(f"path and retrofit are of models of transformers, not of name={self.name}: set model=hf")
         if self.name == "hf" and not (self.path or self.architecture):
             raise ValueError("name=hf needs path: a folder of transformers, or a hub id")
+        if self.name == "hf" and self.balance.over == "sequence":
+            raise ValueError("balance.over=sequence is of this package's own layers: choose another with name=hf")
         if self.name == "hf" and self.balance.control:
             raise ValueError(f"balance.control={self.balance.control} steers this package's routers: unset it with hf")
         if self.dim % self.heads or (self.dim // self.heads) % 2:

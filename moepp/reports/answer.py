@@ -45,26 +45,39 @@ def _excluded_by(run: Run, rules: Exclusions) -> str:
 
 
 def answer(
-    primary: Primary, kept: Comparison, whole: Comparison, excluded: Mapping[tuple[str, int], str]
+    primary: Primary,
+    kept: Comparison,
+    whole: Comparison,
+    excluded: Mapping[tuple[str, int], str],
+    opening: str = "",
 ) -> Answer | None:
-    """None where the contrast is none of the comparison's."""
+    """`opening` is the contrast that the first line answers where it is not the primary one: its p is then corrected as
+    every secondary one's. None where the contrast is none of the comparison's.
+    """
     design, baseline = kept.design, kept.results.baseline
     if primary.contrast not in {*design.arms, *design.contrasts}:
         return None
     contrast = design.contrasts.get(primary.contrast) or Contrast([primary.contrast], [baseline])
     found, before = _judged(kept, primary.contrast), _judged(whole, primary.contrast)
-    first = _sentence(contrast, found, kept.results, primary.smallest)
+    secondary = _secondary(kept, primary.contrast, contrast)
+    if opening in secondary:
+        difference, p = secondary.pop(opening)
+        first = f"{_sentence(design.contrasts[opening], difference, kept.results, primary.smallest, p)} Secondary."
+        others = (_said("Primary", primary.contrast, found),) if found else ()
+    else:
+        first, others = _sentence(contrast, found, kept.results, primary.smallest), ()
     if excluded and before:
         first += f" With the {len(excluded)} runs that a rule excludes: {_numbers(before)}."
-    return Answer(first, _secondary(kept, primary.contrast, contrast), excluded)
+    others += tuple(_said("Secondary", name, *judged) for name, judged in secondary.items())
+    return Answer(first, others, excluded)
 
 
 def _judged(comparison: Comparison, name: str) -> Difference | None:
     return comparison.contrasts.get(name) or comparison.differences.get(name)
 
 
-def _secondary(comparison: Comparison, primary: str, contrast: Contrast) -> tuple[str, ...]:
-    """All others, after Holm's correction over all of them."""
+def _secondary(comparison: Comparison, primary: str, contrast: Contrast) -> dict[str, tuple[Difference, float]]:
+    """All others, each with its p after Holm's correction over all of them."""
     sides, baseline = comparison.design.contrasts, comparison.results.baseline
     found = {f"{arm} minus {baseline}": d for arm, d in comparison.differences.items() if arm != primary}
     if contrast.minus == [baseline] and len(contrast.arms) == 1:
@@ -72,11 +85,13 @@ def _secondary(comparison: Comparison, primary: str, contrast: Contrast) -> tupl
     found |= {n: d for n, d in comparison.contrasts.items() if n != primary and sides[n] != contrast}
     tested = {name: d for name, d in found.items() if d.p_alone is not None}
     corrected = holm([d.p_alone for d in tested.values()])
-    return tuple(
-        f"Secondary, {name}: {_numbers(d, p)};"
-        f" {'beyond noise' if p < SIGNIFICANCE else 'not distinguishable from none'}."
-        for (name, d), p in zip(tested.items(), corrected, strict=True)
-    )
+    return {name: (d, p) for (name, d), p in zip(tested.items(), corrected, strict=True)}
+
+
+def _said(rank: str, name: str, difference: Difference, p_holm: float | None = None) -> str:
+    p = difference.p_alone if p_holm is None else p_holm
+    verdict = "" if p is None else f"; {'beyond noise' if p < SIGNIFICANCE else 'not distinguishable from none'}"
+    return f"{rank}, {name}: {_numbers(difference, p_holm)}{verdict}."
 
 
 def _interval(difference: Difference) -> tuple[float, float | None, float | None]:
@@ -97,19 +112,27 @@ def _numbers(difference: Difference, p_holm: float | None = None) -> str:
     return f"{said}, {n}" + ("" if p is None else f", p = {p:.2g}{' after Holm' if p_holm is not None else ''}")
 
 
-def _sentence(contrast: Contrast, found: Difference | None, results: SweepResults, smallest: float | None) -> str:
+def _sentence(
+    contrast: Contrast,
+    found: Difference | None,
+    results: SweepResults,
+    smallest: float | None,
+    p_holm: float | None = None,
+) -> str:
     on, off = (_side(side) for side in (contrast.arms, contrast.minus))
     if found is None:
         return f"No answer yet: {on} and {off} share no finished seed."
     centre, *_ = _interval(found)
+    p = found.p_alone if p_holm is None else p_holm
+    beyond = p is not None and p < SIGNIFICANCE
     if found.p_alone is None:
         said = f"No answer yet: {on} ends {_apart(centre)} {off} on one seed"
-    elif found.p_alone < SIGNIFICANCE:
+    elif beyond:
         said = f"{on} ends {_apart(centre)} {off}, beyond noise"
     else:
         said = f"{on} and {off} cannot be told apart here"
-    weighed = f", {_weighed(found, smallest)}" if smallest else ""
-    return f"{said}{weighed}: {_numbers(found)}{_costs(contrast, results)}."
+    weighed = f", {_weighed(found, smallest, beyond)}" if smallest else ""
+    return f"{said}{weighed}: {_numbers(found, p_holm)}{_costs(contrast, results)}."
 
 
 def _side(arms: Sequence[str]) -> str:
@@ -120,13 +143,15 @@ def _apart(difference: float) -> str:
     return "with a lower validation loss than" if difference < 0 else "with a higher validation loss than"
 
 
-def _weighed(difference: Difference, smallest: float) -> str:
+def _weighed(difference: Difference, smallest: float, beyond_noise: bool) -> str:
     """Against the smallest difference that was said to matter."""
     _, low, high = _interval(difference)
     if low is None or (low < -smallest < high) or (low < smallest < high):
         return f"and whether by the {smallest:g} that matters is open"
     if -smallest <= low and high <= smallest:
         return f"and by less than the {smallest:g} that matters"
+    if not beyond_noise:  # as where unstable arms have a sign test, which five seeds cannot pass
+        return f"though the whole interval lies beyond the {smallest:g} that matters"
     return f"by more than the {smallest:g} that matters"
 
 

@@ -27,13 +27,14 @@ TASKS = {  # whose words are flags of `reproduce` too
 }
 
 
-def of_sweep(sweep: str, paper: PaperScores | None = None, **declared: Any) -> Experiment:
+def of_sweep(sweep: str, paper: PaperScores | None = None, opening: str = "", **declared: Any) -> Experiment:
     """The experiment that a sweep is, by its name or the path of its file; with `paper` over the arms that it has.
 
-    `declared` are fields of `Experiment` that differ; notes come before those of the sweep. Raises UsageError.
+    `declared` are fields of `Experiment` that differ; notes come before those of the sweep. `opening` is the contrast
+    that the report begins with where it is not the sweep's primary one. Raises UsageError.
     """
     found = read_sweep(sweep)
-    return _experiment(found, sweep, bool(search_space(found.space)), paper, declared)
+    return _experiment(found, sweep, bool(search_space(found.space)), paper, declared, opening)
 
 
 def of_records(directory: Path) -> Experiment:
@@ -56,7 +57,12 @@ def of_records(directory: Path) -> Experiment:
 
 
 def _experiment(
-    sweep: Sweep, word: str, searched: bool, paper: PaperScores | None, declared: Mapping[str, Any]
+    sweep: Sweep,
+    word: str,
+    searched: bool,
+    paper: PaperScores | None,
+    declared: Mapping[str, Any],
+    opening: str = "",
 ) -> Experiment:
     about = {"name": sweep.name, "title": sweep.title, "question": sweep.question, "scales": tuple(sweep.scales)}
     about |= {"reference": sweep.paper}
@@ -68,7 +74,7 @@ def _experiment(
     design = Design(arms, contrasts, sweep.trend, paper, keys_of_interest(sweep))
     about |= {"paper": (paper.table(),) if paper else (), **declared, "notes": notes}
     chosen = {name: tuple(scale.arms) for name, scale in sweep.scales.items() if scale.arms}
-    measure = ArmReport(word, design, sweep.primary, sweep.exclusions, chosen)
+    measure = ArmReport(word, design, sweep.primary, sweep.exclusions, chosen, opening)
     return Experiment(**about, measure=measure, runs=(Runs(word, timed=True),), options=TASKS)
 
 
@@ -81,6 +87,7 @@ class ArmReport:
     primary: Primary | None = None
     exclusions: Exclusions = field(default_factory=Exclusions)
     chosen: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # scale -> its choice of arms
+    opening: str = ""  # the contrast of the first line, where it is not the primary one
 
     def __call__(self, context: Context) -> Findings:
         """Raises UsageError when sweep and design do not fit."""
@@ -90,7 +97,7 @@ class ArmReport:
         kept, excluded = exclude(results, self.exclusions)
         comparison = compare(design, kept)
         whole = compare(design, results) if excluded else comparison
-        found = answer(self.primary, comparison, whole, excluded) if self.primary else None
+        found = answer(self.primary, comparison, whole, excluded, self.opening) if self.primary else None
         return with_answer(findings(comparison), found, results, self.primary, self.exclusions)
 
     def _design_at(self, scale: str) -> Design:

@@ -21,8 +21,10 @@ from moepp.reports.standing import Standing
 from moepp.statistics.claims import Claim
 from moepp.statistics.style import Figure
 from moepp.statistics.tables import Table
+from moepp.tracking.arm_runs import ArmRun
 
 SCALES = ("smoke", "laptop", "desk", "gpu", "paper")
+PATHS, AMOUNTS = ("tasks_dir", "pos", "weights"), ("limit", "subject_limit", "words", "devices")  # options of several
 USUAL = ("smoke", "laptop", "gpu", "paper")
 
 
@@ -57,6 +59,16 @@ class Context:
             raise UsageError(f"{directory} holds no finished run of arm {arm}; `reproduce` trains it")
         return done
 
+    def check(self) -> None:
+        """Raises UsageError for options that can be seen to be wrong before anything is trained."""
+        for option, value in self.options.items():
+            if option == "tasks_dir" and not Path(value).expanduser().is_dir():
+                raise UsageError(f"{option}={value} is no folder")
+            if option in PATHS:
+                self.path(option)
+            elif option in AMOUNTS and not (value.isdecimal() and int(value)):
+                raise UsageError(f"{option}={value} must be a whole number of at least 1")
+
     def path(self, option: str) -> Path | None:
         """The file or folder that an option names; None without one. Raises UsageError when it is not there."""
         value = self.options.get(option)
@@ -85,6 +97,7 @@ class Findings:
     summary: Table | None = None
     data: tuple[Table, ...] = ()  # saved, not shown
     metrics: Mapping[str, float] = field(default_factory=dict)  # the few that a tracker's parent run shows
+    arm_runs: Mapping[str, ArmRun] = field(default_factory=dict)  # what a tracker shows of each arm
     standing: tuple[Standing, ...] = ()  # what the trained models can do, of each sweep; `reproduce` fills it in
 
 

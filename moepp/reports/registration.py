@@ -12,6 +12,9 @@ from moepp.sweeps.registration import plan_path
 from moepp.sweeps.spec import Exclusions, Primary
 
 ONLY_WHEN_FROZEN = ("data.digest", "init_weights", "model.architecture")
+FROM_ITS_FOLDER = (  # of a model of transformers, likewise once a run is frozen
+    "model.experts", "model.top_k", "model.gating_residual", "model.vocab_size", "data.tokenizer", "data.vocab_size",
+)  # fmt: skip
 
 
 def registered(results: SweepResults) -> dict[str, Any] | None:
@@ -87,7 +90,8 @@ def _settings(plan: Mapping[str, Any], results: SweepResults) -> list[str]:
 
 def _deviating(settings: Mapping[str, Any], run: Run) -> dict[str, str]:
     """What the schema has gained or lost since counts for nothing."""
-    compared = {key: value for key, value in settings.items() if not lies_in(key, ONLY_WHEN_FROZEN)}
+    filled = (*ONLY_WHEN_FROZEN, *(FROM_ITS_FOLDER if run.config.get("model.name") == "hf" else ()))
+    compared = {key: value for key, value in settings.items() if not lies_in(key, filled)}
     return {
         key: f"was registered as {value}, and is {run.config[key]}"
         for key, value in compared.items()

@@ -54,7 +54,7 @@ def compare_repetition(original: RunRecord, again: RunRecord) -> Repetition:
     return Repetition(len(apart), differing, apart[where], where, _differences(original, again), ended)
 
 
-def describe(repetition: Repetition) -> list[str]:
+def describe_repetition(repetition: Repetition) -> list[str]:
     """One line for each kind of circumstance and one for the losses."""
     lines = [f"{kind:<9} {'; '.join(repetition.differs.get(kind, ['the same']))}" for kind in KINDS]
     lines += [f"ended     {repetition.ended}"] if repetition.ended else []

@@ -7,7 +7,8 @@ from typing import Any
 
 from moepp.records import write_text
 from moepp.reports.experiment import Experiment, Findings
-from moepp.statistics.style import Figure, save
+from moepp.statistics.markup import code, escaped
+from moepp.statistics.style import Figure, save_figure
 from moepp.statistics.tables import Table, as_csv, as_lines, as_markdown
 
 MECHANICS = "mechanics only: models that end above a bigram of their own training tokens"
@@ -18,7 +19,7 @@ def write_report(experiment: Experiment, found: Findings, folder: Path, provenan
     `command`, `scale` and `hardware`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    images = [path for figure in found.figures for path in save(figure, folder)]
+    images = [path for figure in found.figures for path in save_figure(figure, folder)]
     parts = [
         *found.tables,
         *found.data,
@@ -49,13 +50,19 @@ def terminal(found: Findings) -> str:
 def note(experiment: Experiment, found: Findings, command: str) -> str:
     """The short report for a tracker's page, in markdown; the rest is in report.md."""
     table = _summary(found)
-    made = f"Made by `{command}`; the whole report is the artifact `{experiment.name}/report.md`."
-    parts = [_answer(found), f"**{experiment.question}**", _verdict(found), as_markdown(table) if table else "", made]
+    made = f"Made by {code(command)}; the whole report is the artifact `{experiment.name}/report.md`."
+    parts = [
+        _answer(found),
+        f"**{escaped(experiment.question)}**",
+        _verdict(found),
+        as_markdown(table) if table else "",
+        made,
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
 def _answer(found: Findings) -> str:
-    return f"**{found.answer}**" if found.answer else ""
+    return f"**{escaped(found.answer)}**" if found.answer else ""
 
 
 def _summary(found: Findings) -> Table | None:
@@ -63,16 +70,17 @@ def _summary(found: Findings) -> Table | None:
 
 
 def _verdict(found: Findings) -> str:
-    return bullets([*found.verdict, *(f"**{claim.verdict}**: {claim}" for claim in found.claims)])
+    claims = [f"- **{claim.verdict}**: {escaped(str(claim))}" for claim in found.claims]
+    return "\n".join([bullets(found.verdict), *claims]).strip("\n")
 
 
 def _markdown(experiment: Experiment, found: Findings, provenance: Mapping[str, Any]) -> str:
     beside = f" Beside the paper's {experiment.reference} (MoE++, arXiv 2410.07348)." if experiment.reference else ""
     about = [
-        f"**{experiment.question}**{beside}",
-        f"Expected: {experiment.expected}" if experiment.expected else "",
+        f"**{escaped(experiment.question)}**{beside}",
+        f"Expected: {escaped(experiment.expected)}" if experiment.expected else "",
         _made(provenance),
-        f"Hardware: {_hardware(provenance['hardware'])}.",
+        f"Hardware: {escaped(_hardware(provenance['hardware']))}.",
     ]
     sections = {
         "Verdict": _verdict(found),
@@ -83,9 +91,9 @@ def _markdown(experiment: Experiment, found: Findings, provenance: Mapping[str, 
         "Notes": bullets([*experiment.notes, *found.notes]),
     }
     body = [
-        f"# {_title(experiment, found)}",
+        f"# {escaped(_title(experiment, found))}",
         _answer(found),
-        *map(str, found.standing),
+        *(escaped(str(standing)) for standing in found.standing),
         *about,
         *(f"## {title}\n\n{text}" for title, text in sections.items() if text),
     ]
@@ -98,12 +106,12 @@ def _title(experiment: Experiment, found: Findings) -> str:
 
 
 def _made(provenance: Mapping[str, Any]) -> str:
-    sweeps = [f"Sweep `{sweep}`, baseline `{baseline}`, " for sweep, baseline in provenance.get("sweeps", {}).items()]
+    sweeps = [f"Sweep {code(name)}, baseline {code(base)}, " for name, base in provenance.get("sweeps", {}).items()]
     seeds = sorted({run["seed"] for run in provenance.get("runs", [])})
-    said = "".join(sweeps) + f"scale `{provenance['scale']}`"
+    said = "".join(sweeps) + f"scale {code(provenance['scale'])}"
     said += f", seeds {', '.join(map(str, seeds))}" if seeds else ""
     date = f", {provenance['started'][:10]}" if "started" in provenance else ""
-    return f"{said[0].upper()}{said[1:]}. Made by `{provenance['command']}`{date}."
+    return f"{said[0].upper()}{said[1:]}. Made by {code(provenance['command'])}{date}."
 
 
 def _hardware(hardware: Any) -> str:
@@ -113,14 +121,15 @@ def _hardware(hardware: Any) -> str:
 
 
 def markdown(parts: Iterable[str | Table]) -> str:
-    """Paragraphs, and tables with their captions."""
+    """Paragraphs, which are Markdown already, and tables with their captions."""
     return "\n\n".join(as_markdown(part) if isinstance(part, Table) else part for part in parts)
 
 
 def bullets(lines: Iterable[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
+    """Of lines that are plain text."""
+    return "\n".join(f"- {escaped(line)}" for line in lines)
 
 
 def _figure(figure: Figure) -> str:
-    caption, name = figure.data.caption, figure.data.name
+    caption, name = escaped(figure.data.caption), figure.data.name
     return f"![{caption}]({name}.svg)\n\n{caption} [Data]({name}.csv)."

@@ -4,18 +4,20 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from moepp.errors import RunError, UsageError
 from moepp.experiments import discover
 from moepp.program import program
-from moepp.records import RunRecord, read_json, write_json
+from moepp.records import RunRecord, read_json, write_json, write_text
 from moepp.reports.arms import TASKS, of_records, of_sweep
-from moepp.reports.experiment import Context, Experiment, Runs
+from moepp.reports.experiment import Context, Experiment, Findings, Runs
 from moepp.reports.provenance import provenance
-from moepp.reports.rerun import command
+from moepp.reports.rerun import rerun_command
 from moepp.reports.standing import Standing, standing
 from moepp.shipped import SWEEPS, YAML, names, overlaid
+from moepp.terminal import width, working
 
 RESULTS = Path("results")
 RUNS = Path("runs")  # where records are unless `runs=` says otherwise
@@ -47,8 +49,17 @@ def in_order() -> list[Experiment]:
 
 
 def listing() -> list[str]:
-    """One line per experiment."""
-    return [f"{e.name:<25} {e.reference:<16} {e.title}  ({_needs(e)})" for e in in_order()]
+    """One line per experiment; `--wide` adds where it stands in the paper, what it trains, and its options."""
+    columns = width()
+    if columns is None:
+        return [f"{e.name:<25} {e.reference:<17} {_about(e)}  ({_needs(e)})" for e in in_order()]
+    return [f"{e.name:<25} {shorten(_about(e), columns - 26, placeholder='...')}" for e in in_order()]
+
+
+def _about(experiment: Experiment) -> str:
+    """A title that says more than the name, else the question."""
+    named = experiment.title.lower() == experiment.name.replace("_", " ")
+    return experiment.question if named else experiment.title
 
 
 def _needs(experiment: Experiment) -> str:
@@ -78,8 +89,8 @@ def reproduce(
     options, overrides = _own_options(experiment, arguments, flags or {})
     score = _asks_for_tasks(experiment, options)
     needed = () if options.get("weights") else experiment.runs  # a checkpoint takes the place of trained runs
-    if needed and not Path(options.get("tasks_dir", ".")).is_dir():  # said before anything trains
-        raise UsageError(f"tasks_dir={options['tasks_dir']} is no folder")
+    if needed:
+        Context(scale, options=options).check()
     directories = {runs.sweep: _train(runs, scale, workers, overrides, seeds) for runs in needed}
     for directory in directories.values() if score else ():
         _score(directory, options)
@@ -200,14 +211,19 @@ def _score(directory: Path, options: Mapping[str, str]) -> None:
 
 def _publish(experiment: Experiment, context: Context, out: Path | None) -> None:
     """Measures, writes the report, puts it onto the sweeps' parent runs in the tracker, and prints its summary."""
+    from moepp.reports.page import one_report
     from moepp.reports.report import note, terminal, write_report
 
-    made_by = command(experiment, context)
-    found = replace(experiment.measure(context), standing=_standing(experiment, context))
-    folder = _folder(experiment, context, out)
-    files = write_report(experiment, found, folder, provenance(made_by, context))
-    for directory in context.directories.values():
-        _log(directory, experiment.name, found.metrics, files, note(experiment, found, made_by))
+    made_by = rerun_command(experiment, context)
+    with working("measuring and writing the report"):
+        found = replace(experiment.measure(context), standing=_standing(experiment, context))
+        folder = _folder(experiment, context, out)
+        files = write_report(experiment, found, folder, provenance(made_by, context))
+    page = folder / "report.html"
+    write_text(page, one_report(folder))
+    with working("sending the report to MLflow"):
+        for directory in context.directories.values():
+            _log(directory, experiment.name, found, [*files, page], note(experiment, found, made_by))
     print(terminal(found))
     print(f"\nreport: {folder / 'report.md'}")
     for sweep, directory in context.directories.items():
@@ -231,12 +247,15 @@ def _folder(experiment: Experiment, context: Context, out: Path | None) -> Path:
     return beside / "report" if beside.name == own else beside / "report" / experiment.name
 
 
-def _log(directory: Path, experiment: str, metrics: Mapping[str, float], files: list[Path], text: str) -> None:
-    """Puts a report onto the parent run of a sweep that it read, where its runs are tracked."""
+def _log(directory: Path, experiment: str, found: Findings, files: list[Path], text: str) -> None:
+    """Puts a report onto the parent run of a sweep that it read, and onto runs of its arms, where these are tracked."""
+    from moepp.tracking.arm_runs import log_arms
     from moepp.tracking.mirror import log_report
     from moepp.tracking.settings import TrackingConfig
 
     first = read_json(directory / "sweep.json")["trials"][0]["path"]
     tracking = TrackingConfig(**RunRecord(directory / first).read("config.yaml").get("tracking", {"backend": "jsonl"}))
     if tracking.backend == "mlflow":
-        log_report(directory, tracking, directory.parent, experiment, metrics, files, text)
+        log_report(directory, tracking, directory.parent, experiment, found.metrics, files, text)
+        if found.arm_runs:
+            log_arms(directory, tracking, directory.parent, found.arm_runs)

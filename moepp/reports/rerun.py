@@ -6,7 +6,7 @@ from moepp.experiments import discover
 from moepp.reports.experiment import Context, Experiment
 
 
-def command(experiment: Experiment, context: Context) -> str:
+def rerun_command(experiment: Experiment, context: Context) -> str:
     """`python run.py reproduce ...` as a shell takes it: what runs were trained with is found in their records."""
     what = experiment.name if experiment.name in discover() else experiment.runs[0].sweep
     words, options, overrides = ["python", "run.py", "reproduce", what, "--scale", context.scale], {}, ()

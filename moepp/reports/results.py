@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -115,11 +116,13 @@ def load_sweep_results(directory: Path | str) -> SweepResults:
     for trial in sweep["trials"] if sweep else []:
         arm, seed = trial["arm"], trial["seed"]
         record = RunRecord(directory / trial["path"])
-        reason = _unfinished(record)
-        if reason is None:
+        reason, run = _unfinished(record), None
+        if reason is None and (run := _finished(record, arm, seed)) is None:
+            reason = "final/val_loss is not finite"
+        if run is not None:
             length = trial.get("length")
             by_seed = lengthened[trial["of_arm"]].setdefault(length, {}) if length else runs.setdefault(arm, {})
-            by_seed[seed] = _read(record, arm, seed)
+            by_seed[seed] = run
         elif not trial.get("left_out"):  # of what the newest call asks for
             missing[arm, seed] = reason
     if not runs:
@@ -170,10 +173,20 @@ def _unfinished(record: RunRecord) -> str | None:
         return f"pruned ({record.read('pruned.json')['reason']})"
     if record.status != "done":
         return "not finished" if record.status == "started" else "not started"
-    return None if math.isfinite(record.final().get("val_loss", math.nan)) else "final/val_loss is not finite"
+    return None
 
 
-def _read(record: RunRecord, arm: str, seed: int) -> Run:
+def _finished(record: RunRecord, arm: str, seed: int) -> Run | None:
+    """None without a finite loss at the end."""
+    return _read(record.path, (record.path / "metrics.jsonl").stat().st_mtime_ns, arm, seed)
+
+
+@lru_cache(maxsize=2**12)  # a report asks several times, of a thousand runs
+def _read(path: Path, written_ns: int, arm: str, seed: int) -> Run | None:
+    record = RunRecord(path)
+    final = record.final()
+    if not math.isfinite(final.get("val_loss", math.nan)):
+        return None
     lines = record.metrics()
     budget, config = record.read("budget.json"), record.read("config.yaml")
     model = config.get("model", {})
@@ -182,7 +195,7 @@ def _read(record: RunRecord, arm: str, seed: int) -> Run:
         arm=arm,
         seed=seed,
         path=record.path,
-        final=record.final(),
+        final=final,
         budget=budget,
         size=config.get("tags", {}).get("size", ""),
         experts=model.get("experts", {}) if model.get("moe_every", 1) else {},

@@ -16,6 +16,7 @@ from moepp.records import RunRecord, read_json
 from moepp.reports.tables import ALONE, MEASURED, shown
 from moepp.statistics.seeds import Estimate, paired_difference
 from moepp.statistics.tables import NONE, as_lines
+from moepp.terminal import width
 from moepp.tracking import pages
 
 LABELS = ("name", "runs", "tags", "tracking")  # of the config: where a run lies, not what it is
@@ -110,7 +111,7 @@ def metric_differences(pairs: Pairs) -> list[MetricDifference]:
     return found
 
 
-def comparison_page(records: Iterable[RunRecord]) -> str | None:
+def comparison_address(records: Iterable[RunRecord]) -> str | None:
     """Address of the MLflow page that compares these runs, or shows the only one; None unless all are mirrored."""
     records = list(records)
     mirrored = [read_json(record.path / "mlflow.json") for record in records]
@@ -131,22 +132,31 @@ def side_by_side(a: Side, b: Side) -> str:
     lines = [f"A  {a.label}", f"B  {b.label}", *([seeds] if a.is_arm or b.is_arm else [])]
     lines += [f"damaged and left out: {damage}" for damage in (*a.damaged, *b.damaged)]
     for title, changes in (("config", config_changes(pairs)), ("made with", provenance_changes(pairs))):
-        rows = [[title, "A", "B"], *([change.key, change.a, change.b] for change in changes)]
+        longest = max((len(change.key) for change in changes), default=0)
+        rows = [[title, "A", "B"], *([change.key, *_fitting(longest, change.a, change.b)] for change in changes)]
         lines += ["", *(as_lines(shown(rows)) if changes else [f"{title}: no difference"])]
-    page = comparison_page(record for pair in pairs for record in pair)
+    page = comparison_address(record for pair in pairs for record in pair)
     browser = f"in the browser (make ui): {page}" if page else f"in the browser: not before `{program()} sync`"
     return "\n".join([*lines, "", *_metric_lines(metric_differences(pairs)), "", browser])
+
+
+def _fitting(taken: int, *values: str) -> list[str]:
+    """The values, cut where they do not fit beside each other into a line of which so much is taken."""
+    columns = width()
+    each = columns and max(12, (columns - max(taken, len("made with"))) // len(values) - 2)
+    return [value if each is None or len(value) <= each else f"{value[: each - 3]}..." for value in values]
 
 
 def _metric_lines(metrics: Sequence[MetricDifference]) -> list[str]:
     if not metrics:
         return ["no final metrics yet: a run has not finished"]
-    rows = [["final", "A", "B", "B - A"]]
+    rows = [["final", "n", "A", "B", "B - A"]]
     for metric in metrics:
-        rows.append([metric.name, f"{metric.a:.6g}", f"{metric.b:.6g}", _signed(metric.difference)])
+        n, difference = metric.difference.n, _signed(metric.difference)
+        rows.append([metric.name, str(n), f"{metric.a:.6g}", f"{metric.b:.6g}", difference])
     if all(metric.difference.n == 1 for metric in metrics):
         return as_lines(shown(rows))
-    legend = f"± 95 % interval of the paired difference; {ALONE} excludes 0, each metric taken alone"
+    legend = f"n: pairs that have it; ± 95 % interval of the paired difference; {ALONE} excludes 0, each metric alone"
     return [*as_lines(shown(rows)), legend]
 
 

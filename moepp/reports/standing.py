@@ -83,7 +83,7 @@ def references_of(run: Run) -> tuple[dict[str, float], int]:
 
     Counted once and kept beside the token files, where these can be written.
     """
-    from moepp.data.windows import evenly_spread, gather, visited, window_count
+    from moepp.data.windows import evenly_spread, gather_windows, visited, window_count
     from moepp.statistics.ngrams import NAMES, witten_bell
 
     files = _token_files(run.config)
@@ -98,13 +98,14 @@ def references_of(run: Run) -> tuple[dict[str, float], int]:
     last = run.config.get("data.final_val_sequences")
     sequences_held = run.config["data.val_sequences"] if last is None else last
     held = evenly_spread(window_count(files.header.val.tokens, length), sequences_held)
-    order = f"seed {seed}" if seen < windows else "all"
+    kind = run.config.get("data.order", "permuted")
+    order = ("" if kind == "permuted" else f"{kind} ") + f"seed {seed}" if seen < windows else "all"
     asked = hashlib.sha256(f"{files.header.digest} {order} {seen}x{length} {len(held)}".encode()).hexdigest()[:16]
     path = files.path / "ngrams" / f"{asked}.json"
     found = read_json(path)
     if found is None:
-        train_WS = gather(files.train, visited(windows, sequences, seed), length)
-        found = witten_bell(train_WS, gather(files.val, held, length), files.header.vocab_size)
+        train_WS = gather_windows(files.train, visited(windows, sequences, seed, kind), length)
+        found = witten_bell(train_WS, gather_windows(files.val, held, length), files.header.vocab_size)
         with suppress(OSError):
             write_json(path, found)
     return {name: found[name] for name in NAMES}, seen * length

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from moepp.reports import tables
 from moepp.reports.answer import Answer
+from moepp.reports.arm_runs import arm_runs, parent_metrics
 from moepp.reports.comparison import Comparison
 from moepp.reports.experiment import Findings
 from moepp.reports.figures import figures
@@ -81,7 +82,8 @@ def findings(comparison: Comparison) -> Findings:
         sections=sections,
         summary=tables.overview(comparison),
         data=(tables.full_table(comparison), *((tasks.full,) if tasks else ())),
-        metrics=_metrics(comparison),
+        metrics=parent_metrics(comparison),
+        arm_runs=arm_runs(comparison),
         setup={"timing": results.timing_setup, **({"tasks": tasks.asked} if tasks else {})},
     )
 
@@ -105,20 +107,6 @@ def with_answer(
         verdict=(*answer.secondary, *found.verdict),
         sections={**sections, **found.sections},
     )
-
-
-def _metrics(comparison: Comparison) -> dict[str, float]:
-    """The few numbers worth showing on a tracker's parent run."""
-    found: dict[str, float] = {}
-    for arm in comparison.design.arms:
-        difference = comparison.differences.get(arm)
-        values = {
-            "val_loss": comparison.results.mean(arm, "val_loss"),
-            "val_loss_minus_baseline": difference and difference.estimate.mean,
-            "val_loss_minus_baseline_half_width": difference and difference.estimate.half_width,
-        }
-        found |= {f"report/{arm}/{name}": v for name, v in values.items() if v is not None}
-    return found
 
 
 def _tasks(tasks: TaskTables, paper: PaperScores | None) -> tuple[str | Table, ...]:

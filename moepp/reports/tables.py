@@ -33,6 +33,17 @@ def plus_minus(estimate: Estimate | None, sign: str = "") -> str:
     return NONE if estimate is None else f"{estimate.mean:{sign}.4f} ± {number(estimate.half_width)}"
 
 
+def of_seeds(results: SweepResults, arm: str, metric: str, form: str = "") -> str:
+    """The mean in that format, else with its interval; and how many seeds have the metric, where not all of an arm's
+    do.
+    """
+    estimate = results.estimate(arm, metric)
+    if estimate is None:
+        return NONE
+    shown = format(estimate.mean, form) if form else plus_minus(estimate)
+    return shown + (f" (n = {estimate.n})" if estimate.n < len(results.runs[arm]) else "")
+
+
 def signed(difference: Difference | None) -> str:
     """A difference with its marks."""
     if difference is None:
@@ -97,18 +108,21 @@ def _with_interval(ratio: Ratio | None) -> str:
 
 
 def overview(comparison: Comparison) -> Table:
-    """The short form, for the end of a command within 120 columns and for a tracker's page."""
+    """The short form, for the end of a command, what matters most first, and for a tracker's page."""
     results, paper = comparison.results, comparison.design.paper
-    rows = [["arm", "n", "loss", f"minus {results.baseline}", "p", "bpb", "FFN/tok", "speed-up", "ideal", "tokens/s"]]
+    first = ["arm", "n", "loss", f"minus {results.baseline}", "FFN/tok", "speed-up"]  # what fits into 80 columns
+    rows = [[*first, "ideal", "p", "bpb", "tokens/s"]]
     rows[0] += ["paper %"] if paper else []
     for arm in comparison.design.arms:
         measured, ideal = speedups(results, arm, "learned")
+        *loss, p = _loss_cells(comparison, arm)
         rows.append([
-            *_loss_cells(comparison, arm),
-            number(results.mean(arm, "val_bits_per_byte")),
-            number(results.mean(arm, "ffn_per_token"), ".2f"),
+            *loss,
+            of_seeds(results, arm, "ffn_per_token", ".2f"),
             number(measured, ".2f"),
             number(ideal, ".2f"),
+            p,
+            of_seeds(results, arm, "val_bits_per_byte", ".4f"),
             number(results.training_speeds.get(arm), ".0f"),
         ])  # fmt: skip
         if paper:
@@ -131,8 +145,8 @@ def quality_table(comparison: Comparison) -> Table:
     for arm in comparison.design.arms:
         rows.append([
             *_loss_cells(comparison, arm),
-            plus_minus(results.estimate(arm, "val_bits_per_byte")),
-            plus_minus(results.estimate(arm, "val_accuracy")),
+            of_seeds(results, arm, "val_bits_per_byte"),
+            of_seeds(results, arm, "val_accuracy"),
             *([typical(comparison.differences.get(arm))] if comparison.unstable else ()),
             *(_paper_quality(comparison, arm) if paper else ()),
         ])  # fmt: skip
@@ -171,8 +185,8 @@ def cost_table(comparison: Comparison) -> Table:
     rows[0] += list(DROPPED)
     rows[0] += ["training, tokens/s", *(["paper: FFN share", "paper: speed-up"] if paper else [])]
     for arm in comparison.design.arms:
-        row = [arm, experts(results, arm), number(results.mean(arm, "ffn_per_token"), ".3f")]
-        row += [number(results.mean(arm, "ffn_share"), ".3f"), number(results.target_share(arm), ".3f")]
+        row = [arm, experts(results, arm), of_seeds(results, arm, "ffn_per_token", ".3f")]
+        row += [of_seeds(results, arm, "ffn_share", ".3f"), number(results.target_share(arm), ".3f")]
         for routing in ROUTINGS:
             time = results.expert_times.get((arm, routing))
             measured, ideal = speedups(results, arm, routing)
@@ -225,8 +239,14 @@ def second_table(comparison: Comparison) -> Table:
     """The same differences in measures beside the validation loss."""
     found, arms = comparison.second, [arm for arm in comparison.design.arms if arm != comparison.results.baseline]
     rows = [["arm", *(SECOND[name] for name in found)]]
-    rows += [[arm, *(signed(found[name].get(arm)) for name in found)] for arm in arms]
+    rows += [[arm, *(_of_pairs(comparison, arm, found[name].get(arm)) for name in found)] for arm in arms]
     return shown(rows)
+
+
+def _of_pairs(comparison: Comparison, arm: str, difference: Difference | None) -> str:
+    """With the number of pairs, where these are fewer than those of the loss."""
+    n, main = difference and difference.estimate.n, comparison.differences.get(arm)
+    return signed(difference) + (f" (n = {n})" if n and main and n < main.estimate.n else "")
 
 
 def effective_table(comparison: Comparison) -> Table:
@@ -254,23 +274,27 @@ def budget_table(comparison: Comparison) -> Table:
     rows = [["arm", *budgets.values(), "training time, s", "peak memory, GiB"]]
     for arm in comparison.design.arms:
         row = [arm, *(quantity(results.mean(arm, name)) for name in budgets)]
-        row += [number(results.mean(arm, "train_seconds"), ".0f"), number(results.mean(arm, "peak_mem_gib"), ".2f")]
+        row += [of_seeds(results, arm, "train_seconds", ".0f"), of_seeds(results, arm, "peak_mem_gib", ".2f")]
         rows.append(row)
     return shown(rows)
 
 
 def full_table(comparison: Comparison) -> Table:
     """One row per arm: every mean with its interval, differences, times and the paper's numbers, at full precision."""
-    rows = [_full_row(comparison, arm) for arm in comparison.design.arms]
+    results, arms = comparison.results, comparison.design.arms
+    fewer = [m for m in MEASURED if any(0 < len(results.by_seed(a, m)) < len(results.runs.get(a, {})) for a in arms)]
+    rows = [_full_row(comparison, arm, fewer) for arm in arms]
     return Table("table", "Every number of the comparison.", tuple(rows[0]), tuple(tuple(row.values()) for row in rows))
 
 
-def _full_row(comparison: Comparison, arm: str) -> dict[str, Cell]:
+def _full_row(comparison: Comparison, arm: str, fewer: Sequence[str]) -> dict[str, Cell]:
+    """`fewer`: metrics that some finished seeds lack."""
     results, found, paper = comparison.results, comparison.differences.get(arm), comparison.design.paper
     trained = " ".join(map(str, sorted(results.runs.get(arm, {}))))
     cells: dict[str, Cell] = {"arm": arm, "experts": experts(results, arm), "seeds": trained}
     for metric in MEASURED:
         cells |= _interval(metric, results.estimate(arm, metric))
+        cells |= {f"{metric}_n": len(results.by_seed(arm, metric))} if metric in fewer else {}
     cells["ffn_share_target"] = results.target_share(arm)
     cells |= _interval("difference", found.estimate if found else None)
     robust = found and found.robust

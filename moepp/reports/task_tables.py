@@ -26,7 +26,7 @@ PRINTED = {  # the harness's names -> the paper's
     "logiqa": "LogiQA", "boolq": "BoolQ", "lambada_openai": "LAMBADA", "nq_open": "NQ",
 }  # fmt: skip
 MEAN, MEAN_WITHOUT = "mean", "mean without BoolQ"
-Scores = Mapping[str, Mapping[int, Mapping[str, TaskResult]]]  # arm -> seed -> task
+TaskScores = Mapping[str, Mapping[int, Mapping[str, TaskResult]]]  # arm -> seed -> task
 HOW_TO_READ = f"""\
 Values stand with their 95 % t-interval over seeds. Differences to the baseline are paired: both sides share seeds and
 examples. Their interval (95 %, Student's t) holds for other seeds and other examples of these tasks; one seed has none.
@@ -38,7 +38,7 @@ ASKED = (
     "What was asked. Prompts longer than the context are cut: they lose their first examples, and a score then is not"
     " one with that many shots."
 )
-Rows = list[list[str]]
+TextRows = list[list[str]]
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def _asked(runs: Sequence[Mapping[str, TaskResult]], task: str) -> dict[str, Any
     return {**abouts[0].asked, "context": contexts, "cut": [min(cuts), max(cuts)]}
 
 
-def _setup(runs: Sequence[Mapping[str, TaskResult]], tasks: Sequence[str]) -> Rows:
+def _setup(runs: Sequence[Mapping[str, TaskResult]], tasks: Sequence[str]) -> TextRows:
     rows = [["task", "shots", "examples", "prompts cut", "context", "examples of the prompt from", "data", "lm_eval"]]
     for task in tasks:
         asked = _asked(runs, task)
@@ -205,7 +205,7 @@ def _groups(tasks: Sequence[str]) -> dict[str, list[str]]:
     return groups
 
 
-def _values(measure: Measure, scores: Scores, tasks: Sequence[str]) -> dict[str, dict[str, dict[int, float]]]:
+def _values(measure: Measure, scores: TaskScores, tasks: Sequence[str]) -> dict[str, dict[str, dict[int, float]]]:
     """arm -> row -> seed -> value."""
     found = {}
     for arm, by_seed in scores.items():
@@ -218,7 +218,7 @@ def _values(measure: Measure, scores: Scores, tasks: Sequence[str]) -> dict[str,
 
 
 def _differences(
-    measure: Measure, scores: Scores, tasks: Sequence[str], baseline: str, others: Sequence[str]
+    measure: Measure, scores: TaskScores, tasks: Sequence[str], baseline: str, others: Sequence[str]
 ) -> dict[str, dict[str, TaskDifference]]:
     """row -> arm -> difference, of the arms that share a seed with the baseline."""
     seeds = {arm: sorted(scores[arm].keys() & scores[baseline].keys()) for arm in others}
@@ -246,7 +246,7 @@ def _differences(
 
 
 def _error_over_examples(
-    measure: Measure, scores: Scores, task: str, sides: tuple[str, str], seeds: Sequence[int]
+    measure: Measure, scores: TaskScores, task: str, sides: tuple[str, str], seeds: Sequence[int]
 ) -> SharedError:
     """Of the difference of two arms, mean over these seeds."""
     ours_N, theirs_N = (np.mean([measure.of(scores[arm][s][task]) for s in seeds], axis=0) for arm in sides)
@@ -266,7 +266,7 @@ def chance_share(result: TaskResult) -> float:
     return statistics.fmean(1 / len(example.choices) if example.choices else 0.0 for example in result.examples)
 
 
-def _with_chance(rows: Rows, stored: Mapping[str, TaskResult]) -> Rows:
+def _with_chance(rows: TextRows, stored: Mapping[str, TaskResult]) -> TextRows:
     tasks = [row[0] for row in rows[1:] if row[0] in stored]
     by_row = {
         row: statistics.fmean(chance_share(stored[task]) for task in group) for row, group in _groups(tasks).items()
@@ -276,7 +276,7 @@ def _with_chance(rows: Rows, stored: Mapping[str, TaskResult]) -> Rows:
 
 def _value_rows(
     measure: Measure, values: Mapping[str, Mapping[str, Mapping[int, float]]], arms: Sequence[str], tasks: Sequence[str]
-) -> Rows:
+) -> TextRows:
     rows = [["task", *arms]]
     for row in _groups(tasks):
         cells = []
@@ -289,7 +289,7 @@ def _value_rows(
 
 def _difference_rows(
     measure: Measure, found: Mapping[str, Mapping[str, TaskDifference]], arms: Sequence[str], tasks: Sequence[str]
-) -> Rows:
+) -> TextRows:
     rows = [["task", *arms]]
     for row in _groups(tasks):
         rows.append([row, *(_cell(found.get(row, {}).get(arm), f"+{measure.form}") for arm in arms)])
@@ -310,7 +310,7 @@ def _plus_minus(estimate: Estimate | None, form: str) -> str:
     return f"{estimate.mean:{form}} ± {number(estimate.half_width, form.removeprefix('+'))}"
 
 
-def _join(left: Rows, right: Rows) -> Rows:
+def _join(left: TextRows, right: TextRows) -> TextRows:
     return [[*a, *b[1:]] for a, b in zip(left, right, strict=True)]
 
 

@@ -3,7 +3,7 @@
 Shape suffixes: B batch, S sequence, V vocabulary, T tokens, K slots of a token, N experts of a layer, L MoE layers.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -19,6 +19,7 @@ from moepp import register
 from moepp.errors import UsageError
 from moepp.layers.balance import combine_layers, load_balance_loss, router_losses, selection_counts
 from moepp.layers.moe import MoEStats
+from moepp.layers.router import Routing
 from moepp.layers.settings import ExpertCounts, MoEConfig
 from moepp.models.budget import expected_ffn_per_token
 from moepp.models.cross_entropy import widened
@@ -27,9 +28,10 @@ from moepp.models.protocol import ModelOutput
 from moepp.models.sampling import continue_ids
 from moepp.models.settings import DecoderConfig
 from moepp.retrofit.folders import load as load_folder
-from moepp.retrofit.modeling import blocks, own_experts, plus_plus
+from moepp.retrofit.modeling import blocks, experts_hidden, own_experts, plus_plus
 from moepp.retrofit.recognise import recognise
 from moepp.retrofit.surgery import NEW_OF_EXPERTS, calibrate, retrofit, router_width, wake
+from moepp.retrofit.upcycle import aligned, upcycle
 
 
 class LayerWatch(nn.Module):
@@ -38,8 +40,9 @@ class LayerWatch(nn.Module):
     Whoever trains on several micro-batches to a step puts the step's counts into `step_counts`, as with a MoELayer.
     """
 
-    def __init__(self, router: nn.Module, experts: nn.Module):
+    def __init__(self, router: nn.Module, experts: nn.Module, config: MoEConfig):
         super().__init__()
+        self.config, self.bank = config, (experts,)  # whose parameters are not this module's
         self.step_counts: tuple[Tensor, int] | None = None
         self.heard: list[Tensor | None] | None = None  # logits and ids, while a forward listens
         router.register_forward_hook(self._router)
@@ -54,11 +57,15 @@ class LayerWatch(nn.Module):
         if self.heard is not None:
             self.heard[1] = (*args, *kwargs.values())[1].flatten(0, -2)
 
-    def stats(self, config: MoEConfig, sigmoid: bool, training: bool) -> MoEStats:
-        logits_TN, expert_TK = self.heard
+    def expert_forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """The block's experts on any routing: what throughput.py times."""
+        return self.bank[0](x_TD, routing.expert_TK, routing.gate_TK)
+
+    def stats(self, sigmoid: bool, training: bool) -> MoEStats:
+        (logits_TN, expert_TK), config = self.heard, self.config
         probs_TN = F.normalize(logits_TN.sigmoid(), p=1, dim=-1) if sigmoid else logits_TN.softmax(-1)
         chosen_N = selection_counts(expert_TK, config.experts.total).sum(0)
-        counts = self._balanced(chosen_N, len(probs_TN), config, training)
+        counts = self._balanced(chosen_N, len(probs_TN), training)
         balance = config.balance
         weighted = balance.z_loss or balance.entropy_loss
         return MoEStats(
@@ -72,9 +79,9 @@ class LayerWatch(nn.Module):
             carried=logits_TN,
         )
 
-    def _balanced(self, chosen_N: Tensor, tokens: int, config: MoEConfig, training: bool) -> tuple[Tensor, int]:
+    def _balanced(self, chosen_N: Tensor, tokens: int, training: bool) -> tuple[Tensor, int]:
         """The slots of each expert in the batch that is balanced (`balance.over`), and its tokens."""
-        over = config.balance.over
+        over = self.config.balance.over
         if over == "step" and training and self.step_counts is not None:
             return self.step_counts
         if over == "micro_batch" or not dist.is_initialized():
@@ -96,35 +103,49 @@ class TransformersModel(nn.Module):
         super().__init__()
         asked = config.retrofit
         architecture = config.architecture or architecture_of(config.path)
-        load = skeleton if seed is None else partial(pretrained, config.path)
+        load = partial(with_experts, skeleton if seed is None else partial(pretrained, config.path), asked, seed)
         self.hf = load(architecture)
         compares = seed is not None and asked.loss != "cross_entropy"
         self.original = [load(architecture).requires_grad_(False)] if compares else []  # in no state
         add_experts(self.hf, asked, seed)
         found = blocks(self.hf)
-        self.watches = nn.ModuleList(LayerWatch(*block) for block in found.values())
         self.config = replace(config, architecture=architecture, **counts_of(self.hf, found))
+        self.watches = nn.ModuleList(LayerWatch(*block, self.config) for block in found.values())
         self.sigmoid = scores_by_sigmoid(found) if config.balance.beta else False
         self.sizes = sizes_of(self.hf, found)
         choose_trained(self.hf, asked)
         if config.activation_checkpointing:
             self.hf.activation_checkpointing_enable({"use_reentrant": False})
 
-    def forward(self, ids_BS: Tensor, targets_BS: Tensor | None = None) -> ModelOutput:
+    def forward(
+        self,
+        ids_BS: Tensor,
+        caches: list["Cache"] | None = None,
+        targets_BS: Tensor | None = None,
+        at: tuple[Tensor, Tensor] | None = None,
+    ) -> ModelOutput:
+        """As the decoder's: with `caches`, the ids that follow those already cached; the logits [Q, V] `at` those rows
+        and positions alone, where they are named.
+        """
+        if self.training and self.config.retrofit.own_after:
+            ids_BS = self._own_text(ids_BS)
         with self._listening() as heard:
-            logits_BSV = self.hf(input_ids=ids_BS, use_cache=False).logits
-            stats = [watch.stats(self.config, self.sigmoid, self.training) for watch in heard]
+            logits_BSV = caches[0].logits(self.hf, ids_BS) if caches else self.hf(ids_BS, use_cache=False).logits
+            stats = [watch.stats(self.sigmoid, self.training) for watch in heard]
         if targets_BS is None:
-            return ModelOutput(stats, logits=logits_BSV)
+            return ModelOutput(stats, logits=logits_BSV if at is None else logits_BSV[at])
         logits_BVS = widened(logits_BSV).transpose(1, 2)
         if torch.is_grad_enabled():
             output = ModelOutput(stats, cross_entropy=F.cross_entropy(logits_BVS, targets_BS))
             if self.original:
-                output.divergence = self._divergence(ids_BS, logits_BSV)
+                output.divergence = self._divergence(ids_BS, logits_BSV, self.config.retrofit.loss)
             return output
         nats_BS = F.cross_entropy(logits_BVS, targets_BS, reduction="none")
-        right_BS = logits_BVS.argmax(1) == targets_BS
-        return ModelOutput(stats, cross_entropy=nats_BS.mean(), nats_BS=nats_BS, right_BS=right_BS)
+        output = ModelOutput(stats, cross_entropy=nats_BS.mean(), nats_BS=nats_BS)
+        output.right_BS = logits_BVS.argmax(1) == targets_BS
+        if self.original:
+            output.divergence = self._divergence(ids_BS, logits_BSV, "forward_kl")
+        return output
 
     @contextmanager
     def _listening(self) -> Iterator[list[LayerWatch]]:
@@ -136,13 +157,20 @@ class TransformersModel(nn.Module):
             for watch in self.watches:
                 watch.heard = None
 
-    def _divergence(self, ids_BS: Tensor, logits_BSV: Tensor) -> Tensor:
+    def _own_text(self, ids_BS: Tensor) -> Tensor:
+        """The beginning of each sequence, continued by the model; the same for the same sequences and weights."""
+        kept = self.config.retrofit.own_after
+        generator = torch.Generator(ids_BS.device).manual_seed(int(ids_BS.sum()))
+        own_BS = self.generate(ids_BS[:, :kept], ids_BS.shape[1] - kept, temperature=1.0, generator=generator)
+        return own_BS.clone()  # an inference tensor cannot be part of a graph
+
+    def _divergence(self, ids_BS: Tensor, logits_BSV: Tensor, loss: str) -> Tensor:
         """From the original model, mean over tokens, in nats."""
         with torch.no_grad():
             original = self.original[0].to(ids_BS.device).eval()
             wanted = widened(original(input_ids=ids_BS, use_cache=False).logits).log_softmax(-1).flatten(0, 1)
         said = widened(logits_BSV).log_softmax(-1).flatten(0, 1)
-        pair = (said, wanted) if self.config.retrofit.loss == "forward_kl" else (wanted, said)
+        pair = (said, wanted) if loss == "forward_kl" else (wanted, said)
         return F.kl_div(*pair, reduction="batchmean", log_target=True)
 
     def balance_loss(self, output: ModelOutput) -> Tensor:
@@ -175,12 +203,30 @@ class TransformersModel(nn.Module):
         """The weights of `config.path` again, and new experts by the seed."""
         self.load_state_dict(type(self)(self.config, seed).state_dict())
 
+    def expert_cases(self, ids_BS: Tensor) -> list[tuple[LayerWatch, Tensor, Routing]]:
+        """Every MoE block with the tokens [T, D] that its experts see and the routing for them."""
+        seen: list[tuple[LayerWatch, Tensor, Routing]] = []
+
+        def remember(watch: LayerWatch, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x_TD, expert_TK, gate_TK, *_ = (given.flatten(0, -2) for given in (*args, *kwargs.values()))
+            seen.append((watch, x_TD, Routing(expert_TK, gate_TK, x_TD.new_empty(len(x_TD), 0))))
+
+        hooks = [w.bank[0].register_forward_pre_hook(partial(remember, w), with_kwargs=True) for w in self.watches]
+        self.hf(input_ids=ids_BS, use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        return seen
+
     def calibrate(self, batches: Iterable[Tensor]) -> None:
         """Offsets by the quantile that `config.retrofit.share` names, on ids [B, S]; of silent experts alone."""
         calibrate(self.hf, batches, self.config.retrofit.share)
 
     def wake(self, fraction: float) -> None:
         wake(self.hf, fraction)
+
+    def caches(self) -> list["Cache"]:
+        """Empty, for `forward`."""
+        return [Cache()]
 
     def generate(
         self,
@@ -190,34 +236,66 @@ class TransformersModel(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """`ids_BS` with `max_new_tokens` more ids, [B, S + max_new_tokens]; greedy at temperature 0, else sampled."""
-        cache = None
+        cache = Cache()
 
         def last_logits(ids_BS: Tensor) -> Tensor:
-            nonlocal cache
-            output = self.hf(input_ids=ids_BS, cache=cache, use_cache=True)
-            cache = output.cache
-            return output.logits[:, -1]
+            return cache.logits(self.hf, ids_BS)[:, -1]
 
         return continue_ids(self, last_logits, ids_BS, max_new_tokens, temperature, generator)
 
 
+class Cache:
+    """What all layers of a model of transformers have seen, as the family keeps it."""
+
+    def __init__(self) -> None:
+        self.seen: Any = None
+
+    def logits(self, model: nn.Module, ids_BS: Tensor) -> Tensor:
+        output = model(ids_BS, cache=self.seen, use_cache=True)
+        self.seen = output.cache
+        return output.logits
+
+    def select(self, row_B: Tensor) -> None:
+        """Goes on with these rows, which may be there several times."""
+        self.seen.reorder_cache(row_B)
+
+
+def with_experts(
+    load: Callable[..., nn.Module], asked: RetrofitConfig, seed: int | None, architecture: Mapping[str, Any]
+) -> nn.Module:
+    """The family's model, upcycled where it is dense and that is asked for; the same each time."""
+    model = load(architecture)
+    if not asked.upcycle or blocks(model):
+        return aligned(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed or 0)
+        return upcycle(model, asked.upcycle, min(2, asked.upcycle))
+
+
 def pretrained(path: str, architecture: Mapping[str, Any]) -> nn.Module:
     """In float32, as training wants its weights."""
-    transformers = imported()
+    cls = causal(architecture)[0]
     if "moepp" in architecture:
         return load_folder(folder_of(path), dtype=torch.float32)
-    return transformers.AutoModelForCausalLM.from_pretrained(folder_of(path), dtype=torch.float32)
+    return cls.from_pretrained(folder_of(path), dtype=torch.float32)
 
 
 def skeleton(architecture: Mapping[str, Any]) -> nn.Module:
     """The same without weights."""
+    cls, config = causal(architecture)
+    return (plus_plus(cls) if "moepp" in architecture else cls)._from_config(config, dtype=torch.float32)
+
+
+def causal(architecture: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The class of causal language models and the config that config.json means. Raises UsageError without one."""
     transformers = imported()
-    kind = architecture["model_type"]
+    kind, mapping = architecture["model_type"], transformers.AutoModelForCausalLM._model_mapping
     if kind not in transformers.CONFIG_MAPPING:
         raise UsageError(f"transformers {transformers.__version__} knows no model_type {kind}")
     config = transformers.CONFIG_MAPPING[kind].from_dict(dict(architecture))
-    cls = transformers.AutoModelForCausalLM._model_mapping[type(config)]
-    return (plus_plus(cls) if "moepp" in architecture else cls)._from_config(config, dtype=torch.float32)
+    if type(config) not in mapping:
+        raise UsageError(f"model_type={kind} has no causal language model in transformers, which model=hf trains")
+    return mapping[type(config)], config
 
 
 def imported() -> Any:
@@ -225,6 +303,7 @@ def imported() -> Any:
         import transformers
     except ImportError:
         raise UsageError('model=hf needs transformers: pip install "moepp[hf]"') from None
+    transformers.utils.logging.disable_progress_bar()  # a run has its own
     return transformers
 
 
@@ -234,7 +313,7 @@ def add_experts(model: nn.Module, asked: RetrofitConfig, seed: int | None) -> No
         return
     counts = {"zero": asked.zero, "copy": asked.copy, "constant": asked.constant}
     options = {"gating_residual": asked.gating_residual, "scaled_copy": asked.scaled_copy}
-    with torch.random.fork_rng(), torch.device("cpu"):  # what recognises a router computes, on the meta device too
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed or 0)
         loaded = seed is not None
         retrofit(model, **counts, **options, init=asked.init if loaded else "silent", verify=loaded)
@@ -246,9 +325,10 @@ def counts_of(model: nn.Module, found: Mapping[str, tuple[nn.Module, nn.Module]]
         none = ExpertCounts(ffn=1, zero=0, copy=0, constant=0)
         return {"experts": none, "top_k": 1, "layers": 1, "moe_every": 0, "gating_residual": False}
     added = getattr(model.config, "moepp", {"zero": 0, "copy": 0, "constant": 0, "gating_residual": False})
-    router = next(iter(found.values()))[0]
+    router, experts = next(iter(found.values()))
     counts = ExpertCounts(own_experts(router), added["zero"], added["copy"], added["constant"])
-    return {"experts": counts, "top_k": router.top_k, "gating_residual": added["gating_residual"]}
+    kept = {"top_k": router.top_k, "gating_residual": added["gating_residual"]}
+    return {"experts": counts, "hidden": experts_hidden(experts), **kept}
 
 
 def scores_by_sigmoid(found: Mapping[str, tuple[nn.Module, nn.Module]]) -> bool:

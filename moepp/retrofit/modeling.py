@@ -335,6 +335,12 @@ def experts_width(experts: nn.Module) -> int:
     return down.shape[2 if getattr(experts, "is_transposed", False) else 1]
 
 
+def experts_hidden(experts: nn.Module) -> int:
+    """F, the inner width of each expert."""
+    down = experts.down_proj
+    return down.shape[1 if getattr(experts, "is_transposed", False) else 2]
+
+
 def routers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, PlusPlusRouter)]
 
@@ -376,5 +382,5 @@ def accept_no_one(experts: nn.Module, accept: bool) -> None:
 def count_experts(model: nn.Module, change: int) -> None:
     """A family's own balance loss reads the number of columns of its routers from the model."""
     for module in model.modules():
-        if hasattr(module, "loss_function") and isinstance(getattr(module, "num_experts", None), int):
+        if hasattr(type(module), "loss_function") and isinstance(getattr(module, "num_experts", None), int):
             module.num_experts += change

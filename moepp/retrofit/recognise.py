@@ -27,13 +27,14 @@ Sample = tuple[Tensor, Tensor, Tensor, torch.dtype, nn.Module, tuple[Any, ...]]
 
 def recognise(router: nn.Module, width: int) -> Form:
     """The router's form; raises UsageError, naming its class, where none fits."""
-    try:
-        samples = [sample(router, width, dtype) for dtype in DTYPES]
-    except Exception as error:
-        raise unknown(router, f"it cannot be asked on its own: {str(error).splitlines()[0]}") from None
-    for form in candidates(router, samples[0]):
-        if all(agrees(form, found) for found in samples):
-            return form
+    with torch.device("cpu"):  # a model may be made on the meta device, which computes nothing
+        try:
+            samples = [sample(router, width, dtype) for dtype in DTYPES]
+        except Exception as error:
+            raise unknown(router, f"it cannot be asked on its own: {str(error).splitlines()[0]}") from None
+        for form in candidates(router, samples[0]):
+            if all(agrees(form, found) for found in samples):
+                return form
     raise unknown(router, "what it computes is none of softmax, top-k then softmax, and sigmoid")
 
 
@@ -42,13 +43,22 @@ def unknown(router: nn.Module, why: str) -> UsageError:
 
 
 def sample(router: nn.Module, width: int, dtype: torch.dtype) -> Sample:
-    """Logits, gates and ids of a copy of the router with random weights and biases, and what it was given."""
+    """Logits, gates and ids of a copy of the router with random weights and biases, and what it was given, in `dtype`;
+    its weights in float32 where the family keeps them in that.
+    """
+    try:
+        return sample_with(router, width, dtype, dtype)
+    except RuntimeError:
+        return sample_with(router, width, dtype, torch.float32)
+
+
+def sample_with(router: nn.Module, width: int, dtype: torch.dtype, of_weights: torch.dtype) -> Sample:
     generator = torch.Generator().manual_seed(0)
     copy = deepcopy(router).to_empty(device="cpu").eval()
     for tensor in (*copy.parameters(), *copy.buffers()):
         if tensor.is_floating_point():
             deviation = tensor.shape[-1] ** -0.5 if tensor.dim() > 1 else BIAS
-            tensor.data = (torch.randn(tensor.shape, generator=generator) * deviation).to(dtype)
+            tensor.data = (torch.randn(tensor.shape, generator=generator) * deviation).to(of_weights)
     x_1TD = torch.randn(1, TOKENS, width, generator=generator).to(dtype)
     extra = tuple(torch.randn(own_experts(router), generator=generator) * BIAS for _ in range(arguments(router)))
     with torch.no_grad():
@@ -110,7 +120,7 @@ def groupings(router: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def route(form: Form, found: Sample) -> tuple[Tensor, Tensor]:
+def route_as(form: Form, found: Sample) -> tuple[Tensor, Tensor]:
     logits, _, _, dtype, router, extra = found
     bias = None if form.bias is None else extra[0] if form.bias == "argument" else named(router, form.bias)
     gates, ids = form.route(logits.float(), torch.zeros(0), bias, router.top_k, logits.dtype)
@@ -123,11 +133,11 @@ def named(router: nn.Module, name: str) -> Tensor:
 
 def same_choice(form: Form, found: Sample) -> bool:
     try:
-        return torch.equal(route(form, found)[1], found[2])
+        return torch.equal(route_as(form, found)[1], found[2])
     except RuntimeError:  # groups of one expert have no second
         return False
 
 
 def agrees(form: Form, found: Sample) -> bool:
-    gates, ids = route(form, found)
+    gates, ids = route_as(form, found)
     return torch.equal(ids, found[2]) and gates.dtype == found[1].dtype and torch.equal(gates, found[1])

@@ -61,8 +61,8 @@ def retrofit(
     expected = before(chosen) if verify else {}
     install(model, model.config.moepp)
     for router, experts in chosen.values():
-        draw(router, experts, init)
-    check(model, chosen, expected)
+        begin_new(router, experts, init)
+    refuse_if_loud(model, chosen, expected)
     if init == "warm":
         warm(model, sum(counts.values()))
     return model
@@ -71,13 +71,17 @@ def retrofit(
 def choose_blocks(model: nn.Module, layers: Collection[int] | None) -> dict[str, tuple[nn.Module, nn.Module]]:
     """The MoE blocks that get new experts; raises UsageError where they cannot have any."""
     name = type(model).__name__
+    refuse_others(model)
     if isinstance(model, PlusPlusModel):
         raise UsageError(f"{name} has its new experts already: strip(model) first")
     if getattr(model, "use_kernels", False):
         raise UsageError(f"{name} was loaded with use_kernels=True, which replaces MoE blocks whole: load it without")
     found = blocks(model)
     if not found:
-        raise UsageError(f"{name} has no MoE block of a router and stacked experts: upcycle a dense model first")
+        raise UsageError(
+            f"{name} has no MoE block of a router and stacked experts: experts that lie otherwise get no new ones, and"
+            " a dense model is to be upcycled first"
+        )
     if parallel := [path for path, (_, experts) in found.items() if getattr(experts, "_is_expert_parallel", False)]:
         raise UsageError(f"{parallel[0]} of {name} runs under transformers' expert parallelism: load it with ep_size=1")
     if layers is None:
@@ -85,6 +89,15 @@ def choose_blocks(model: nn.Module, layers: Collection[int] | None) -> dict[str,
     if bad := [layer for layer in layers if not 0 <= layer < len(found)]:
         raise UsageError(f"layers: {bad[0]} is no MoE block of {name}, which has {len(found)}, from 0")
     return {path: block for i, (path, block) in enumerate(found.items()) if i in layers}
+
+
+def refuse_others(model: nn.Module) -> None:
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        wraps = hasattr(model, "get_base_model")
+        hint = ": retrofit the model that it wraps, and put adapters around that" if wraps else ""
+        raise UsageError(f"{type(model).__name__} is no model of transformers{hint}")
 
 
 def common_form(chosen: dict[str, tuple[nn.Module, nn.Module]]) -> tuple[Any, int]:
@@ -109,7 +122,7 @@ def router_width(router: nn.Module) -> int:
     return matrices[0].shape[1]
 
 
-def draw(router: nn.Module, experts: nn.Module, init: str) -> None:
+def begin_new(router: nn.Module, experts: nn.Module, init: str) -> None:
     """Initial values of one block's new parameters."""
     matrix = next(p for name, p in router.named_parameters() if p.dim() == 2 and name not in NEW_OF_ROUTER)
     if matrix.is_meta:
@@ -161,7 +174,7 @@ def ask(router: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 @torch.no_grad()
-def check(model: nn.Module, chosen: dict[str, tuple[nn.Module, nn.Module]], expected: dict[str, Any]) -> None:
+def refuse_if_loud(model: nn.Module, chosen: dict[str, tuple[nn.Module, nn.Module]], expected: dict[str, Any]) -> None:
     """Raises UsageError, with the model stripped, where a silent router says anything else than it did."""
     for path, (given, (_, gates, ids)) in expected.items():
         router = chosen[path][0]
@@ -207,6 +220,7 @@ def require(model: nn.Module) -> None:
 def calibrate(model: nn.Module, batches: Iterable[Any], share: float = 0.25, tolerance: float = 0.002) -> nn.Module:
     """Sets every layer's offset, one for all its new experts, so that this share of the batches' slots goes to them;
     no training. A batch is ids [B, S], or a mapping of a model's inputs whose `attention_mask` leaves padding out.
+    Scaled copies whose factor is still 1 get the one that suits the experts they stand in for.
 
     Later layers see what earlier ones changed: passes are repeated until every layer is within `tolerance`.
     """
@@ -219,6 +233,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any], share: float = 0.25, tol
             f" {found[0].top_k} slots for {len(found[0].offset)} new experts"
         )
     batches = list(batches)
+    if share:
+        fit_copies(model, batches)
     for router in found:
         router.calibrated.fill_(SILENT if share == 0 else 0)
     if share:
@@ -234,6 +250,42 @@ def calibrate(model: nn.Module, batches: Iterable[Any], share: float = 0.25, tol
     return model
 
 
+@torch.no_grad()
+def fit_copies(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Scaled copies get the factor c with which c x is nearest to what a slot of the experts gives (least squares):
+    the sum of x y over that of x x and the gates, y being the sum of the experts by their gates.
+    """
+    banks = [experts for _, experts in blocks(model).values() if getattr(experts, "copy_scale", None) is not None]
+    sums = {bank: [0.0, 0.0] for bank in banks if (bank.copy_scale == 1).all()}
+
+    def hook(bank: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
+        x_TD, _, gate_TK = (given.flatten(0, -2).double() for given in (*args, *kwargs.values())[:3])
+        sums[bank][0] += (x_TD * y.reshape(x_TD.shape)).sum().item()
+        sums[bank][1] += (x_TD.square().sum(1) * gate_TK.sum(1)).sum().item()
+
+    if not sums:
+        return
+    wake(model, 0.0)
+    hooks = [bank.register_forward_hook(hook, with_kwargs=True) for bank in sums]
+    for _ in passes(model, batches):
+        pass
+    for handle in hooks:
+        handle.remove()
+    for bank, (product, square) in sums.items():
+        bank.copy_scale.fill_(product / square)
+
+
+def passes(model: nn.Module, batches: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    """The inputs of each batch, once the model has seen them in eval mode."""
+    training = model.training
+    model.eval()
+    for batch in batches:
+        inputs = as_inputs(batch, model)
+        model(**{"use_cache": False} | inputs)  # which a model without attention has none of
+        yield inputs
+    model.train(training)
+
+
 Heard = tuple[Tensor, Tensor | None, torch.dtype]
 
 
@@ -244,16 +296,12 @@ def listen(model: nn.Module, batches: Iterable[Any]) -> dict[nn.Module, Heard]:
     """
     heard: dict[nn.Module, list[Tensor]] = {router: [] for router in routers(model)}
     biases: dict[nn.Module, tuple[Tensor | None, torch.dtype]] = {}
-    training = model.training
     with hearing(heard, biases):
-        for batch in batches:
-            inputs = as_inputs(batch, model)
-            model.eval()(**inputs)
+        for inputs in passes(model, batches):
             mask = inputs.get("attention_mask")
             if mask is not None and mask.dim() == 2:
                 for logits in heard.values():
                     logits[-1] = logits[-1][mask.flatten().bool().to(logits[-1].device)]
-    model.train(training)
     return {router: (torch.cat(logits), *biases[router]) for router, logits in heard.items()}
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from moepp.errors import UsageError
+from moepp.retrofit.modeling import blocks
 
 FAMILIES = {"llama": "mixtral", "mistral": "mixtral", "qwen3": "qwen3_moe", "olmo2": "flex_olmo"}
 ROUTER_STD = 0.02
@@ -35,7 +36,15 @@ def upcycle(dense_model: nn.Module, experts: int = 4, top_k: int = 2) -> nn.Modu
     family = transformers.CONFIG_MAPPING[FAMILIES[config.model_type]]
     model = transformers.AutoModelForCausalLM.from_config(family(**kept | counts | sizes), dtype=dense_model.dtype)
     model.load_state_dict(stacked(dense_model.state_dict(), model.state_dict(), experts))
-    return model.to(dense_model.device).train(dense_model.training)
+    return aligned(model.to(dense_model.device).train(dense_model.training))
+
+
+def aligned(model: nn.Module) -> nn.Module:
+    """With the eager experts where their matrices have rows of no multiple of 16 bytes: grouped_mm refuses these."""
+    matrices = [p for _, experts in blocks(model).values() for p in experts.parameters() if p.dim() == 3]
+    if any(size * p.element_size() % 16 for p in matrices for size in p.shape[1:]):
+        model.set_experts_implementation("eager")
+    return model
 
 
 def stacked(dense: dict[str, torch.Tensor], sparse: dict[str, torch.Tensor], experts: int) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ from moepp.data.windows import evenly_spread
 from moepp.errors import UsageError
 from moepp.layers.moe import MoELayer
 from moepp.models.protocol import CausalLM
-from moepp.statistics.style import BLUE, Figure, axes_of, save
+from moepp.statistics.style import BLUE, Figure, axes_of, save_figure
 from moepp.statistics.tables import Table, as_csv, as_lines
 from moepp.training.loading import load_run
 from moepp.training.routing_stats import RoutingStatistics
@@ -33,15 +33,15 @@ def dial(source: Path, biases: Sequence[float], out: Path | None = None) -> str:
     run whose model has no zero-computation experts.
     """
     run, rows = load_run(source), []
-    batches = held_out(run.config.data)
+    batches = held_out_batches(run.config.data)
     for bias in sorted(set(biases)):
         with biased(run.model, bias):
-            rows.append((bias, *measure(run.model, batches)))
+            rows.append((bias, *loss_and_compute(run.model, batches)))
     figure = curve(rows, "dial", "bias", "the bias on the logits of zero-computation experts")
-    return write(figure, out or run.path / "tables")
+    return write_figure(figure, out or run.path / "tables")
 
 
-def held_out(data: DataConfig) -> list[Tensor]:
+def held_out_batches(data: DataConfig) -> list[Tensor]:
     """The held-out windows [W, S + 1] of a validation."""
     windows = ValWindows(prepare(data, progress=False), data.seq_len)
     chosen = evenly_spread(len(windows), data.val_sequences)
@@ -50,7 +50,7 @@ def held_out(data: DataConfig) -> list[Tensor]:
 
 
 @torch.no_grad()
-def measure(model: CausalLM, batches: Sequence[Tensor]) -> tuple[float, float]:
+def loss_and_compute(model: CausalLM, batches: Sequence[Tensor]) -> tuple[float, float]:
     """FFN experts per token and nats per token, of windows [W, S + 1]."""
     routing, nats, targets = RoutingStatistics(model.config), 0.0, 0
     model.eval()
@@ -95,9 +95,9 @@ def curve(rows: Sequence[tuple[float, float, float]], name: str, moved: str, mea
     return Figure(Table(name, caption, (moved, "ffn_per_token", "val_loss"), tuple(rows)), draw)
 
 
-def write(figure: Figure, folder: Path) -> str:
+def write_figure(figure: Figure, folder: Path) -> str:
     """The table in lines; it and the figure are written to the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{figure.data.name}.csv").write_text(as_csv(figure.data))
-    save(figure, folder)
+    save_figure(figure, folder)
     return "\n".join(as_lines(figure.data))

@@ -5,22 +5,19 @@ so bars that show single experts are those of the first model, and numbers by ty
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import Any
 
 import numpy as np
 
 from moepp.routing import load_findings as findings
-from moepp.routing.loads import ExpertLoad, ffn_per_token, shares_KLN
+from moepp.routing.loads import ExpertLoad, Loads, ffn_per_token, shares_KLN
 from moepp.statistics.claims import Claim
 from moepp.statistics.hypotheses import Hypothesis, decide, over_models
 from moepp.statistics.resampling import Interval
-from moepp.statistics.style import BLUE, COLOURS, INK, Figure, axes_of
-from moepp.statistics.tables import Table
+from moepp.statistics.style import BLUE, INK, Figure, axes_of, counted
+from moepp.statistics.tables import Cell, Table
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-Loads = Mapping[str, ExpertLoad]
 LAYERS_IN_A_FIGURE = 5  # as in the paper's appendix
 FILL = {"constant": ("0.75", "////"), "copy": ("0.88", "...."), "zero": ("white", "")}
 REGISTERED = ("0.6", "xxxx")  # of all types that the package does not know
@@ -80,55 +77,64 @@ def middle_plot(loads: Loads, stem: str) -> Figure:
 
 def _stacked(load: ExpertLoad, stem: str, layers: Sequence[int], model: str) -> Figure:
     shares = shares_KLN(load)
-    ffn = shares[..., : load.kinds.count("ffn")].sum(-1) * load.chosen_XLN.sum() / load.layers / load.tokens_X.sum()
+    slots = float(load.chosen_XLN.sum() / load.layers / load.tokens_X.sum())
     rows = [
         (group, layer + 1, expert, load.kinds[expert], float(shares[k, layer, expert]))
         for layer in layers
         for k, group in enumerate(load.groups)
         for expert in range(len(load.kinds))
     ]
+    examples = [len(load.rows(group)) for group in load.groups]
+    return stacked_figure(rows, stem, model, slots, examples)
+
+
+def stacked_figure(
+    rows: Sequence[Sequence[Cell]], stem: str, model: str, slots: float, examples: Sequence[int]
+) -> Figure:
+    """A panel for each layer, a bar for each group. `slots` are those of a token, `examples` those of each group."""
+    layers = list(dict.fromkeys(row[1] for row in rows))
     caption = (
         f"Share of slots by expert ({model}), layer{'s' if len(layers) > 1 else ''} {_span(layers)}: from below FFN,"
-        " constant, copy and zero experts. Points: FFN experts per token."
+        " constant, copy and zero experts; white numbers: FFN experts per token."
+        f" {counted(examples, 'examples of each group')}, no interval (the table of loads has those)."
     )
-
-    def draw():
-        figure, axes = axes_of(width=7.2, height=0.9 + 1.7 * len(layers), rows=len(layers))
-        for layer, one in zip(layers, np.atleast_1d(axes), strict=True):
-            _bars(one, load, shares[:, layer], ffn[:, layer], layer, legend=layer == layers[0])
-        return figure
-
-    return Figure(Table(stem, caption, ("group", "layer", "expert", "kind", "share"), tuple(rows)), draw)
+    data = Table(stem, caption, ("group", "layer", "expert", "kind", "share"), tuple(rows))
+    return Figure(data, partial(_draw, rows, layers, slots))
 
 
 def _span(layers: Sequence[int]) -> str:
-    return str(layers[0] + 1) if len(layers) == 1 else f"{layers[0] + 1} to {layers[-1] + 1}"
+    return str(layers[0]) if len(layers) == 1 else f"{layers[0]} to {layers[-1]}"
 
 
-def _bars(axes: "Axes", load: ExpertLoad, share_KN: np.ndarray, ffn_K: np.ndarray, layer: int, legend: bool) -> None:
-    groups = np.arange(len(load.groups))
+def _draw(rows: Sequence[Sequence[Cell]], layers: Sequence[int], slots: float) -> Any:
+    groups = list(dict.fromkeys(row[0] for row in rows))
+    width = max(5.0, 1.0 + len(groups) * 0.068 * (2 + max(map(len, groups))))
+    figure, axes = axes_of(width, 0.7 + 1.7 * len(layers), rows=len(layers), squeeze=False)
+    for layer, one in zip(layers, axes[:, 0], strict=True):
+        _bars(one, groups, [row for row in rows if row[1] == layer], slots)
+        one.tick_params(axis="x", labelsize=8)
+        one.set_ylabel(f"layer {layer}\nshare of slots")
+    legend = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*legend, loc="outside upper center", ncols=len(legend[1]))
+    return figure
+
+
+def _bars(axes: Any, groups: Sequence[str], rows: Sequence[Sequence[Cell]], slots: float) -> None:
     bottom, seen = np.zeros(len(groups)), set()
-    for expert, kind in enumerate(load.kinds):
+    kinds = dict.fromkeys((row[2], row[3]) for row in rows)
+    for expert, kind in kinds:
+        share = np.array([row[4] for row in rows if row[2] == expert])
         colour, hatch = (BLUE, "") if kind == "ffn" else FILL.get(kind, REGISTERED)
-        label = kind if kind not in seen else None
-        axes.bar(
-            groups, share_KN[:, expert], 0.7, bottom, color=colour, hatch=hatch, edgecolor=INK, lw=0.4, label=label
-        )
-        bottom += share_KN[:, expert]
+        shape = {"color": colour, "hatch": hatch, "edgecolor": INK, "lw": 0.4}
+        axes.bar(groups, share, 0.8, bottom, label=None if kind in seen else kind, **shape)
+        bottom += share
         seen.add(kind)
-    right = axes.twinx()
-    right.plot(
-        groups, ffn_K, "D--", color=COLOURS[1], mec=INK, mew=0.6, ms=5, lw=1, label="FFN experts per token (right)"
-    )
-    centre, span = (ffn_K.max() + ffn_K.min()) / 2, max(0.1, float(np.ptp(ffn_K)))
-    right.set_ylim(centre - span, centre + span)  # its own scale, as in the paper: tasks differ by little
-    right.grid(False)
+    for place, group in enumerate(groups):
+        ffn = sum(row[4] for row in rows if row[0] == group and row[3] == "ffn")
+        said = {"color": "white", "ha": "center", "va": "center", "fontsize": 8, "fontweight": "bold"}
+        axes.text(place, ffn / 2, f"{ffn * slots:.2f}", **said, bbox={"fc": BLUE, "ec": "none", "pad": 1})
     axes.set_ylim(0, 1)
-    axes.set_ylabel(f"layer {layer + 1}\nshare of slots")
-    axes.set_xticks(groups, load.groups, rotation=30, ha="right")
-    if legend:
-        handles = [part for one in (axes, right) for part in one.get_legend_handles_labels()[0]]
-        axes.figure.legend(handles=handles, loc="outside upper center", ncols=5)
+    axes.grid(visible=False)
 
 
 ZERO_MOST = Hypothesis(

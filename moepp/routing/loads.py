@@ -4,7 +4,7 @@ Shape suffixes: X examples, L MoE layers, N experts (FFN, constant, copy, zero),
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -66,6 +66,9 @@ class ExpertLoad:
         counts = (self.chosen_XLN[rows], self.tokens_X[rows], self.nats_X[rows], self.bytes_X[rows])
         names = (tuple(label[i] for i in rows) for label in (self.group, self.topic, self.subject))
         return ExpertLoad(self.kinds, *counts, *names)
+
+
+Loads = Mapping[str, ExpertLoad]  # of every model over the same texts
 
 
 def shares_KLN(load: ExpertLoad) -> np.ndarray:

@@ -1,17 +1,18 @@
 """The observations of the paper's appendix on task-level expert load: hypotheses, tests, tables and a figure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 
 from moepp.routing import load_findings as findings
 from moepp.routing.load_report import middle_layer
-from moepp.routing.loads import KINDS, ExpertLoad, bits_per_byte
+from moepp.routing.loads import KINDS, ExpertLoad, Loads, bits_per_byte
 from moepp.statistics.hypotheses import Effect, Hypothesis
-from moepp.statistics.style import BLUE, GREY, INK, MARKERS, Figure, axes_of
-from moepp.statistics.tables import Table
+from moepp.statistics.style import Figure, axes_of, label_points, looks
+from moepp.statistics.tables import Cell, Table
 
-Loads = Mapping[str, ExpertLoad]  # of every model over the same texts
 Tests = list[tuple[Hypothesis, list[Effect]]]
 
 OVER_TASKS = (  # hypothesis, its effect, the layers it needs
@@ -103,16 +104,24 @@ def _task_rows(load: ExpertLoad) -> np.ndarray:
 
 def observation_plot(tables: Sequence[Table]) -> Figure:
     """Difficulty against the use of FFN and of zero experts."""
-    tasks = tables[0]
+    return difficulty_figure(tables[0].rows, tables[0].columns)
 
-    def draw():
-        figure, axes = axes_of(width=7.2, height=3.4, columns=2)
-        for column, one, colour, marker in zip((2, 3), axes, (BLUE, GREY), MARKERS, strict=False):
-            one.plot([row[1] for row in tasks.rows], [row[column] for row in tasks.rows], marker, color=colour, mec=INK)
-            for row in tasks.rows:
-                one.annotate(row[0], (row[1], row[column]), textcoords="offset points", xytext=(4, 3), fontsize=7)
-            one.set_xlabel("bits per byte (harder to the right)")
-            one.set_ylabel(tasks.columns[column])
-        return figure
 
-    return Figure(Table("difficulty", "Difficulty of tasks and their use of experts.", tasks.columns, tasks.rows), draw)
+def difficulty_figure(rows: Sequence[Sequence[Cell]], columns: tuple[str, ...]) -> Figure:
+    """A point for each task."""
+    caption = (
+        f"Difficulty of {len(rows)} tasks (bits per byte, harder to the right) and their use of experts per token,"
+        " means over layers and models; no interval (the table of effects has those)."
+    )
+    return Figure(Table("difficulty", caption, columns, tuple(rows)), partial(_draw, rows, columns))
+
+
+def _draw(rows: Sequence[Sequence[Cell]], columns: tuple[str, ...]) -> Any:
+    figure, axes = axes_of(width=7.2, height=3.8, columns=2)
+    for column, one, look in zip((2, 3), axes, looks(columns[2:]).values(), strict=True):
+        points = {row[0]: (row[1], row[column]) for row in rows}
+        one.plot(*zip(*points.values(), strict=True), look["marker"], color=look["color"])
+        one.set_xlabel("bits per byte")
+        one.set_ylabel(columns[column])
+        label_points(one, points, width=2.6, height=3.2)
+    return figure

@@ -15,14 +15,16 @@ from moepp.config import compose
 from moepp.errors import UsageError
 from moepp.retrofit.model import TransformersModel
 from moepp.retrofit.modeling import SILENT, routers
-from moepp.routing.dial import curve, held_out, measure, write
+from moepp.routing.dial import curve, held_out_batches, loss_and_compute, write_figure
 from moepp.training.foreign import completed
 from moepp.training.settings import RunConfig
 
 OFFSETS = (-4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0)
 
 
-def route(folder: Path, offsets: Sequence[float], overrides: Sequence[str] = (), out: Path | None = None) -> str:
+def route_by_offsets(
+    folder: Path, offsets: Sequence[float], overrides: Sequence[str] = (), out: Path | None = None
+) -> str:
     """The table and where the knee is; written with the figure to `out`, else to the model's folder. `overrides` are of
     a run's config, whose data are measured. Raises UsageError for a model without new experts.
     """
@@ -30,12 +32,12 @@ def route(folder: Path, offsets: Sequence[float], overrides: Sequence[str] = (),
     model = TransformersModel(config.model).eval()
     if not any(len(router.new_rows) for router in routers(model)):
         raise UsageError(f"{folder} holds a model without new experts: retrofit and calibrate it first")
-    batches, rows = held_out(config.data), []
+    batches, rows = held_out_batches(config.data), []
     for offset in sorted(set(offsets)):
         with shifted(model, offset):
-            rows.append((offset, *measure(model, batches)))
+            rows.append((offset, *loss_and_compute(model, batches)))
     figure = curve(rows, "route", "offset", "what is added to the offsets of new experts")
-    return "\n".join([write(figure, out or folder), "", say_knee(rows)])
+    return "\n".join([write_figure(figure, out or folder), "", say_knee(rows)])
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -9,8 +11,8 @@ from moepp.routing.scores import MODE_BINS, RoutingScores
 from moepp.statistics.claims import Claim, Verdict, judge
 from moepp.statistics.resampling import Interval
 from moepp.statistics.seeds import SIGNIFICANCE, holm, mean_interval, paired_difference
-from moepp.statistics.style import BLUE, COLOURS, Figure, axes_of
-from moepp.statistics.tables import Table
+from moepp.statistics.style import BLUE, COLOURS, Figure, axes_of, counted
+from moepp.statistics.tables import Cell, Table
 
 Scores = Mapping[str, Mapping[str, RoutingScores]]  # arm -> model ("seed 0") -> scores of all layers
 RANKS = ("highest", "second")
@@ -41,7 +43,7 @@ def score_table(scores: Scores, paper: Mapping[str, Sequence[float]]) -> Table:
     return Table("scores", caption, tuple(columns), tuple(rows))
 
 
-def layer_table(scores: Scores) -> Table:
+def layer_scores(scores: Scores) -> Table:
     """Mean and variance by layer, mean over models."""
     rows = []
     for arm, models in scores.items():
@@ -67,24 +69,39 @@ def histogram_plot(scores: Scores) -> Figure:
         for b in range(MODE_BINS)
         if values[rank, b]
     )
-
-    def draw():
-        figure, axes = axes_of(width=7.2, height=3.0, columns=len(share))
-        for one, (arm, values) in zip(np.atleast_1d(axes), share.items(), strict=True):
-            for rank, colour, hatch in ((0, BLUE, ""), (1, COLOURS[1], "////")):
-                one.stairs(values[rank], np.append(edges, 1), fill=True, alpha=0.55, color=colour, hatch=hatch,
-                           label=f"{RANKS[rank]} score")  # fmt: skip
-            one.set(title=arm, xlabel="routing score", ylabel=f"share of tokens per {1 / MODE_BINS:g}")
-            one.set_xlim(0, 1)
-            one.set_ylim(0, 1.05 * max(float(v.max()) for v in share.values()))
-        np.atleast_1d(axes)[0].legend()
-        return figure
-
-    caption = "The two highest routing scores of every token and layer, all models together."
-    return Figure(Table("histograms", caption, ("arm", "score", "from", "share of tokens"), rows), draw)
+    models = [len(of_arm) for of_arm in scores.values()]
+    return scores_figure(rows, models)
 
 
-def claims(scores: Scores, on: str, off: str) -> tuple[Claim, ...]:
+def scores_figure(rows: Sequence[Sequence[Cell]], models: Sequence[int]) -> Figure:
+    """A panel for each arm. `models` counts the models of each."""
+    caption = (
+        "The two highest routing scores of every token and layer, as shares of tokens in bins of"
+        f" {1 / MODE_BINS:g}; {counted(models, 'models')} of an arm together, no interval."
+    )
+    data = Table("histograms", caption, ("arm", "score", "from", "share of tokens"), tuple(rows))
+    return Figure(data, partial(_draw, rows))
+
+
+def _draw(rows: Sequence[Sequence[Cell]]) -> Any:
+    arms = list(dict.fromkeys(row[0] for row in rows))
+    shape = {"columns": len(arms), "sharey": True, "squeeze": False}
+    figure, axes = axes_of(width=7.2, height=3.2, **shape)
+    edges = np.arange(MODE_BINS + 1) / MODE_BINS
+    for one, arm in zip(axes[0], arms, strict=True):
+        for rank, colour, hatch in ((0, BLUE, ""), (1, COLOURS[2], "////")):
+            share = np.zeros(MODE_BINS)
+            for *_, start, value in (row for row in rows if row[:2] == (arm, RANKS[rank])):
+                share[round(start * MODE_BINS)] = value
+            label = f"{RANKS[rank]} score"
+            one.stairs(share, edges, fill=True, alpha=0.55, color=colour, hatch=hatch, label=label)
+        one.set(title=arm, xlabel="routing score", xlim=(0, 1), ylim=(0, 1.05 * max(row[3] for row in rows)))
+    axes[0, 0].set_ylabel(f"share of tokens per {1 / MODE_BINS:g}")
+    axes[0, 0].legend()
+    return figure
+
+
+def score_claims(scores: Scores, on: str, off: str) -> tuple[Claim, ...]:
     """The paper's claim in six parts: with the residual each score's variance is smaller, its mean and range the same.
 
     Logarithms of ratios, on over off, paired by model; "the same" is an equivalence test (two one-sided t-tests) within

@@ -9,7 +9,7 @@ from moepp.errors import RunError, UsageError
 from moepp.evaluation.checkpoints import Checkpoint
 from moepp.routing.tagged import TaggedText, read_tagged, split_words
 from moepp.routing.task_texts import read_tasks
-from moepp.routing.texts import Text, documents, tokenize, windows
+from moepp.routing.texts import Text, documents, text_windows, tokenize
 
 MOST_DOCUMENTS = 12  # about as many groups as the paper has tasks
 
@@ -27,7 +27,7 @@ def task_texts(checkpoint: Checkpoint, folder: Path | None, limit: int, subject_
             f"Groups are the paper's tasks, up to {limit} examples each, of MMLU up to {subject_limit} of each subject:"
             " question and gold answer, zero-shot."
         )
-    texts = windows(_held_out(checkpoint), checkpoint.context - 1, limit)
+    texts = text_windows(_held_out(checkpoint), checkpoint.context - 1, limit)
     what = "decades" if checkpoint.data.corpus == "sotu" else "documents"
     return texts, (
         f"No folder of tasks was given (tasks_dir=DIR): groups are {what} of the held-out split, their examples pieces"

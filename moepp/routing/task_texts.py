@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from moepp.errors import UsageError
-from moepp.routing.texts import Passage, spread
+from moepp.routing.texts import Passage, evenly_chosen
 
-Columns = Mapping[str, Any]
+Fields = Mapping[str, Any]
 Question = tuple[str, str]  # the question, and the gold answer with the space or line end before it
 
 SUBJECT_AREAS = {  # of MMLU, as its authors group them
@@ -35,26 +35,26 @@ ENDINGS = ("", "_test", "_validation")  # of file names, best first; examples to
 AREA = {subject: area for area, subjects in SUBJECT_AREAS.items() for subject in subjects.split()}
 
 
-def _sciq(row: Columns) -> Question:
+def _sciq(row: Fields) -> Question:
     return f"{row['support'].lstrip()}\nQuestion: {row['question']}\nAnswer:", f" {row['correct_answer']}"
 
 
-def _piqa(row: Columns) -> Question:
+def _piqa(row: Fields) -> Question:
     return f"Question: {row['goal']}\nAnswer:", f" {row[('sol1', 'sol2')[int(row['label'])]]}"
 
 
-def _winogrande(row: Columns) -> Question:
+def _winogrande(row: Fields) -> Question:
     """The harness scores the common end of the sentence after the chosen option."""
     before, after = row["sentence"].split("_", 1)
     return f"{before}{row[('option1', 'option2')[int(row['answer']) - 1]]}", f" {after.strip()}"
 
 
-def _arc(row: Columns) -> Question:
+def _arc(row: Fields) -> Question:
     choices = row["choices"]
     return f"Question: {row['question']}\nAnswer:", f" {choices['text'][choices['label'].index(row['answerKey'])]}"
 
 
-def _hellaswag(row: Columns) -> Question:
+def _hellaswag(row: Fields) -> Question:
     question = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
     return _without_wikihow_marks(question), f" {_without_wikihow_marks(row['endings'][int(row['label'])])}"
 
@@ -63,31 +63,31 @@ def _without_wikihow_marks(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
-def _logiqa(row: Columns) -> Question:
+def _logiqa(row: Fields) -> Question:
     options = "".join(f"{letter}. {option}\n" for letter, option in zip("ABCD", row["options"], strict=True))
     question = f"Passage: {row['context']}\nQuestion: {row['question']}\nChoices:\n{options}Answer:"
     return question, f" {row['options']['abcd'.index(row['label'].strip())]}"
 
 
-def _boolq(row: Columns) -> Question:
+def _boolq(row: Fields) -> Question:
     return f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", f" {('no', 'yes')[int(row['label'])]}"
 
 
-def _lambada(row: Columns) -> Question:
+def _lambada(row: Fields) -> Question:
     question, _, last = row["text"].rpartition(" ")
     return question, f" {last}"
 
 
-def _nq_open(row: Columns) -> Question:
+def _nq_open(row: Fields) -> Question:
     return f"Q: {row['question']}?\nA:", f" {row['answer'][0]}"
 
 
-def _mmlu(row: Columns) -> Question:
+def _mmlu(row: Fields) -> Question:
     options = "".join(f"{letter}. {option}\n" for letter, option in zip("ABCD", row["choices"], strict=True))
     return f"{row['question'].strip()}\n{options}Answer:", f" {'ABCD'[int(row['answer'])]}"
 
 
-TASKS: dict[str, tuple[str, Callable[[Columns], Question]]] = {  # file name -> name in the paper, form
+TASKS: dict[str, tuple[str, Callable[[Fields], Question]]] = {  # file name -> name in the paper, form
     "sciq": ("SciQ", _sciq),
     "piqa": ("PIQA", _piqa),
     "winogrande": ("WinoGrande", _winogrande),
@@ -122,7 +122,7 @@ def read_tasks(folder: Path, limit: int, subject_limit: int) -> list[Passage]:
                 passage = _passage(path, number, line, name)
                 by_subject.setdefault(passage.subject, []).append(passage)
             for subject, examples in by_subject.items():
-                passages += spread(examples, subject_limit if subject else limit)
+                passages += evenly_chosen(examples, subject_limit if subject else limit)
     return passages
 
 

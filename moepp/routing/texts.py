@@ -61,7 +61,7 @@ def documents(ids: np.ndarray, lengths: np.ndarray, end_of_text: int) -> list[Te
     return found
 
 
-def windows(texts: Sequence[Text], size: int, limit: int) -> list[Text]:
+def text_windows(texts: Sequence[Text], size: int, limit: int) -> list[Text]:
     """Texts cut into pieces of `size` tokens, shorter last pieces left out; of each group at most `limit`, evenly
     spread.
     """
@@ -70,9 +70,9 @@ def windows(texts: Sequence[Text], size: int, limit: int) -> list[Text]:
         for start in range(0, len(text.ids) - size + 1, size):
             part = slice(start, start + size)
             pieces.setdefault(text.group, []).append(replace(text, ids=text.ids[part], bytes=text.bytes[part]))
-    return [piece for group in pieces.values() for piece in spread(group, limit)]
+    return [piece for group in pieces.values() for piece in evenly_chosen(group, limit)]
 
 
-def spread(items: Sequence[Any], limit: int) -> list[Any]:
+def evenly_chosen(items: Sequence[Any], limit: int) -> list[Any]:
     """At most `limit` of the items, evenly spread over them."""
     return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, min(limit, len(items))).astype(int))]

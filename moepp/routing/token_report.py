@@ -95,11 +95,16 @@ def paper_plot(table: Table) -> Figure:
 def string_plot(uses: Uses) -> Figure:
     """Every token string by rank; those that are drawn and named are chosen by count and rank alone."""
     rows = _rows(uses, {name: use.string_T for name, use in uses.items()})
-    drawn = [row for row in rows if row[1] >= LEAST_TOKENS and row[4] is not None]
     caption = (
         f"FFN experts per token by token string, highest first: strings with at least {LEAST_TOKENS} tokens, names"
         f" evenly spread in rank; the data hold all {len(rows)} strings. {_interval(uses)}"
     )
+    return strings_figure(rows, caption)
+
+
+def strings_figure(rows: Sequence[Sequence[Cell]], caption: str) -> Figure:
+    """Of all strings, those with many tokens and an interval are drawn."""
+    drawn = [row for row in rows if row[1] >= LEAST_TOKENS and row[4] is not None]
 
     def draw():
         figure, axes = axes_of(width=9.0, height=3.6)
@@ -112,6 +117,7 @@ def string_plot(uses: Uses) -> Figure:
             axes.plot(named, value[named], "o", color=BLUE, ms=3)
             axes.set_ylim(0, 1.2 * value.max())  # intervals of two or three models may reach beyond
             axes.set_xticks(named, [_drawable(drawn[i][0]) for i in named], rotation=90, fontsize=7)
+        axes.set_xlabel("token string, by rank")
         axes.set_ylabel("FFN experts per token")
         axes.legend()
         return figure
@@ -160,7 +166,7 @@ def frequency_table(uses: Uses) -> Table:
     return Table("frequency", caption, ("frequency", *COLUMNS, "nats per token"), tuple(rows))
 
 
-def claims(uses: Uses) -> tuple[Claim, ...]:
+def token_claims(uses: Uses) -> tuple[Claim, ...]:
     """The paper's statements on verbs, nouns and fragments, as far as the tags allow; the same at equal frequency; and
     whether it is loss that FFN experts follow.
     """

@@ -1,13 +1,17 @@
 """Tables and figures on expert load by topic: the areas of MMLU and its subjects, where the texts have them."""
 
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
 import numpy as np
 
-from moepp.routing.load_report import Loads, intervals, load_table, middle_plot
-from moepp.routing.loads import KINDS, ExpertLoad
+from moepp.routing.load_report import intervals, load_table, middle_plot
+from moepp.routing.loads import KINDS, ExpertLoad, Loads
 from moepp.statistics.hypotheses import over_models
 from moepp.statistics.resampling import Interval, bootstrap_sums
-from moepp.statistics.style import BLUE, INK, MARKERS, Figure, axes_of
-from moepp.statistics.tables import Table
+from moepp.statistics.style import INK, Figure, axes_of, few_ticks, looks
+from moepp.statistics.tables import Cell, Table
 
 MEASURES = ("FFN experts per token", *(f"{kind} share" for kind in KINDS[1:]))
 
@@ -20,7 +24,7 @@ def topic_tables(loads: Loads) -> tuple[Table, ...]:
 
 def topic_plots(loads: Loads, tables: tuple[Table, ...]) -> tuple[Figure, ...]:
     """`tables` as `topic_tables` gives them."""
-    return (middle_plot(_grouped(loads, "topic"), "topics_middle_layer"), _subject_plot(tables[1])) if tables else ()
+    return (middle_plot(_grouped(loads, "topic"), "topics_middle_layer"), subjects_figure(tables[1])) if tables else ()
 
 
 def _grouped(loads: Loads, label: str) -> Loads:
@@ -70,25 +74,24 @@ def _ratios(sums: np.ndarray) -> np.ndarray:
     return np.concatenate([sums[..., :1] / sums[..., -1:], sums[..., 1:-1] / slots], axis=-1)
 
 
-def _subject_plot(table: Table) -> Figure:
+def subjects_figure(table: Table) -> Figure:
     """A row per subject, by area, those with most FFN experts first; a panel per measure."""
+    return Figure(table, partial(_draw, table.rows))
 
-    def draw():
-        figure, axes = axes_of(width=9.0, height=1.2 + 0.17 * len(table.rows), columns=len(MEASURES))
-        areas = list(dict.fromkeys(row[1] for row in table.rows))
-        starts = [next(y for y, row in enumerate(table.rows) if row[1] == area) for area in areas]
-        for m, one in enumerate(axes):
-            value, low, high = (np.array([row[3 + 3 * m + end] for row in table.rows], dtype=float) for end in range(3))
-            for area, marker, look in zip(areas, MARKERS, ({"mfc": BLUE}, {"mfc": "white"}) * len(areas), strict=False):
-                y = [y for y, row in enumerate(table.rows) if row[1] == area]
-                errors = [value[y] - low[y], high[y] - value[y]]
-                one.errorbar(value[y], y, xerr=errors, fmt=marker, color=INK, ms=4, lw=0.7, label=area, **look)
-            for start in starts[1:]:
-                one.axhline(start - 0.5, color=INK, lw=0.6)
-            one.set_ylim(len(table.rows) - 0.5, -0.5)
-            one.set_yticks(range(len(table.rows)), [row[0] for row in table.rows] if m == 0 else [], fontsize=7)
-            one.set_xlabel(MEASURES[m])
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(areas))
-        return figure
 
-    return Figure(table, draw)
+def _draw(rows: Sequence[Sequence[Cell]]) -> Any:
+    figure, axes = axes_of(width=9.0, height=1.2 + 0.17 * len(rows), columns=len(MEASURES), sharey=True)
+    areas = {area: [y for y, row in enumerate(rows) if row[1] == area] for area in dict.fromkeys(r[1] for r in rows)}
+    look = looks(areas)
+    for m, one in enumerate(axes):
+        value, low, high = (np.array([row[3 + 3 * m + end] for row in rows], dtype=float) for end in range(3))
+        for area, y in areas.items():
+            errors, shape = [value[y] - low[y], high[y] - value[y]], look[area] | {"ls": "none"}
+            one.errorbar(value[y], y, xerr=errors, ms=4, elinewidth=0.7, label=area, **shape)
+            one.axhline(y[0] - 0.5, color=INK, lw=0.6)
+        one.set_xlabel(MEASURES[m])
+        few_ticks(one.xaxis)
+    axes[0].set_yticks(range(len(rows)), [row[0] for row in rows], fontsize=7)
+    axes[0].set_ylim(len(rows) - 0.5, -0.5)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(areas))
+    return figure

@@ -16,7 +16,7 @@ from scipy.stats import rankdata
 DRAWS = 2000
 BLOCK = 2**22  # random numbers held at a time
 
-Seed = int | Sequence[int]
+NumpySeed = int | Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Interval:
         return self.low > 0 or self.high < 0
 
 
-def bootstrap_sums(values_NM: np.ndarray, draws: int = DRAWS, seed: Seed = 0) -> np.ndarray:
+def bootstrap_sums(values_NM: np.ndarray, draws: int = DRAWS, seed: NumpySeed = 0) -> np.ndarray:
     """Sums of every column over N rows drawn with replacement, [D, M]. Any statistic of means or of ratios of sums
     follows from them. Raises ValueError when there is no row.
     """
@@ -50,7 +50,7 @@ def bootstrap_sums(values_NM: np.ndarray, draws: int = DRAWS, seed: Seed = 0) ->
     return sums_DM
 
 
-def shuffled_sums(values_NM: np.ndarray, sizes: Sequence[int], draws: int = DRAWS, seed: Seed = 0) -> np.ndarray:
+def shuffled_sums(values_NM: np.ndarray, sizes: Sequence[int], draws: int = DRAWS, seed: NumpySeed = 0) -> np.ndarray:
     """Sums of every column over groups of `sizes` rows when chance decides which row is in which group, [D, G, M]: what
     they would be if the groups did not differ.
     """

@@ -2,7 +2,12 @@
 
 import csv
 import io
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, groupby
+
+from moepp.statistics import markup
+from moepp.terminal import painted, width
 
 NONE = "–"  # no value: never NaN, never 0
 
@@ -39,16 +44,39 @@ def as_csv(table: Table) -> str:
 
 def as_markdown(table: Table) -> str:
     """With the caption above, where it has one."""
-    head, *body = (f"| {' | '.join(row)} |" for row in _text(table))
+    head, *body = (f"| {' | '.join(map(markup.cell, row))} |" for row in _text(table))
     lines = "\n".join([head, "|---|" + "---:|" * (len(table.columns) - 1), *body])
-    return f"{table.caption}\n\n{lines}" if table.caption else lines
+    return f"{markup.escaped(table.caption)}\n\n{lines}" if table.caption else lines
 
 
 def as_lines(table: Table) -> list[str]:
-    """For the terminal: first column left, the others right; without the caption."""
-    rows = _text(table)
-    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
-    return ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]) for row in rows]
+    """For the terminal: first column left, the others right; without the caption. Columns that do not fit into its
+    width are left out, the last first, and a line says so; `--wide` shows all.
+    """
+    columns = list(zip(*_text(table), strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    kept = _fitting(widths, width())
+    shown = [[cell.rjust(n) for cell in column] for column, n in zip(columns[:kept], widths, strict=False)]
+    shown[0] = [cell.ljust(widths[0]) for cell in columns[0]]
+    head, *body = ("  ".join(row).rstrip() for row in zip(*shown, strict=True))
+    left_out = f"{kept} of {len(columns)} columns; --wide shows all"
+    return [painted(head, bold=True), *body, *([left_out] if kept < len(columns) else [])]
+
+
+def on_terminal(lines: Iterable[str]) -> Iterator[str]:
+    """Markdown as `as_lines` shows its tables."""
+    for is_table, group in groupby(lines, lambda line: line.startswith("|")):
+        if not is_table:
+            yield from group
+            continue
+        head, _, *rows = (tuple(cell.strip() for cell in line.strip("|").split("|")) for line in group)
+        yield from as_lines(Table("", "", head, tuple(rows)))
+
+
+def _fitting(widths: Sequence[int], most: int | None) -> int:
+    """How many columns fit into a line; two at least, for a label alone says nothing."""
+    ends = accumulate(widths, lambda end, column: end + 2 + column)
+    return max(2, sum(most is None or end <= most for end in ends))
 
 
 def _text(table: Table) -> list[list[str]]:

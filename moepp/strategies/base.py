@@ -3,6 +3,7 @@ device.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from moepp.errors import UsageError
+from moepp.models import checkpoint_parts as parts
 from moepp.strategies.dispatch import AllToAllDispatcher, SharedBatchDispatcher
-from moepp.strategies.groups import ExpertGroups
+from moepp.strategies.groups import CopyGroups
 from moepp.strategies.sharding import Sharding, broadcast_first, expert_banks, local, slice_experts
 from moepp.strategies.traffic import Traffic
 
@@ -28,9 +30,16 @@ class MoEStrategy:
 
     `expert_parallel_size` consecutive devices hold one copy of the FFN experts between them; 0: all devices; None:
     every device holds them all. The batch's statistics (load-balance loss, capacity, control) are those of all devices.
+    With `checkpoints_in_parts` every device writes its own part of a checkpoint, in the background (parts.py).
     """
 
-    def __init__(self, expert_parallel_size: int | None, timeout_s: float, **options: Any):
+    def __init__(
+        self,
+        expert_parallel_size: int | None,
+        timeout_s: float,
+        checkpoints_in_parts: bool = False,
+        **options: Any,
+    ):
         if options.get("start_method", "popen") != "popen":
             raise UsageError(
                 f"{type(self).__name__} cannot start processes by {options['start_method']}, which hands weights back "
@@ -38,14 +47,24 @@ class MoEStrategy:
             )
         super().__init__(timeout=timedelta(seconds=timeout_s), **options)
         self.expert_parallel_size = expert_parallel_size
-        self.groups: ExpertGroups | None = None
+        self.groups: CopyGroups | None = None
         self.sharding: Sharding | None = None
         self.traffic = Traffic()
+        self.checkpoints_in_parts = checkpoints_in_parts
+        self.saving: Future | None = None  # of the newest checkpoint in parts
+        self.loaded_from: Path | None = None  # the folder of parts whose tensors are to be read
+        self.host_group: dist.ProcessGroup | None = None
 
     def setup_environment(self) -> None:
         super().setup_environment()
+        if self.host_group is None:  # for checkpoints in parts, whose writing may go on beside all else
+            self.host_group = dist.new_group(backend="gloo", timeout=self._timeout)
         if self.expert_parallel_size is not None and self.groups is None:
-            self.groups = ExpertGroups.create(self.expert_parallel_size, self._timeout)
+            self.groups = CopyGroups.create(self.expert_parallel_size, self._timeout)
+
+    def teardown(self) -> None:
+        self.finish_saving()
+        super().teardown()
 
     def shard_experts(self, module: nn.Module) -> None:
         """Gives the layers their dispatchers, and this device its experts; a second call changes nothing."""
@@ -102,7 +121,7 @@ class MoEStrategy:
     @property
     def shard_group(self) -> dist.ProcessGroup | None:
         """The devices that hold different parts of the sharded parameters."""
-        return self.groups.expert
+        return self.groups.within
 
     def optimizer_step(
         self, optimizer: Optimizer, closure: Callable[[], Any], model: pl.LightningModule | None = None, **options: Any
@@ -125,7 +144,7 @@ class MoEStrategy:
                 parameter.grad = torch.zeros_like(parameter)
             parameter.grad.div_(world)
             if self.groups.size < world:
-                pending.append(dist.all_reduce(parameter.grad, group=self.groups.expert_data, async_op=True))
+                pending.append(dist.all_reduce(parameter.grad, group=self.groups.across, async_op=True))
         for reduction in pending:
             reduction.wait()
 
@@ -133,47 +152,108 @@ class MoEStrategy:
         """Communication since the last call, see `Traffic.read`."""
         return self.traffic.read()
 
+    def take_parts(self, module: nn.Module) -> None:
+        """Knows from here on how the module lies over devices. Parameters on the meta device get memory, and their
+        parts of the module's `initial` state (by child), of which one whole tensor exists at a time: no device ever
+        holds the model.
+        """
+        absent = [child for child in module.children() if any(p.is_meta for p in child.parameters())]
+        for child in absent:
+            child.to_empty(device=self.root_device)
+        self.sharding = Sharding(module, self.groups, self.root_device)
+        if absent:
+            self._load((f"{of}.{name}", value) for of, state in module.initial.items() for name, value in state.items())
+
     restore_checkpoint_after_setup = True  # into the parts that devices then hold
     lightning_restore_optimizer = True
 
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """In parts it returns when `checkpoint` may change, and `saving` is done when this device's part is written."""
+        if not self.checkpoints_in_parts:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        self.finish_saving()
+        self.saving = parts.save_parts(Path(filepath), checkpoint, self.host_group)
+
+    def finish_saving(self) -> None:
+        """Waits until this device's part of the newest checkpoint is written. Raises what went wrong."""
+        if self.saving is not None:
+            parts.wait_for(self.saving)
+
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """The whole file, mapped: devices of one host share its memory."""
+        """The whole file, mapped: devices of one host share its memory. Of a folder of parts all but the tensors, which
+        are read where they belong.
+        """
+        self.loaded_from = Path(checkpoint_path) if Path(checkpoint_path).is_dir() else None
+        if self.loaded_from is not None:
+            return parts.read_rest(self.loaded_from)
         return torch.load(checkpoint_path, map_location="cpu", mmap=True, weights_only=weights_only)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Whole tensors on the first device, nothing on the others."""
+        """Whole tensors on the first device, nothing on the others; for a checkpoint in parts what each holds."""
         state = self.lightning_module.state_dict(keep_vars=True)
+        if self.checkpoints_in_parts:
+            return {name: self.sharding.spread(value, value.detach()) for name, value in state.items()}
         whole = {name: self.sharding.whole(value, value.detach()) for name, value in state.items()}
         return whole if self.is_global_zero else {}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        if self.loaded_from is not None:
+            targets = self.lightning_module.state_dict(keep_vars=True)
+            spread = {name: self.sharding.spread(value, value.detach()) for name, value in targets.items()}
+            parts.read_into(self.loaded_from, parts.named_tensors({"state_dict": spread}), self.host_group)
+        else:
+            self._load(checkpoint["state_dict"].items(), strict)
+
+    def _load(self, state: Iterable[tuple[str, Tensor]], strict: bool = True) -> None:
+        """This device's parts of whole tensors, which are read one at a time."""
         targets = self.lightning_module.state_dict(keep_vars=True)
-        parts = {
-            name: self.sharding.part(targets[name], value) if name in targets else value
-            for name, value in checkpoint["state_dict"].items()
-        }
-        self.lightning_module.load_state_dict(parts, strict=strict)
+        values = {name: self.sharding.part(targets[name], v) if name in targets else v for name, v in state}
+        self.lightning_module.load_state_dict(values, strict=strict)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         state = _plain(optimizer).state_dict()
-        state["state"] = _map_state(_plain(optimizer), state["state"], self.sharding.whole)
-        return state if self.is_global_zero else {}
+        convert = self.sharding.spread if self.checkpoints_in_parts else self.sharding.whole
+        state["state"] = _map_state(_plain(optimizer), state["state"], convert)
+        return state if self.checkpoints_in_parts or self.is_global_zero else {}
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        if self.loaded_from is not None:
+            checkpoint = self._optimizer_states_in_parts(checkpoint)
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            values = _map_state(_plain(optimizer), state["state"], self.sharding.part)
+            values = state["state"]
+            if self.loaded_from is None:
+                values = _map_state(_plain(optimizer), values, self.sharding.part)
             _plain(optimizer).load_state_dict({**state, "state": values})
+
+    def _optimizer_states_in_parts(self, rest: Mapping[str, Any]) -> dict[str, Any]:
+        """As the folder holds them, in the parts of this device."""
+        parameters = [_parameters(_plain(optimizer)) for optimizer in self.optimizers]
+        owners = {
+            name: parameters[int(number)][int(index)]
+            for name in parts.stored_tensors(self.loaded_from, "optimizer.")
+            for _, number, index, _ in [name.split(".", 3)]
+        }
+        empty = {name: torch.empty_like(owner.detach()) for name, owner in owners.items()}
+        spread = {name: self.sharding.spread(owners[name], value) for name, value in empty.items()}
+        parts.read_into(self.loaded_from, spread, self.host_group)
+        return parts.joined(rest, empty)
 
 
 def _plain(optimizer: Optimizer) -> Optimizer:
     return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
 
 
+def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    """In the order in which its state numbers them."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def _map_state(
     optimizer: Optimizer, state: dict[int, dict[str, Any]], convert: Callable[[nn.Parameter, Tensor], Tensor | None]
 ) -> dict[int, dict[str, Any]]:
     """Converts every tensor that belongs to the elements of a parameter; steps and the like stay as they are."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = _parameters(optimizer)
     return {
         index: {
             name: convert(parameters[index], value) if torch.is_tensor(value) and value.dim() else value

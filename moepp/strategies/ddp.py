@@ -7,7 +7,6 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from moepp.strategies.base import MoEStrategy
-from moepp.strategies.sharding import Sharding
 
 
 class MoEDDPStrategy(MoEStrategy, DDPStrategy):
@@ -20,7 +19,7 @@ class MoEDDPStrategy(MoEStrategy, DDPStrategy):
     def setup(self, trainer: pl.Trainer) -> None:
         module = self.lightning_module
         self.shard_experts(module)
-        self.sharding = Sharding(module, self.groups, self.root_device)
+        self.take_parts(module)
         experts = [name for name, parameter in module.named_parameters() if self.sharding.is_sharded(parameter)]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, experts)
         super().setup(trainer)

@@ -6,6 +6,7 @@ devices, G devices of an expert group, L experts on a device (E = G*L).
 
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from moepp.layers.balance import selection_counts
 from moepp.layers.dispatch import LocalDispatcher, SlotCounts, compute_dtype
 from moepp.layers.kernels.base import RoutedTokens
 from moepp.layers.settings import Backend
-from moepp.strategies.groups import ExpertGroups
+from moepp.strategies.groups import CopyGroups
 from moepp.strategies.traffic import Traffic
 
 
@@ -54,15 +55,20 @@ class AllToAllDispatcher(SharedBatchDispatcher):
     dtype they are multiplied in; zero-computation experts and dropped slots send nothing.
     """
 
-    def __init__(self, backend: Backend, groups: ExpertGroups, traffic: Traffic):
+    def __init__(self, backend: Backend, groups: CopyGroups, traffic: Traffic):
         super().__init__(backend)
         self.groups, self.traffic = groups, traffic
+        self.kept_operators = (ALL_TO_ALL,)
+        _dispatchers[id(self)] = self
 
     def __call__(self, w_in: Tensor, w_out: Tensor, tokens: RoutedTokens, counts: SlotCounts | None = None) -> Tensor:
         x_TD, expert_TK, gate_TK, others = tokens.x_TD, tokens.expert_TK, tokens.gate_TK, tokens.others
         dtype, local, top_k = compute_dtype(x_TD), len(w_in), expert_TK.shape[1]
         experts = local * self.groups.size
-        counts = counts or self.share(selection_counts(expert_TK, experts))
+        if counts is None:
+            counts = self.share(selection_counts(expert_TK, experts))
+        elif not counts.of_others:
+            counts = self.share(counts.count_WKN[0])
         arriving = CountsOnTheWay(counts)
         with torch.autocast(x_TD.device.type, enabled=False):
             # Needs no counts: GPUs do it while these travel to all devices and to the host.
@@ -72,12 +78,12 @@ class AllToAllDispatcher(SharedBatchDispatcher):
             exchange = self._plan(count_WN, experts)
             slot_R = slot_S[: sum(exchange.send)]
             token_R = slot_R // top_k
-            x_RD = ExchangeRows.apply(x_TD.to(dtype)[token_R], exchange, self.groups, self.traffic)
+            x_RD = ExchangeRows.apply(x_TD.to(dtype)[token_R], exchange, self)
             expert_R = experts_of_rows(self._received(arriving.count_WN, local), len(x_RD))
             sizes = self._received(count_WN, local).sum(0).tolist()
             rows = RoutedTokens(x_RD, expert_R[:, None], x_RD.new_ones(len(x_RD), 1), sizes=sizes)
             y_RD = self.compute(w_in, w_out, rows)
-            y_RD = ExchangeRows.apply(y_RD, exchange.reversed(), self.groups, self.traffic)
+            y_RD = ExchangeRows.apply(y_RD, exchange.reversed(), self)
             gate_R = gate_TK.reshape(-1)[slot_R]
             return y_TD.index_add_(0, token_R, y_RD * gate_R[:, None])
 
@@ -139,18 +145,34 @@ class ExchangeRows(torch.autograd.Function):
     """The all-to-all of rows within the expert group; the gradient takes the same way back."""
 
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, exchange: Exchange, groups: ExpertGroups, traffic: Traffic) -> Tensor:
-        ctx.exchange, ctx.groups, ctx.traffic = exchange, groups, traffic
-        return _all_to_all(rows_RD, exchange, groups, traffic, counted=ctx.needs_input_grad[0])
+    def forward(ctx: Any, rows_RD: Tensor, exchange: Exchange, dispatcher: AllToAllDispatcher) -> Tensor:
+        ctx.exchange, ctx.dispatcher = exchange, dispatcher
+        return _exchanged(rows_RD, exchange, dispatcher, counted=ctx.needs_input_grad[0])
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
-        back = _all_to_all(grad_RD, ctx.exchange.reversed(), ctx.groups, ctx.traffic, counted=True)
-        return back, None, None, None
+        return _exchanged(grad_RD, ctx.exchange.reversed(), ctx.dispatcher, counted=True), None, None
 
 
-def _all_to_all(rows_RD: Tensor, exchange: Exchange, groups: ExpertGroups, traffic: Traffic, counted: bool) -> Tensor:
-    received = rows_RD.new_empty(sum(exchange.receive), rows_RD.shape[1])
-    with traffic.exchange(rows_RD, exchange.remote, counted):
-        dist.all_to_all_single(received, rows_RD.contiguous(), exchange.receive, exchange.send, group=groups.expert)
+def _exchanged(rows_RD: Tensor, exchange: Exchange, dispatcher: AllToAllDispatcher, counted: bool) -> Tensor:
+    return ALL_TO_ALL(rows_RD, exchange.receive, exchange.send, exchange.remote, counted, id(dispatcher))
+
+
+def _all_to_all(
+    rows_RD: Tensor, receive: list[int], send: list[int], remote: int, counted: bool, dispatcher: int
+) -> Tensor:
+    known = _dispatchers[dispatcher]
+    received = rows_RD.new_empty(sum(receive), rows_RD.shape[1])
+    with known.traffic.exchange(rows_RD, remote, counted):
+        dist.all_to_all_single(received, rows_RD.contiguous(), receive, send, group=known.groups.within)
     return received
+
+
+# An operator, for activation checkpointing can keep results of operators alone. These take no objects but tensors.
+_library = torch.library.Library("moepp", "FRAGMENT")
+_library.define(
+    "all_to_all(Tensor rows, int[] receive, int[] send, int remote, bool counted, int dispatcher) -> Tensor"
+)
+_library.impl("all_to_all", _all_to_all, "CompositeExplicitAutograd")
+ALL_TO_ALL = torch.ops.moepp.all_to_all.default
+_dispatchers: WeakValueDictionary[int, AllToAllDispatcher] = WeakValueDictionary()

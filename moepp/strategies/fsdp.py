@@ -2,29 +2,38 @@
 divided among devices first.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from moepp.errors import UsageError
+from moepp.layers.dense import DenseFFN
+from moepp.layers.experts import FFNExperts
 from moepp.strategies.base import MoEStrategy
-from moepp.strategies.sharding import Sharding, broadcast_first, dividing_dimension, expert_banks, local
+from moepp.strategies.groups import CopyGroups
+from moepp.strategies.sharding import broadcast_first, dividing_dimension, expert_banks, local
+
+FFN = (FFNExperts, DenseFFN)  # modules whose parameters are read by matrix products alone, which autocast rounds
 
 
 class MoEFSDPStrategy(MoEStrategy, ModelParallelStrategy):
-    """Fully sharded data parallel: every parameter is sharded over all devices and gathered where a block needs it.
+    """Fully sharded data parallel: every parameter is sharded over `shard_size` consecutive devices (0: all), which
+    hold one copy between them, and gathered where a block needs it.
 
-    The blocks are the elements of the model's ModuleLists. Experts are sharded on a dimension that the devices divide
-    evenly, for there may be fewer experts than devices. Gathered and reduced in float32.
+    The blocks are the elements of the model's ModuleLists, and within them what computes an FFN. Experts are sharded on
+    a dimension that the devices divide evenly, for there may be fewer experts than devices. Where products run in
+    bfloat16 FFN matrices are gathered in it; all else is gathered, and all gradients are reduced, in float32.
 
     Of several micro-batches the last alone reduces the gradients, which are whole on every device until then, unless
     `reduce_every_micro_batch`.
@@ -35,14 +44,19 @@ class MoEFSDPStrategy(MoEStrategy, ModelParallelStrategy):
         timeout_s: float = 600.0,
         expert_parallel_size: int | None = None,
         reduce_every_micro_batch: bool = False,
+        shard_size: int = 0,
         **options: Any,
     ):
         super().__init__(expert_parallel_size, timeout_s, save_distributed_checkpoint=False, **options)
         self.reduce_every_micro_batch = reduce_every_micro_batch
+        self.shard_size = shard_size
+        self.copies: CopyGroups | None = None
 
     def setup_environment(self) -> None:
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
+        if self.shard_size and self.copies is None:
+            self.copies = CopyGroups.create(self.shard_size, self._timeout, "strategy.shard_size")
 
     def setup(self, trainer: pl.Trainer) -> None:
         """As the base's, which demands that the module shard itself in `configure_model`."""
@@ -53,7 +67,7 @@ class MoEFSDPStrategy(MoEStrategy, ModelParallelStrategy):
             self._shard(module)
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             loop.inference_mode = False  # in which FSDP would gather what training can then not use
-        self.sharding = Sharding(module, self.groups, self.root_device)
+        self.take_parts(module)
         self.model_to_device()
         self.barrier()
         if trainer.state.fn == TrainerFn.FITTING:
@@ -69,23 +83,36 @@ class MoEFSDPStrategy(MoEStrategy, ModelParallelStrategy):
             )
         broadcast_first([*module.parameters(), *module.buffers()], self.root_device)
         self.shard_experts(module)
-        if self.groups is not None:  # before the blocks, which would shard the experts over all devices
-            mesh = DeviceMesh.from_group(self.groups.expert_data, self.root_device.type)
-            for bank in expert_banks(module):
-                fully_shard(bank, mesh=mesh, shard_placement_fn=self._placements(module, mesh))
-        world = DeviceMesh.from_group(dist.group.WORLD, self.root_device.type)
-        blocks = [block for m in module.modules() if isinstance(m, nn.ModuleList) for block in m]
-        for part in [*reversed(blocks), *module.children()]:  # inner lists come later in modules()
-            if any(True for _ in part.parameters()):
-                fully_shard(part, mesh=world, shard_placement_fn=self._placements(module, world))
+        world = self._mesh()
+        experts = world if self.groups is None else DeviceMesh.from_group(self.groups.across, self.root_device.type)
+        for part in module.modules():  # before the blocks, which would take their parameters into their own groups
+            if isinstance(part, FFN):
+                self._shard_part(part, experts if isinstance(part, FFNExperts) else world)
+        lists = [list(m) for m in module.modules() if isinstance(m, nn.ModuleList)]
+        for part in [*reversed([block for blocks in lists for block in blocks]), *module.children()]:
+            if any(True for _ in part.parameters()) and not isinstance(part, FSDPModule):
+                self._shard_part(part, world)  # inner lists come later in modules()
+        for blocks in lists:
+            prefetch_neighbours(blocks)
 
-    def _placements(self, module: nn.Module, mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard | None]:
-        experts = {id(p) for bank in expert_banks(module) for p in bank.parameters()}
+    def _mesh(self) -> DeviceMesh:
+        device = self.root_device.type
+        return DeviceMesh.from_group(dist.group.WORLD, device) if self.copies is None else self.copies.mesh(device)
+
+    def _shard_part(self, part: nn.Module, mesh: DeviceMesh) -> None:
+        experts = {id(p) for bank in expert_banks(part) for p in bank.parameters()}
+        devices = mesh.size(-1)
 
         def placement(parameter: nn.Parameter) -> Shard | None:
-            return Shard(dividing_dimension(parameter.shape, mesh.size())) if id(parameter) in experts else None
+            return Shard(dividing_dimension(parameter.shape, devices)) if id(parameter) in experts else None
 
-        return placement
+        fully_shard(part, mesh=mesh, mp_policy=self._precision_of(part), shard_placement_fn=placement)
+
+    def _precision_of(self, part: nn.Module) -> MixedPrecisionPolicy:
+        """What autocast would round anyway travels rounded: the same products from half the bytes."""
+        if self.precision_plugin.precision == "bf16-mixed" and isinstance(part, FFN):
+            return MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        return MixedPrecisionPolicy(cast_forward_inputs=False)
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
@@ -101,13 +128,25 @@ class MoEFSDPStrategy(MoEStrategy, ModelParallelStrategy):
 
     @property
     def shard_group(self) -> dist.ProcessGroup | None:
-        return None  # all devices
+        return None if self.copies is None else self.copies.within  # None: all devices
 
     def reduce_expert_gradients(self) -> None:
         """FSDP has averaged them over the copies of the experts, but not over the devices of an expert group."""
         for parameter in self.sharding.experts:
             if parameter.grad is not None:  # frozen experts have none
                 local(parameter.grad).div_(self.groups.size)
+
+
+def prefetch_neighbours(blocks: list[nn.Module]) -> None:
+    """Has each block gather the next one while it runs, and in the backward pass the one before. By itself FSDP gathers
+    ahead only as far as the host runs ahead, and the host stops in every MoE layer for the experts' counts (so does
+    torchtitan: parallelize.py of its MoE models).
+    """
+    parts = [[m for m in block.modules() if isinstance(m, FSDPModule)] for block in blocks]
+    for (before, after), (first, second) in zip(pairwise(blocks), pairwise(parts), strict=True):
+        if first and second:
+            before.set_modules_to_forward_prefetch(second)
+            after.set_modules_to_backward_prefetch(first)
 
 
 class ExpertParallelFSDPStrategy(MoEFSDPStrategy):

@@ -16,17 +16,25 @@ for name, strategy, description in (
 
 
 def make_strategy(
-    name: str, expert_parallel_size: int = 0, timeout_s: float = 600.0, reduce_every_micro_batch: bool = False
+    name: str,
+    expert_parallel_size: int = 0,
+    timeout_s: float = 600.0,
+    reduce_every_micro_batch: bool = False,
+    shard_size: int = 0,
+    checkpoints_in_parts: bool = False,
 ) -> Strategy | str:
     """What `Trainer(strategy=...)` takes for these settings. Raises UsageError for what this machine cannot run."""
+    common = {"timeout_s": timeout_s, "checkpoints_in_parts": checkpoints_in_parts}
     match name:
         case "single":
             return "auto"
         case "ddp":
-            return MoEDDPStrategy(timeout_s)
+            return MoEDDPStrategy(**common)
         case "fsdp":
-            return MoEFSDPStrategy(timeout_s, reduce_every_micro_batch=reduce_every_micro_batch)
+            return MoEFSDPStrategy(reduce_every_micro_batch=reduce_every_micro_batch, shard_size=shard_size, **common)
         case "expert_parallel":
-            return ExpertParallelStrategy(expert_parallel_size, timeout_s)
+            return ExpertParallelStrategy(expert_parallel_size, **common)
         case "expert_parallel_fsdp":
-            return ExpertParallelFSDPStrategy(expert_parallel_size, timeout_s, reduce_every_micro_batch)
+            return ExpertParallelFSDPStrategy(
+                expert_parallel_size, reduce_every_micro_batch=reduce_every_micro_batch, **common
+            )

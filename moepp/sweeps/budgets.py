@@ -5,8 +5,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from moepp.errors import UsageError
+from moepp.statistics.tables import Table, as_lines
+from moepp.sweeps.allocations import Allocation, allocate, threads
 from moepp.sweeps.probe import give_equal_seconds, step_seconds
-from moepp.sweeps.slots import Slot, divide, threads
 
 if TYPE_CHECKING:
     from moepp.models.budget import Budget
@@ -17,12 +18,12 @@ WITHIN = 0.01  # relative difference that still counts as equal
 
 @dataclass(frozen=True)
 class MatchedTrials:
-    """Trials, the machine's slots to run them in, and what arms cost. `seconds` of training by arm are estimates, and
+    """Trials, what of the machine they run on, and what arms cost. `seconds` of training by arm are estimates, and
     there where they are held equal.
     """
 
     trials: list["Trial"]
-    slots: list[Slot]
+    allocations: list[Allocation]
     arms: dict[str, "Budget"]
     seconds: dict[str, float]
 
@@ -35,19 +36,19 @@ def match_trials(
     workers: int,
     one_share: bool = False,
 ) -> MatchedTrials:
-    """The trials of a sweep; under `match: wallclock` their steps are set by a probe of each arm in the first slot.
-    Whether they match is for `require_match` to say.
+    """The trials of a sweep; under `match: wallclock` their steps are set by a probe of each arm in the first
+    allocation. Whether they match is for `require_match` to say.
     """
     trials, searched, seconds = sweep.trials(scale, extra, seeds), sweep.search(scale) is not None, {}
-    slots = divide(workers, trials[0].config.trainer, one_share)
+    allocations = allocate(workers, trials[0].config.trainer, one_share)
     if sweep.match == "wallclock":
         if searched:
             raise UsageError("match: wallclock needs arms that are known from the start; a search has none")
-        per_step = step_seconds(sweep.folder(scale, extra), trials, threads(slots[0]), most=len(trials))
+        per_step = step_seconds(sweep.folder(scale, extra), trials, threads(allocations[0]), most=len(trials))
         give_equal_seconds([trial for trial in trials if not trial.lengthened], sweep.baseline, per_step)
         seconds = {t.arm: t.config.trainer.steps * per_step[t.arm] for t in trials if not t.lengthened}
     ends = sweep.extremes(scale, extra) if searched else []
-    return MatchedTrials(trials, slots, budgets([*trials, *ends]), seconds)
+    return MatchedTrials(trials, allocations, budgets([*trials, *ends]), seconds)
 
 
 def budgets(trials: Sequence["Trial"]) -> dict[str, "Budget"]:
@@ -62,7 +63,7 @@ def budgets(trials: Sequence["Trial"]) -> dict[str, "Budget"]:
     return found
 
 
-def spread(values: Sequence[float]) -> float:
+def relative_spread(values: Sequence[float]) -> float:
     """How much larger the largest is than the smallest, relative."""
     return max(values) / min(values) - 1 if min(values) else float(max(values) > 0)
 
@@ -72,7 +73,7 @@ def require_match(match: str, arms: Mapping[str, "Budget"], seconds: Mapping[str
     if match == "none":
         return
     values = seconds.values() if match == "wallclock" else [getattr(budget, match) for budget in arms.values()]
-    difference = spread(list(values))
+    difference = relative_spread(list(values))
     if difference > WITHIN:
         raise UsageError(
             f"the arms differ by {difference:.1%} in {match}, which the sweep declares equal within {WITHIN:.0%};"
@@ -83,13 +84,8 @@ def require_match(match: str, arms: Mapping[str, "Budget"], seconds: Mapping[str
 
 def table(arms: Mapping[str, "Budget"], seconds: Mapping[str, float] | None = None) -> list[str]:
     """One line per arm, and how far the arms differ."""
-    rows = {arm: asdict(budget) | ({"seconds": seconds[arm]} if seconds else {}) for arm, budget in arms.items()}
+    rows = {arm: ({"seconds": seconds[arm]} if seconds else {}) | asdict(budget) for arm, budget in arms.items()}
     names = list(next(iter(rows.values())))
-    width = max(len("difference"), *map(len, rows))
-    lines = ["  ".join([" " * width, *(f"{name:>15}" for name in names)])]
-    for arm, row in rows.items():
-        lines.append(
-            "  ".join([f"{arm:<{width}}", *(f"{row[name]:>15,.{1 if name == 'seconds' else 0}f}" for name in names)])
-        )
-    spreads = [f"{spread([row[name] for row in rows.values()]):>15.1%}" for name in names]
-    return [*lines, "  ".join([f"{'difference':<{width}}", *spreads])]
+    cells = [(arm, *(f"{row[name]:,.{1 if name == 'seconds' else 0}f}" for name in names)) for arm, row in rows.items()]
+    spreads = (f"{relative_spread([row[name] for row in rows.values()]):.1%}" for name in names)
+    return as_lines(Table("", "", ("arm", *names), (*cells, ("difference", *spreads))))

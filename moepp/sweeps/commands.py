@@ -1,17 +1,20 @@
 """What `python run.py sweep` prints and does: plan, run, status, work, retry."""
 
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from moepp.errors import UsageError
-from moepp.program import program
 from moepp.records import RunRecord
+from moepp.sweeps.hints import sweep_command
 from moepp.sweeps.launchers.call import SweepCall
-from moepp.sweeps.plan import read_plan
+from moepp.sweeps.plan import edits, read_plan
 from moepp.sweeps.status import STATES, SweepStatus, TrialStatus, read_status
+from moepp.terminal import painted
 
 LISTED = 20  # waiting trials by name
+COLOURS = {"failed": "red", "damaged": "red", "running": "green"}
 
 
 def plan(call: SweepCall, register: str | None = None) -> None:
@@ -19,13 +22,13 @@ def plan(call: SweepCall, register: str | None = None) -> None:
     Unless `register` is None the plan is registered, with the power that the records in that folder let expect (empty:
     the sweep file says it).
     """
+    from moepp.sweeps.allocations import threads
     from moepp.sweeps.budgets import match_trials, require_match, table
     from moepp.sweeps.probe import step_seconds
-    from moepp.sweeps.slots import threads
 
     sweep = call.load()
     matched = match_trials(sweep, call.scale, call.overrides, call.seeds, call.workers)
-    search, trials, slots = sweep.search(call.scale), matched.trials, matched.slots
+    search, trials, allocations = sweep.search(call.scale), matched.trials, matched.allocations
     arms = dict.fromkeys(trial.of_arm for trial in trials)
     lengths = dict.fromkeys(f"{trial.length:g}" for trial in trials if trial.lengthened)
     n = search.n if search else 1
@@ -41,17 +44,24 @@ def plan(call: SweepCall, register: str | None = None) -> None:
     require_match(sweep.match, matched.arms, matched.seconds)
     print("\nnothing is declared equal" if sweep.match == "none" else f"\nequal as declared: {sweep.match}")
     directory = sweep.folder(call.scale, call.overrides)
+    if edited := edits(directory, trials):
+        changes = "; ".join(f"{arm} ({change})" for arm, change in edited.items())
+        raise UsageError(
+            f"{directory} was begun before these arms were edited, and `sweep run` will refuse them: {changes}; start"
+            " afresh under another name or with runs=FOLDER, or remove that folder"
+        )
     status = _status(directory)
     done, seconds = (status.count("done"), status.trial_seconds) if status else (0, None)
     source = "from finished trials"
     if seconds is None:
-        per_step = step_seconds(directory, trials, threads(slots[0]))
+        per_step = step_seconds(directory, trials, threads(allocations[0]))
         seconds = statistics.fmean(trial.config.trainer.steps * per_step[trial.arm] for trial in trials)
         source = "from a probe of each arm's steps, without start and validation"
     ended = done + (status.count("pruned") if status else 0)
-    estimate = _duration(seconds * max(0, n * len(trials) - ended) / len(slots))
+    estimate = _duration(seconds * max(0, n * len(trials) - ended) / len(allocations))
     most = ", less what is pruned" if sweep.pruner_at(call.scale) else ""
-    print(f"time: about {estimate}{most} ({source}; {done} trials are done, {len(slots)} run at a time)")
+    print(f"done: {done} trials; {len(allocations)} run at a time")
+    print(f"time: about {estimate}{most} ({source})")
     if register is not None:
         from moepp.sweeps.registration import register as write_plan
 
@@ -85,13 +95,13 @@ def work(call: SweepCall) -> None:
 
 def status(call: SweepCall) -> None:
     directory = call.load().folder(call.scale, call.overrides)
-    print("\n".join(describe(directory.name, _begun(directory))))
+    print("\n".join(describe_status(directory.name, _begun(call, directory))))
 
 
 def retry(call: SweepCall) -> None:
     """Forgets failures; what a failed trial has saved is kept, and it goes on from there."""
     directory = call.load().folder(call.scale, call.overrides)
-    failed = [trial for trial in _begun(directory).trials if trial.state == "failed"]
+    failed = [trial for trial in _begun(call, directory).trials if trial.state == "failed"]
     for trial in failed:
         RunRecord(trial.path).forgive()
     print(f"{len(failed)} failed trials will be tried again by the next `sweep run` or `sweep work`")
@@ -123,13 +133,13 @@ def _archive(call: SweepCall) -> Path:
     return plan_path(name, scale, call.overrides, config.tags.get("size", "")).with_name("runs.tar.xz")
 
 
-def describe(title: str, status: SweepStatus) -> list[str]:
+def describe_status(title: str, status: SweepStatus) -> list[str]:
     """The counts, then every trial that is not done."""
     counted = [(status.count(state), state) for state in STATES]
     counts = ", ".join(f"{count} {state}" for count, state in counted if count or state not in ("pruned", "damaged"))
     counts += f", {status.unproposed} to be proposed" if status.unproposed else ""
     left = status.seconds_left
-    lines = [f"{title}: {counts}" + ("" if left is None else f"; about {_duration(left)} left")]
+    lines = [f"{title}: {counts}" + ("" if left is None else f"; about {_duration(left)} left"), *_metrics(status)]
     for trial in status.trials:
         if trial.state in ("running", "failed", "damaged"):
             lines += _lines(trial)
@@ -139,19 +149,32 @@ def describe(title: str, status: SweepStatus) -> list[str]:
     return [*lines, f"waiting  and {len(waiting) - LISTED} more"] if len(waiting) > LISTED else lines
 
 
+def _metrics(status: SweepStatus) -> Iterable[str]:
+    """How many trials stand behind each final metric; those that have most are only counted."""
+    by_n: dict[int, list[str]] = defaultdict(list)
+    for name, n in status.final_metrics().items():
+        by_n[n].append(name)
+    if by_n:
+        most, *others = sorted(by_n, reverse=True)
+        fewer = "".join(f"; n = {n}: {', '.join(sorted(by_n[n]))}" for n in others)
+        yield f"final metrics: n = {most}: {'all' if not others else len(by_n[most])}{fewer}"
+
+
 def _lines(trial: TrialStatus) -> Iterable[str]:
     reached = f", step {trial.step} of {trial.steps}" if trial.step or trial.state == "running" else ""
     left = "" if trial.seconds_left is None else f", {_duration(trial.seconds_left)} left"
     note = f" ({trial.note})" if trial.state == "running" else f": {trial.note}" if trial.note else ""
-    yield f"{trial.state:<8} {trial.label}{reached}{left}{note}"
+    state = painted(f"{trial.state:<8}", fg=COLOURS.get(trial.state))
+    yield f"{state} {trial.label}{reached}{left}{note}"
     for line in trial.log:
         yield f"         | {line}"
 
 
-def _begun(directory: Path) -> SweepStatus:
+def _begun(call: SweepCall, directory: Path) -> SweepStatus:
     found = _status(directory)
     if found is None:
-        raise UsageError(f"{directory} holds no sweep; `{program()} sweep run` begins one")
+        begins = sweep_command("run", call.load(), call.scale, call.overrides)
+        raise UsageError(f"{directory} holds no sweep; `{begins}` begins one")
     return found
 
 

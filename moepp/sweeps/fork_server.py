@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from moepp.process import STOP_SIGNALS, die_with, die_with_parent, start
-from moepp.sweeps.slots import Slot
+from moepp.sweeps.allocations import Allocation
 from moepp.sweeps.trial import TRIAL_COMMAND, load_libraries
 
 NOT_FOR_THE_SERVER = (signal.SIGINT, *STOP_SIGNALS)
@@ -56,11 +56,11 @@ class _Signal:
 
 
 class ForkServer:
-    """The runner's side. `slot` is for the loading: trials bring theirs."""
+    """The runner's side. `allocation` is for the loading: trials bring theirs."""
 
-    def __init__(self, slot: Slot) -> None:
+    def __init__(self, allocation: Allocation) -> None:
         # Threads do not survive a fork. Trials have no use for this pool of them: their products are torch's.
-        self._environment = {**slot, "OPENBLAS_NUM_THREADS": "1"}
+        self._environment = {**allocation, "OPENBLAS_NUM_THREADS": "1"}
         self._process: subprocess.Popen | None = None
         self._pipe: Connection | None = None
         self._trials: dict[int, ForkedTrial] = {}  # that run, by their numbers

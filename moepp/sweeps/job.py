@@ -11,9 +11,9 @@ from moepp.config import save
 from moepp.errors import DiskFull, Interrupted
 from moepp.process import STOP_SIGNALS, cause_of_end, last_lines
 from moepp.records import RunRecord, write_json
+from moepp.sweeps.allocations import Allocation
 from moepp.sweeps.leases import LEASE_FILE, NO_LEASE, STALE_SECONDS, Heartbeat, Lease, LeaseWatch
 from moepp.sweeps.progress import TrialProgress
-from moepp.sweeps.slots import Slot
 from moepp.sweeps.spec import Trial
 from moepp.sweeps.status import outcome
 
@@ -49,7 +49,7 @@ class Job:
         self.watch = LeaseWatch(self.record.path / "leases", stale)
         self.lease: Lease | None = None
         self.process: Process | None = None
-        self.slot: Slot = {}
+        self.allocation: Allocation = {}
 
     @property
     def done(self) -> bool:
@@ -89,14 +89,14 @@ class Job:
         self.lease = lease
         return True
 
-    def start(self, start: Start, slot: Slot) -> None:
-        self.slot, path = slot, self.record.path
+    def start(self, start: Start, allocation: Allocation) -> None:
+        self.allocation, path = allocation, self.record.path
         (path / "failed.json").unlink(missing_ok=True)
         self.trial.config.trainer.progress = False  # the sweep's bar is the one people watch
         save(self.trial.config, path / "config.yaml")
         attempt, resume_point = self.record.read("attempt.json"), self._resume_point()
         deaths = attempt["deaths"] if attempt.get("from") == resume_point else 0
-        environment = {**slot, LEASE_FILE: str(self.lease.path)}
+        environment = {**allocation, LEASE_FILE: str(self.lease.path)}
         self.process = start(path / "config.yaml", path / "log.txt", environment)
         write_json(path / "attempt.json", {"from": resume_point, "deaths": deaths})
 

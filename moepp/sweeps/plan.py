@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from moepp.config import flatten
+from moepp.config import flatten, lies_in
 from moepp.errors import UsageError
 from moepp.records import RunRecord, UnreadableRecord, read_json, write_json
 from moepp.sweeps.leases import exclusive
@@ -22,6 +22,7 @@ ABOUT = (  # what the sweep file says
     "name", "question", "paper", "baseline", "match", "objective", "retries", "contrasts", "trend", "primary",
     "exclusions", "notes",
 )  # fmt: skip
+FROZEN_IN = ("data.digest", "init_weights")  # by a trial's start, which makes its tokens
 
 
 def read_plan(directory: Path) -> dict[str, Any] | None:
@@ -95,6 +96,23 @@ def _merged(
     about = {key: said[key] for key in ABOUT}
     about |= {"pruner": pruner} if (pruner := sweep.pruner_at(scale)) else {}
     return known, {**about, **called, **search, "scale": scale, "defaults": defaults, "trials": list(promised.values())}
+
+
+def edits(directory: Path, trials: Sequence[Trial]) -> dict[str, str]:
+    """By arm, in words, what a begun sweep's trials were begun with otherwise than is asked for now: `promise` will
+    refuse these. Tokens are not compared, for nothing here makes any.
+    """
+    from moepp.training.foreign import completed
+    from moepp.training.settings import changed_settings, say_changes
+
+    begun = (read_plan(directory) or {"trials": []})["trials"]
+    known, found = {(trial["arm"], trial["seed"]): trial["path"] for trial in begun}, {}
+    for trial in trials:
+        if path := known.get((trial.arm, trial.seed)):
+            changed = changed_settings(RunRecord(directory / path), completed(trial.config))
+            edited = {key: values for key, values in changed.items() if not lies_in(key, FROZEN_IN)}
+            found |= {trial.arm: say_changes(edited)} if edited else {}
+    return found
 
 
 def _refuse_another_sweep(directory: Path, known: Mapping[str, Any], sweep: Sweep, begun: Set[str]) -> None:

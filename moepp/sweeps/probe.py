@@ -20,6 +20,7 @@ from moepp.config import identity
 from moepp.errors import UsageError
 from moepp.records import read_json, write_json
 from moepp.sweeps.leases import exclusive
+from moepp.terminal import working
 
 if TYPE_CHECKING:
     from moepp.sweeps.spec import Trial
@@ -43,7 +44,8 @@ def step_seconds(directory: Path, trials: Sequence["Trial"], threads: int, most:
         known = read_json(directory / "probe.json") or {"seconds": {}}
         missing = {key: config for key, config in chosen.items() if key not in known["seconds"]}
         if missing:
-            known = {**known, **_measure(missing, threads, known["seconds"])}
+            with working("timing a training step of each arm"):
+                known = {**known, **_measure(missing, threads, known["seconds"])}
             write_json(directory / "probe.json", known)
     seconds = known["seconds"]
     mean = statistics.fmean(seconds[key] for key in chosen)
@@ -112,12 +114,12 @@ def _step(config: "RunConfig") -> Callable[[], None]:
     optimizer = build_optimizer(module, config.optim)
     shape = (config.data.batch_size // config.trainer.accumulate, config.data.seq_len + 1)
     tokens = torch.randint(config.model.vocab_size, shape, device=device)
-    for layer in module.model.moe_layers():
+    for layer in module.model.moe_layers() if hasattr(module.model, "moe_layers") else ():
         _balance(layer, tokens[:, 1:].numel(), device)
 
     def step() -> None:
         for _ in range(config.trainer.accumulate):
-            with autocast_of(config, device)(), warnings.catch_warnings():
+            with autocast_of(config.trainer.precision, device)(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Lightning misses a trainer to log to
                 loss = module.training_step(tokens)
             loss.backward()

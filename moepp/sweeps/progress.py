@@ -8,6 +8,9 @@ from tqdm import tqdm
 
 from moepp.records import MetricsTail, RunRecord, UnreadableRecord
 
+SHOWN = {"loss": ("train/loss", ".3f"), "tokens/s": ("perf/tokens_per_s", ",.0f")}
+FORM = "{desc}{percentage:.0f}% |{bar}| {remaining} left{postfix}"  # of all steps; 80 columns leave no room for more
+
 
 class TrialProgress:
     """The steps a trial has finished, and its newest loss and throughput."""
@@ -27,8 +30,8 @@ class TrialProgress:
             lines = self._tail.read()
         for line in lines:
             self.step = min(int(line["step"]), self.steps)
-            shown = {"loss": line.get("train/loss"), "tokens/s": line.get("perf/tokens_per_s")}
-            self.newest |= {name: f"{value:.4g}" for name, value in shown.items() if value is not None}
+            shown = {name: (line.get(key), form) for name, (key, form) in SHOWN.items()}
+            self.newest |= {name: format(value, form) for name, (value, form) in shown.items() if value is not None}
 
 
 def step_bar(total: int, done: int, enabled: bool = True) -> tqdm:
@@ -36,7 +39,8 @@ def step_bar(total: int, done: int, enabled: bool = True) -> tqdm:
     return tqdm(
         total=total,
         initial=done,
-        unit="step",
+        bar_format=FORM,
+        dynamic_ncols=True,
         smoothing=0,
         disable=not enabled,
         mininterval=0.5 if sys.stderr.isatty() else 60,  # in a log file a line a minute
@@ -67,7 +71,7 @@ class SweepProgress:
     def show(self, running: Sequence[TrialProgress]) -> None:
         for trial in running:
             trial.read()
-            self._bar.set_postfix({"step": trial.step, **trial.newest}, refresh=False)
+            self._bar.set_postfix(trial.newest, refresh=False)
         self._bar.update(sum(trial.step for trial in self._trials) - self._bar.n)
 
     def close(self) -> None:

@@ -51,7 +51,7 @@ def parse(pruner: Mapping[str, Any]) -> SuccessiveHalving | None:
     return SuccessiveHalving(**halving)
 
 
-class Judge:
+class SweepPruner:
     """Decides for one trial of a sweep, whose directory is `record.path`."""
 
     def __init__(self, record: RunRecord, halving: SuccessiveHalving, trial: Mapping[str, Any]):
@@ -59,7 +59,7 @@ class Judge:
         self._group, self._seed = trial["group"], trial["seed"]
 
     @classmethod
-    def of(cls, directory: Path) -> "Judge | None":
+    def of(cls, directory: Path) -> "SweepPruner | None":
         """None for a run that nobody prunes."""
         plan = read_json(directory.parent / "sweep.json") or {}
         halving = parse(plan.get("pruner", {}))

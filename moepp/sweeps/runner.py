@@ -16,23 +16,24 @@ from pathlib import Path
 from moepp.addresses import without_user
 from moepp.errors import Interrupted, RunError, UsageError, reason
 from moepp.process import start, stop_requests
-from moepp.program import program
+from moepp.sweeps.allocations import Allocation, own_share
 from moepp.sweeps.budgets import match_trials, require_match
 from moepp.sweeps.fork_server import ForkServer, can_fork
+from moepp.sweeps.hints import sweep_command
 from moepp.sweeps.job import Job, Start
 from moepp.sweeps.leases import STALE_SECONDS, Heartbeat, Lease, LeaseWatch
 from moepp.sweeps.plan import promise
 from moepp.sweeps.progress import SweepProgress
 from moepp.sweeps.search import Search, refuse_storage
 from moepp.sweeps.sharing import share_finished_runs
-from moepp.sweeps.slots import Slot, own_share
+from moepp.sweeps.spanning import refuse_too_many_nodes, start_step
 from moepp.sweeps.spec import Sweep, Trial
 from moepp.sweeps.trial import TRIAL_COMMAND
 from moepp.tracking.follower import Follower
 from moepp.tracking.mirror import follow
 from moepp.tracking.mlflow_store import store_uri
 from moepp.tracking.settings import TrackingConfig
-from moepp.training.settings import RunConfig
+from moepp.training.settings import RunConfig, TrainerConfig
 
 MARGIN_SECONDS = 5.0  # beyond trainer.stop_s, all of which the starter of a trial's ranks gives to them
 POLL_SECONDS = 0.2
@@ -75,14 +76,15 @@ def run_sweep(
         mirrored = config.tracking.backend == "mlflow"
         mirror = _SharedMirror(directory, config.tracking, config.runs, heartbeat, stale) if mirrored else None
         with (
-            own_share(prepared.slots) if one_share else nullcontext(prepared.slots) as slots,
-            _starting(command, slots) as start_trial,
+            own_share(prepared.allocations) if one_share else nullcontext(prepared.allocations) as allocations,
+            _starting(command, allocations, config.trainer) as start_trial,
         ):
-            runner = _Runner(slots, start_trial, job, progress, prepared.search, deadline)
+            runner = _Runner(allocations, start_trial, job, progress, prepared.search, deadline)
             runner.learn(prepared.trials)
             with heartbeat.running(), follow(mirror) if mirror else nullcontext():
                 runner.run()
-    raise_failures(sweep, scale, [f"{job.label}: {job.failure}" for job in runner.jobs if job.failure], runner.planned)
+    failures = [f"{job.label}: {job.failure}" for job in runner.jobs if job.failure]
+    raise_failures(sweep_command("retry", sweep, scale, extra), failures, runner.planned)
     return directory
 
 
@@ -94,7 +96,7 @@ class PreparedSweep:
     config: RunConfig  # of a trial; in what a launcher or a runner asks for they are all alike
     trials: Sequence[Trial]  # that are known by now: a search proposes more
     search: Search | None
-    slots: list[Slot]
+    allocations: list[Allocation]
 
 
 def begin(
@@ -104,19 +106,22 @@ def begin(
     seeds: Sequence[int] | None,
     workers: int = 0,
     one_share: bool = False,
+    nodes: int | None = None,
 ) -> PreparedSweep:
-    """What comes before the first trial. Arguments and errors as of `run_sweep`."""
+    """What comes before the first trial. Arguments and errors as of `run_sweep`; a trial may span as many `nodes`, or
+    those of the Slurm job that this process runs in.
+    """
     matched = match_trials(sweep, scale, extra, seeds, workers, one_share)
     require_match(sweep.match, matched.arms, matched.seconds)
-    trials, slots, freeze = matched.trials, matched.slots, DataFreezer()
-    _refuse_several_nodes(trials)
+    trials, allocations, freeze = matched.trials, matched.allocations, DataFreezer()
+    refuse_too_many_nodes(trials, nodes)
     for trial in trials:
         freeze(trial)
     config = trials[0].config
     directory = Path(config.runs) / config.name
     search = None
     if sweep.search(scale):
-        refuse_storage(sweep.storage, 0 if one_share else len(slots))
+        refuse_storage(sweep.storage, 0 if one_share else len(allocations))
         search = Search(sweep, scale, extra, seeds, freeze)
     with _one_line_about_the_disk(directory):
         if search:
@@ -126,25 +131,15 @@ def begin(
             if shared := share_finished_runs(trials):
                 print(f"{shared} of {len(trials)} trials are finished runs of other sweeps")
             promise(directory, sweep, scale, trials, extra)
-    return PreparedSweep(directory, config, trials, search, slots)
+    return PreparedSweep(directory, config, trials, search, allocations)
 
 
-def _refuse_several_nodes(trials: Sequence[Trial]) -> None:
-    """Whose workers would start the first node's ranks alone."""
-    for trial in trials:
-        if (nodes := trial.config.trainer.num_nodes) > 1:
-            raise UsageError(
-                f"trainer.num_nodes={nodes} (arm {trial.arm}): a trial of a sweep runs on one node; leave it at 1,"
-                " or give `train` the arm's overrides on every node, as docs/multinode.md says"
-            )
-
-
-def raise_failures(sweep: Sweep, scale: str, failures: Sequence[str], trials: int) -> None:
-    """`failures` says of each failed trial, out of so many `trials`, which it is and why."""
+def raise_failures(retry: str, failures: Sequence[str], trials: int) -> None:
+    """`failures` says of each failed trial, out of so many `trials`, which it is and why; `retry` is the command."""
     if failures:
         raise RunError(
-            f"{len(failures)} of {trials} trials failed; `{program()} sweep retry {sweep.name} --scale {scale}`"
-            f" lets the same command try them again ({'; '.join(failures)})"
+            f"{len(failures)} of {trials} trials failed; `{retry}` lets the same command try them again"
+            f" ({'; '.join(failures)})"
         )
 
 
@@ -158,11 +153,14 @@ def _one_line_about_the_disk(directory: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _starting(command: Sequence[str], slots: Sequence[Slot]) -> Iterator[Start]:
+def _starting(command: Sequence[str], allocations: Sequence[Allocation], trainer: TrainerConfig) -> Iterator[Start]:
+    if trainer.num_nodes > 1:
+        yield partial(start_step, command, trainer)
+        return
     if tuple(command) != TRIAL_COMMAND or not can_fork():
         yield lambda config, log, environment: start([*command, str(config)], log, environment)
         return
-    server = ForkServer(slots[0])  # for all: what loading minds, the number of threads, is alike in them
+    server = ForkServer(allocations[0])  # for all: what loading minds, the number of threads, is alike in them
     try:
         yield server.start
     finally:
@@ -222,19 +220,19 @@ class _SharedMirror:
 
 class _Runner:
     """The loop over jobs: claims, starts, watches and, when interrupted, stops them. A search adds jobs while it runs:
-    those that other workers asked for and, where a slot finds nothing to do, one that this worker asks for.
+    those that other workers asked for and, where a allocation finds nothing to do, one that this worker asks for.
     """
 
     def __init__(
         self,
-        slots: list[Slot],
+        allocations: list[Allocation],
         start: Start,
         job: Callable[[Trial], Job],
         progress: bool,
         search: Search | None,
         deadline: float = math.inf,
     ):
-        self.slots, self._start, self._job, self.search = slots, start, job, search  # the slots are the free ones
+        self.free, self._start, self._job, self.search = allocations, start, job, search
         self.jobs: list[Job] = []
         self.waiting: list[Job] = []
         self.running: list[Job] = []
@@ -288,23 +286,23 @@ class _Runner:
         self._slowest = max([self._slowest, *(job.seconds for job in jobs if job.done)])
 
     def _claim(self) -> None:
-        """Fills the free slots, as far as there are trials that nobody holds."""
-        if not self.slots or time.monotonic() < self._next_look:
+        """Fills the free allocations, as far as there are trials that nobody holds."""
+        if not self.free or time.monotonic() < self._next_look:
             return
         if self.search:
             self.learn(self.search.known())
         self._start_free()
-        while self.slots and not self._exhausted and not self.stop.is_set() and self._fits():
+        while self.free and not self._exhausted and not self.stop.is_set() and self._fits():
             proposed = self.search.propose()
             self._exhausted = not proposed
             self.learn(proposed)
             self._start_free()
-        if self.slots:
+        if self.free:
             self._next_look = time.monotonic() + LOOK_SECONDS
 
     def _start_free(self) -> None:
         for job in list(self.waiting):
-            if not self.slots:
+            if not self.free:
                 return
             if job.settled:
                 job.progress.read()
@@ -312,15 +310,15 @@ class _Runner:
             elif self._fits(job) and job.claim():
                 self.waiting.remove(job)
                 self.running.append(job)
-                job.start(self._start, self.slots.pop(0))
-                self._bar.describe(f"trial {self.jobs.index(job) + 1}/{self.planned} {job.label}")
+                job.start(self._start, self.free.pop(0))
+                self._bar.describe(f"{self.jobs.index(job) + 1}/{self.planned} {job.label}")
 
     def _settle(self) -> None:
-        """Closes the books on ended trials and frees their slots."""
+        """Closes the books on ended trials and frees their allocations."""
         for job in [job for job in self.running if job.ended()]:
             job.settle()
             self.running.remove(job)
-            self.slots.append(job.slot)
+            self.free.append(job.allocation)
             self._time([job])
             if not job.settled:
                 self.waiting.append(job)

@@ -12,7 +12,9 @@ from moepp.config import compose, flatten, load
 from moepp.errors import UsageError
 from moepp.layers.bounds import Bounded, Count, Positive, Seed, Whole, refusals
 from moepp.names import check as check_names
+from moepp.names import check_label
 from moepp.plugins import listed
+from moepp.ranges import LONGEST, whole_range
 from moepp.shipped import SWEEPS, YAML, first_yaml, names, overlaid
 from moepp.sweeps import pruning
 from moepp.sweeps.space import Point, SearchSpace, expand, overrides, search_space
@@ -149,7 +151,7 @@ class Sweep(Bounded):
         """Those the caller names, else the scale's, else the sweep's. Raises UsageError for others."""
         chosen = list(seeds or self.scale(scale).seeds or self.seeds)
         for refusal in refusals(list[Seed], chosen, "seed"):
-            raise UsageError(refusal)
+            raise UsageError(refusal if seeds else f"{self.file or self.name}: {refusal}")
         if len(set(chosen)) < len(chosen):
             raise UsageError(f"seeds {chosen} of sweep {self.name} repeat; each seed is one run per arm")
         return chosen
@@ -324,10 +326,16 @@ def _read(path: Path) -> Sweep:
 
 def _check_names(path: Path, named: Mapping[str, Iterable[str]]) -> None:
     for key, chosen in named.items():
-        try:
+        with _refused(path):
             check_names(key, chosen)
-        except ValueError as error:
-            raise UsageError(f"{path}: {error}") from None
+
+
+@contextmanager
+def _refused(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}") from None
 
 
 def _check_lengths(path: Path, sweep: Sweep, searched: bool) -> None:
@@ -337,21 +345,16 @@ def _check_lengths(path: Path, sweep: Sweep, searched: bool) -> None:
         raise UsageError(f"{path}: lengthened: {_unknown('arm', unknown[0], sweep.arms)}")
 
 
-def seed_range(word: str) -> list[int] | None:
-    """`0..19` as the whole numbers from the first to the last; None for what is no range."""
-    first, dots, last = word.partition("..")
-    if not dots or not first.isdecimal() or not last.isdecimal() or int(last) < int(first):
-        return None
-    return list(range(int(first), int(last) + 1))
-
-
 def _seed_list(path: Path, key: str, seeds: Any) -> list[int]:
     if isinstance(seeds, str):
-        found = seed_range(seeds)
+        numbers = whole_range(seeds)
+        found = list(numbers) if numbers else None
     else:
         found = seeds if isinstance(seeds, list) and all(type(s) is int and s >= 0 for s in seeds) else None
     if found is None:
-        raise UsageError(f"{path}: {key}={seeds} must be a list of whole numbers or a range such as 0..19")
+        raise UsageError(
+            f"{path}: {key}={seeds} must be a list of whole numbers or a range of at most {LONGEST:,}, such as 0..19"
+        )
     return found
 
 
@@ -388,6 +391,10 @@ def _check_report_keys(path: Path, sweep: Sweep, searched: bool) -> None:
         named |= {f"trend: {name}": arms for name, arms in sweep.trend.series.items()}
         if not sweep.trend.x or not sweep.trend.series:
             raise UsageError(f"{path}: trend needs x, a key of the config, and series, names with their arms")
+    labels = {"contrasts": sweep.contrasts, "trend.series": sweep.trend.series if sweep.trend else ()}
+    for key, text in ((key, text) for key, texts in labels.items() for text in texts):
+        with _refused(path):
+            check_label(key, text)
     if sweep.primary:
         named["primary"] = _check_primary(path, sweep, sweep.primary)
     if searched and named:

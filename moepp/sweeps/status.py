@@ -1,8 +1,10 @@
 """Where a sweep stands, read from sweep.json and the records of its trials: no torch, and nothing is written."""
 
 import itertools
+import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +46,11 @@ class SweepStatus:
         timed = (seconds for path in done if (seconds := _train_seconds(path)) is not None)
         seconds = list(itertools.islice(timed, TIMED_TRIALS))
         return statistics.fmean(seconds) if seconds else None
+
+    def final_metrics(self) -> dict[str, int]:
+        """How many of the finished trials have each `final/` metric, as a finite number."""
+        finals = (_final(trial.path) for trial in self.trials if trial.state == "done")
+        return Counter(name for final in finals for name, value in final.items() if math.isfinite(value))
 
     @property
     def seconds_left(self) -> float | None:
@@ -119,10 +126,14 @@ def _trial(path: Path, trial: dict[str, Any], retries: int) -> TrialStatus:
 
 
 def _train_seconds(path: Path) -> float | None:
+    return _final(path).get("train_seconds")
+
+
+def _final(path: Path) -> dict[str, float]:
     try:
-        return RunRecord(path).final().get("train_seconds")
+        return RunRecord(path).final()
     except UnreadableRecord:
-        return None
+        return {}
 
 
 def _holder(leases: Path) -> str:

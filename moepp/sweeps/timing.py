@@ -9,6 +9,7 @@ from typing import Any
 
 from moepp.errors import RunError
 from moepp.records import RunRecord, read_json, write_json
+from moepp.terminal import working
 from moepp.training.initial import FINAL_WEIGHTS
 
 TRAINING_ROUNDS = 3  # for one of expert forwards: the differences to be seen are a few percent
@@ -30,6 +31,13 @@ def time_arms(directory: Path, repeats: int = 15) -> dict[str, Any]:
         print(f"not timed: no weights of arm {', '.join(without)} are here, as of records that `sweep pack` made")
         return known or {}
 
+    with working("timing the arms together"):
+        times = _times(runs, repeats)
+    write_json(path, times)
+    return times
+
+
+def _times(runs: dict[str, Path], repeats: int) -> dict[str, Any]:
     import torch
 
     from moepp.data.prepare import prepare
@@ -47,13 +55,13 @@ def time_arms(directory: Path, repeats: int = 15) -> dict[str, Any]:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     loaded = {arm: load_model(run) for arm, run in runs.items()}
     config = next(iter(loaded.values()))[1]
-    tokens, precision = prepare(config.data, progress=False), autocast_of(config, device)
+    tokens, precision = prepare(config.data, progress=False), autocast_of(config.trainer.precision, device)
     ids = validation_ids(tokens, config.data.seq_len).to(device)
     batches = {arm: training_batch(tokens, of_arm).to(device) for arm, (_, of_arm) in loaded.items()}
     models = {arm: model.to(device) for arm, (model, _) in loaded.items()}
     expert_forward = expert_forward_times(models, ids, precision, repeats)
     hardware = collect({})["hardware"]
-    times = {
+    return {
         "runs": {arm: run.name for arm, run in runs.items()},
         "hardware": hardware["gpus"][0] if hardware["gpus"] else hardware["cpu"],
         "threads": torch.get_num_threads(),
@@ -65,8 +73,6 @@ def time_arms(directory: Path, repeats: int = 15) -> dict[str, Any]:
         "training_repeats": TRAINING_ROUNDS * repeats,
         "training": training_times(models, batches, precision, TRAINING_ROUNDS * repeats),
     }
-    write_json(path, times)
-    return times
 
 
 def _first_runs(directory: Path) -> dict[str, Path]:

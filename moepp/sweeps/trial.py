@@ -10,6 +10,7 @@ from moepp.errors import DiskFull, RunError
 from moepp.process import die_with_parent, no_collections
 from moepp.records import RunRecord
 from moepp.sweeps.leases import NO_LEASE, end_without_lease
+from moepp.sweeps.spanning import is_far_from_worker
 
 TRIAL_COMMAND = (sys.executable, "-m", "moepp.cli", "trial")
 FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT))
@@ -21,21 +22,21 @@ def run_trial(path: Path) -> None:
     Raises what `train` raises, RunError when the config is not that of the folder's run, and DiskFull.
     """
     die_with_parent()
-    stale = end_without_lease()
+    stale = 0.0 if is_far_from_worker() else end_without_lease()
     load_libraries()
     from moepp.config import load
-    from moepp.sweeps.pruning import Judge
+    from moepp.sweeps.pruning import SweepPruner
     from moepp.training.ranks.rank import Rank
     from moepp.training.run import train
     from moepp.training.settings import RunConfig, run_directory
 
-    config, folder = load(RunConfig, path), path.parent
-    if not Rank.here().started_by and run_directory(config).name != folder.resolve().name:
+    config, folder, rank = load(RunConfig, path), path.parent, Rank.here()
+    if not rank.started_by and run_directory(config).name != folder.resolve().name:
         raise RunError(f"{path} was changed: it describes run {run_directory(config).name}, not the one of its folder")
-    if stale:
+    if stale and rank.keeps_record(config.trainer.num_nodes):
         _wait_for_lock(RunRecord(folder), 2 * stale)
     try:
-        train(config, folder, Judge.of(folder))
+        train(config, folder, SweepPruner.of(folder))
     except RunError as error:
         if any(words in str(error) for words in FULL):
             raise DiskFull(str(error)) from error

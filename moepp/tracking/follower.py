@@ -17,6 +17,7 @@ from pathlib import Path
 from moepp.addresses import without_user
 from moepp.process import STOP_SIGNALS, python_path
 from moepp.records import RunRecord
+from moepp.terminal import working
 from moepp.tracking.mirror import SECONDS_TO_END, FolderMirror, Mirror, follow
 from moepp.tracking.mlflow_store import store_uri
 from moepp.tracking.settings import TrackingConfig
@@ -51,7 +52,8 @@ class Follower:
         with suppress(BrokenPipeError):
             self._process.stdin.close()
         try:
-            self._process.wait(SECONDS_TO_END)
+            with working(f"sending the last of it to {self.uri}"):
+                self._process.wait(SECONDS_TO_END)
         except subprocess.TimeoutExpired:
             print(f"{self.uri} is slow; the last of this run is still being sent to it", file=sys.stderr)
 

@@ -3,10 +3,12 @@
 A slow, dead or absent tracker therefore never touches training, and every mirror can be made again from the record.
 """
 
+import re
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,8 +18,11 @@ from moepp.config import leaves
 from moepp.errors import RunError, UsageError
 from moepp.program import program
 from moepp.records import MetricsTail, RunRecord, UnreadableRecord, read_json, write_json
+from moepp.statistics.markup import code, escaped
+from moepp.tracking.arm_runs import COLOUR, colours_of
 from moepp.tracking.mlflow_store import DeletedRun, MirroredRun, store_lock, store_uri
-from moepp.tracking.mlflow_views import saved_views
+from moepp.tracking.mlflow_views import ARMS, TAG, saved_views, view_key
+from moepp.tracking.models import put_model
 from moepp.tracking.settings import TrackingConfig
 
 # The axes people filter runs by. The rest of the config is an artifact: a page of 80 params hides the five that differ.
@@ -25,11 +30,16 @@ AXES = {
     "arm": "tags.arm", "size": "tags.size", "seed": "seed", "top_k": "model.top_k", "tau": "model.balance.tau",
     "n_ffn": "model.experts.ffn", "n_zero": "model.experts.zero", "n_copy": "model.experts.copy",
     "n_constant": "model.experts.constant", "gating_residual": "model.gating_residual", "lr": "optim.lr",
+    "optimizer": "optim.name",
     "gate": "model.gate", "logits_norm": "model.logits_norm", "capacity_factor": "model.capacity_factor",
     "balance_form": "model.balance.form", "balance_beta": "model.balance.beta",
     "router": "model.router", "selection": "model.selection",
 }  # fmt: skip
-BUDGETS = ("tokens", "total_params", "active_params", "flops_per_token")
+BUDGETS = {  # as planned, and named otherwise than what is measured: final/active_params, final/flops_per_token
+    "tokens": "tokens", "total_params": "total_params", "active_params": "nominal_active_params",
+    "flops_per_token": "nominal_flops_per_token",
+}  # fmt: skip
+NO_PARAMS = re.compile(r"(name|runs|tags\..*|tracking\..*)$")  # keys that trials differ in and nobody compares
 LICENCE = "Apache-2.0"  # of the code and of models trained with it; `data_terms` says what the corpus asks for
 SECONDS_BETWEEN_PASSES = 5.0  # a pass takes some 20 ms of a core, which may be the one that trains
 SECONDS_TO_END = 30.0  # how long a finished run waits for its last pass
@@ -45,6 +55,9 @@ class Mirror:
         self.record, self.tracking, self.runs, self.parent_run_id = record, tracking, runs, parent_run_id
         self.uri = without_user(store_uri(tracking, runs))
         self.complete = False
+        self.varied: set[str] = set()  # keys beyond the axes that are params too; a sweep's trials share them
+        self.known: set[str] = set()  # those that the store has
+        self.colours: Mapping[str, str] = {}  # arm -> `#rrggbb`
         self._tail = MetricsTail(record)
         self._pending: list[dict[str, float]] = []
         self._run: MirroredRun | None = None
@@ -57,21 +70,26 @@ class Mirror:
         the next pass makes up for it.
         """
         status = self.record.status  # read before the metrics: once it says done, they are all there
-        if status == "waiting" or self.complete:
+        if status == "waiting" or (self.complete and self.varied <= self.known):
             return
         self._pending += self._tail.read()
-        if self._run is None:
+        provenance = self.record.read("provenance.json")
+        opened = self._run is None  # what the store has in it is known then
+        if opened:
             start = self._pending[0]["time"] if self._pending else None
             self._run = MirroredRun(self.record.path, self.tracking, self.runs, self._name(), start)
         try:
-            if not self._run.state.get("complete") or not self._run.is_below(self.parent_run_id):
+            complete = self._run.state.get("complete") and self.varied <= self.known
+            if not complete or not self._run.is_below(self.parent_run_id):
                 with store_lock(self.runs):
-                    self._put(self._run, status, ended)
+                    if not opened:
+                        self._run.refresh()
+                    self._put(self._run, provenance, status, ended)
         except DeletedRun:
             self._run, self._tail, self._pending = None, MetricsTail(self.record), []
             self.sync(ended)  # into a new one
             return
-        self._pending = []
+        self._pending, self.known = [], set(self.varied)
         self.complete = bool(self._run.state.get("complete"))
 
     @property
@@ -79,20 +97,19 @@ class Mirror:
         """As of the record."""
         return self.record.held
 
-    def _put(self, run: MirroredRun, status: str, ended: bool) -> None:
-        provenance = self.record.read("provenance.json")
-        run.refresh()
-        run.put(tags=self._tags(provenance), params=axes(self.config, self.record.read("budget.json")))
-        run.put_note(self._note())
+    def _put(self, run: MirroredRun, provenance: Mapping[str, Any], status: str, ended: bool) -> None:
+        tags, params = self._tags(provenance), axes(self.config, self.record.read("budget.json"), self.varied)
+        run.put(tags | run.missing_note(self._note()), params, self._pending)
         run.put_data(self.config.get("data", {}).get("corpus", "data"), provenance.get("data", {}))
-        run.put_metrics(self._pending)
         end = int(self._pending[-1]["time"]) if self._pending else None
         run.put_status(self._status(status, ended), end)
         run.put_texts(self._texts(status))
         if status in ("done", "pruned"):
             run.put_files([self.record.path / "tables"])
             run.state["complete"] = True
-            run.save()
+        if status == "done":
+            put_model(run, self.record, self._name(), (tags, params), self._pending, data_of(self.config, provenance))
+        run.save()
 
     def _status(self, status: str, ended: bool) -> str:
         """MLflow's word for the record's status."""
@@ -124,12 +141,13 @@ class Mirror:
 
     def _note(self) -> str:
         path, tags = self.record.path, self.config.get("tags", {})
-        lines = [f"Seed {self.config.get('seed', 0)}, record `{path}`."]
-        lines += [f"- repeat: `run.py rerun {path}`", f"- continue a text: `run.py generate {path}`"]
+        lines = [f"Seed {self.config.get('seed', 0)}, record {code(str(path))}."]
+        lines += [f"- repeat: {code(f'run.py rerun {path}')}", f"- continue a text: {code(f'run.py generate {path}')}"]
         if {"arm", "baseline"} <= tags.keys() and tags["arm"] != tags["baseline"]:
-            lines[0] = f"Arm `{tags['arm']}` of sweep `{tags.get('sweep')}`, {lines[0].replace('Seed', 'seed')}"
+            lines[0] = f"Arm {code(tags['arm'])} of sweep {code(str(tags.get('sweep')))}, s{lines[0][1:]}"
             sides = f"{path.parent}:{tags['baseline']} {path.parent}:{tags['arm']}"
-            lines.append(f"- what the arm changes, and its results against the baseline's: `run.py compare {sides}`")
+            compare = code(f"run.py compare {sides}")
+            lines.append(f"- what the arm changes, and its results against the baseline's: {compare}")
         return "\n".join([lines[0], "", *lines[1:]])
 
     def _tags(self, provenance: Mapping[str, Any]) -> dict[str, str]:
@@ -143,6 +161,7 @@ class Mirror:
             "failure": self.record.read("failed.json").get("reason", ""),
             "pruned": self.record.read("pruned.json").get("reason"),
             "mlflow.parentRunId": self.parent_run_id,
+            COLOUR: self.colours.get(self.config.get("tags", {}).get("arm", "")),
         }  # fmt: skip
         return {key: str(value) for key, value in tags.items() if value is not None}
 
@@ -167,6 +186,9 @@ class FolderMirror:
         self._params: dict[Path, Mapping[str, str]] = {}
         self._parent: MirroredRun | None = None
         self._stored: dict[str, dict[str, str]] = {}  # params of the children that the store had at the first pass
+        self._varied: set[str] = set()  # beyond the axes, keys in which the trials differ
+        self._colours: dict[str, str] = {}
+        self._first: dict[str, Any] = {}  # what the first trial is configured with
 
     @property
     def held(self) -> bool:
@@ -181,7 +203,7 @@ class FolderMirror:
         sweep = read_json(self.directory / "sweep.json")
         if sweep and self._parent is None:
             self._parent = _open_parent(self.directory, sweep, self.tracking, self.runs)
-            self._stored = self._parent.children()
+            self._stored, self._colours = self._parent.children(), colours_of(sweep)
         failures = self._sync_records(ended)
         if self._parent:
             try:
@@ -196,16 +218,12 @@ class FolderMirror:
     def _sync_records(self, ended: bool) -> list[Exception]:
         failures = []
         parent_run_id = self._parent.run_id if self._parent else None
-        for config in sorted(self.directory.glob("*/config.yaml")):
-            path = config.parent
-            try:
-                if path not in self._mirrors:
-                    self._add(path, parent_run_id)
-                self._mirrors[path].sync(ended)
-            except Exception as error:
-                if not _is_of_one_run(error):
-                    raise
-                failures.append(error)
+        paths = [config.parent for config in sorted(self.directory.glob("*/config.yaml"))]
+        for path in paths:  # all, before the first is put: what one trial is known to differ in is a param of each
+            if path not in self._mirrors:
+                failures += _tried(lambda path=path: self._add(path, parent_run_id))
+        for mirror in list(self._mirrors.values()):
+            failures += _tried(lambda mirror=mirror: mirror.sync(ended))
         return failures
 
     def _put_parent(self, parent: MirroredRun, sweep: Mapping[str, Any], ended: bool) -> None:
@@ -224,18 +242,49 @@ class FolderMirror:
         state = read_json(path / "mlflow.json") or {}
         stored = self._stored.get(state.get("run_id", ""))
         mirror.complete = bool(state.get("complete")) and stored is not None
-        self._params[path] = stored if mirror.complete else axes(mirror.config, {})
+        mirror.varied, mirror.known, mirror.colours = self._varied, set(stored or ()), self._colours
+        if mirror.complete:  # its params tell: a config takes milliseconds to read
+            self._params[path] = stored
+            self._varied |= {name for name in stored if "." in name}
+        else:
+            self._first = self._first or _compared(RunRecord(min(self._mirrors, default=path)).read("config.yaml"))
+            own = _compared(mirror.config)
+            keys = own.keys() | self._first.keys()
+            self._varied |= {key for key in keys if own.get(key) != self._first.get(key)}
         self._mirrors[path] = mirror
 
+    def _params_of(self, path: Path, mirror: Mirror) -> Mapping[str, str]:
+        if path not in self._params or not self._varied <= self._params[path].keys():
+            self._params[path] = axes(mirror.config, {}, self._varied)
+        return self._params[path]
+
     def _put_views(self, parent: MirroredRun) -> None:
-        known = self._params.values()
+        known = [self._params_of(path, mirror) for path, mirror in self._mirrors.items()]
         arms = list(dict.fromkeys(run["arm"] for run in known if "arm" in run))
-        names = dict.fromkeys([*AXES, *(n for run in known for n in run if n.startswith("n_"))])
+        names = dict.fromkeys([*AXES, *(n for run in known for n in run if n.startswith("n_")), *sorted(self._varied)])
         varied = [n for n in names if n not in ("arm", "seed") and len({run.get(n) for run in known}) > 1]
         views = saved_views(self.directory.name, parent.run_id, parent.start_ms, arms, varied)
+        if parent.state.get("arms"):  # a report has made the view of arms
+            del views[TAG + view_key(parent.run_id, ARMS)]
         if views != self._views:
             parent.put_views(views)
             self._views = views
+
+
+def _compared(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What trials may differ in beside the axes."""
+    return {key: value for key, value in leaves(config) if not NO_PARAMS.match(key) and key not in AXES.values()}
+
+
+def _tried(put: Callable[[], None]) -> list[Exception]:
+    """The error that one run has caused; any other is raised."""
+    try:
+        put()
+    except Exception as error:
+        if not _is_of_one_run(error):
+            raise
+        return [error]
+    return []
 
 
 def _is_of_one_run(error: Exception) -> bool:
@@ -288,7 +337,7 @@ def sync_all(runs: Path | str, tracking: TrackingConfig) -> int:
     failures: list[Exception] = []
     for directory in sorted(path for path in Path(runs).glob("*") if path.is_dir()):
         try:
-            FolderMirror(directory, tracking, runs).sync(ended=True)
+            FolderMirror(directory, as_recorded(tracking, directory), runs).sync(ended=True)
         except Exception as error:  # whatever a tracker raises
             failures.append(error)
             if not _is_of_one_run(error):
@@ -299,6 +348,17 @@ def sync_all(runs: Path | str, tracking: TrackingConfig) -> int:
     if failures:
         raise failures[0]
     return len(list(Path(runs).glob("*/*/config.yaml")))
+
+
+def as_recorded(tracking: TrackingConfig, directory: Path) -> TrackingConfig:
+    """Where `tracking` names no address or experiment, those of the records of `runs/<name>`: what their command or
+    their sweep's file named.
+    """
+    first = min(directory.glob("*/config.yaml"), default=None)
+    saved = RunRecord(first.parent).read("config.yaml").get("tracking", {}) if first else {}
+    default = TrackingConfig()
+    own = {key: saved[key] for key in ("uri", "experiment") if key in saved}
+    return replace(tracking, **{k: v for k, v in own.items() if getattr(tracking, k) == getattr(default, k)})
 
 
 def mirror_again(record: RunRecord) -> None:
@@ -338,19 +398,27 @@ def _open_parent(directory: Path, sweep: Mapping[str, Any], tracking: TrackingCo
     run = MirroredRun(directory, tracking, runs, directory.name)
     tags = {"sweep": directory.name, "experiment": sweep["name"], "paper_table": sweep.get("paper", "")}
     tags |= {key: sweep[key] for key in ("baseline", "scale", "match")}
-    run.put(tags)
-    run.put_note(sweep["question"])
+    run.put(tags | run.missing_note(escaped(sweep["question"])))
     return run
 
 
-def axes(config: Mapping[str, Any], budget: Mapping[str, Any]) -> dict[str, str]:
-    """Params of a run. `null` is a value like any other: MLflow's charts leave out runs that lack a param."""
+def axes(config: Mapping[str, Any], budget: Mapping[str, Any], varied: Iterable[str] = ()) -> dict[str, str]:
+    """Params of a run, the keys `varied` among them. `null` is a value like any other: MLflow's charts leave out runs
+    that lack a param.
+    """
     known = dict(leaves(config))
     others = config.get("model", {}).get("experts", {}).get("others", {})
     values = {name: known[key] for name, key in AXES.items() if key in known}
     values |= {f"n_{kind}": count for kind, count in others.items()}
-    values |= {name: round(budget[name]) for name in BUDGETS if name in budget}
+    values |= {name: round(budget[planned]) for planned, name in BUDGETS.items() if planned in budget}
+    values |= {key: known.get(key) for key in varied}
     return {name: "null" if value is None else str(value) for name, value in values.items()}
+
+
+def data_of(config: Mapping[str, Any], provenance: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The text of a run and the digest of its tokens, as MLflow names a data set; None where no digest is known."""
+    digest = provenance.get("data", {}).get("digest")
+    return (config.get("data", {}).get("corpus", "data"), digest) if digest else None
 
 
 def _reason(error: BaseException) -> str:

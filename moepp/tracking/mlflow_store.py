@@ -11,10 +11,12 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from importlib.metadata import entry_points
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from moepp.addresses import without_user
@@ -155,6 +157,7 @@ class MirroredRun:
         self._path = directory / "mlflow.json"
         with store_lock(runs):
             self.state: dict[str, Any] = read_json(self._path) or {}
+            self._saved = deepcopy(self.state)
             run = find_run(self.client, self.state.get("run_id"))
             if run is None:  # never mirrored, deleted, or into a store that has been deleted since
                 run = self._create(experiment_id, name, start_ms)
@@ -174,7 +177,7 @@ class MirroredRun:
         if "run_id" in self.state or "key" not in self.state:
             self.state = {"key": secrets.token_hex(8)}
             self.save()
-        if made := self._with_key(experiment_id):
+        elif made := self._with_key(experiment_id):
             return made[0]
         start, tags = None if start_ms is None else int(start_ms), {KEY: self.state["key"]}
         return self.client.create_run(experiment_id, start_time=start, run_name=name, tags=tags)
@@ -224,44 +227,63 @@ class MirroredRun:
                 return found
 
     def save(self) -> None:
-        write_json(self._path, self.state)
+        if self.state != self._saved:
+            write_json(self._path, self.state)
+            self._saved = deepcopy(self.state)
 
-    def put(self, tags: Mapping[str, str], params: Mapping[str, str] | None = None) -> None:
-        """Tags follow the record; params are immutable in MLflow, so each is sent once."""
+    def put(
+        self,
+        tags: Mapping[str, str],
+        params: Mapping[str, str] | None = None,
+        lines: Sequence[Mapping[str, float]] = (),
+    ) -> None:
+        """Tags follow the record; params are immutable in MLflow, so each is sent once. Of the `lines` of metrics it
+        sends each metric's steps after the last one in the store: a resumed run writes earlier steps a second time.
+
+        Batches go out in the order of steps and are stored whole or not at all, so no step before the last is missing.
+        `final/*` goes to step 0, where MLflow draws bars; under the last step it would draw curves of one point. A
+        final value that was replaced in the record is sent again: MLflow shows the newest.
+        """
         from mlflow.entities import Param, RunTag
 
-        tags = {stored_name(key): value[:VALUE_LENGTH] for key, value in tags.items()}
-        tags = {key: value for key, value in tags.items() if self._tags.get(key, "") != value}
+        tags = {key: value for key, value in stored_tags(tags).items() if self._tags.get(key, "") != value}
         params = {stored_name(key): value[:PARAM_LENGTH] for key, value in (params or {}).items()}
         params = {key: value for key, value in params.items() if key not in self._params}
         items = [*(Param(*pair) for pair in params.items()), *(RunTag(*pair) for pair in tags.items())]
-        if items:
-            self._log(items)
-            self._tags.update(tags)
-            self._params.update(params)
+        metrics, steps = self._new_metrics(lines)
+        first = METRICS_PER_CALL - len(items)
+        self._log(items, metrics[:first])
+        self._send(metrics[first:])
+        self._tags.update(tags)
+        self._params.update(params)
+        self._steps = steps
 
-    def _log(self, items: "list[Param | RunTag]") -> None:
+    def _log(self, items: "list[Param | RunTag]", metrics: "Sequence[Metric]" = ()) -> None:
         """All at once; where the store refuses that, one by one, so that one bad item costs itself alone."""
         from mlflow.entities import RunTag
         from mlflow.exceptions import MlflowException
 
+        if not items:
+            self._send(metrics)
+            return
         tags = [item for item in items if isinstance(item, RunTag)]
+        params = [item for item in items if item not in tags]
         try:
-            self.client.log_batch(self.run_id, params=[item for item in items if item not in tags], tags=tags)
+            self.client.log_batch(self.run_id, metrics=metrics, params=params, tags=tags)
         except MlflowException as error:
             if error.error_code != "INVALID_PARAMETER_VALUE":
                 raise
-            if len(items) == 1:
+            if len(items) == 1 and not metrics:
                 said = f"{items[0].key}={items[0].value[:80]!r}"
                 print(f"warning: MLflow refuses {said} of {self._path.parent}", file=sys.stderr)
                 return
             for item in items:
                 self._log([item])
+            self._send(metrics)
 
-    def put_note(self, markdown: str) -> None:
-        """The run's description where it has none: people write there too."""
-        if not self._tags.get(NOTE):
-            self.put({NOTE: markdown[:VALUE_LENGTH]})
+    def missing_note(self, markdown: str) -> dict[str, str]:
+        """The tag of the run's description where it has none: people write there too."""
+        return {} if self._tags.get(NOTE) else {NOTE: markdown}
 
     def put_section(self, name: str, markdown: str) -> None:
         """One of several parts of a description, in place of the part of the same name and of any other text."""
@@ -287,13 +309,8 @@ class MirroredRun:
         self.client.log_inputs(self.run_id, [DatasetInput(dataset, context)])
         self._has_data = True
 
-    def put_metrics(self, lines: list[dict[str, float]]) -> None:
-        """Sends each metric's steps after the last one in the store: a resumed run writes earlier steps a second time.
-
-        Batches go out in the order of steps and are stored whole or not at all, so no step before the last is missing.
-        `final/*` goes to step 0, where MLflow draws bars; under the last step it would draw curves of one point. A
-        final value that was replaced in the record is sent again: MLflow shows the newest.
-        """
+    def _new_metrics(self, lines: Sequence[Mapping[str, float]]) -> "tuple[list[Metric], dict[str, int]]":
+        """What is to be sent of the lines, and each metric's last step then."""
         from mlflow.entities import Metric
 
         steps = dict(self._steps)
@@ -307,8 +324,7 @@ class MirroredRun:
                 if step > steps.get(key, -1) or replaced:
                     metrics.append(Metric(key, float(value), int(line["time"]), step))
                     steps[key] = step
-        self._send(metrics)
-        self._steps = steps
+        return metrics, steps
 
     def put_values(self, values: Mapping[str, float]) -> None:
         """Metrics without a history: the newest values count."""
@@ -317,18 +333,23 @@ class MirroredRun:
         now = int(time.time() * 1000)
         self._send([Metric(stored_name(key), value, now, 0) for key, value in values.items()])
 
-    def _send(self, metrics: "list[Metric]") -> None:
+    def _send(self, metrics: "Sequence[Metric]") -> None:
         for start in range(0, len(metrics), METRICS_PER_CALL):
             self.client.log_batch(self.run_id, metrics=metrics[start : start + METRICS_PER_CALL])
 
     def put_texts(self, texts: Mapping[str, str]) -> None:
-        """Small artifacts by name, each where it is new or has changed."""
+        """Small artifacts by name, each where it is new or has changed. `save` remembers what was sent."""
         sent = self.state.setdefault("sent", {})
-        for name, text in texts.items():
-            if sent.get(name) != (checksum := zlib.crc32(text.encode())):
-                self.client.log_text(self.run_id, text, name)
-                sent[name] = checksum
-                self.save()
+        checksums = {name: zlib.crc32(text.encode()) for name, text in texts.items()}
+        new = [name for name, checksum in checksums.items() if sent.get(name) != checksum]
+        if not new:
+            return
+        with TemporaryDirectory() as folder:
+            for name in new:
+                (path := Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(texts[name])
+            self.client.log_artifacts(self.run_id, folder)
+        sent |= {name: checksums[name] for name in new}
 
     def put_files(self, paths: list[Path], folder: str | None = None) -> None:
         for path in paths:
@@ -346,6 +367,11 @@ class MirroredRun:
             self.client.set_terminated(self.run_id, status, end_ms)
             self._delete_doubles()
         self._status = status
+
+
+def stored_tags(tags: Mapping[str, str]) -> dict[str, str]:
+    """As the store takes them, names and values."""
+    return {stored_name(key): value[:VALUE_LENGTH] for key, value in tags.items()}
 
 
 def stored_name(key: str) -> str:
@@ -404,17 +430,20 @@ def _newest_sweep(client: "MlflowClient", runs: Path) -> Path | None:
 
 
 def _addresses(base: str, experiment_id: str, sweep: Path | None) -> dict[str, str]:
-    everything = {"runs": pages.experiment_page(base, experiment_id)}
+    everything = {
+        "runs": pages.experiment_page(base, experiment_id),
+        "models": pages.models_page(base, experiment_id),
+    }
     if sweep is None:
         return everything
     parent = read_json(sweep / "mlflow.json")
     if parent is None or "experiment_id" not in parent:
         raise UsageError(f"{sweep} is not in MLflow yet; run the sweep, or `{program()} sync` for its records")
-    place, run = parent["experiment_id"], parent["run_id"]
+    place, run, said = parent["experiment_id"], parent["run_id"], next(iter(parent.get("sections", ())), "")
     return {
         "arms": pages.view_page(base, place, view_key(run, ARMS), charts=True),
         "trials": pages.view_page(base, place, view_key(run, TRIALS)),
-        "report": pages.run_page(base, place, run),
+        "report": pages.report_page(base, place, run, said) if said else pages.run_page(base, place, run),
         **everything,
     }
 

@@ -9,6 +9,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 TAG = "mlflow.sharedViewState."  # followed by the view's key
+ARMS_OF = "arms_of"  # tag of the runs that a report makes for the arms of a sweep: its parent run
+ANSWER = {  # what the view of arms shows of these runs, and the widths of the columns
+    "val_loss_minus_baseline": 190, "val_loss_minus_baseline_low": 110, "val_loss_minus_baseline_high": 110,
+    "expert_forward_speedup": 110, "tokens_per_s": 110, "val_accuracy": 110, "ffn_per_token": 115, "val_loss": 90,
+}  # fmt: skip
+DIFFERENCE = "val_loss_minus_baseline"
+INTERVAL = f"interval/{DIFFERENCE}"  # low, mean and high at one step, which a chart of lines draws as a bar
 ARMS, TRIALS = "arms", "trials"
 OBJECTIVE = "final/val_loss"
 RESULTS = {  # and the widths of their columns, in pixels
@@ -28,15 +35,16 @@ def saved_views(
     sweep: str, parent_run_id: str, created_ms: int, arms: Sequence[str], varied: Sequence[str]
 ) -> dict[str, str]:
     """Experiment tags with both views of a sweep. `varied` names the params in which its arms differ."""
+    trials_of = f"tags.`mlflow.parentRunId` = '{parent_run_id}'"
     by_arm = {"aggregateFunction": "average", "groupByKeys": [{"mode": "param", "groupByData": "arm"}]}
     averages = {
-        **_state(parent_run_id, [], [_bar(OBJECTIVE), _scatter("final/ffn_per_token", OBJECTIVE), *_curves()]),
+        **_state(trials_of, OBJECTIVE, RESULTS, [], [_scatter("final/ffn_per_token", OBJECTIVE), *_curves()]),
         "groupBy": by_arm,
         "groupsExpanded": {f"param.arm.{arm}": False for arm in arms[:FOLDED_ARMS]},
         "runsHiddenMode": "SHOW_ALL",
     }
     trials = {
-        **_state(parent_run_id, ["seed", *varied], [_parallel(varied or ["seed"]), *_curves()]),
+        **_state(trials_of, OBJECTIVE, RESULTS, ["seed", *varied], [_parallel(varied or ["seed"]), *_curves()]),
         "runsHiddenMode": "FIRST_20_RUNS",
     }
     return {
@@ -45,17 +53,34 @@ def saved_views(
     }
 
 
-def _state(parent_run_id: str, params: Sequence[str], charts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    columns = [f"params.`{name}`" for name in params] + [f"metrics.`{name}`" for name in RESULTS]
+def arms_view(sweep: str, parent_run_id: str, created_ms: int) -> str:
+    """The view of arms once a report has made their runs: the value of its experiment tag. It answers on one screen."""
+    charts = [
+        _line(INTERVAL),
+        _bar("expert_forward_speedup"),
+        _bar("tokens_per_s"),
+        _line("val/loss"),
+        _bar("val_accuracy"),
+        _bar("ffn_per_token"),
+    ]
+    state = _state(f"tags.{ARMS_OF} = '{parent_run_id}'", DIFFERENCE, ANSWER, [], charts)
+    state["compareRunSections"][0] |= {"columns": 3, "cardHeight": 235}
+    return _envelope(f"{sweep}: {ARMS}", created_ms, state | {"runsHiddenMode": "SHOW_ALL"})
+
+
+def _state(
+    found_by: str, order: str, metrics: Mapping[str, int], params: Sequence[str], charts: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    columns = [f"params.`{name}`" for name in params] + [f"metrics.`{name}`" for name in metrics]
     sections = [{"uuid": "sweep", "name": "sweep", "display": True, "isReordered": True}]
     sections += [{"uuid": name, "name": name, "display": False, "isReordered": False} for name in FOLDED]
     return {
-        "searchFilter": f"tags.`mlflow.parentRunId` = '{parent_run_id}'",
-        "orderByKey": f"metrics.`{OBJECTIVE}`",
+        "searchFilter": found_by,
+        "orderByKey": f"metrics.`{order}`",
         "orderByAsc": True,
         "selectedColumns": columns,
         "columnOrder": columns,
-        "columnWidths": {f"metrics.`{name}`": width for name, width in RESULTS.items()},
+        "columnWidths": {f"metrics.`{name}`": width for name, width in metrics.items()},
         "compareRunCharts": [
             {"uuid": f"sweep-{i}", "metricSectionId": "sweep", "deleted": False, "isGenerated": False, **chart}
             for i, chart in enumerate(charts)

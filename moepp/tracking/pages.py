@@ -50,6 +50,17 @@ def run_page(base: str, experiment_id: str, run_id: str) -> str:
     return f"{base}/#/experiments/{experiment_id}/runs/{run_id}?{urlencode(KIND)}"
 
 
+def report_page(base: str, experiment_id: str, run_id: str, experiment: str) -> str:
+    """What a report wrote onto a sweep's parent run, as a page within MLflow's."""
+    page = f"{quote(experiment)}/report.html"
+    return f"{base}/#/experiments/{experiment_id}/runs/{run_id}/artifacts/{page}?{urlencode(KIND)}"
+
+
+def models_page(base: str, experiment_id: str) -> str:
+    """The checkpoints of all finished runs, with what was measured of them."""
+    return f"{base}/#/experiments/{experiment_id}/models?{urlencode(KIND)}"
+
+
 def comparison_page(base: str, run_ids: Sequence[str], experiment_ids: Sequence[str]) -> str:
     """Runs side by side."""
     lists = {"runs": list(run_ids), "experiments": sorted(set(experiment_ids))}

@@ -18,6 +18,8 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         names.check("tracking.experiment", [self.experiment])
+        if len(set(self.loggers)) < len(self.loggers):
+            raise ValueError(f"tracking.loggers={self.loggers} must name each logger once")
         for name in dict.fromkeys([*self.loggers, *self.logger_options]):
             options = self.logger_options.get(name, {})
             if not isinstance(options, dict):

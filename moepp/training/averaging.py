@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.optim.swa_utils import AveragedModel
 
 from moepp.training.module import LanguageModel
+from moepp.training.recorded_trainer import within_step
 
 LATE_SHARE = 0.2  # of all steps: the snapshots lie in these
 
@@ -33,7 +34,7 @@ class LateAverage(Callback):
             self.mean.load_state_dict(self.resumed)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LanguageModel, *_: Any) -> None:
-        if not trainer.fit_loop._should_accumulate() and trainer.global_step in self.taken_at:
+        if not within_step(trainer) and trainer.global_step in self.taken_at:
             self.mean.update_parameters(pl_module.model)
 
     def state_dict(self) -> dict[str, Any]:

@@ -3,18 +3,22 @@
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 import torch.distributed as dist
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Callback
 
 from moepp.errors import UsageError
 from moepp.models.foreign import RetrofitConfig
 from moepp.retrofit.modeling import routers
 from moepp.training.module import LanguageModel
+from moepp.training.recorded_trainer import within_step
 
 
 class Awakening(Callback):
-    """Before the first step the offsets are set so that new experts get `share` of the slots of that step's batch; over
-    `wake_steps` they rise to it. Offsets stand in checkpoints, so a resumed run goes on with its own.
+    """Before the first step the offsets are set so that new experts get `share` of the slots of that step's batch, and
+    the model is validated, untrained as it is; over `wake_steps` the offsets rise to what was set. Set anew every
+    `recalibrate_every` steps they hold the share. They stand in checkpoints, so a resumed run goes on with its own.
     """
 
     def __init__(self, settings: RetrofitConfig):
@@ -25,18 +29,42 @@ class Awakening(Callback):
             return
         if any(hasattr(p, "full_tensor") for p in pl_module.parameters()):
             raise UsageError("silent experts are calibrated on whole weights: choose strategy=single or ddp, or zeda")
-        ids = [batch[:, :-1].to(pl_module.device) for batch in trainer.datamodule.micro_batches(0)]
+        self.calibrate(trainer, pl_module)
+        self.validate(trainer, pl_module)
+        pl_module.model.wake(self.fraction(0))
+
+    def calibrate(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
+        """On the batch of the step to come, each device's part of it: their offsets' mean is taken."""
+        ids = [batch[:, :-1].to(pl_module.device) for batch in trainer.datamodule.micro_batches(trainer.global_step)]
         with trainer.precision_plugin.train_step_context():
             pl_module.model.calibrate(ids)
         if dist.is_initialized():
             for router in routers(pl_module.model):
                 dist.all_reduce(router.calibrated)
                 router.calibrated /= dist.get_world_size()
-        pl_module.model.wake(self.fraction(0))
+
+    @torch.no_grad()
+    def validate(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
+        """Awake and untrained: the record's validation at step 0, router/ffn_share on the same text beside it."""
+        pl_module.model.wake(1.0)
+        pl_module.eval()
+        pl_module.on_validation_epoch_start()
+        with trainer.precision_plugin.val_step_context():
+            for batch in trainer.datamodule.val_dataloader():
+                pl_module.validation_step(move_data_to_device(batch, pl_module.device))
+        pl_module.train()
+        found = {f"val/{name}": value for name, value in pl_module.validation_metrics().items()}
+        trainer.write(found | {"router/ffn_share": float(pl_module.val_routing.compute()["ffn_share"])})
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: LanguageModel, *_: Any) -> None:
         if trainer.global_step < self.settings.wake_steps:
             pl_module.model.wake(self.fraction(trainer.global_step))
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LanguageModel, *_: Any) -> None:
+        every, step = self.settings.recalibrate_every, trainer.global_step
+        if every and step % every == 0 and not within_step(trainer):
+            self.calibrate(trainer, pl_module)
+            pl_module.model.wake(self.fraction(step))
 
     def fraction(self, step: int) -> float:
         """Of the way from silent to calibrated, at the step after so many."""

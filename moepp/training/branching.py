@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moepp.records import RunRecord, link_or_copy, write_json, write_text
 from moepp.training.settings import RunConfig, changed_settings
+from moepp.training.states import state_name
 
 
 def branch_off(record: RunRecord, config: RunConfig) -> None:
@@ -21,10 +22,6 @@ def branch_off(record: RunRecord, config: RunConfig) -> None:
             if changed_settings(trunk, config).keys() == {"trainer.steps"}:
                 _take_over(record, trunk, point, step)
                 return
-
-
-def state_name(step: int) -> str:
-    return f"step-{step:08d}.ckpt"
 
 
 def _take_over(record: RunRecord, trunk: RunRecord, point: Path, step: int) -> None:

@@ -1,12 +1,12 @@
 """What happens beside training: metrics to the loggers, checkpoints to resume from."""
 
+import gc
 import math
 import os
 import signal
 import threading
 import time
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,17 +16,16 @@ from torch import Tensor
 
 from moepp.errors import Interrupted, RunError
 from moepp.process import STOP_SIGNALS
-from moepp.records import RunRecord, fsync
+from moepp.records import RunRecord
 from moepp.strategies.base import MoEStrategy
-from moepp.training.branching import state_name
 from moepp.training.module import LanguageModel, is_logged
 from moepp.training.ranks.rank import largest
+from moepp.training.recorded_trainer import RecordedTrainer, within_step
+from moepp.training.states import begin_saving, finish_saving, is_written, remove_state, state_name, states
 from moepp.training.system_metrics import SystemMeter
 from moepp.training.throughput import StepTimer, peak_flops, peak_memory_gib
-from moepp.training.trainer import RecordedTrainer
 
 LOGGED = ("train/loss", "train/balance_loss", "router/")  # by the module itself
-PARTIAL = "saving.ckpt"  # what a checkpoint is called while it is written
 
 
 class MetricsReporter(Callback):
@@ -55,7 +54,7 @@ class MetricsReporter(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LanguageModel, *_: Any) -> None:
         step = trainer.global_step
-        if not is_logged(trainer, step) or trainer.fit_loop._should_accumulate():
+        if not is_logged(trainer, step) or within_step(trainer):
             return
         raise_if_not_finite(trainer, pl_module)
         losses = torch.stack(list(pl_module.train_losses.values()))
@@ -109,6 +108,28 @@ class MetricsReporter(Callback):
         return speed
 
 
+class CollectTogether(Callback):
+    """Python's garbage collector every so many steps, in all processes at once: a process that stops by itself for it
+    makes all others wait.
+    """
+
+    def __init__(self, every: int):
+        self.every = every
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
+        gc.disable()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LanguageModel, *_: Any) -> None:
+        if not within_step(trainer) and trainer.global_step % self.every == 0:
+            gc.collect()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
+        gc.enable()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: LanguageModel, exception: BaseException) -> None:
+        gc.enable()
+
+
 class ResumeCheckpoint(Checkpoint):
     """Keeps the two newest full training states in the record, for a disk may damage one: every `every` steps and when
     the process is asked to stop.
@@ -123,6 +144,7 @@ class ResumeCheckpoint(Checkpoint):
     def __init__(self, record: RunRecord, every: int, val_every: int, keep_at: Collection[int] = ()):
         self.record, self.every, self.val_every, self.keep_at = record, every, val_every, keep_at
         self.stopping = False
+        self.saved = ""  # the state that is on its way to the disk
         self.previous: dict[int, Any] = {}  # handlers
         self._began, self._before = time.perf_counter(), 0.0
 
@@ -144,10 +166,20 @@ class ResumeCheckpoint(Checkpoint):
             self.previous = {number: signal.signal(number, self._stop) for number in STOP_SIGNALS}
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
+        self._finish(trainer)
         self._restore()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: LanguageModel, exception: BaseException) -> None:
         self._restore()
+
+    def _finish(self, trainer: pl.Trainer) -> None:
+        """Names the state that was saved last, and removes all others but one."""
+        if self.saved:
+            finish_saving(trainer, self.record, self.saved)
+            self.saved = ""
+            if trainer.is_global_zero:
+                for older in states(self.record.checkpoints, but=self.keep_at)[:-2]:
+                    remove_state(older)
 
     def _restore(self) -> None:
         for number, handler in self.previous.items():
@@ -155,7 +187,7 @@ class ResumeCheckpoint(Checkpoint):
         self.previous = {}
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LanguageModel, *_: Any) -> None:
-        if not trainer.fit_loop._should_accumulate() and trainer.global_step % self.val_every:
+        if not within_step(trainer) and trainer.global_step % self.val_every:
             self._save_where_due(trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
@@ -167,43 +199,19 @@ class ResumeCheckpoint(Checkpoint):
 
     def _save_where_due(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         step = trainer.global_step
+        if trainer.is_global_zero and is_written(trainer):
+            self._finish(trainer)
         stopping = largest(self.stopping)  # the ranks agree here, once in every step, for all must save the same one
         if trainer.should_stop or (not stopping and step % self.every and step not in self.keep_at):
             return  # a run that is continued comes to the same end by itself
         raise_if_not_finite(trainer, pl_module)
-        save_whole(trainer, self.record, state_name(step))
-        if trainer.is_global_zero:
-            for older in resume_points(self.record.checkpoints, but=self.keep_at)[:-2]:
-                older.unlink()
+        self._finish(trainer)
+        begin_saving(trainer, self.record)
+        self.saved = state_name(step)
+        if stopping or is_written(trainer):
+            self._finish(trainer)
         if stopping:
             raise Interrupted(f"stopped at step {step}; the same command continues")
-
-
-def save_whole(trainer: pl.Trainer, record: RunRecord, name: str, weights_only: bool = False) -> None:
-    """Saves `checkpoints/<name>`. It bears its name only once all of it is on the disk, after the metrics of its steps:
-    what is found there is never half of it. All ranks call it.
-    """
-    partial, path = record.checkpoints / PARTIAL, record.checkpoints / name
-    try:
-        trainer.save_checkpoint(partial, weights_only)  # returns when all ranks have written
-        if trainer.is_global_zero:
-            record.keep_metrics()
-            fsync(partial)
-            os.replace(partial, path)
-            fsync(path.parent)
-    except OSError:
-        if trainer.is_global_zero:
-            partial.unlink(missing_ok=True)
-        raise
-
-
-def resume_points(folder: Path, but: Collection[int] = ()) -> list[Path]:
-    """The training checkpoints in `folder`, oldest first, but for those of some steps."""
-    return [point for point in sorted(folder.glob("step-*.ckpt")) if not but or step_of(point) not in but]
-
-
-def step_of(point: Path) -> int:
-    return int(point.stem.removeprefix("step-"))
 
 
 def raise_if_not_finite(trainer: pl.Trainer, module: LanguageModel) -> None:
@@ -213,7 +221,7 @@ def raise_if_not_finite(trainer: pl.Trainer, module: LanguageModel) -> None:
         return
     lr = module.optim.lr
     keepers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ResumeCheckpoint)]
-    saved = [point for keeper in keepers for point in resume_points(keeper.record.checkpoints)]
+    saved = [point for keeper in keepers for point in states(keeper.record.checkpoints)]
     kept = f"the last good checkpoint is {os.path.relpath(saved[-1])}" if saved else "no checkpoint was saved before it"
     scheduled = trainer.optimizers[0].param_groups[0]["lr"] if trainer.optimizers else math.nan
     raise RunError(

@@ -11,13 +11,14 @@ from torch.torch_version import TorchVersion
 
 from moepp.errors import UsageError
 from moepp.layers.dispatch import TRACEABLE
-from moepp.training.loss import Losses, training_losses
+from moepp.models.settings import DecoderConfig
+from moepp.training.loss import LossFunction, training_losses
 from moepp.training.settings import RunConfig
 
 COMPILER = "inductor"
 
 
-def losses_of(config: RunConfig) -> Losses:
+def losses_of(config: RunConfig) -> LossFunction:
     """`training_losses`, compiled where the config says so: for one shape, that of all batches."""
     if not config.trainer.compile:
         return training_losses
@@ -32,9 +33,9 @@ def in_one_graph(config: RunConfig) -> bool:
     return config.model.backend in TRACEABLE and config.strategy.name == "single"
 
 
-def refuse_what_cannot_be_compiled(config: RunConfig, on_gpu: bool) -> None:
+def refuse_what_cannot_be_compiled(model: DecoderConfig, on_gpu: bool) -> None:
     """UsageError in one line that says what trainer.compile=true lacks on this machine."""
-    if config.model.activation_checkpointing and torch.__version__ < TorchVersion("2.13"):
+    if model.activation_checkpointing and torch.__version__ < TorchVersion("2.13"):
         raise UsageError(
             f"trainer.compile=true with model.activation_checkpointing=true needs torch 2.13, and this is "
             f"{torch.__version__}, which loses what the layers report: set one of them to false"

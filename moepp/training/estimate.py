@@ -3,56 +3,86 @@
 Letters in comments as everywhere: T tokens of a micro-batch, D model width, V vocabulary, N experts, K top-k, F hidden.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-from moepp.errors import UsageError
 from moepp.layers.balance import expert_capacities
 from moepp.layers.settings import TOP_K_SELECTIONS
-from moepp.models.budget import Budget, active_parameters, expected_ffn_per_token, forward_flops, parameters
+from moepp.models.budget import Budget, active_parameters, expected_ffn_per_token, parameters
+from moepp.models.build import build_model
 from moepp.models.cross_entropy import WHOLE
 from moepp.models.settings import DecoderConfig
+from moepp.training.device_state import MATRICES, STATE_BYTES, WIDE, DeviceState, product_bytes
 from moepp.training.settings import RunConfig
 
 MFU = 0.3  # assumed share of the peak; mixtures of this size reach 0.15 (learned routing) to 0.4
 PEAKS = {"A100": 312e12, "H100 or H200": 989e12}  # dense bf16 FLOP/s, vendors' data sheets
-STATE_BYTES = 16  # per parameter: float32 weight, gradient and two AdamW moments
-WIDE = 4  # bytes of a float32
 
 
 def estimate(config: RunConfig) -> list[str]:
     """Lines that name parameters, tokens, FLOPs, GPU hours and memory, each with what it assumes."""
-    model, data, trainer = config.model, config.data, config.trainer
-    if model.name == "hf":
-        raise UsageError(
-            "--dry-run estimates this package's own decoder; budget.json of a run of model=hf has its size"
-        )
+    data, trainer = config.data, config.trainer
     tokens = trainer.steps * data.batch_size * data.seq_len
-    budget = Budget.of(model, data.seq_len, tokens)
-    used = expected_ffn_per_token(model)
-    part = parameters(model)
-    training = 3 * sum(forward_flops(model, data.seq_len).values()) * tokens
+    budget = Budget.of(config.model, data.seq_len, tokens)
+    training = 3 * budget.flops_per_token * tokens
     hours = ", ".join(f"{_short(training / (MFU * peak) / 3600)} on {name}" for name, peak in PEAKS.items())
+    foreign = config.model.name == "hf"
     shown = {
-        "parameters": f"{budget.total_params:,} ({part['ffn_experts']:,} in FFN experts)",
-        "activated with top-k": f"{budget.active_params:,}; without the input embedding"
-        f" {budget.active_params - part['embedding']:,}",
-        "activated when balanced": f"{active_parameters(model, used):,} ({used:.3g} FFN experts per token and layer)",
+        **(_foreign_size if foreign else _size)(config.model, budget),
         "tokens": f"{tokens:,} ({trainer.steps:,} steps of {data.batch_size:,} sequences of {data.seq_len:,})",
         "corpus": data.corpus + (f" ({', '.join(data.sources)})" if data.corpus == "mixture" else ""),
         "training FLOPs": f"{training:.3g} (three times the forward pass)",
         "GPU hours": f"{hours}, at an assumed {MFU:.0%} of the dense bf16 peak",
-        "memory per device": _memory(config),
+        "memory per device": _foreign_memory(config.model) if foreign else _memory(config),
     }
     width = max(map(len, shown))
     return [f"{name:<{width}}  {value}" for name, value in shown.items()]
 
 
+def _size(model: DecoderConfig, budget: Budget) -> dict[str, str]:
+    used, part = expected_ffn_per_token(model), parameters(model)
+    return {
+        "parameters": f"{budget.total_params:,} ({part['ffn_experts']:,} in FFN experts)",
+        "activated with top-k": f"{budget.active_params:,}; without the input embedding"
+        f" {budget.active_params - part['embedding']:,}",
+        "activated when balanced": f"{active_parameters(model, used):,} ({used:.3g} FFN experts per token and layer)",
+    }
+
+
+def _foreign_size(model: DecoderConfig, budget: Budget) -> dict[str, str]:
+    """Of a model of transformers, new experts included."""
+    return {"parameters": f"{budget.total_params:,}", "activated with top-k": f"{budget.active_params:,}"}
+
+
+def _foreign_memory(model: DecoderConfig) -> str:
+    """Of weights, of gradients and moments of what is trained, and of the model that is learnt from."""
+    import torch
+
+    with torch.device("meta"):
+        parameters = list(build_model(model).parameters())
+    total, trained = (sum(p.numel() for p in kept) for kept in (parameters, [p for p in parameters if p.requires_grad]))
+    size = WIDE * total + (STATE_BYTES - WIDE) * trained
+    size += WIDE * total if model.retrofit.loss != "cross_entropy" else 0
+    return f"about {_short(size / 2**30)} GiB unsharded, without activations, with {trained:,} parameters trained"
+
+
 def _memory(config: RunConfig) -> str:
-    trainer = config.trainer
-    sequences = config.data.batch_size / trainer.accumulate / (trainer.devices * trainer.num_nodes)
-    parts = StepMemory(config.model, sequences * config.data.seq_len, trainer.precision).peak()
+    trainer, strategy = config.trainer, config.strategy
+    devices = trainer.devices * trainer.num_nodes
+    parts, sequences = device_memory(config), config.data.batch_size / trainer.accumulate / devices
     named = ", ".join(f"{_short(size / 2**30)} {name}" for name, size in parts.items())
-    return f"about {_short(sum(parts.values()) / 2**30)} GiB unsharded, with {sequences:g} sequences at a time: {named}"
+    where = f"strategy={strategy.name}" + (f" on {devices} devices" if devices > 1 else "")
+    total = _short(sum(parts.values()) / 2**30)
+    return f"about {total} GiB under {where}, with {sequences:g} sequences at a time: {named}"
+
+
+def device_memory(config: RunConfig) -> dict[str, float]:
+    """Bytes that a device holds at the peak of a step, by part."""
+    trainer, devices = config.trainer, config.trainer.devices * config.trainer.num_nodes
+    tokens = config.data.batch_size * config.data.seq_len / trainer.accumulate / devices
+    state = DeviceState(config.model, config.strategy, devices, trainer.accumulate, trainer.precision)
+    step = StepMemory(config.model, tokens, trainer.precision, state.own, state.copied)
+    return state.bytes() | step.peak()
 
 
 def _short(value: float) -> str:
@@ -61,7 +91,8 @@ def _short(value: float) -> str:
 
 @dataclass
 class StepMemory:
-    """Bytes that a training step of `tokens` holds, as the backends `grouped` and `triton` compute it, not compiled.
+    """Bytes that a training step of `tokens` holds beside the state (device_state.py), as the backends `grouped` and
+    `triton` compute it, not compiled.
 
     Forward keeps `kept()` for backward. On top come, one after the other, the head with the loss, and the backward pass
     of each block; the larger one makes the peak.
@@ -70,9 +101,12 @@ class StepMemory:
     config: DecoderConfig
     tokens: float
     precision: str
+    weights: Mapping[str, float] = field(default_factory=dict)  # parameters that the device has, by part; empty: all
+    copied: Sequence[str] = MATRICES  # those of which there are copies in bfloat16
 
     def __post_init__(self) -> None:
-        self.narrow = 2 if self.precision == "bf16-mixed" else WIDE  # bytes in which matrix products run
+        self.weights = self.weights or parameters(self.config)
+        self.narrow = product_bytes(self.precision)
         self.cast = self.narrow if self.narrow < WIDE else 0  # of a copy for them, which float32 needs not
         blocks = range(self.config.layers)
         self.moe_layers = sum(self.config.is_moe(block) for block in blocks)
@@ -86,8 +120,7 @@ class StepMemory:
             "of a block's backward pass at its peak": self.block_peak(),
         }
         largest = max(on_top, key=on_top.get)
-        state = {"of weights, gradients and AdamW": STATE_BYTES * sum(parameters(self.config).values())}
-        return state | {name: size for name, size in kept.items() if size} | {largest: on_top[largest]}
+        return {name: size for name, size in kept.items() if size} | {largest: on_top[largest]}
 
     def kept(self) -> dict[str, float]:
         """What is kept from the forward pass for the backward pass, by part."""
@@ -110,9 +143,8 @@ class StepMemory:
         """Of the blocks' matrices but the routers'; those of a block that is recomputed come and go with it."""
         return 0 if self.config.activation_checkpointing else self.cast * self.block_weights()
 
-    def block_weights(self) -> int:
-        part = parameters(self.config)
-        return sum(part[name] for name in ("attention", "ffn_experts", "shared_experts", "dense_ffn"))
+    def block_weights(self) -> float:
+        return sum(self.weights[part] for part in self.copied)
 
     def attention(self) -> float:
         """A block's two norms keep their float32 inputs; the attention its input, queries, keys and values before and

@@ -103,11 +103,12 @@ def refuse_what_the_code_lacks(config: DecoderConfig) -> None:
     """The one file of code has the routers and gates that released models use."""
     known = {
         "router": ("linear", "two_layer"), "selection": ("top_k", "sigmoid"),
-        "gate": ("softmax", "renormalized", "released"),
+        "gate": ("softmax", "renormalized", "released"), "expert_groups": (1,),
     }  # fmt: skip
     for key, names in known.items():
         if getattr(config, key) not in names:
-            raise UsageError(f"format=hf has no model.{key}={getattr(config, key)}: its code has {', '.join(names)}")
+            has = ", ".join(map(str, names))
+            raise UsageError(f"format=hf has no model.{key}={getattr(config, key)}: its code has {has}")
     if others := [kind for kind, count in config.experts.others.items() if count]:
         raise UsageError(f"format=hf has no experts.others.{others[0]}: its code has constant, copy and zero experts")
 

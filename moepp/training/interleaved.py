@@ -25,7 +25,8 @@ def interleaved_times(
 
     `prepare(key, repeat)` returns the call that is timed; what it does itself is not. On a GPU the time is that between
     two events around the call, so that it contains what the host needs where that is slower. `ahead`: the GPU spins
-    first while the host queues the call, so that the time is the GPU's alone, unless the call waits for it.
+    first while the host queues the call, so that the time is the GPU's alone, unless the call waits for it. On a CPU
+    with one thread it is the time that the process had, else that of the clock.
     """
     order, shuffle = list(keys), random.Random(seed)
     times: dict[Key, list[float]] = {key: [] for key in order}
@@ -48,6 +49,7 @@ def _time_ms(call: Call, device: torch.device, ahead: bool) -> float:
         end.record()
         end.synchronize()
         return start.elapsed_time(end)
-    begin = time.perf_counter()
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    begin = clock()
     call()
-    return (time.perf_counter() - begin) * 1000
+    return (clock() - begin) * 1000

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from moepp.models.protocol import CausalLM, ModelOutput
 
-Losses = Callable[[CausalLM, Tensor], tuple[Tensor, Tensor, ModelOutput]]
+LossFunction = Callable[[CausalLM, Tensor], tuple[Tensor, Tensor, ModelOutput]]
 
 
 def training_losses(model: CausalLM, tokens: Tensor) -> tuple[Tensor, Tensor, ModelOutput]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -14,9 +15,10 @@ from torchmetrics import CatMetric, MeanMetric, Metric
 from moepp.errors import UsageError
 from moepp.layers.moe import MoEStats
 from moepp.models.build import build_model, describe_model
+from moepp.models.decoder import InitialState
 from moepp.models.protocol import CausalLM
 from moepp.training.compiled import losses_of
-from moepp.training.loss import Losses, training_losses
+from moepp.training.loss import LossFunction, training_losses
 from moepp.training.optim import build_optimizer, learning_rate_scale
 from moepp.training.routing_stats import RoutingStatistics
 from moepp.training.settings import OptimConfig, RunConfig
@@ -52,7 +54,8 @@ class LanguageModel(pl.LightningModule):
     does. `losses` may be a compiled form of `training_losses`, with `cuda_graphs` one whose replays write where those
     before did.
 
-    Logs train/loss, train/balance_loss, router/* and val/loss, val/accuracy, val/bits_per_byte (where bytes are known).
+    Logs train/loss, train/balance_loss, router/* and val/loss, val/accuracy, val/bits_per_byte (where bytes are known),
+    val/divergence (of a model that has another beside it).
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class LanguageModel(pl.LightningModule):
         optim: OptimConfig | Mapping[str, Any] | None = None,
         steps: int | None = None,
         end_of_text: int | None = None,
-        losses: Losses = training_losses,
+        losses: LossFunction = training_losses,
         cuda_graphs: bool = False,
     ):
         super().__init__()
@@ -73,6 +76,7 @@ class LanguageModel(pl.LightningModule):
         self.val_loss = MeanMetric()
         self.val_accuracy = MeanMetric()
         self.val_bits_per_byte = BitsPerByte(end_of_text)
+        self.val_divergence = MeanMetric()
         self.val_window_nats = CatMetric(nan_strategy="disable")  # means of windows, in the order of their batches
         self.val_routing = RoutingStatistics(self.model.config)
         # Of the last step only, so that a resumed run logs the same.
@@ -91,10 +95,23 @@ class LanguageModel(pl.LightningModule):
     @classmethod
     def of_run(cls, config: RunConfig, end_of_text: int) -> "LanguageModel":
         """As `config` says. Its checkpoints hold all of the config, as plain values."""
-        trainer, model = config.trainer, build_model(config.model, config.seed)
+        trainer, divided = config.trainer, config.strategy.divides_weights and config.model.name == "decoder"
+        with torch.device("meta") if divided else nullcontext():
+            model = build_model(config.model, None if divided else config.seed)
+        if divided and model.has_buffers_of_others:  # which are set where they are built
+            divided, model = False, build_model(config.model, config.seed)
         module = cls(model, config.optim, trainer.steps, end_of_text, losses_of(config), trainer.cuda_graphs)
+        if divided:
+            module.begin_with(InitialState(model, config.seed))
         module.save_hyperparameters({"config": asdict(config)})
         return module
+
+    def begin_with(self, state: Mapping[str, Tensor]) -> None:
+        """Sets the model's state; that of a model on the meta device is left to the strategy, which divides it."""
+        if any(parameter.is_meta for parameter in self.model.parameters()):
+            self.initial = {"model": state}
+        else:
+            self.model.load_state_dict(state)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Where a step has several micro-batches, the balance loss of each needs the counts of all (`balance.over`)."""
@@ -198,11 +215,14 @@ class LanguageModel(pl.LightningModule):
         self.val_accuracy.update(output.right_BS.float())
         if not isinstance(batch, Tensor) and len(batch) > 1:
             self.val_bits_per_byte.update(output.nats_BS, targets, batch[1])
+        if output.divergence is not None:
+            self.val_divergence.update(output.divergence, weight=len(tokens))
         self.val_routing.update(output.stats)
 
     def on_validation_epoch_start(self) -> None:
         for metric in (
-            self.val_loss, self.val_accuracy, self.val_bits_per_byte, self.val_window_nats, self.val_routing
+            self.val_loss, self.val_accuracy, self.val_bits_per_byte, self.val_divergence, self.val_window_nats,
+            self.val_routing,
         ):  # fmt: skip
             metric.reset()
 
@@ -211,10 +231,12 @@ class LanguageModel(pl.LightningModule):
         self.log_dict({f"val/{name}": value for name, value in self.validation_metrics().items()})
 
     def validation_metrics(self) -> dict[str, float]:
-        """`loss`, `bits_per_byte`, `accuracy` of the last validation."""
+        """`loss`, `bits_per_byte`, `divergence`, `accuracy` of the last validation."""
         metrics = {"loss": float(self.val_loss.compute())}
         if self.val_bits_per_byte.update_called:
             metrics["bits_per_byte"] = float(self.val_bits_per_byte.compute())
+        if self.val_divergence.update_called:
+            metrics["divergence"] = float(self.val_divergence.compute())
         return metrics | {"accuracy": float(self.val_accuracy.compute())}
 
     def configure_optimizers(self) -> dict[str, Any]:

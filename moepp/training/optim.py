@@ -5,16 +5,22 @@ A registered optimizer is called with the module and the config; its other param
 
 import inspect
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from moepp import register
+from moepp.errors import UsageError
+from moepp.layers.bounds import Range
 from moepp.training.muon import MuonAdamW
 from moepp.training.settings import OptimConfig
+
+Momentum = Annotated[float, Range(0, below=1)]
+SET_HERE = ("params", "lr", "weight_decay")  # by OptimConfig
+NONE_OF_OURS = ("maximize", "differentiable")  # would climb the loss, or keep a graph of every step
 
 
 def learning_rate_scale(step: int, steps: int, config: OptimConfig) -> float:
@@ -34,8 +40,24 @@ def learning_rate_scale(step: int, steps: int, config: OptimConfig) -> float:
 
 
 def build_optimizer(module: nn.Module, config: OptimConfig) -> Optimizer:
-    """The optimizer that the config names."""
-    return register.optimizer[config.name](module, config, **config.options)
+    """The optimizer that the config names. Raises UsageError for options that it refuses."""
+    try:
+        return register.optimizer[config.name](module, config, **config.options)
+    except (TypeError, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise UsageError(f"optim.options={config.options}: optimizer {config.name} refuses this: {said}") from error
+
+
+def _step_once(name: str, options: Mapping[str, Any]) -> None:
+    """Of the optimizer with these options, on a matrix without gradients to speak of."""
+    module = torch.nn.utils.skip_init(nn.Linear, 2, 2)  # draws no random numbers
+    for parameter in module.parameters():
+        parameter.data.zero_()
+        parameter.grad = torch.zeros_like(parameter)
+    register.optimizer[name](module, OptimConfig(), **options).step()
+
+
+register.optimizer.attempt = _step_once
 
 
 def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
@@ -61,10 +83,10 @@ def adamw(module: nn.Module, config: OptimConfig) -> Optimizer:
 def muon(
     module: nn.Module,
     config: OptimConfig,
-    momentum: float = 0.95,
+    momentum: Momentum = 0.95,
     nesterov: bool = True,
-    ns_steps: int = 5,
-    adjust_lr_fn: str = "match_rms_adamw",
+    ns_steps: Annotated[int, Range(1, 99)] = 5,
+    adjust_lr_fn: Literal["match_rms_adamw", "original"] = "match_rms_adamw",
 ) -> Optimizer:
     """Muon for the matrices between embedding and head, AdamW for the rest. By default the update has the size of
     AdamW's (arXiv 2502.16982), so that `optim.lr` means the same.
@@ -104,7 +126,8 @@ def _from_torch(made: type[Optimizer]) -> Callable[..., Optimizer]:
 
     parameters = list(inspect.signature(made, eval_str=True).parameters.values())
     given = list(inspect.signature(build).parameters.values())[:2]
-    own = [p for p in parameters if p.name not in ("params", "lr", "weight_decay")]
+    own = [p for p in parameters if p.name not in (*SET_HERE, *NONE_OF_OURS)]
+    own = [p.replace(annotation=Momentum) if p.name == "momentum" else p for p in own]
     build.__signature__ = inspect.Signature(given + [p.replace(kind=p.KEYWORD_ONLY) for p in own])
     return build
 

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from moepp.plugins import sources
-from moepp.program import program
+from moepp.program import name
+from moepp.records import RunRecord, UnreadableRecord, write_json
 from moepp.shipped import PACKAGE
+from moepp.training.allocator import allocator
 
 PACKAGES = ("moepp", "torch", "lightning", "torchmetrics", "omegaconf", "mlflow", "datasets", "tokenizers", "numpy")
 
@@ -33,7 +35,7 @@ def collect(data_header: Mapping[str, Any]) -> dict[str, Any]:
     plugins = sources()
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join([program(), *map(_shorten, sys.argv[1:])]),
+        "command": " ".join([name(), *map(_shorten, sys.argv[1:])]),
         "host": socket.gethostname(),
         "git": git(PACKAGE.parent),
         "versions": {"python": platform.python_version(), **_versions()},
@@ -55,6 +57,18 @@ def continued(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, An
             known.append(_circumstances(attempt))
             earlier.append(attempt)
     return {**now, "earlier": earlier} if earlier else dict(now)
+
+
+def record_attempt(record: RunRecord, data_header: Mapping[str, Any], resumed: bool) -> None:
+    """Writes provenance.json: of this attempt, and of those whose steps it continues. What cannot be read is no reason
+    not to train.
+    """
+    try:
+        before = record.read("provenance.json") if resumed else {}
+    except UnreadableRecord as error:
+        print(f"warning: {error}; what the run was begun with is no longer known", file=sys.stderr)
+        before = {}
+    write_json(record.path / "provenance.json", continued(before, collect(data_header)))
 
 
 def _circumstances(provenance: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,6 +115,7 @@ def _hardware() -> dict[str, Any]:
         "threads": torch.get_num_threads() if torch is not None else None,
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpus": gpus,
+        **({"allocator": known} if (known := allocator()) else {}),
     }
 
 

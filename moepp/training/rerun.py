@@ -8,7 +8,7 @@ from moepp import config as configs
 from moepp.errors import RunError, UsageError
 from moepp.records import RunRecord
 from moepp.training.run import train
-from moepp.training.settings import RunConfig, run_directory
+from moepp.training.settings import RunConfig, TrainerConfig, run_directory
 
 NAME = "rerun"
 ENDED = ("done", "pruned", "failed")
@@ -46,7 +46,7 @@ def rerun(directory: Path) -> RunRecord:
         name=NAME,
         runs=str(folder.parent),
         tags={"rerun_of": f"{folder.name}/{original.path.name}"},
-        trainer=replace(config.trainer, threads=_threads(original, config), expert_timing=False),
+        trainer=replace(config.trainer, threads=_threads(original, config.trainer), expert_timing=False),
     )
     again = RunRecord(run_directory(config))
     if again.status in (*ENDED, "damaged"):
@@ -54,9 +54,9 @@ def rerun(directory: Path) -> RunRecord:
     return _repeat(original, again, config)
 
 
-def _threads(original: RunRecord, config: RunConfig) -> int:
+def _threads(original: RunRecord, trainer: TrainerConfig) -> int:
     """Sums depend on the number of threads. A sweep sets it from outside, and the provenance tells what it was."""
-    threads = config.trainer.threads or original.read("provenance.json").get("hardware", {}).get("threads")
+    threads = trainer.threads or original.read("provenance.json").get("hardware", {}).get("threads")
     if threads is None:
         raise UsageError(
             f"{original.path / 'provenance.json'} does not say with how many threads the run was trained; restore it,"

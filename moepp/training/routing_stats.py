@@ -21,8 +21,8 @@ class RoutingStatistics(Metric):
         self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("dropped_L", torch.zeros(0, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("recomputed", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("entropy", torch.zeros(()), dist_reduce_fx="mean")  # mean over layers, summed over batches
-        self.add_state("batches", torch.zeros(()), dist_reduce_fx="mean")
+        # Mean over layers, summed over tokens: batches of devices need not be equal.
+        self.add_state("entropy", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, stats: list[MoEStats]) -> None:
         """A model without MoE layers has no `stats` and leaves nothing."""
@@ -37,8 +37,7 @@ class RoutingStatistics(Metric):
         self.tokens += len(stats[0].logits_TN)
         if self.limited:
             self.recomputed += torch.stack([layer.recomputed for layer in stats]).sum()
-        self.entropy += torch.stack([layer.entropy for layer in stats]).mean()
-        self.batches += 1
+        self.entropy += torch.stack([layer.entropy for layer in stats]).mean() * len(stats[0].logits_TN)
 
     def share_LN(self) -> Tensor:
         """Share of a layer's routed slots that each expert got; a row sums to 1, or to 0 where no slot was used."""
@@ -58,7 +57,7 @@ class RoutingStatistics(Metric):
             metrics[f"{kind}_share"] = share_LC.sum(1).mean()
         load_LE = share_LN[:, :ffn]
         metrics["load_max_over_mean"] = (load_LE.amax(1) / load_LE.mean(1).clamp(min=1e-12)).mean()
-        metrics["entropy"] = self.entropy / self.batches
+        metrics["entropy"] = (self.entropy / self.tokens).float()
         metrics["dropped_share"] = self.dropped_L.sum() / self.chosen_LN.sum().clamp(min=1)
         if self.limited:
             metrics["recomputed_share"] = self.recomputed / self.chosen_LN[:, :ffn].sum().clamp(min=1)

@@ -72,7 +72,9 @@ class TrainerConfig(Bounded, key="trainer"):
     accelerator: Literal["auto", "cpu", "gpu", "cuda"] = "auto"  # auto: a GPU where there is one
     devices: Count = 1  # on each node; without GPUs as many processes, which share the cores
     num_nodes: Count = 1  # machines
+    collect_every: Whole = 0  # steps between Python's garbage collections, in all processes alike; 0: when each likes
     threads: Annotated[int, Range(0, 4096)] = 0  # CPU threads of each process; 0 leaves torch's choice
+    keep_memory: bool = True  # on CPUs, with glibc: freed memory stays with the process, which saves page faults
     keep_at: list[Count] = field(default_factory=list)  # steps whose states stay, for runs of other lengths to begin at
     stop_s: Seconds = 120.0  # for a run that is asked to stop, to finish its step and save; then it is killed
     progress: bool = True  # a bar on the terminal
@@ -101,9 +103,21 @@ class StrategyConfig(Bounded, key="strategy"):
     expert_parallel_size: Whole = 0  # consecutive devices that share one copy of the experts; 0: all devices
     timeout_s: Seconds = 600.0  # how long a device waits for the others before the run fails
     reduce_every_micro_batch: bool = False  # fsdp: less memory, more traffic; false: reduce a step's gradients once
+    shard_size: Whole = 0  # fsdp: consecutive devices that hold one copy of all weights, such as a node's; 0: all
+    checkpoints_in_parts: bool = False  # each device writes its own, in the background; false: the first writes all
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.shard_size and self.name != "fsdp":
+            raise ValueError(
+                f"strategy={self.name} shards over no group of devices: leave strategy.shard_size out, or choose "
+                "strategy=fsdp"
+            )
+        if self.checkpoints_in_parts and not self.divides_weights:
+            raise ValueError(
+                f"strategy={self.name} holds whole weights on every device: leave strategy.checkpoints_in_parts out, "
+                "or choose strategy=fsdp, expert_parallel or expert_parallel_fsdp"
+            )
         if self.reduce_every_micro_batch and not self.name.endswith("fsdp"):
             raise ValueError(
                 f"strategy={self.name} reduces gradients once in a step: leave strategy.reduce_every_micro_batch out, "
@@ -114,6 +128,11 @@ class StrategyConfig(Bounded, key="strategy"):
                 f"strategy={self.name} divides no experts: leave strategy.expert_parallel_size out, or choose "
                 "strategy=expert_parallel or expert_parallel_fsdp"
             )
+
+    @property
+    def divides_weights(self) -> bool:
+        """Whether no device holds the whole model."""
+        return self.name not in ("single", "ddp")
 
 
 @dataclass
@@ -149,6 +168,8 @@ class RunConfig(Bounded):
         names.check("name", [self.name])
         names.check("tags", self.tags)
         names.check_line("runs", self.runs)
+        if not self.runs or self.runs.startswith("~"):
+            raise ValueError(f"runs={self.runs!r} must be a folder, written out")
         used = [plugins.owner(module) for module in _foreign_modules(self)]
         self.plugins = list(dict.fromkeys([*plugins.listed(self.plugins), *used]))
         self.plugin_sources = plugins.digests(self.plugins) | self.plugin_sources
@@ -175,11 +196,13 @@ class RunConfig(Bounded):
             )
         parts = devices * trainer.accumulate
         if self.data.batch_size % parts:
+            fewer = [n for n in range(1, trainer.accumulate) if self.data.batch_size % (devices * n) == 0]
             raise ValueError(
                 f"data.batch_size={self.data.batch_size} cannot be divided among {devices} devices with "
                 f"trainer.accumulate={trainer.accumulate} each; use a multiple of {parts}"
+                + (f", or trainer.accumulate={fewer[-1]}" if fewer else "")
             )
-        for impossible, reason in _not_compiled(self) if trainer.compile else ():
+        for impossible, reason in (*_undivided(self), *(_not_compiled(self) if trainer.compile else ())):
             if impossible:
                 raise ValueError(reason)
 
@@ -235,6 +258,34 @@ def _foreign_modules(config: RunConfig) -> list[str]:
     return [registry.module(name) for registry, names in used for name in names if name not in registry.defined]
 
 
+def _undivided(config: RunConfig) -> list[tuple[bool, str]]:
+    """What these devices cannot share: whether it is asked for, and what to change."""
+    strategy, devices = config.strategy, config.trainer.devices * config.trainer.num_nodes
+    sizes = {key: getattr(strategy, key) for key in ("expert_parallel_size", "shard_size")}
+    shares_experts, group = strategy.name.startswith("expert_parallel"), strategy.expert_parallel_size or devices
+    uneven = [layer.experts.ffn for layer in config.model.moe_configs if layer.experts.ffn % group]
+    return [
+        *(
+            (
+                size > 0 and devices % size > 0,
+                f"strategy.{key}={size} does not divide {devices} devices (trainer.devices times trainer.num_nodes):"
+                " set it to a divisor, or to 0 for all",
+            )
+            for key, size in sizes.items()
+        ),
+        (
+            shares_experts and bool(uneven),
+            f"model.experts.ffn={uneven and uneven[0]} cannot be divided among {group} devices, as"
+            f" strategy={strategy.name} does: choose a multiple, or a strategy.expert_parallel_size that divides it",
+        ),
+        (
+            shares_experts and not config.model.moe_blocks,
+            f"strategy={strategy.name} divides experts, and model.moe_every={config.model.moe_every} leaves none:"
+            " choose strategy=ddp or fsdp",
+        ),
+    ]
+
+
 def _not_compiled(config: RunConfig) -> list[tuple[bool, str]]:
     """What torch.compile does not take: whether it is asked for, and what to change."""
     strategy = config.strategy.name
@@ -266,7 +317,8 @@ NOT_IDENTITY = (
     "name", "runs", "tags", "plugins", "init_from", "model.path", "model.backend", "model.ffn_rows", "tracking",
     "cloze", "data.cache", "data.workers", "trainer.compile", "trainer.cuda_graphs", "trainer.deterministic",
     "trainer.log_every", "trainer.checkpoint_every", "trainer.expert_timing", "trainer.accelerator", "trainer.devices",
-    "trainer.num_nodes", "trainer.threads", "trainer.stop_s", "trainer.keep_at", "trainer.progress",
+    "trainer.num_nodes", "trainer.collect_every", "trainer.threads", "trainer.stop_s", "trainer.keep_at",
+    "trainer.progress",
     "trainer.profiler", "strategy",
 )  # fmt: skip
 

@@ -179,6 +179,8 @@ def _layer_inputs(model: Decoder, ids_BS: Tensor) -> list[LayerCase]:
     """Every MoE layer with the tokens it sees and the routing it chooses for them; the dense FFNs where there is no MoE
     layer.
     """
+    if not isinstance(model, Decoder):
+        return model.expert_cases(ids_BS)
     seen: list[LayerCase] = []
 
     def remember(layer: MoELayer | DenseFFN, inputs: tuple[Tensor, ...]) -> None:
@@ -220,9 +222,9 @@ def _ffn_width(layer: MoELayer | DenseFFN, x_TD: Tensor, routing: Routing | None
     return (rows / len(x_TD) + layer.config.experts.shared) * layer.config.hidden
 
 
-def autocast_of(config: RunConfig, device: torch.device) -> Callable[[], AbstractContextManager]:
+def autocast_of(precision: str, device: torch.device) -> Callable[[], AbstractContextManager]:
     """The precision context in which a run's forward passes are computed."""
-    if config.trainer.precision == "bf16-mixed":
+    if precision == "bf16-mixed":
         return lambda: torch.autocast(device.type, torch.bfloat16)
     return nullcontext
 

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from moepp.training.module import LanguageModel
+from moepp.training.recorded_trainer import within_step
 
 PHASES = ("early", "middle", "late")
 END_SHARE = 0.1  # of all steps: how long `early` and `late` last
@@ -43,7 +44,7 @@ class TrainingTotals(Callback):
         self.whole = True  # no step is missing, as it would be after a checkpoint without sums
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LanguageModel, *_: Any) -> None:
-        step = trainer.global_step + trainer.fit_loop._should_accumulate()  # the one that this micro-batch is part of
+        step = trainer.global_step + within_step(trainer)  # the one that this micro-batch is part of
         routing = pl_module.train_routing
         if len(routing.chosen_LN):
             self._count(phase_of(step, self.steps), routing.chosen_LN.sum(1), routing.dropped_L)

@@ -1,58 +1,87 @@
-"""The Lightning Trainer of a run: what its record needs otherwise than Lightning does it, and the callbacks and loggers
-that a config names.
-"""
+"""A run's trainer: its strategy, its callbacks, and the callbacks, loggers and profiler that a config names."""
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
-import lightning.pytorch as pl
-import torch
+from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 
 from moepp import register
-from moepp.errors import RunError, UsageError
+from moepp.data.token_files import TokenFiles
+from moepp.data.windows import window_count
+from moepp.errors import UsageError
 from moepp.records import RunRecord
+from moepp.strategies import CheckpointsOfAnyForm, make_strategy
 from moepp.tracking.settings import TrackingConfig
+from moepp.training.averaging import LateAverage
+from moepp.training.awakening import Awakening
+from moepp.training.bar import StepBar
+from moepp.training.callbacks import CollectTogether, MetricsReporter, ResumeCheckpoint
+from moepp.training.cloze import ClozeScorer
+from moepp.training.pruning import Pruner, Pruning
+from moepp.training.record_logger import RecordLogger
+from moepp.training.recorded_trainer import RecordedTrainer
+from moepp.training.settings import RunConfig
+from moepp.training.totals import TrainingTotals
 
 PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
-WRITTEN_FOR = "2.6"  # the releases of Lightning whose inner parts RecordedTrainer knows
 
 
-class RecordedTrainer(pl.Trainer):
-    """A Trainer that leaves signals and loggers to a run's own callbacks.
+def make_trainer(
+    record: RunRecord, config: RunConfig, tokens: TokenFiles, pruner: Pruner | None, joined: bool
+) -> RecordedTrainer:
+    """`joined` says that this process has joined others of its run (ranks/)."""
+    settings = config.trainer
+    return RecordedTrainer(
+        strategy=make_strategy(**asdict(config.strategy)),
+        plugins=[TorchElasticEnvironment() if joined else LightningEnvironment(), CheckpointsOfAnyForm()],
+        accelerator=settings.accelerator,
+        devices=settings.devices,
+        num_nodes=settings.num_nodes,
+        precision=settings.precision,
+        deterministic=settings.deterministic,
+        max_steps=settings.steps,
+        max_epochs=-1,
+        accumulate_grad_batches=settings.accumulate,
+        gradient_clip_val=config.optim.grad_clip or None,
+        val_check_interval=settings.val_every * settings.accumulate,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        profiler=make_profiler(settings.profiler, record),
+        logger=[RecordLogger(record), *make_loggers(config.tracking, record)],
+        log_every_n_steps=settings.log_every,
+        callbacks=[
+            *make_callbacks(settings.callbacks),
+            *_own_callbacks(record, config, tokens, pruner),
+            *([CollectTogether(settings.collect_every)] if settings.collect_every else []),
+            *([StepBar()] if settings.progress else []),
+        ],
+        default_root_dir=record.path,
+        use_distributed_sampler=False,
+        enable_progress_bar=settings.progress,
+        enable_model_summary=False,
+    )
 
-    Lightning would broadcast in its handler of SIGTERM, wherever that interrupts a rank, and before every batch, with
-    all errors hidden: ResumeCheckpoint has the ranks agree at the end of a step instead. And it would hand metrics to
-    the loggers after checkpoints are saved, with steps counted from 0: `write` does so in time.
-    """
 
-    def __init__(self, **options: Any):
-        _refuse_another_lightning()
-        super().__init__(**options)
-        self._signal_connector.register_signal_handlers = lambda: None
-        self.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
-        self._logger_connector.log_metrics = lambda metrics, step=None: None
-
-    def write(self, metrics: Mapping[str, float]) -> None:
-        """One line for every logger, under the number of finished steps: these metrics, and what else was logged by
-        `self.log` in the step or validation that ends here.
-        """
-        self.callback_metrics.update({name: torch.as_tensor(value) for name, value in metrics.items()})
-        logged = {name: value for name, value in self._logger_connector.metrics["log"].items() if name not in metrics}
-        for logger in self.loggers:
-            logger.log_metrics({**metrics, **{name: float(value) for name, value in logged.items()}}, self.global_step)
-
-
-def _refuse_another_lightning() -> None:
-    if not pl.__version__.startswith(f"{WRITTEN_FOR}."):
-        raise RunError(
-            f"lightning {pl.__version__} is installed, and runs reach into what only {WRITTEN_FOR} is known to "
-            f"have: pip install 'lightning=={WRITTEN_FOR}.*'"
-        )
+def _own_callbacks(record: RunRecord, config: RunConfig, tokens: TokenFiles, pruner: Pruner | None) -> list[Callback]:
+    """After those of the config, whose metrics belong into the same lines and whose state into the same checkpoints."""
+    data, every, steps = config.data, config.trainer.val_every, config.trainer.steps
+    epoch_steps = window_count(tokens.header.train.tokens, data.seq_len) // data.batch_size
+    averaged, added = config.trainer.average_checkpoints, config.model.retrofit
+    return [
+        TrainingTotals(steps, epoch_steps),
+        *([LateAverage(averaged, steps)] if averaged else []),
+        *([Awakening(added)] if added.wakes else []),
+        *([ClozeScorer(config.cloze, data.seq_len, every)] if config.cloze.points else []),
+        MetricsReporter(data.batch_size * data.seq_len, data.seq_len),
+        *([Pruning(pruner)] if pruner else []),
+        ResumeCheckpoint(record, config.trainer.checkpoint_every, every, config.trainer.keep_at),
+    ]
 
 
 def make_callbacks(named: Mapping[str, Mapping[str, Any]]) -> list[Callback]:
@@ -110,6 +139,8 @@ def _from_lightning(made: type[Callback]) -> Callable[..., Callback]:
     build.__signature__ = inspect.signature(made, eval_str=True)
     return build
 
+
+register.callback.attempt = lambda name, options: register.callback[name](**options)
 
 for _name in register.CALLBACKS:
     register.callback(_name)(_from_lightning(getattr(lightning_callbacks, _name)))

@@ -19,8 +19,9 @@ def write_windows(record: RunRecord, trainer: pl.Trainer, module: LanguageModel,
     by_rank = module.val_window_nats.compute().cpu().numpy()
     if not trainer.is_global_zero:
         return
-    nats = by_rank.reshape(trainer.world_size, -1).T.ravel()  # rank r has the r-th of every world_size windows
-    windows = data.validated_windows()
+    windows, world = data.validated_windows(), trainer.world_size
+    place = np.concatenate([np.arange(rank, len(windows), world) for rank in range(world)])  # as val_dataloader deals
+    nats = by_rank[place.argsort()]
     text = StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["window", "document", "nats"])

@@ -9,6 +9,7 @@ import torch
 
 from moepp.config import load
 from moepp.errors import RunError, UsageError
+from moepp.lfs import refuse_pointer
 from moepp.models.build import build_model
 from moepp.models.protocol import CausalLM
 from moepp.records import digest_of
@@ -30,9 +31,9 @@ def load_model(source: Path) -> tuple[CausalLM, RunConfig]:
     return model.eval(), config
 
 
-def begin_from(config: RunConfig, model: CausalLM) -> None:
-    """Gives the model the weights of `init_from`, whole and before any strategy takes its part of them. Raises
-    UsageError where they do not fit or have changed since the run was frozen.
+def weights_to_begin_from(config: RunConfig, model: CausalLM) -> dict[str, torch.Tensor]:
+    """The weights of `init_from`, whole. Raises UsageError where they do not fit the model or have changed since the
+    run was frozen.
     """
     file = initial_file(config.init_from)
     if digest_of(file) != config.init_weights.get("digest"):
@@ -44,7 +45,7 @@ def begin_from(config: RunConfig, model: CausalLM) -> None:
             raise UsageError(
                 f"init_from={config.init_from} does not fit: {name} is {shapes[0]} there, {shapes[1]} here"
             )
-    model.load_state_dict(found)
+    return found
 
 
 def _weights(file: Path) -> dict[str, torch.Tensor]:
@@ -54,8 +55,15 @@ def _weights(file: Path) -> dict[str, torch.Tensor]:
 
 
 def read_checkpoint(path: Path) -> dict:
-    """What a checkpoint file holds, tensors on the CPU and read when they are used. Raises DamagedCheckpoint."""
+    """What a checkpoint file holds, tensors on the CPU and read when they are used; of a folder of parts all are read
+    at once. Raises DamagedCheckpoint.
+    """
+    refuse_pointer(path)
     try:
+        if path.is_dir():
+            from moepp.models import checkpoint_parts
+
+            return checkpoint_parts.read_whole(path)
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (PermissionError, MemoryError):
         raise
@@ -65,7 +73,11 @@ def read_checkpoint(path: Path) -> dict:
 
 
 def read_whole_checkpoint(path: Path) -> dict:
-    """As `read_checkpoint`, once every byte fits the checksums beside it: what lies in a tensor no reader looks at."""
+    """As `read_checkpoint`, once every byte fits the checksums beside it: what lies in a tensor no reader looks at. Of
+    a folder of parts all but the tensors, once no file is too short.
+    """
+    if path.is_dir():
+        return _read_whole_parts(path)
     try:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()
@@ -74,3 +86,17 @@ def read_whole_checkpoint(path: Path) -> dict:
     if damaged:
         raise DamagedCheckpoint(f"checkpoint {path} cannot be read ({damaged} does not fit its checksum)")
     return read_checkpoint(path)
+
+
+def _read_whole_parts(folder: Path) -> dict:
+    from moepp.models import checkpoint_parts
+
+    try:
+        missing, rest = checkpoint_parts.missing_bytes(folder), checkpoint_parts.read_rest(folder)
+    except (PermissionError, MemoryError):
+        raise
+    except Exception as error:
+        raise DamagedCheckpoint(f"checkpoint {folder} cannot be read ({error})") from error
+    if missing:
+        raise DamagedCheckpoint(f"checkpoint {folder} cannot be read ({missing} is not whole)")
+    return rest

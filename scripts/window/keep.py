@@ -1,4 +1,4 @@
-"""`gpu_window.py keep`: brings what came back into results/, and says what to write into README."""
+"""`gpu_window.py keep`: brings what came back into results/, and says what to write into docs/results.md."""
 
 import re
 import shutil
@@ -14,7 +14,7 @@ from moepp.reports.arms import of_records
 from moepp.reports.experiment import Context
 from moepp.reports.provenance import provenance
 from moepp.reports.report import write_report
-from moepp.reports.rerun import command
+from moepp.reports.rerun import rerun_command
 from window.parcel import unpack
 from window.runs import SWEEP
 from window.summary import runs_table, table, tests
@@ -26,7 +26,7 @@ SHAPE = ("tokens", "experts", "tau", "dtype", "direction")  # columns of the lay
 
 
 def keep(folder: Path, results: Path, name: str | None, device: str) -> Iterator[str]:
-    """Fills results/<benchmark>/<name>/ from the window in `folder`; yields what to write into README.
+    """Fills results/<benchmark>/<name>/ from the window in `folder`; yields what to write into docs/results.md.
 
     Raises UsageError where `folder` holds no window, or one that did not run on `device`.
     """
@@ -42,7 +42,8 @@ def keep(folder: Path, results: Path, name: str | None, device: str) -> Iterator
         name = name or card(machine["gpu"])
         kept = [*_keep_benchmarks(work, results, name), *_keep_tests(work, state, results, name)]
         yield from (f"kept: {path}" for path in [*kept, *_keep_runs(work, state, results, name)])
-        yield from ("", "For README:", "", *_readme(work, machine), "", *faster_backends(work / "layer" / "table.csv"))
+        yield from ("", "For docs/results.md:", "", *_layer_table(work, machine), "")
+        yield from faster_backends(work / "layer" / "table.csv")
 
 
 def card(gpu: str) -> str:
@@ -93,10 +94,11 @@ def _keep_runs(work: Path, state: Mapping[str, Any], results: Path, name: str) -
 def _write_report(directory: Path, target: Path) -> None:
     experiment = of_records(directory)
     context = Context(read_json(directory / "sweep.json")["scale"], {SWEEP: directory})
-    write_report(experiment, experiment.measure(context), target, provenance(command(experiment, context), context))
+    made = provenance(rerun_command(experiment, context), context)
+    write_report(experiment, experiment.measure(context), target, made)
 
 
-def _readme(work: Path, machine: Mapping[str, str]) -> Iterator[str]:
+def _layer_table(work: Path, machine: Mapping[str, str]) -> Iterator[str]:
     yield _machine(machine)
     for stage in BENCHMARKS:
         if (report := work / stage / "report.md").exists():

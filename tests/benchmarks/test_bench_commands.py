@@ -28,7 +28,7 @@ for call in {CALLS!r}:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["training", "--scale", "paper"], "bench training has no scale paper; choose from laptop, smoke, gpu"),
+        (["training", "--scale", "paper"], "bench training has no scale paper; choose from laptop, smoke, cpu, gpu"),
         (["card", "--scale", "gpu"], "bench card has no scale gpu"),
         (["card", "--ffn", "8"], "bench card takes no --ffn"),
         (["training", "--routing", "balanced"], "bench training takes no --routing"),

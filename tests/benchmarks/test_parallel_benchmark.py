@@ -4,7 +4,7 @@ import signal
 import pytest
 
 from moepp.benchmarks import parallel
-from moepp.benchmarks.parallel import ParallelBenchmark, markdown, run
+from moepp.benchmarks.parallel import ParallelBenchmark, run_parallel, traffic_table
 from moepp.cli import main
 from moepp.errors import UsageError
 
@@ -16,7 +16,7 @@ def quick(**given):
 def test_what_crosses_is_what_ffn_experts_elsewhere_get(tmp_path):
     benchmark = quick(devices=2, dim=32, hidden=48, tokens=80, routings=("balanced",), repeats=2, sizes=(4096, 65536))
     handler = signal.getsignal(signal.SIGTERM)
-    rows = run(benchmark, tmp_path)
+    rows = run_parallel(benchmark, tmp_path)
     assert signal.getsignal(signal.SIGTERM) == handler
     assert [(row["group"], row["tau"]) for row in rows] == [(1, "vanilla"), (2, "vanilla"), (1, 0.75), (2, 0.75)]
     alone, vanilla, _, moepp = rows
@@ -32,12 +32,12 @@ def test_what_crosses_is_what_ffn_experts_elsewhere_get(tmp_path):
     with open(tmp_path / "exchanges.csv") as file:
         assert [(row["messages"], row["bytes"]) for row in csv.DictReader(file)] == [("1", "4096"), ("1", "65536")]
     assert (tmp_path / "report.md").read_text().count("\n|") == 2 + len(rows)
-    assert len(list(markdown(rows))) == 2 + len(rows)
+    assert len(list(traffic_table(rows))) == 2 + len(rows)
 
 
 def test_one_device_has_step_times_and_sends_nothing(tmp_path):
     benchmark = quick(devices=1, dim=32, hidden=48, tokens=16, repeats=1)
-    rows = run(benchmark, tmp_path)
+    rows = run_parallel(benchmark, tmp_path)
     assert [(row["group"], row["tau"]) for row in rows] == [(1, "vanilla"), (1, 0.75)]
     assert all(row["bytes_sent"] == row["messages"] == row["exchange_ms"] == 0 < row["step_ms"] for row in rows)
     assert not (tmp_path / "exchanges.csv").exists()
@@ -51,7 +51,7 @@ def test_groups_divide_devices_and_experts():
 
 def test_devices_that_cannot_share_experts_are_refused(tmp_path, monkeypatch, capsys):
     with pytest.raises(UsageError, match="3 devices cannot share 8 FFN experts"):
-        run(ParallelBenchmark(devices=3), tmp_path)
+        run_parallel(ParallelBenchmark(devices=3), tmp_path)
     monkeypatch.setattr(parallel.torch.cuda, "device_count", lambda: 1)
     assert main(["bench", "parallel", "--devices", "2", "--out", str(tmp_path)]) == 2
     assert "--devices 2, but 1 GPUs are visible" in capsys.readouterr().err

@@ -6,9 +6,9 @@ import torch
 
 from moepp.benchmarks import training
 from moepp.benchmarks.commands import at_scale
-from moepp.benchmarks.folder import run
-from moepp.benchmarks.subjects import decoder, mixtral
-from moepp.benchmarks.training import MIXTRAL, Group, TrainingBenchmark
+from moepp.benchmarks.folder import run_benchmark
+from moepp.benchmarks.subjects import decoder, mixtral, qwen3_moe
+from moepp.benchmarks.training import MIXTRAL, QWEN, RELEASED, TrainingBenchmark, TrainingGroup
 from moepp.models.budget import forward_flops, parameters
 
 CPU = torch.device("cpu")
@@ -22,7 +22,7 @@ def table_of(out):
 
 def test_the_smoke_scale_times_steps_and_sets_them_beside_vanilla_moe(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "peak_flops", lambda device: 1e12)
-    run(at_scale("training", "smoke", {}), tmp_path)
+    run_benchmark(at_scale("training", "smoke", {}), tmp_path)
     mixtral_row, moepp, vanilla = table_of(tmp_path)
     assert [row["model"] for row in (mixtral_row, moepp, vanilla)] == [MIXTRAL, "moepp", "vanilla"]
     assert (mixtral_row["failure"] == "") == (find_spec("transformers") is not None)
@@ -30,7 +30,7 @@ def test_the_smoke_scale_times_steps_and_sets_them_beside_vanilla_moe(tmp_path, 
     for row in (moepp, vanilla):
         speed, per_token = float(row["tokens_per_s"]), float(row["ffn_per_token"])
         assert speed == pytest.approx(256_000 / float(row["step_ms"]), rel=1e-4)
-        config = Group("smoke", row["model"], False).config()
+        config = TrainingGroup("smoke", row["model"], False).config()
         flops = 3 * sum(forward_flops(config.model, config.data.seq_len, per_token).values())
         assert float(row["mfu"]) == pytest.approx(flops * speed / 1e12, rel=1e-4)
         assert float(row["over_vanilla"]) == pytest.approx(speed / float(vanilla["tokens_per_s"]), rel=1e-4)
@@ -39,7 +39,7 @@ def test_the_smoke_scale_times_steps_and_sets_them_beside_vanilla_moe(tmp_path, 
 
 
 def test_a_step_updates_the_weights():
-    config = Group("smoke", "moepp", False).config()
+    config = TrainingGroup("smoke", "moepp", False).config()
     subject = decoder(config, CPU)
     before = [weight.detach().clone() for weight in subject.model.parameters()]
     subject.step(torch.randint(512, (2, 33), generator=torch.Generator().manual_seed(0)), 1.0)
@@ -48,10 +48,21 @@ def test_a_step_updates_the_weights():
 
 
 def test_ffn_experts_per_token_are_those_that_were_not_dropped():
-    config = Group("smoke", "vanilla", False).config()
+    config = TrainingGroup("smoke", "vanilla", False).config()
     config.model.capacity_factor = 0.5
     tokens = torch.randint(512, (4, 33), generator=torch.Generator().manual_seed(0))
     assert decoder(config, CPU).ffn_per_token(tokens) == pytest.approx(1.0)  # half of top-2
+
+
+@pytest.mark.parametrize("arm", ["moepp", "vanilla"])
+def test_the_released_layer_in_our_decoder_computes_the_same_with_weights_of_each_expert(arm):
+    tokens = torch.randint(512, (2, 33), generator=torch.Generator().manual_seed(0))
+    group = TrainingGroup("smoke", f"{arm}{RELEASED}", False)
+    ours, theirs = decoder(group.config(), CPU), group.subject(group.config(), CPU)
+    torch.testing.assert_close(theirs.loss(tokens), ours.loss(tokens), rtol=0, atol=1e-5)
+    sizes = [sum(weight.numel() for weight in subject.model.parameters()) for subject in (ours, theirs)]
+    assert sizes[0] == sizes[1] and theirs.ffn_per_token(tokens) == ours.ffn_per_token(tokens)
+    theirs.step(tokens, 1.0)
 
 
 def test_a_batch_that_does_not_fit_is_halved_until_it_does(monkeypatch):
@@ -64,7 +75,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(monkeypatch):
         return {"batch": sequences * config.data.seq_len}
 
     monkeypatch.setattr(TrainingBenchmark, "_steps", steps)
-    [row] = TrainingBenchmark().measure(Group("small", "moepp", True), [], CPU, None)
+    [row] = TrainingBenchmark().measure(TrainingGroup("small", "moepp", True), [], CPU, None)
     assert tried == [64, 32, 16] and (row["batch"], row["failure"]) == (16 * 1024, None)
 
 
@@ -73,7 +84,7 @@ def test_a_model_of_which_no_sequence_fits_is_a_cell(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(TrainingBenchmark, "_steps", steps)
-    [row] = TrainingBenchmark().measure(Group("0.6b", "moepp", True), [], CPU, None)
+    [row] = TrainingBenchmark().measure(TrainingGroup("0.6b", "moepp", True), [], CPU, None)
     assert row == {"size": "0.6b", "model": "moepp", "compiled": "yes", "failure": "out of memory"}
 
 
@@ -92,14 +103,22 @@ def test_the_gpu_scale_has_every_model_with_and_without_compilation():
 @needs_transformers
 @pytest.mark.parametrize("size", ["smoke", "small", "0.6b"])
 def test_mixtral_has_the_parameters_of_vanilla_moe(size):
-    config = Group(size, MIXTRAL, False).config()
+    config = TrainingGroup(size, MIXTRAL, False).config()
     model = mixtral(config, torch.device("meta")).model
     assert sum(weight.numel() for weight in model.parameters()) == sum(parameters(config.model).values())
 
 
 @needs_transformers
+def test_qwen3_moe_has_them_too_but_for_the_norms_of_queries_and_keys():
+    config = TrainingGroup("smoke", QWEN, False).config()
+    model = qwen3_moe(config, torch.device("meta")).model
+    norms = 2 * config.model.layers * config.model.head_dim
+    assert sum(weight.numel() for weight in model.parameters()) - norms == sum(parameters(config.model).values())
+
+
+@needs_transformers
 def test_mixtral_learns():
-    subject = mixtral(Group("smoke", MIXTRAL, False).config(), CPU)
+    subject = mixtral(TrainingGroup("smoke", MIXTRAL, False).config(), CPU)
     tokens = torch.randint(512, (8, 33), generator=torch.Generator().manual_seed(0))
     before = subject.loss(tokens).item()
     for _ in range(10):

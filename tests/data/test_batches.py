@@ -12,6 +12,7 @@ from synthetic_corpus import write_token_folder
 from moepp.data.batches import StepSampler, TokenDataModule, TrainWindows
 from moepp.data.settings import DataConfig
 from moepp.data.token_files import TokenFiles
+from moepp.data.windows import epoch_order, visited
 from moepp.errors import UsageError
 
 SEQ_LEN = 4
@@ -94,8 +95,34 @@ def test_order_depends_on_the_seed():
     assert first == same != other
 
 
+@pytest.mark.parametrize("windows", [1, 2, 3, 16, 17, 1000])
+def test_a_keyed_order_visits_every_window_once(windows):
+    assert sorted(epoch_order(windows, 0, 0, "keyed")[np.arange(windows)]) == list(range(windows))
+
+
+def test_a_keyed_order_looks_random_and_depends_on_seed_and_epoch():
+    drawn = [epoch_order(4096, *key, "keyed")[np.arange(4096)] for key in ((0, 0), (0, 1), (1, 0))]
+    pairs = np.corrcoef([np.arange(4096), *drawn, np.roll(drawn[0], 1)])
+    assert abs(pairs - np.eye(5)).max() < 0.06  # four standard deviations of 1 / sqrt(4096)
+
+
+def test_a_keyed_order_of_a_trillion_tokens_takes_no_memory():
+    order = epoch_order(488_281_250, 0, 2, "keyed")  # windows of 2,048 tokens
+    first = order[np.arange(2048)]
+    assert len(np.unique(first)) == 2048 and first.min() >= 0 and first.max() < 488_281_250
+    assert first[:2].tolist() == [23477957, 209662966]  # on every machine and for good
+
+
+@pytest.mark.parametrize("order", ["permuted", "keyed"])
+def test_what_was_visited_is_what_was_served(order):
+    served = np.concatenate([w for w, _ in zip(StepSampler(100, 8, 3, order=order), range(4), strict=False)])
+    assert visited(100, 32, 3, order).tolist() == sorted(served)
+
+
+@pytest.mark.parametrize("order", ["permuted", "keyed"])
 @pytest.mark.parametrize(("world", "accumulate"), [(1, 4), (2, 1), (2, 2), (4, 1)])
-def test_a_step_holds_the_same_sequences_however_it_is_divided(config, world, accumulate):
+def test_a_step_holds_the_same_sequences_however_it_is_divided(config, world, accumulate, order):
+    config.order = order
     whole = take(set_up(config, step=5).train_dataloader(), 3)
     ranks = [
         take(set_up(config, rank, world, step=5, accumulate=accumulate).train_dataloader(), 3 * accumulate)
@@ -129,13 +156,21 @@ def test_limited_validation_is_spread_over_the_split(config):
     assert ((tokens[:, 0] - 10_000) // SEQ_LEN).tolist() == [0, 2, 4]
 
 
-def test_ranks_share_the_validation_windows_equally(config):
-    starts = []
-    for rank in range(2):
-        tokens = torch.cat([tokens for tokens, _ in set_up(config, rank, 2).val_dataloader()])
-        starts.append(tokens[:, 0].tolist())
-    assert [len(mine) for mine in starts] == [3, 3]  # of 7, one is left out
-    assert len(set(starts[0] + starts[1])) == 6
+@pytest.mark.parametrize(("world", "batch_size"), [(2, 2), (2, 4), (4, 4), (5, 10), (7, 7)])
+def test_validation_sees_the_same_windows_on_any_number_of_devices(config, world, batch_size):
+    config.batch_size = batch_size
+    ranks = [[tokens for tokens, _ in set_up(config, rank, world).val_dataloader()] for rank in range(world)]
+    assert len({len(batches) for batches in ranks}) == 1 and min(len(b) for batches in ranks for b in batches) > 0
+    whole = torch.cat([tokens for tokens, _ in set_up(config).val_dataloader()])
+    assert len(whole) == 7
+    for rank, batches in enumerate(ranks):
+        assert torch.equal(torch.cat(batches), whole[rank::world])
+
+
+def test_more_devices_than_validation_windows_are_refused(config):
+    config.batch_size = 8
+    with pytest.raises(UsageError, match="8 devices need at least as many validation sequences"):
+        set_up(config, world=8).val_dataloader()
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(config):

@@ -4,6 +4,8 @@ import lzma
 import sys
 
 import pytest
+from pyarrow import Table
+from pyarrow.parquet import write_table
 from synthetic_corpus import texts, write_texts
 
 from moepp.data import corpora, files
@@ -59,6 +61,9 @@ def test_compressed_text_and_json_lines(tmp_path, suffix, compress):
     assert read(tmp_path, corpus="text", path=f"{tmp_path}/*{suffix}", text_column="body") == ["déjà", "x", "y"]
 
 
+CUT_GZIP = gzip.compress(bytes(range(256)) * 9)[:40] + bytes(range(40))
+
+
 @pytest.mark.parametrize(
     ("content", "name", "message"),
     [
@@ -73,6 +78,9 @@ def test_compressed_text_and_json_lines(tmp_path, suffix, compress):
         (b'{"text": "a document of more than sixteen characters"}', "a.jsonl", "line 1: holds a text of 42 characters"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a.txt", "is a Git LFS pointer.*git lfs pull"),
         (b"PAR1", "a.txt", "is a Parquet file"),
+        (CUT_GZIP, "a.txt", "cannot read .*a.txt: Error -3 while decompressing"),
+        (b"one\ntwo\0", "a.txt", r"a.txt line 2: byte 4 \(0x00\) is not UTF-8 text"),
+        (b'{"text": "x"}\n', "a.txt", r"a.txt holds JSON rows with 'text'; rename it to end in .jsonl"),
     ],
 )
 def test_unreadable_files_are_refused_in_one_line(tmp_path, monkeypatch, content, name, message):
@@ -96,11 +104,28 @@ def test_a_corpus_that_is_not_there_is_refused(settings, message):
         corpora.corpus_of(DataConfig(**settings)).fingerprint()
 
 
-@pytest.mark.parametrize("pattern", ["(", "x*"])
-def test_separators_that_cannot_separate_are_refused(tmp_path, pattern):
-    folder = write_texts(tmp_path / "texts", 2)
-    with pytest.raises(UsageError, match=r"data.separator="):
-        read(tmp_path, corpus="text", path=f"{folder}/*.txt", separator=pattern)
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ("(", "write \\("),
+        ("***", r"write \*\*\*"),
+        ("x*", "matches the empty string"),
+        ("[SEP]", r"[...] is any one of the characters in it; for the text itself write \[SEP\]"),
+        ("...", r"write \.\.\."),
+        ("(<|end|>)", r"write \(<\|end\|>\)"),
+    ],
+)
+def test_separators_that_say_something_else_are_refused_with_what_to_write(pattern, said):
+    with pytest.raises(UsageError) as caught:
+        files.separator_pattern(pattern)
+    assert "data.separator=" in str(caught.value) and said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"\n\s*\n", "</s>", "(?:\n|\r\n)", "[\n]+", r"\[SEP\]", r"\n(?=Chapter)", r"[-=]{3}", "[ab]+"]
+)
+def test_separators_that_say_what_they_mean_are_taken(pattern):
+    assert files.separator_pattern(pattern).pattern == pattern
 
 
 def test_zstandard_is_asked_for_where_it_is_missing(tmp_path, monkeypatch):
@@ -178,6 +203,48 @@ def test_wrong_columns_and_splits_of_a_hub_dataset_are_named(tmp_path, hub_folde
         read(tmp_path, corpus="hub", hub=HubConfig(id=str(hub_folder)), text_column="id")
     with pytest.raises(UsageError, match='Unknown split "test"'):
         read(tmp_path, corpus="hub", hub=HubConfig(id=str(hub_folder), split="test"), text_column="body")
+
+
+def parquet(folder, name, rows):
+    folder.mkdir(exist_ok=True)
+    write_table(Table.from_pylist(rows), folder / name)
+
+
+def test_other_columns_of_parquet_files_may_differ_and_words_of_csv_files_are_words(tmp_path):
+    parquet(tmp_path / "p", "a.parquet", [{"text": "one"}])
+    parquet(tmp_path / "p", "b.parquet", [{"text": "two", "more": 1}])
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/a.csv").write_text("text,x\nNA,1\nnull,2\n")
+    (tmp_path / "c/b.csv").write_text("y,text\n1,no\n")
+    for folder, expected in (("p", ["one", "two"]), ("c", ["NA", "null", "no"])):
+        corpus = corpora.corpus_of(
+            DataConfig(corpus="hub", hub=HubConfig(id=str(tmp_path / folder)), cache=str(tmp_path))
+        )
+        assert list(corpus.texts()) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", "a.parquet is a Git LFS pointer"),
+        ("a.parquet", b"PAR1 and half of it", "a.parquet is no whole Parquet file"),
+        ("a.csv", b"text\ngood\n\xe9\n", r"a.csv line 3: byte 1 \(0xE9\) is not UTF-8 text"),
+        ("a.csv", b"body\ngood\n", "cannot load data.hub.id=.*text"),
+    ],
+)
+def test_files_of_a_folder_are_refused_by_their_names(tmp_path, name, content, message):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / name).write_bytes(content)
+    config = DataConfig(corpus="hub", hub=HubConfig(id=str(tmp_path / "in")), cache=str(tmp_path / "cache"))
+    with pytest.raises(UsageError, match=message):
+        list(corpora.corpus_of(config).texts())
+
+
+def test_a_parquet_file_without_the_column_is_named_with_those_it_has(tmp_path):
+    parquet(tmp_path / "p", "a.parquet", [{"body": "one"}])
+    config = DataConfig(corpus="hub", hub=HubConfig(id=str(tmp_path / "p")), cache=str(tmp_path / "cache"))
+    with pytest.raises(UsageError, match=r"a.parquet has no column 'text' \(data.text_column\); it has body"):
+        list(corpora.corpus_of(config).texts())
 
 
 def test_an_unreachable_hub_says_what_to_do(monkeypatch):

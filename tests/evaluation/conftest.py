@@ -92,8 +92,12 @@ class Unigram(torch.nn.Module):
         self.probabilities = torch.nn.Parameter(torch.full((256,), 0.25 / 254), requires_grad=False)
         self.probabilities[ord("a")], self.probabilities[ord("b")] = 0.5, 0.25
 
-    def forward(self, ids_BS, caches=None):
-        return SimpleNamespace(logits=self.probabilities.log().expand(*ids_BS.shape, 256))
+    def caches(self):
+        return []
+
+    def forward(self, ids_BS, caches=None, at=None):
+        logits_BSV = self.probabilities.log().expand(*ids_BS.shape, 256)
+        return SimpleNamespace(logits=logits_BSV if at is None else logits_BSV[at])
 
     def nats(self, text: str) -> float:
         return math.fsum(math.log(self.probabilities[byte]) for byte in text.encode())

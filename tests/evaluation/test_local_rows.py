@@ -3,7 +3,7 @@ import json
 import pytest
 
 from moepp.errors import UsageError
-from moepp.evaluation.local_rows import check_rows
+from moepp.evaluation.local_rows import check_rows, read_rows
 from moepp.evaluation.tasks import TaskRequest, load_task
 
 TASK = {
@@ -50,3 +50,41 @@ def test_more_shots_than_examples_are_refused_before_the_harness_loads(tmp_path)
     (tmp_path / "sciq.jsonl").write_text((json.dumps(ROW) + "\n") * 6)
     with pytest.raises(UsageError, match=r"has 5 examples for prompts with 99; ask for sciq:5"):
         load_task(TaskRequest("sciq", 99), tmp_path)
+
+
+QUESTIONS = {
+    "winogrande": [
+        {"sentence": "Ann met Bo, so _ smiled.", "option1": "Ann", "option2": "Bo", "answer": a} for a in "12"
+    ],
+    "arc_easy": [
+        {"id": i, "question": f"{i}?", "choices": {"text": ["red", "blue"], "label": ["A", "B"]}, "answerKey": i}
+        for i in "AB"
+    ],
+    "piqa": [{"goal": "go", "sol1": "walk", "sol2": "fly", "label": label} for label in (0, 1)],
+    "sciq": [ROW, ROW],
+}
+
+
+@pytest.mark.parametrize(
+    ("task", "changed", "message"),
+    [
+        ("winogrande", {"answer": "3"}, "row 2 is none of task winogrande: '3'"),
+        ("arc_easy", {"answerKey": "Z"}, "row 2 is none of task arc_easy: 'Z' is not in list"),
+        ("piqa", {"label": 7}, "row 2 is none of task piqa: the answer 7 is none of its 2 choices"),
+        ("piqa", {"label": -1}, "the answer -1 is none of its 2 choices"),
+        ("sciq", {"correct_answer": 3}, r"its choices \['d1', 'd2', 'd3', 3\] must be text"),
+    ],
+)
+def test_rows_that_make_no_question_are_named_before_a_model_is_asked(tmp_path, task, changed, message):
+    pytest.importorskip("lm_eval")
+    first, last = QUESTIONS[task]
+    (tmp_path / f"{task}.jsonl").write_text(f"{json.dumps(first)}\n{json.dumps(last | changed)}\n")
+    with pytest.raises(UsageError, match=message) as caught:
+        load_task(TaskRequest(task, 0), tmp_path)
+    assert f"{task}.jsonl row 2" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_half_a_character_is_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"q": "\\u00e9"}\n{"q": "\\ud800"}\n')
+    with pytest.raises(UsageError, match=r"a\.jsonl row 2 holds half a character"):
+        read_rows(tmp_path / "a.jsonl")

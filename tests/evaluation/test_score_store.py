@@ -6,6 +6,8 @@ from concurrent.futures.process import BrokenProcessPool
 from shutil import copy, copytree
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install lm-eval")
 
@@ -74,6 +76,20 @@ def test_every_checkpoint_of_a_run_keeps_its_own_scores(text_run, task_folder, t
         path = run / "checkpoints" / "evaluation" / name / "sciq.jsonl"
         assert json.loads(path.read_text().splitlines()[0])["checkpoint"].startswith(f"{name}.ckpt:")
     assert load_task_results(run) == own
+
+
+def test_what_stands_before_a_prompt_makes_other_scores(released, task_folder):
+    """A template and a bos_token_id that are written in later; the same weights would be asked something else."""
+    plain = list(scored(released, "sciq", task_folder, None))
+    config, tokenizer = (released / name for name in ("config.json", "tokenizer.json"))
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"bos_token_id": 5}))
+    [other] = scored(released, "sciq", task_folder, None)
+    assert other.about.checkpoint != plain[0].about.checkpoint
+    template = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    (begun := Tokenizer.from_file(str(tokenizer))).post_processor = template
+    begun.save(str(tokenizer))
+    [begun] = scored(released, "sciq", task_folder, None)
+    assert begun.about.checkpoint != other.about.checkpoint and begun.examples != other.examples
 
 
 def test_a_result_that_cannot_be_read_is_scored_again(released, task_folder):

@@ -1,10 +1,11 @@
-import math
+from dataclasses import dataclass, field
 
 import pytest
 import torch
 
-from moepp.evaluation.scoring import Window, batches, log_likelihoods, windows
+from moepp.evaluation.scoring import Family, Window, batches, families, log_likelihoods, windows
 from moepp.layers.settings import ExpertCounts
+from moepp.models.attention import KeyValueCache
 from moepp.models.decoder import Decoder
 from moepp.models.settings import DecoderConfig
 
@@ -18,6 +19,25 @@ def decoder() -> Decoder:
         capacity_factor=1.0,
     )  # fmt: skip
     return Decoder(config, seed=0).eval()
+
+
+@dataclass
+class Reading:
+    """Of a decoder, and what it was asked to read."""
+
+    decoder: Decoder
+    read: list[torch.Size] = field(default_factory=list)
+    scored: list[int] = field(default_factory=list)  # places, of each call
+
+    def caches(self):
+        return [KeyValueCache() for _ in self.decoder.blocks]
+
+    @torch.inference_mode()
+    def logits(self, ids_BS, at=None, caches=None):
+        self.read.append(ids_BS.shape)
+        logits_QV = self.decoder(ids_BS, caches, at=at).logits
+        self.scored.append(len(logits_QV))
+        return logits_QV
 
 
 def requests(count: int, longest: int, scored: int, seed: int = 0) -> list[tuple[list[int], int]]:
@@ -73,9 +93,24 @@ def test_nothing_before_the_first_scored_token_is_refused():
 
 
 def test_batches_hold_at_most_so_many_padded_tokens():
-    rows = [(0,) * length for length in (9, 5, 4, 2, 2, 1)]
-    found = [[len(row) for row in batch] for batch in batches(rows, 8)]
+    alone = [Family((), ((0,) * length,)) for length in (9, 5, 4, 2, 2, 1)]
+    found = [[family.longest for family in batch] for batch in batches(alone, 8)]
     assert found == [[9], [5], [4, 2], [2, 1]]
+
+
+def test_a_batch_has_prefixes_of_one_length_and_reads_each_once():
+    long, short = Family((0,) * 16, ((1,), (1, 2))), Family((0,) * 8, ((1,), (2,)))
+    assert list(batches([long, long, short, short], 40)) == [[long, long], [short, short]]
+    assert list(batches([long, long, short, short], 39)) == [[long], [long], [short, short]]
+
+
+def test_answers_to_one_question_share_what_stands_before_them():
+    question, other = tuple(range(20)), tuple(range(1, 5))
+    scorers = {(*question, 7): [(0, (7, 8))], (*question, 9, 9): [(1, (9, 9, 9))], other: [(2, (5,))]}
+    assert families(scorers) == [
+        Family(question[:16], ((16, 17, 18, 19, 7), (16, 17, 18, 19, 9, 9))),
+        Family((), (other,)),
+    ]
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 64, 4096])
@@ -83,7 +118,7 @@ def test_batches_hold_at_most_so_many_padded_tokens():
 def test_scores_equal_those_of_a_plain_loop(decoder, batch_tokens, scored):
     """At overflow (context 12 for up to 40 tokens) and whatever the batch, in which padding and other rows differ."""
     asked = requests(8, 40, scored)
-    found = log_likelihoods(lambda ids: decoder(ids).logits, asked, 12, batch_tokens, CPU)
+    found = log_likelihoods(Reading(decoder), asked, 12, batch_tokens, CPU)
     for likelihood, (tokens, scored_) in zip(found, asked, strict=True):
         nats, greedy = plain_loop(decoder, tokens, scored_, 12)
         assert likelihood.nats == pytest.approx(nats, abs=2e-5)
@@ -93,30 +128,31 @@ def test_scores_equal_those_of_a_plain_loop(decoder, batch_tokens, scored):
 def test_the_greedy_continuation_is_recognised(decoder):
     ids = decoder.generate(torch.tensor([[1, 2, 3]]), 5)[0].tolist()
     changed = [*ids[:-1], (ids[-1] + 1) % 40]
-    found = log_likelihoods(lambda ids: decoder(ids).logits, [(ids, 5), (changed, 5)], 16, 64, CPU)
+    found = log_likelihoods(Reading(decoder), [(ids, 5), (changed, 5)], 16, 64, CPU)
     assert [likelihood.greedy for likelihood in found] == [True, False]
 
 
-def test_equal_inputs_are_computed_once():
-    computed = []
+def test_equal_inputs_are_computed_once(decoder):
+    reading = Reading(decoder)
+    log_likelihoods(reading, [([1, 2, token], 1) for token in range(4)], 8, 64, CPU)
+    assert reading.read == [(1, 2)]
 
-    def logits_of(ids):
-        computed.append(ids.shape)
-        return torch.zeros(*ids.shape, 4)
 
-    found = log_likelihoods(logits_of, [([1, 2, token], 1) for token in range(4)], 8, 64, CPU)
-    assert computed == [(1, 2)]
-    assert all(likelihood.nats == pytest.approx(-math.log(4)) for likelihood in found)
+def test_choices_read_their_context_once_and_the_head_where_it_is_needed(decoder):
+    context = requests(1, 34, 33)[0][0][:33]
+    asked = [(context + choice, len(choice)) for choice in ([1, 2, 3], [4, 5], [6, 7, 8, 9])]
+    reading = Reading(decoder)
+    found = log_likelihoods(reading, asked, 64, 4096, CPU)
+    assert reading.read == [(1, 32), (3, 4)] and reading.scored == [0, 9]
+    for likelihood, (tokens, scored) in zip(found, asked, strict=True):
+        assert likelihood.nats == pytest.approx(plain_loop(decoder, tokens, scored, 64)[0], abs=2e-5)
 
 
 def test_bfloat16_is_close(decoder):
     asked = requests(8, 20, 3)
-    exact = log_likelihoods(lambda ids: decoder(ids).logits, asked, 24, 256, CPU)
+    exact = log_likelihoods(Reading(decoder), asked, 24, 256, CPU)
 
-    def rounded(ids):
-        with torch.autocast("cpu", torch.bfloat16):
-            return decoder(ids).logits
-
-    close = log_likelihoods(rounded, asked, 24, 256, CPU)
+    with torch.autocast("cpu", torch.bfloat16):
+        close = log_likelihoods(Reading(decoder), asked, 24, 256, CPU)
     assert max(abs(a.nats - b.nats) for a, b in zip(exact, close, strict=True)) < 0.15
     assert any(a.nats != b.nats for a, b in zip(exact, close, strict=True))

@@ -76,6 +76,7 @@ def test_nested_mappings_are_checked_as_what_they_become():
         (BalanceConfig, {"beta": 1e30}, "balance.beta"),
         (BalanceConfig, {"beta": math.nan}, "balance.beta"),
         (BalanceConfig, {"control_rate": math.nan}, "balance.control_rate"),
+        (BalanceConfig, {"control_options": {"a": 1}}, "control_options=.* are of no control: set balance.control"),
         (ExpertCounts, {"ffn": 0}, "experts.ffn=0"),
     ],
 )

@@ -7,7 +7,7 @@ import torch
 
 from moepp.layers.balance import expert_capacities, likeliest_slots, load_balance_loss, load_targets
 from moepp.layers.moe import MoELayer
-from moepp.layers.router import normalize_logits
+from moepp.layers.router import normalize_logits, route
 from moepp.layers.settings import BalanceConfig, ExpertCounts, MoEConfig, ffn_share
 
 DIM, COUNTS = 6, ExpertCounts(ffn=4, zero=1, copy=1, constant=2)
@@ -181,3 +181,37 @@ def test_a_micro_batch_may_be_balanced_alone():
     layer.config.balance.over = "global_batch"
     count_N, tokens = layer.balanced_counts(counts, 40)
     assert tokens == 80 and torch.equal(count_N, whole.sum((0, 1)))
+
+
+@pytest.mark.parametrize("selection", ["top_k", "sigmoid"])
+def test_a_token_chooses_ffn_experts_of_few_groups_and_any_zero_computation_expert(selection):
+    counts = ExpertCounts(ffn=8, zero=1, copy=1, constant=0)
+    config = MoEConfig(experts=counts, top_k=3, expert_groups=4, groups_per_token=2, selection=selection)
+    logits_TN = torch.randn(200, 10, generator=torch.Generator().manual_seed(0))
+    routing = route(logits_TN, config)
+    scores_TN = logits_TN.softmax(-1) if selection == "top_k" else logits_TN.sigmoid()
+    for token, chosen in enumerate(routing.expert_TK.tolist()):
+        by_group = scores_TN[token, :8].view(4, 2).sum(1)  # 3 choices of 2 groups: the 2 highest of each count
+        opened = set(by_group.topk(2).indices.tolist())
+        allowed = [e for e in range(10) if e >= 8 or e // 2 in opened]
+        assert set(chosen) == set(sorted(allowed, key=lambda e: -float(scores_TN[token, e]))[:3])
+    whole = route(
+        logits_TN, MoEConfig(experts=counts, top_k=3, expert_groups=4, groups_per_token=4, selection=selection)
+    )
+    assert torch.equal(
+        whole.expert_TK, route(logits_TN, MoEConfig(experts=counts, top_k=3, selection=selection)).expert_TK
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"expert_groups": 3}, r"expert_groups=3 must divide experts\.ffn=8"),
+        ({"groups_per_token": 2}, "groups_per_token=2 must not exceed expert_groups=1"),
+        ({"expert_groups": 2, "selection": "top_p", "capacity_factor": None}, "expert_groups=2 limits a top-k choice"),
+        ({"expert_groups": 8, "top_k": 6}, "top_k=6 needs more experts than the 1 of groups_per_token=1 and 4"),
+    ],
+)
+def test_impossible_groups_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        MoEConfig(**changes)

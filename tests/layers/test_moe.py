@@ -203,3 +203,26 @@ def test_ffn_rows_change_nothing_but_what_is_kept_in_training(per_token):
     rows = int(stats.chosen_N[: limited.config.experts.ffn].sum())
     assert stats.recomputed == max(0, rows - math.ceil(per_token * TOKENS)) and whole.recomputed is None
     assert limited.eval()(x_BSD)[1].recomputed is None
+
+
+@pytest.mark.parametrize("drop_order", ["position", "probability"])
+@pytest.mark.parametrize("form", ["switch", "null_averaged"])
+def test_sequences_that_are_balanced_and_limited_alone_are_layers_of_one_sequence(drop_order, form):
+    balance = BalanceConfig(over="sequence", form=form)
+    layer = make_layer(capacity_factor=0.7, capacity_over="sequence", drop_order=drop_order, balance=balance).train()
+    x_BSD = torch.randn(3, 12, DIM, dtype=torch.float64)
+    together, stats = layer(x_BSD)
+    alone = [layer(x_1SD) for x_1SD in x_BSD.split(1)]
+    torch.testing.assert_close(together, torch.cat([y_1SD for y_1SD, _ in alone]))
+    torch.testing.assert_close(stats.balance_loss, torch.stack([one.balance_loss for _, one in alone]).mean())
+    assert stats.dropped == sum(one.dropped for _, one in alone) > 0
+
+
+@pytest.mark.parametrize("over", ["sequence", "micro_batch", "global_batch", "step"])
+@pytest.mark.parametrize("capacity_over", ["sequence", "micro_batch", "global_batch"])
+def test_a_layer_asks_other_devices_for_counts_only_where_it_needs_them(over, capacity_over, monkeypatch):
+    layer = make_layer(capacity_factor=1.1, capacity_over=capacity_over, balance=BalanceConfig(over=over)).train()
+    asked, share = [], layer.ffn.dispatcher.share
+    monkeypatch.setattr(layer.ffn.dispatcher, "share", lambda count_KN: (asked.append(1), share(count_KN))[1])
+    layer(torch.randn(2, 4, DIM, dtype=torch.float64))
+    assert bool(asked) == (over in ("global_batch", "step") or capacity_over == "global_batch")

@@ -8,7 +8,7 @@ from moepp.reports.comparison import Comparison, compare
 from moepp.reports.experiment import Context, Experiment
 from moepp.reports.provenance import provenance
 from moepp.reports.report import write_report
-from moepp.reports.rerun import command
+from moepp.reports.rerun import rerun_command
 from moepp.reports.results import load_sweep_results
 
 START_MS = 1_700_000_000_000
@@ -62,7 +62,7 @@ def write_times(directory: Path, times: Times) -> None:
 def written(experiment: Experiment, directory: Path, folder: Path) -> list[Path]:
     """The report of a sweep's experiment on these records."""
     context = Context("laptop", {experiment.runs[0].sweep: directory})
-    made = provenance(command(experiment, context), context)
+    made = provenance(rerun_command(experiment, context), context)
     return write_report(experiment, experiment.measure(context), folder, made)
 
 

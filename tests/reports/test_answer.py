@@ -9,7 +9,7 @@ from synthetic_sweep import write_sweep
 from moepp.config import save
 from moepp.records import read_json, write_json
 from moepp.reports import reproduce
-from moepp.reports.arms import of_records
+from moepp.reports.arms import of_records, of_sweep
 from moepp.reports.experiment import Context
 from moepp.sweeps.registration import register
 from moepp.sweeps.spec import read_sweep
@@ -78,6 +78,14 @@ def test_secondary_contrasts_are_corrected_over_all_of_them(records):
     assert [line.partition(": ")[0] for line in secondary] == ["Secondary, two minus plain", "Secondary, two over one"]
     assert "p = 0.0065 after Holm; beyond noise" in secondary[0]
     assert secondary[1].endswith("p = 0.9 after Holm; not distinguishable from none.")
+
+
+def test_a_report_may_open_with_a_secondary_contrast_after_its_correction(records):
+    told = of_sweep("mine.yaml", opening="two over one").measure(Context("laptop", {"mine.yaml": records}))
+    assert told.answer.startswith("two and one cannot be told apart here, and whether by the 0.02 that matters is open")
+    assert "p = 0.9 after Holm" in told.answer and "Secondary. Not registered" in told.answer
+    assert told.verdict[0].startswith("Primary, one: -0.1015") and told.verdict[0].endswith("; beyond noise.")
+    assert told.verdict[1].startswith("Secondary, two minus plain")
 
 
 def test_what_a_rule_excludes_is_shown_with_and_without(records):

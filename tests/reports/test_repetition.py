@@ -6,7 +6,7 @@ from synthetic_sweep import write_run
 
 from moepp.errors import UsageError
 from moepp.records import write_json, write_text
-from moepp.reports.repetition import compare_repetition, describe
+from moepp.reports.repetition import compare_repetition, describe_repetition
 
 PROVENANCE = {
     "git": {"sha": "abc", "dirty": False}, "data": {"digest": "d1"}, "versions": {"torch": "2.13"},
@@ -31,15 +31,15 @@ def make(path, losses, final=3.25, provenance=PROVENANCE):
 def test_equal_losses_agree_to_the_last_bit(tmp_path, original):
     found = compare_repetition(original, make(tmp_path / "again", [4.0, 3.5]))
     assert (found.equal, found.unexplained, found.compared, found.largest) == (True, False, 3, 0)
-    assert describe(found)[-1] == "losses    equal, all 3 of them, to the last bit"
-    assert [line.split()[1:] for line in describe(found)[:-1]] == [["the", "same"]] * 4
+    assert describe_repetition(found)[-1] == "losses    equal, all 3 of them, to the last bit"
+    assert [line.split()[1:] for line in describe_repetition(found)[:-1]] == [["the", "same"]] * 4
 
 
 def test_the_smallest_difference_counts_and_is_unexplained_when_nothing_else_differs(tmp_path, original):
     found = compare_repetition(original, make(tmp_path / "again", [4.0, math.nextafter(3.5, 4)]))
     assert found.unexplained and found.differing == 1
     assert found.where == "train/loss, step 20" and found.largest == math.nextafter(3.5, 4) - 3.5
-    assert "1 of 3 differ" in describe(found)[-1]
+    assert "1 of 3 differ" in describe_repetition(found)[-1]
     assert compare_repetition(original, make(tmp_path / "b", [4.0, 3.5], final=3.26)).where == "final/val_loss"
 
 
@@ -64,7 +64,7 @@ def test_what_else_differs_is_named_and_explains_other_losses(tmp_path, original
     found = compare_repetition(original, make(tmp_path / "again", [4.0, 3.4], provenance=PROVENANCE | changed))
     assert list(found.differs) == [kind] and "; ".join(found.differs[kind]) == said
     assert not found.equal and not found.unexplained
-    assert f"{kind:<9} {said}" in describe(found)
+    assert f"{kind:<9} {said}" in describe_repetition(found)
 
 
 def test_a_run_that_was_begun_with_other_code_is_no_run_of_its_last_code(tmp_path):
@@ -85,7 +85,7 @@ def test_of_runs_that_did_not_finish_the_steps_count_that_both_have(tmp_path, or
     write_text(again.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     found = compare_repetition(original, again)
     assert (found.equal, found.compared, found.ended) == (True, 1, "original done, repetition failed")
-    assert "ended     original done, repetition failed" in describe(found)
+    assert "ended     original done, repetition failed" in describe_repetition(found)
     write_text(again.path / "metrics.jsonl", "")
     with pytest.raises(UsageError, match="share no logged loss"):
         compare_repetition(original, again)

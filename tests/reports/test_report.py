@@ -250,12 +250,13 @@ def test_provenance_names_every_run_and_says_when_commits_differ(tmp_path):
     )
 
 
-def test_the_terminal_table_is_aligned_and_narrow(sweep):
+def test_the_terminal_table_is_aligned_and_narrow(sweep, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     answer, *lines = terminal(TABLE6.measure(Context("laptop", {TABLE6.runs[0].sweep: sweep}))).splitlines()
-    assert answer.startswith(f"{FULL} ends with a lower validation loss than vanilla") and not lines.pop(0)
-    assert len({len(line) for line in lines[:4]}) == 1 and max(map(len, lines[:5])) <= 120
+    assert answer.startswith(f"{FULL} ends with a lower validation loss than no_residual") and not lines.pop(0)
+    assert len({len(line) for line in lines[:4]}) == 1 and max(map(len, lines[:5])) <= 80
     assert lines[3].split()[:8] == [FULL, "3", "3.1100", "±", "0.1130", "-0.1000", "±", "0.0025‡"]
-    assert lines[3].split()[-4:] == ["1.20", "1.33", "17067", "47.7"]
+    assert lines[3].split()[-2:] == ["1.50", "1.20"]  # FFN experts per token, speed-up; the rest with --wide
 
 
 def test_tracker_metrics_are_named_after_the_arms(sweep):

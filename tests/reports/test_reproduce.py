@@ -51,6 +51,9 @@ def test_a_study_trains_the_arms_it_needs_and_takes_its_own_options(study, seen,
         return directory.relative_to(tmp_path)
 
     monkeypatch.setattr("moepp.sweeps.runner.run_sweep", run_sweep)
+    with pytest.raises(UsageError, match=r"pos=my words\.jsonl: there is no such file"):
+        reproduce.reproduce("demo", "smoke", 1, ["pos=my words.jsonl"])
+    (tmp_path / "my words.jsonl").touch()
     reproduce.reproduce("demo", "smoke", 1, ["pos=my words.jsonl", "runs=here"], seeds=[3])
     assert asked == [{"vanilla"}, "smoke", 1, ["runs=here"], [3]]
     [context] = seen
@@ -146,9 +149,17 @@ def test_trials_are_scored_on_tasks_between_training_and_report(monkeypatch, tmp
     monkeypatch.setattr("moepp.sweeps.timing.time_arms", lambda directory: done.append("timed"))
     monkeypatch.setattr("moepp.evaluation.commands.evaluate_sweep", lambda *asked: done.append(asked))
     monkeypatch.setattr(reproduce, "_publish", lambda *_: done.append("reported"))
+    (tmp_path / "sciq.jsonl").touch()
     reproduce.reproduce("table5", "smoke", flags={"tasks": "sciq", "tasks_dir": str(tmp_path), "limit": "5"})
     assert done == ["trained", "timed", (tmp_path, "sciq", tmp_path, 5), "reported"]
     assert read_json(tmp_path / "tasks.json") == {"tasks": "sciq", "tasks_dir": str(tmp_path), "limit": "5"}
-    with pytest.raises(UsageError, match="is no folder"):
-        reproduce.reproduce("table5", "smoke", flags={"tasks": "sciq", "tasks_dir": "nowhere"})
+    asked = {"tasks": "sciq", "tasks_dir": str(tmp_path)}
+    for wrong, message in (
+        ({"tasks_dir": "nowhere"}, "is no folder"),
+        ({"tasks": "piqa"}, "has no data for task piqa: it needs piqa.jsonl"),
+        ({"tasks": "scqi", "tasks_dir": None}, "has no task 'scqi'; did you mean sciq"),
+    ):
+        given = {name: value for name, value in (asked | wrong).items() if value}
+        with pytest.raises(UsageError, match=message):
+            reproduce.reproduce("table5", "smoke", flags=given)
     assert len(done) == 4  # what cannot be scored is said before anything is trained

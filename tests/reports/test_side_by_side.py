@@ -8,9 +8,9 @@ from synthetic_sweep import write_run, write_sweep
 
 from moepp.config import CONF
 from moepp.errors import UsageError
-from moepp.records import write_json, write_text
+from moepp.records import RunRecord, write_json, write_text
 from moepp.reports.side_by_side import (
-    comparison_page,
+    comparison_address,
     config_changes,
     metric_differences,
     pair,
@@ -110,9 +110,16 @@ def test_the_text_holds_settings_metrics_and_the_way_to_the_browser(sweep):
     assert "model.top_k  2  1" in lines
     assert "made with: no difference" in lines
     loss = next(line for line in lines if line.startswith("val_loss "))
-    assert loss.split() == ["val_loss", "3.1", "2.9", "-0.2", "±", "0.248"]
+    assert loss.split() == ["val_loss", "3", "3.1", "2.9", "-0.2", "±", "0.248"]
     assert any(line.startswith("val_bits_per_byte ") for line in lines)
     assert "run.py sync" in lines[-1]
+
+
+def test_a_metric_that_some_seeds_lack_states_its_n(sweep):
+    for arm, seed in (("vanilla", 0), ("zero", 0), ("zero", 1)):
+        RunRecord(sweep / f"trials/{arm}-{seed}").replace_final({"final/sciq_acc": 0.5})
+    lines = side_by_side(*sides(sweep)).splitlines()
+    assert next(line for line in lines if line.startswith("sciq_acc ")).split()[1] == "1"
 
 
 def test_a_difference_beyond_its_interval_is_marked(tmp_path):
@@ -125,10 +132,10 @@ def test_a_difference_beyond_its_interval_is_marked(tmp_path):
 def test_the_page_that_compares_the_runs_in_mlflow(sweep, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     records = [record for both in pair(*sides(sweep)) for record in both]
-    assert comparison_page(records) is None
+    assert comparison_address(records) is None
     for i, record in enumerate(records):
         write_json(record.path / "mlflow.json", {"run_id": f"id{i}", "experiment_id": "7", "steps": {}})
-    page = comparison_page(records)
+    page = comparison_address(records)
     base, _, query = page.partition("?")
     assert base == "http://127.0.0.1:5000/#/compare-runs"
     parts = dict(part.split("=") for part in query.split("&"))
@@ -137,10 +144,10 @@ def test_the_page_that_compares_the_runs_in_mlflow(sweep, monkeypatch):
     assert not set(query) & set('"[] ')
     assert page in side_by_side(*sides(sweep))
     pages.remember_port(records[0].path.parent.parent, 5001)
-    assert comparison_page(records).startswith("http://127.0.0.1:5001/#/compare-runs?")
+    assert comparison_address(records).startswith("http://127.0.0.1:5001/#/compare-runs?")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker:80/")
-    assert comparison_page(records).startswith("http://tracker:80/#/compare-runs?")
-    assert comparison_page([records[0], records[0]]).startswith("http://tracker:80/#/experiments/7/runs/id0?")
+    assert comparison_address(records).startswith("http://tracker:80/#/compare-runs?")
+    assert comparison_address([records[0], records[0]]).startswith("http://tracker:80/#/experiments/7/runs/id0?")
 
 
 @pytest.mark.parametrize(

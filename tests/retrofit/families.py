@@ -1,7 +1,11 @@
-"""Tiny random models of other families."""
+"""Tiny random models of other families, and a tiny text."""
 
 import pytest
 import torch
+
+from moepp.config import compose
+from moepp.training.run import train
+from moepp.training.settings import RunConfig
 
 transformers = pytest.importorskip("transformers", "5.24", reason="needs the extra hf")
 
@@ -23,6 +27,7 @@ FAMILIES = (
     "mixtral", "olmoe", "flex_olmo", "qwen2_moe", "qwen3_moe", "jamba", "deepseek_v2", "deepseek_v3", "glm4_moe",
     "lfm2_moe", "gpt_oss", "granitemoe", "longcat_flash",
 )  # fmt: skip
+TEXT = "the state of our union is strong and people work hard for peace in this land every day"
 IDS = torch.randint(3, 64, (2, 7), generator=torch.Generator().manual_seed(0))
 
 
@@ -38,3 +43,17 @@ def tiny(family: str, seed: int = 0, **changes):
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.2)
     return model
+
+
+def text_data(tmp_path):
+    """Two steps on a text."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"{TEXT} {i}." for i in range(400)))
+    return [
+        "data=text", f"data.path={text}", "data.separator=\\n\\s*\\n", f"data.cache={tmp_path / 'cache'}",
+        "data.seq_len=32", "data.batch_size=4", "trainer.steps=2", "trainer.val_every=2", "optim.warmup_steps=1",
+    ]  # fmt: skip
+
+
+def text_run(overrides, tmp_path, *words):
+    return train(compose(RunConfig, [*overrides, *text_data(tmp_path), *words])).path

@@ -5,10 +5,11 @@ import torch
 
 pytest.importorskip("transformers", "5.24", reason="needs the extra hf")
 
-from families import FAMILIES, IDS, tiny
+from families import FAMILIES, IDS, tiny, transformers
 
 from moepp.errors import UsageError
 from moepp.retrofit import calibrate, export, load, observe, retrofit, strip, upcycle, wake
+from moepp.retrofit.model import skeleton
 from moepp.retrofit.modeling import blocks, routers
 
 
@@ -165,6 +166,79 @@ def test_what_cannot_be_done_is_refused_in_one_line():
         model.activation_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(UsageError, match="must lie between 0 and"):
         calibrate(retrofit(tiny("mixtral"), zero=1, copy=0, constant=0), [IDS], share=0.9)
+
+
+def test_what_goes_around_new_experts_is_refused(tmp_path):
+    from transformers.distributed import DistributedConfig
+
+    model = retrofit(tiny("mixtral"))
+    model.save_pretrained(tmp_path)
+    for asked in (DistributedConfig(tp_size=2, ep_size=2), {"tp_size": 2, "enable_expert_parallel": True}):
+        with pytest.raises(ValueError, match="ep_size=1"):
+            type(model).from_pretrained(tmp_path, distributed_config=asked)
+    with pytest.raises(ValueError, match="use_kernels"):
+        type(model).from_pretrained(tmp_path, use_kernels=True)
+    model = tiny("mixtral")
+    model._use_kernels = True
+    with pytest.raises(UsageError, match="use_kernels=True"):
+        retrofit(model)
+    model = tiny("mixtral")
+    next(iter(blocks(model).values()))[1]._is_expert_parallel = True
+    with pytest.raises(UsageError, match="ep_size=1"):
+        retrofit(model)
+
+
+def test_adapters_go_around_new_experts_not_inside():
+    peft = pytest.importorskip("peft", reason="needs the extra hf")
+    adapted = peft.get_peft_model(tiny("mixtral"), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(UsageError, match="PeftModel is no model of transformers: retrofit the model that it wraps"):
+        retrofit(adapted)
+    model = calibrate(retrofit(tiny("mixtral")), [IDS], share=0.3)
+    want = model(IDS).logits
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    assert torch.equal(adapted(input_ids=IDS).logits, want)
+    assert same([adapted.merge_and_unload()(IDS).logits], [want])
+
+
+def test_a_multimodal_model_is_retrofitted_in_its_text_model(tmp_path):
+    text = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 32, "head_dim": 8,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "num_experts": 8,
+        "num_experts_per_tok": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+    }  # fmt: skip
+    vision = {
+        "depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 32,
+        "deepstack_visual_indexes": [0],
+    }  # fmt: skip
+    config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision)
+    model = transformers.Qwen3VLMoeForConditionalGeneration(config).eval()
+    want = model(input_ids=IDS).logits
+    assert torch.equal(retrofit(model)(input_ids=IDS).logits, want)
+    want = calibrate(model, [IDS], share=0.3)(input_ids=IDS).logits
+    torch.testing.assert_close(load(export(model, tmp_path)).eval()(input_ids=IDS).logits, want, rtol=0, atol=2e-6)
+    with pytest.raises(UsageError, match="model_type=qwen3_vl_moe has no causal language model"):
+        skeleton(model.config.to_dict())
+
+
+def test_a_scaled_copy_gets_the_factor_nearest_to_what_experts_give():
+    model = retrofit(tiny("mixtral"), zero=0, copy=1, constant=0, scaled_copy=True)
+    heard = []
+    banks = [experts for _, experts in blocks(model).values()]
+    hook = banks[0].register_forward_hook(lambda _, args, y: heard.append((args[0], y)))
+    model(IDS)
+    hook.remove()
+    (x, y), *_ = heard
+    calibrate(model, [IDS], share=0.3)
+    best = torch.linalg.lstsq(x.reshape(-1, 1), y.reshape(-1, 1)).solution  # Mixtral's gates sum to 1
+    assert banks[0].copy_scale.item() == pytest.approx(best.item(), rel=1e-3)
+    banks[0].copy_scale.data.fill_(0.5)
+    calibrate(model, [IDS], share=0.3)
+    assert banks[0].copy_scale.item() == 0.5  # learnt, or set
+
+
+def test_models_with_rows_of_odd_length_run():
+    assert torch.isfinite(upcycle(tiny("llama", intermediate_size=51))(IDS).logits).all()
 
 
 def test_a_foreign_recomputation_is_refused():

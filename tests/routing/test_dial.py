@@ -5,8 +5,8 @@ from moepp.errors import UsageError
 from moepp.layers.settings import ExpertCounts
 from moepp.models.decoder import Decoder
 from moepp.models.settings import DecoderConfig
-from moepp.routing.dial import biased, curve, measure
-from moepp.statistics.style import save
+from moepp.routing.dial import biased, curve, loss_and_compute
+from moepp.statistics.style import save_figure
 
 SIZES = {"dim": 16, "hidden": 12, "layers": 2, "heads": 2, "vocab_size": 32, "init_std": 0.2}
 BATCHES = list(torch.randint(0, 32, (2, 4, 9), generator=torch.Generator().manual_seed(0)))
@@ -14,7 +14,7 @@ BATCHES = list(torch.randint(0, 32, (2, 4, 9), generator=torch.Generator().manua
 
 def measured(model, bias):
     with biased(model, bias):
-        return measure(model, BATCHES)
+        return loss_and_compute(model, BATCHES)
 
 
 def test_more_bias_means_less_compute_from_all_experts_to_none():
@@ -39,5 +39,5 @@ def test_a_model_without_zero_computation_experts_has_no_dial():
 
 
 def test_the_curve_is_drawn_as_its_table_says(tmp_path):
-    files = save(curve([(-1.0, 1.5, 4.0), (1.0, 0.5, 4.5)], "dial", "bias", "the bias"), tmp_path)
+    files = save_figure(curve([(-1.0, 1.5, 4.0), (1.0, 0.5, 4.5)], "dial", "bias", "the bias"), tmp_path)
     assert all(file.stat().st_size > 1000 for file in files) and "+1" in files[0].read_text()

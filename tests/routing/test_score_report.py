@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from moepp.routing.score_report import claims, histogram_plot, layer_table, score_table
+from moepp.routing.score_report import histogram_plot, layer_scores, score_claims, score_table
 from moepp.routing.scores import RoutingScores
 
 SEEDS = 6
@@ -25,7 +25,7 @@ def arm(means, deviations, spread=0.0, offset=0):
 
 
 def verdicts(on, off):
-    found = claims({"on": on, "off": off}, on="on", off="off")
+    found = score_claims({"on": on, "off": off}, on="on", off="off")
     return {(c.statement.split()[4], " ".join(c.statement.split()[7:9])): c for c in found}
 
 
@@ -42,29 +42,29 @@ def test_a_smaller_variance_at_the_same_mean_is_what_the_paper_says():
 def test_means_within_the_margin_are_the_same_and_means_beyond_it_are_not():
     base = arm((0.4, 0.2), (0.04, 0.02), offset=1)
     near, far = (arm((0.4 * f, 0.2 * f), (0.04, 0.02), offset=2) for f in (1.02, 1.3))
-    mean = [claim for claim in claims({"on": near, "off": base}, "on", "off") if "mean" in claim.statement]
+    mean = [claim for claim in score_claims({"on": near, "off": base}, "on", "off") if "mean" in claim.statement]
     assert [claim.verdict for claim in mean] == ["holds", "holds"]
     assert mean[0].effect == pytest.approx(0.02, abs=0.005) and "within 10%" in mean[0].note
-    mean = [claim for claim in claims({"on": far, "off": base}, "on", "off") if "mean" in claim.statement]
+    mean = [claim for claim in score_claims({"on": far, "off": base}, "on", "off") if "mean" in claim.statement]
     assert [claim.verdict for claim in mean] == ["fails", "fails"]
 
 
 def test_means_that_scatter_over_seeds_are_not_called_the_same():
     noisy, base = arm((0.4, 0.2), (0.04, 0.02), spread=0.15, offset=1), arm((0.4, 0.2), (0.04, 0.02), offset=2)
-    mean = [claim for claim in claims({"on": noisy, "off": base}, "on", "off") if "mean" in claim.statement]
+    mean = [claim for claim in score_claims({"on": noisy, "off": base}, "on", "off") if "mean" in claim.statement]
     assert [claim.verdict for claim in mean] == ["undecided", "undecided"]
 
 
 def test_one_pair_decides_nothing():
     one = {"seed 0": scores_of((0.4, 0.2), (0.04, 0.02), 0)}
-    found = claims({"on": one, "off": one}, on="on", off="off")
+    found = score_claims({"on": one, "off": one}, on="on", off="off")
     assert {claim.verdict for claim in found} == {"undecided"} and all(claim.effect is None for claim in found)
 
 
 def test_pairs_are_made_by_model_and_the_rest_is_left_out():
     on, off = arm((0.4, 0.2), (0.04, 0.02), offset=1), arm((0.4, 0.2), (0.04, 0.02), offset=2)
     del on["seed 0"], off["seed 5"]
-    assert "4 pairs of runs" in claims({"on": on, "off": off}, on="on", off="off")[0].note
+    assert "4 pairs of runs" in score_claims({"on": on, "off": off}, on="on", off="off")[0].note
 
 
 def test_tables_and_histogram_hold_what_was_added():
@@ -75,7 +75,7 @@ def test_tables_and_histogram_hold_what_was_added():
     assert rows[0]["range98"] == pytest.approx(2 * 2.326 * 0.04, rel=0.1) and rows[0]["range"] > rows[0]["range98"]
     assert [row["mode"] for row in rows] == pytest.approx([0.4, 0.2], abs=0.02)
     assert [row["paper: mode"] for row in rows] == [0.23, 0.105]
-    assert [row[1] for row in layer_table(scores).rows] == [1, 2]
+    assert [row[1] for row in layer_scores(scores).rows] == [1, 2]
     assert sum(row[3] for row in histogram_plot(scores).data.rows) == pytest.approx(2)
 
 

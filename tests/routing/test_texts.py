@@ -11,7 +11,7 @@ from moepp.errors import UsageError
 from moepp.routing.sources import decade
 from moepp.routing.tagged import ACROSS, FIRST, LATER, NO_CLASS, NO_LETTER, WHOLE, align, read_tagged, split_words
 from moepp.routing.task_texts import AREA, TASKS, read_tasks
-from moepp.routing.texts import Passage, Text, documents, tokenize, windows
+from moepp.routing.texts import Passage, Text, documents, text_windows, tokenize
 
 ROWS = {  # one row in the columns of each stock task, and its question and gold answer
     "sciq": ({"question": "Who?", "distractor1": "a", "distractor2": "b", "distractor3": "c",
@@ -110,11 +110,11 @@ def test_documents_and_windows_of_a_held_out_split():
     lengths = np.arange(10, dtype="<u4")
     found = documents(ids, lengths, end_of_text=0)
     assert [text.ids.tolist() for text in found] == [[5, 6, 7, 8, 9], [3, 4]]
-    pieces = windows([text.named(f"d{i}") for i, text in enumerate(found)], 2, limit=10)
+    pieces = text_windows([text.named(f"d{i}") for i, text in enumerate(found)], 2, limit=10)
     assert [(p.ids.tolist(), p.bytes.tolist(), p.group) for p in pieces] == [
         ([5, 6], [0, 1], "d0"), ([7, 8], [2, 3], "d0"), ([3, 4], [7, 8], "d1"),
     ]  # fmt: skip
-    many = windows([Text(np.arange(1, 101), np.ones(100), "g")], 10, limit=3)
+    many = text_windows([Text(np.arange(1, 101), np.ones(100), "g")], 10, limit=3)
     assert [int(p.ids[0]) for p in many] == [1, 41, 91]
 
 

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from moepp.routing import tokens as token_use
-from moepp.routing.token_report import claims, frequency_table, paper_table, string_plot, tag_table
+from moepp.routing.token_report import frequency_table, paper_table, string_plot, tag_table, token_claims
 from moepp.routing.tokens import TokenUse, by_label, difference, frequency_class, loss_correlation
 
 TEXTS, TOKENS = 40, 60
@@ -66,20 +66,20 @@ def test_a_difference_is_the_first_side_minus_the_second(use):
 
 
 def test_claims_on_planted_verbs_and_fragments_hold(use):
-    found = {claim.statement: claim for claim in claims({"one": use})}
+    found = {claim.statement: claim for claim in token_claims({"one": use})}
     assert len(found) == 9 and all(claim.verdict == "holds" for claim in found.values())
     fragments = found["Word fragments use fewer FFN experts than whole words"]
     assert fragments.effect == pytest.approx(-0.3, abs=0.05)  # punctuation, which uses fewest, is no word
     for classes in ("other words", "nouns (NOUN)"):
         assert found[f"Verbs (VERB) use more FFN experts than {classes}"].effect == pytest.approx(0.2, abs=0.03)
     reversed_use = replace(use, ffn_T=-use.ffn_T)
-    assert all(claim.verdict == "fails" for claim in claims({"one": reversed_use}))
+    assert all(claim.verdict == "fails" for claim in token_claims({"one": reversed_use}))
 
 
 def test_verbs_are_judged_without_auxiliaries(use):
     """Auxiliaries are a third of them here and most of them in English: a class that is mostly these tells of these."""
     use.ffn_T[use.tag_T == "AUX"] += 1
-    found = {claim.statement: claim.effect for claim in claims({"one": use})}
+    found = {claim.statement: claim.effect for claim in token_claims({"one": use})}
     assert found["Verbs (VERB) use more FFN experts than other words"] == pytest.approx(0.2, abs=0.03)
     assert found["Auxiliary verbs (AUX) use more FFN experts than other words"] == pytest.approx(1.2, abs=0.03)
 
@@ -92,7 +92,7 @@ def test_what_only_frequency_makes_is_gone_at_equal_frequency(use):
     rare_T = np.char.add("r", generator.integers(0, 200, len(verb_T)).astype(str))
     string_T = np.where(frequent_T, np.char.add("f", generator.integers(0, 4, len(verb_T)).astype(str)), rare_T)
     planted = replace(use, string_T=string_T, ffn_T=1.0 + 0.5 * frequent_T + generator.normal(0, 0.1, len(verb_T)))
-    found = {claim.statement: claim for claim in claims({"one": planted})}
+    found = {claim.statement: claim for claim in token_claims({"one": planted})}
     raw = found["Verbs (VERB) use more FFN experts than other words"]
     assert raw.verdict == "holds" and raw.effect > 0.2
     controlled = found["Verbs (VERB) use more FFN experts than other words of the same frequency"]

@@ -102,7 +102,7 @@ def test_the_rehearsal_ends_with_all_its_files_and_they_are_kept(packed, tmp_pat
 
     kept = window("keep", out, "--results", results, "--device", "cpu")
     assert kept.returncode == 0, kept.stderr
-    assert "For README:" in kept.stdout and "`python run.py bench layer`:" in kept.stdout
+    assert "For docs/results.md:" in kept.stdout and "`python run.py bench layer`:" in kept.stdout
     assert (results / "bench_card" / "cpu" / "table.csv").exists()
     assert "passed" in (results / "gpu_tests" / "cpu" / "report.md").read_text()
     assert "MoE++ in place of vanilla MoE" in (results / runs.SWEEP / "cpu" / "report.md").read_text()

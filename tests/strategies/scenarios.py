@@ -38,6 +38,8 @@ MODELS = {
     "loss_free": ["model=loss_free"],
     "remoe": ["model=remoe"],
     "few_experts": ["model.experts.ffn=2"],
+    "recomputed": ["model.activation_checkpointing=true"],
+    "sequence": ["model.capacity_factor=0.7", "model.capacity_over=sequence", "model.balance.over=sequence"],
 }
 
 
@@ -54,22 +56,31 @@ class Scenario:
     banned: dict[int, list[int]] = field(default_factory=dict)  # by layer: experts that no token chooses
     resume: str = ""
     chunked: bool = False  # the loss is computed by chunks of logits
+    shard_size: int = 0
+    in_parts: bool = False  # checkpoints are
     wrong_scale: bool = False
 
     @property
     def name(self) -> str:
         parts = [self.model, self.strategy, self.expert_parallel_size or "", self.precision]
         parts += [self.optimizer if self.optimizer != "sgd" else ""]
+        parts += [f"shards{self.shard_size}" if self.shard_size else ""]
         parts += [f"accumulate{self.accumulate}" if self.accumulate > 1 else ""]
         parts += [f"without{layer}:{len(experts)}" for layer, experts in self.banned.items()]
         parts += [f"after-{self.resume.replace('/', '-')}" if self.resume else ""]
-        parts += [word for word in ("chunked", "wrong_scale") if getattr(self, word)]
+        parts += [word for word in ("chunked", "in_parts", "wrong_scale") if getattr(self, word)]
         return "_".join(str(part) for part in parts if part)
+
+    @property
+    def on_meta(self) -> bool:
+        """Whether the model is built without weights, as a run's is; the others are whole on every device at first."""
+        return self.strategy in STRATEGIES[1:] and self.optimizer == "sgd"
 
     @property
     def reference(self) -> "Scenario":
         """The same on one device, from the first step on, with all logits at once."""
-        return replace(self, strategy="single", expert_parallel_size=0, resume="", chunked=False, wrong_scale=False)
+        devices = {"strategy": "single", "expert_parallel_size": 0, "shard_size": 0}
+        return replace(self, **devices, resume="", chunked=False, in_parts=False, wrong_scale=False)
 
 
 STRATEGIES = ("ddp", "fsdp", "expert_parallel", "expert_parallel_fsdp")
@@ -94,6 +105,10 @@ TWO_DEVICES = [
     *(Scenario(strategy=strategy, precision="bf16-mixed") for strategy in STRATEGIES),
     *(Scenario(strategy=strategy, chunked=True) for strategy in ("ddp", "fsdp")),
     Scenario(strategy="expert_parallel", wrong_scale=True),
+    *(Scenario(strategy=strategy, optimizer="adamw", in_parts=True) for strategy in ("fsdp", "expert_parallel")),
+    after("two", Scenario(strategy="fsdp", optimizer="adamw", in_parts=True), "expert_parallel"),
+    Scenario("recomputed", "expert_parallel"),
+    *(Scenario("sequence", strategy) for strategy in ("ddp", "expert_parallel")),
     *(Scenario(strategy=strategy, optimizer="adamw") for strategy in STRATEGIES[1:]),
     # What every strategy saves is what one device saves (a test of its own), so one checkpoint each is enough to load.
     after("one", Scenario(), "ddp"),
@@ -108,6 +123,9 @@ FOUR_DEVICES = [
     Scenario("few_experts", "expert_parallel_fsdp", 2),
     *(Scenario(strategy=strategy, expert_parallel_size=2) for strategy in SHARDED_EXPERTS),
     Scenario("vanilla_tight", "expert_parallel", 2),
+    Scenario(strategy="fsdp", shard_size=2),
+    Scenario("loss_free", "expert_parallel_fsdp", 2, in_parts=True),
+    after("four", Scenario("loss_free", "expert_parallel_fsdp", 2, in_parts=True), "fsdp"),
     Scenario(strategy="expert_parallel", expert_parallel_size=2, accumulate=2),
     *(after("two", Scenario(strategy=strategy), strategy, 2) for strategy in SHARDED_EXPERTS),
 ]
@@ -215,9 +233,13 @@ def run_scenario(
     the trainer, the module and its data.
     """
     overrides = ["size=smoke", "tracking=jsonl", "data=tokens", f"data.path={tokens}", "model.vocab_size=64"]
+    overrides += ["data.val_sequences=13"]  # which no number of devices divides
+    overrides += [f"strategy={scenario.strategy}"] if scenario.on_meta else []
     config = compose(RunConfig, [*overrides, *MODELS[scenario.model], *more])
     made_by = WrongScale if scenario.wrong_scale else partial(make_strategy, scenario.strategy)
-    strategy = made_by(expert_parallel_size=scenario.expert_parallel_size, timeout_s=60)
+    options = {"checkpoints_in_parts": True} if scenario.in_parts else {}
+    options |= {"shard_size": scenario.shard_size} if scenario.shard_size else {}
+    strategy = made_by(expert_parallel_size=scenario.expert_parallel_size, timeout_s=60, **options)
     module = (SGDLanguageModel if scenario.optimizer == "sgd" else LanguageModel).of_run(config, 0)
     ban(module, scenario.banned)
     watch = Watch(folder / f"{scenario.name}.middle.ckpt")

@@ -13,10 +13,11 @@ import scenarios
 import torch
 import torch.distributed as dist
 from scenarios import STEPS, STRATEGIES, Scenario, SGDLanguageModel, run_scenario
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from moepp.config import CONF
 from moepp.errors import UsageError
-from moepp.layers.dispatch import SlotCounts
+from moepp.layers.dispatch import LocalDispatcher, SlotCounts
 from moepp.layers.experts import FFNExperts
 from moepp.layers.kernels.base import RoutedTokens
 from moepp.models.decoder import Decoder
@@ -29,7 +30,7 @@ from moepp.strategies import (
     make_strategy,
 )
 from moepp.strategies.dispatch import AllToAllDispatcher, CountsOnTheWay, SharedBatchDispatcher
-from moepp.strategies.groups import ExpertGroups
+from moepp.strategies.groups import CopyGroups
 from moepp.strategies.sharding import Sharding, dividing_dimension, slice_experts
 from moepp.strategies.traffic import Traffic
 from moepp.training import compiled
@@ -107,6 +108,8 @@ def test_importing_the_package_registers_the_names():
             {"name": "ddp", "reduce_every_micro_batch": True},
             r"strategy=ddp reduces gradients once .* leave strategy\.red",
         ),
+        ({"name": "ddp", "shard_size": 2}, r"strategy=ddp shards over no group of devices: leave strategy\.shard"),
+        ({"name": "ddp", "checkpoints_in_parts": True}, r"strategy=ddp holds whole weights .* leave strategy\.check"),
         ({"name": "ddp", "expert_parallel_size": 2}, r"strategy=ddp divides no experts: leave strategy\.expert"),
     ],
 )
@@ -125,7 +128,7 @@ def test_settings_make_the_strategy():
 def test_devices_that_do_not_divide_into_groups_are_refused(one_process_group, tmp_path):
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     with pytest.raises(UsageError, match=r"1 devices cannot be divided .* strategy\.expert_parallel_size=3"):
-        ExpertGroups.create(3, None)
+        CopyGroups.create(3, None)
 
 
 def test_experts_that_do_not_divide_are_refused():
@@ -202,6 +205,41 @@ def test_fsdp_trains_after_a_validation_in_inference_mode(token_folder, tmp_path
     assert len(found["losses"]) == STEPS
 
 
+def test_gathering_in_bfloat16_what_is_rounded_to_it_anyway_changes_no_digit(
+    token_folder, tmp_path, one_process_group, monkeypatch
+):
+    seen, compute = set(), LocalDispatcher.compute
+    monkeypatch.setattr(
+        LocalDispatcher, "compute", lambda self, w_in, *others: (seen.add(w_in.dtype), compute(self, w_in, *others))[1]
+    )
+    scenario = Scenario(strategy="fsdp", precision="bf16-mixed", accumulate=2)
+    narrow = run_scenario(scenario, str(token_folder), tmp_path)
+    assert seen == {torch.bfloat16}  # as gathered
+    monkeypatch.setattr(MoEFSDPStrategy, "_precision_of", lambda *_: MixedPrecisionPolicy(cast_forward_inputs=False))
+    assert run_scenario(scenario, str(token_folder), tmp_path)["losses"] == narrow["losses"]
+    assert seen == {torch.bfloat16, torch.float32}
+
+
+def test_blocks_gather_their_neighbours(one_process_group, tmp_path, monkeypatch):
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    asked = {"forward": [], "backward": []}
+    for way, pairs in asked.items():
+        set_one = getattr(FSDPModule, f"set_modules_to_{way}_prefetch")
+        monkeypatch.setattr(
+            FSDPModule,
+            f"set_modules_to_{way}_prefetch",
+            lambda part, parts, pairs=pairs, set_one=set_one: (pairs.append((part, parts)), set_one(part, parts))[1],
+        )
+    module, strategy = pl.LightningModule(), MoEFSDPStrategy()
+    module.model = Decoder(DecoderConfig(dim=8, hidden=8, layers=3, heads=2, vocab_size=16), seed=0)
+    strategy._lightning_module, strategy.parallel_devices = module, [torch.device("cpu")]
+    strategy.cluster_environment = SimpleNamespace(local_rank=lambda: 0)
+    strategy._shard(module)
+    first, second, third = module.model.blocks
+    assert asked["forward"] == [(first, [second, second.ffn.ffn]), (second, [third, third.ffn.ffn])]
+    assert asked["backward"] == [(second, [first, first.ffn.ffn]), (third, [second, second.ffn.ffn])]
+
+
 @pytest.mark.parametrize(("reduce_every_micro_batch", "times"), [(False, 1), (True, 2)])
 def test_fsdp_reduces_the_gradients_of_a_step_once(
     token_folder, tmp_path, one_process_group, monkeypatch, reduce_every_micro_batch, times
@@ -214,7 +252,7 @@ def test_fsdp_reduces_the_gradients_of_a_step_once(
         scenarios, "make_strategy", partial(make_strategy, reduce_every_micro_batch=reduce_every_micro_batch)
     )
     run_scenario(Scenario(strategy="fsdp", accumulate=2), str(token_folder), tmp_path)
-    parts = 3  # two blocks, and the rest
+    parts = 5  # two blocks, the experts of each, and the rest
     assert len(reduced) == STEPS * parts * times
 
 
@@ -227,7 +265,7 @@ def test_parts_are_gathered_on_the_device_of_the_collectives(monkeypatch):
     bank, seen = FFNExperts(2, 8, 8), []
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
     monkeypatch.setattr(dist, "gather", lambda value, *_, group: seen.append(value.device.type))
-    groups = SimpleNamespace(first=0, size=2, expert=None)
+    groups = SimpleNamespace(first=0, size=2, within=None)
     assert Sharding(bank, groups, torch.device("meta")).whole(bank.w_in, bank.w_in.detach()) is None
     assert seen == ["meta"]
 
@@ -248,7 +286,7 @@ def test_received_rows_are_not_counted_again(one_process_group, tmp_path, monkey
     torch.nn.init.normal_(bank.w_in), torch.nn.init.normal_(bank.w_out)
     tokens = RoutedTokens(torch.randn(3, 8), expert_TK, torch.rand(3, 2))
     wanted = bank(tokens)
-    bank.dispatcher = AllToAllDispatcher("sorted", ExpertGroups.create(0, None), Traffic())
+    bank.dispatcher = AllToAllDispatcher("sorted", CopyGroups.create(0, None), Traffic())
     monkeypatch.setattr(torch, "bincount", None)  # which would wait for a GPU
     torch.testing.assert_close(bank(tokens), wanted)
 

@@ -2,7 +2,7 @@ import pytest
 
 from moepp.errors import UsageError
 from moepp.models.budget import Budget
-from moepp.sweeps.budgets import require_match, spread, table
+from moepp.sweeps.budgets import relative_spread, require_match, table
 
 ARMS = {"vanilla": Budget(1000, 500, 2e6, 4096), "moepp": Budget(1009, 520, 1e6, 4096)}
 
@@ -22,11 +22,11 @@ def test_a_broken_match_is_refused_with_the_budgets(match, difference):
 
 def test_the_table_shows_every_budget_and_the_differences():
     head, vanilla, moepp, difference = table(ARMS)
-    assert head.split() == ["total_params", "active_params", "flops_per_token", "tokens"]
+    assert head.split() == ["arm", "total_params", "active_params", "flops_per_token", "tokens"]
     assert vanilla.split() == ["vanilla", "1,000", "500", "2,000,000", "4,096"]
     assert moepp.split() == ["moepp", "1,009", "520", "1,000,000", "4,096"]
     assert difference.split() == ["difference", "0.9%", "4.0%", "100.0%", "0.0%"]
 
 
 def test_a_spread_from_zero():
-    assert (spread([0, 0]), spread([0, 3])) == (0, 1)
+    assert (relative_spread([0, 0]), relative_spread([0, 3])) == (0, 1)

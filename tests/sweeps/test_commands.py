@@ -1,4 +1,5 @@
 import json
+import math
 import re
 import resource
 import subprocess
@@ -68,8 +69,7 @@ def test_plan_shows_trials_and_budgets_and_trains_nothing(capsys, toy):
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line[:1].isalpha()}
     assert rows["vanilla"][4] == rows["moepp"][4] == "2,048"
     assert "equal as declared: tokens" in out
-    estimate = r"time: about \d+ s \(from a probe of each arm's steps, .*; 0 trials are done, 2 run at a time\)"
-    assert re.search(estimate, out)
+    assert re.search(r"done: 0 trials; 2 run at a time\ntime: about \d+ s \(from a probe of each arm's steps, ", out)
     [measured] = [path for path in toy.parent.rglob("*") if path.suffix == ".json"]
     probed = measured.read_text()
     assert measured == toy.parent / "runs" / "toy-smoke" / "probe.json" and len(read_json(measured)["seconds"]) == 2
@@ -94,6 +94,17 @@ def test_seeds_may_stand_before_overrides(capsys, toy):
     assert "6 trials of 6 steps: 2 arms, seeds 3, 4, 5\n" in out
 
 
+def test_plan_tells_an_arm_that_was_edited_after_it_had_run(capsys, toy):
+    [begun] = began(toy.parent / "runs" / "toy-smoke", 1)
+    plan = begun.path.parent / "sweep.json"
+    write_json(plan, {**read_json(plan), "trials": [{"arm": "moepp", "seed": 0, "path": begun.path.name, "steps": 8}]})
+    (begun.path / "config.yaml").write_text("{model: {experts: {zero: 3}}, data: {digest: of its tokens}}")
+    code, _, err = sweep(capsys, "plan", toy)
+    assert code == 2 and err.count("\n") == 1
+    assert "begun before these arms were edited" in err and "model.experts.zero: 3 then, 1 now" in err
+    assert "digest" not in err
+
+
 @pytest.mark.parametrize("words", [["one"], ["-1"], ["model.top_k=1"]])
 def test_seeds_that_are_none_are_refused(capsys, toy, words):
     code, _, err = sweep(capsys, "plan", toy, "--seeds", *words)
@@ -104,7 +115,7 @@ def test_plan_estimates_from_finished_trials(capsys, toy):
     began_there = began(toy.parent / "runs" / "toy-smoke", 2)
     finish(began_there[0], seconds=200)
     _, out, _ = sweep(capsys, "plan", toy, "--workers", "2")
-    assert "time: about 5 min (from finished trials; 1 trials are done, 2 run at a time)" in out
+    assert "done: 1 trials; 2 run at a time\ntime: about 5 min (from finished trials)" in out
 
 
 def test_plan_refuses_arms_that_break_the_match(capsys, toy):
@@ -123,9 +134,10 @@ def test_status_says_what_every_trial_does(capsys, toy):
     train_half(cut)
     code, out, _ = sweep(capsys, "status", toy)
     lease.release()
-    head, *rows = out.splitlines()
+    head, metrics, *rows = out.splitlines()
     assert code == 0
     assert head == "toy-smoke: 1 done, 1 running, 1 failed, 2 waiting; about 2 min left"
+    assert metrics == "final metrics: n = 1: all"
     assert rows[0].startswith("running  arm1 s0, step 50 of 100, ") and " s left (process " in rows[0]
     assert rows[1:4] == ["failed   arm2 s0: exit code 1; no memory", "         | step 3", "         | no memory"]
     assert rows[4:] == ["waiting  arm3 s0", "waiting  arm4 s0, step 50 of 100"]
@@ -152,7 +164,8 @@ def test_a_folder_that_cannot_be_is_one_line(capsys, toy, action):
 def test_the_folder_is_found_as_the_runner_finds_it(capsys, toy):
     code, _, err = sweep(capsys, "status", toy)
     assert code == 2
-    assert err == f"error: {toy.parent}/runs/toy-smoke holds no sweep; `python run.py sweep run` begins one\n"
+    runs, begins = f"{toy.parent}/runs", f"python run.py sweep run {toy} --scale smoke runs={toy.parent}/runs"
+    assert err == f"error: {runs}/toy-smoke holds no sweep; `{begins}` begins one\n"
     assert main(["sweep", "status", str(toy)]) == 2
     assert "error: elsewhere/toy-laptop holds no sweep" in capsys.readouterr().err
 
@@ -177,7 +190,18 @@ def test_status_names_a_finished_trial_whose_metrics_are_damaged(capsys, toy):
     (damaged.path / "metrics.jsonl").write_bytes(b"")
     code, out, _ = sweep(capsys, "status", toy)
     assert code == 0 and out.startswith("toy-smoke: 1 done, 0 running, 0 failed, 1 damaged, 1 waiting")
+    assert "final metrics: n = 1: all" in out
     assert f"damaged  arm1 s0, step 100 of 100: {damaged.path}/metrics.jsonl is cut off" in out
+
+
+def test_status_states_how_many_trials_have_each_metric(capsys, toy):
+    for record, more in zip(
+        began(toy.parent / "runs" / "toy-smoke", 3), ({"b": 1.0, "c": 1.0}, {"c": math.nan}, {}), strict=True
+    ):
+        finish(record)
+        record.replace_final({f"final/{name}": value for name, value in more.items()} | {"final/a": 1.0})
+    _, out, _ = sweep(capsys, "status", toy)
+    assert out.splitlines()[1] == "final metrics: n = 3: 2; n = 1: b, c"
 
 
 def logged(lines=40):
@@ -201,6 +225,8 @@ assert not {{"torch", "lightning", "mlflow", "numpy"}} & set(sys.modules)
 """
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", script], cwd=CONF.parent, capture_output=True, text=True)
-    assert done.stdout == "toy-smoke: 1000 done, 0 running, 0 failed, 0 waiting\n", done.stderr
+    assert done.stdout == "toy-smoke: 1000 done, 0 running, 0 failed, 0 waiting\nfinal metrics: n = 1000: all\n", (
+        done.stderr
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)  # of the processor: other tests may run beside this one
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1

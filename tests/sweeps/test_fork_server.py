@@ -13,6 +13,7 @@ from moepp.sweeps import fork_server
 from moepp.sweeps.fork_server import ForkServer, can_fork
 from moepp.sweeps.runner import _starting, run_sweep
 from moepp.sweeps.trial import TRIAL_COMMAND
+from moepp.training.settings import TrainerConfig
 
 REAL_COMMAND = fork_server.COMMAND
 TOUCH_GPU = "gpu = open('/dev/zero')"
@@ -284,7 +285,7 @@ print(asked, _holds_gpu(), len(os.listdir("/proc/self/task")))
 
 
 @pytest.mark.parametrize(
-    ("command", "slot", "forked"),
+    ("command", "allocation", "forked"),
     [
         (TRIAL_COMMAND, {}, True),
         (list(TRIAL_COMMAND), {}, True),
@@ -292,8 +293,8 @@ print(asked, _holds_gpu(), len(os.listdir("/proc/self/task")))
         (("another", "command"), {}, False),
     ],
 )
-def test_a_runner_forks_its_own_trials(command, slot, forked):
-    with _starting(command, [slot]) as start:
+def test_a_runner_forks_its_own_trials(command, allocation, forked):
+    with _starting(command, [allocation], TrainerConfig()) as start:
         assert isinstance(getattr(start, "__self__", None), ForkServer) == forked
 
 

@@ -1,9 +1,11 @@
 import os
 import signal
 import stat
+import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +18,7 @@ from moepp.records import RunRecord, read_json
 from moepp.sweeps.launchers import LAUNCHERS, launch, split
 from moepp.sweeps.launchers.call import SweepCall
 from moepp.sweeps.launchers.ray import RayLauncher
-from moepp.sweeps.launchers.slurm import SlurmPool, Worker
+from moepp.sweeps.launchers.slurm import SlurmPool, Worker, _queue
 from moepp.sweeps.launchers.worker_pool import begin_elsewhere, wait
 
 SUBMITIT = "the extra `slurm` is not installed"
@@ -91,7 +93,7 @@ def test_words_for_the_launcher_stand_anywhere_and_reach_no_run():
         (["launcher=slurm", "launcher.partitoin=gpu"], r"unknown key launcher\.partitoin; did you mean launcher\.part"),
         (["launcher=ray", "launcher.partition=gpu"], r"unknown key launcher\.partition"),
         (["launcher.cpus=2"], r"launcher\.cpus"),
-        (["launcher=slurm", "launcher.minutes=soon"], r"launcher\.minutes: Value 'soon'"),
+        (["launcher=slurm", "launcher.minutes=soon"], r"launcher\.minutes=soon must be a whole number"),
         (["launcher=slurm", "launcher.minutes=0"], r"launcher\.minutes=0 must be at least 1"),
         (["launcher=slurm", "launcher.gpus=-1"], r"launcher\.gpus=-1 must not be negative"),
         (["launcher=ray", "launcher.cpus=0"], r"launcher\.cpus=0 must be at least 1"),
@@ -204,7 +206,8 @@ def test_slurm_is_asked_for_an_array_of_workers_once(call, slurm, capsys):
     for _ in range(2):
         assert launch(two_devices, words) is None
     out = capsys.readouterr().out
-    assert out == "job 77: 2 workers queued or running; `python run.py sweep status toy --scale smoke` shows\n" * 2
+    shows = f"`python run.py sweep status toy --scale smoke {call.overrides[0]}`"
+    assert out == f"job 77: 2 workers queued or running; {shows} shows\n" * 2
     (script,) = folder.glob("submitted-*")  # the second call found the jobs of the first
     for asked in (
         "array=0-1%2", "signal=USR2@150", "partition=gpus", "account=me", "time=90", "cpus-per-task=6",
@@ -233,10 +236,83 @@ def test_a_cluster_without_gpus_hears_of_the_key(call, slurm):
     assert "--gpus" not in (slurm[0] / "submitted").read_text()  # which such a cluster refuses even with 0
 
 
+def test_a_trial_over_two_nodes_has_a_job_of_two_in_which_the_worker_takes_no_room(call, slurm):
+    pytest.importorskip("submitit", reason=SUBMITIT)
+    two_nodes = [*call.overrides, "strategy=ddp", "trainer.num_nodes=2", "trainer.devices=2"]
+    launch(SweepCall("toy", "smoke", overrides=two_nodes), ["launcher=slurm", "launcher.wait=false"])
+    (script,) = slurm[0].glob("submitted-*")
+    assert "#SBATCH --nodes=2\n" in script.read_text()
+    assert "--nodes=1 --ntasks=1 --overlap" in script.read_text()
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "asked"),
+    [
+        (130, "RUNNING", True),  # the worker has saved
+        (143, "RUNNING", True),  # the signal came before Python
+        (140, "RUNNING", True),
+        (130, "COMPLETING", False),  # scancel, or Slurm itself queues it again
+        (137, "RUNNING", False),
+        (1, "RUNNING", False),
+        (0, "RUNNING", False),
+    ],
+)
+def test_a_job_that_is_asked_to_stop_has_itself_queued_again(call, slurm, code, state, asked):
+    pytest.importorskip("submitit", reason=SUBMITIT)
+    folder, program = slurm
+    launch(call, ["launcher=slurm", "launcher.gpus=0", "launcher.wait=false"])
+    (script,) = folder.glob("submitted-*")
+    program("srun", f"exit {code}")
+    program("squeue", f"echo {state}")
+    program("scontrol", f'echo "$@" > {folder}/asked')
+    for place, job in (
+        ({}, "78"),
+        ({"SLURM_ARRAY_JOB_ID": "78", "SLURM_ARRAY_TASK_ID": "1"}, "78_1"),  # the last of an array has its number
+    ):
+        ended = subprocess.run(["bash", script], env=os.environ | {"SLURM_JOB_ID": "78"} | place)
+        assert ended.returncode == code and (folder / "asked").exists() == asked
+        assert not asked or (folder / "asked").read_text() == f"requeue {job}\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "left_with"), [(130, 130), (-signal.SIGTERM, 130), (-signal.SIGKILL, None), (1, None)]
+)
+def test_a_worker_tells_its_job_that_it_was_stopped(code, left_with, monkeypatch, tmp_path):
+    submitit = pytest.importorskip("submitit", reason=SUBMITIT)
+    monkeypatch.chdir(tmp_path)
+    here = SimpleNamespace(paths=SimpleNamespace(folder=tmp_path), job_id="78_0")
+    monkeypatch.setattr(submitit, "JobEnvironment", lambda: here)
+    worker = Worker([sys.executable, "-c", f"import os, sys; {ending(code)}"], tmp_path, 1.0)
+    if left_with is None:
+        assert worker() == code
+    else:
+        with pytest.raises(SystemExit) as left:
+            worker()
+        assert left.value.code == left_with
+
+
+def ending(code):
+    return f"os.kill(os.getpid(), {-code})" if code < 0 else f"sys.exit({code})"
+
+
+def test_jobs_that_were_just_submitted_are_looked_for_in_the_queue_of_now(call, slurm, capsys):
+    pytest.importorskip("submitit", reason=SUBMITIT)
+    folder, program = slurm
+    program("squeue", f"ls {folder}/submitted-* > /dev/null 2>&1 && printf '77_0 RUNNING\\n77_1 PENDING\\n'; exit 0")
+    launch(call, ["launcher=slurm", "launcher.gpus=0", "launcher.wait=false"])
+    assert capsys.readouterr().out.startswith("job 77: 1 workers running, 1 queued; ")
+
+
+def test_filters_that_people_set_for_squeue_hide_no_job(call, slurm, monkeypatch):
+    slurm[1]("squeue", '[ -z "$SQUEUE_STATES" ] && echo 77_0 PENDING; exit 0')
+    monkeypatch.setenv("SQUEUE_STATES", "RUNNING")
+    assert _queue() == {"77_0": "PENDING"}
+
+
 @pytest.mark.parametrize(
     ("sacct", "squeue", "alive"),
     [
-        ("echo 'Slurm accounting storage is disabled' >&2; exit 1", "echo 77_1", 1),  # the other was cancelled
+        ("echo 'Slurm accounting storage is disabled' >&2; exit 1", "echo 77_1 RUNNING", 1),  # the other was cancelled
         ("printf 'JobID|State|NodeList\\n77_[0-1]|RUNNING|n1\\n'", "", 0),  # stale
         ("printf 'JobID|State|NodeList\\n77_0|CANCELLED|n1\\n77_1|RUNNING|n1\\n'", "exit 1", 1),
         ("exit 1", "exit 1", 2),  # nobody knows
@@ -260,7 +336,11 @@ def test_the_queue_says_which_jobs_are_left(call, slurm, sacct, squeue, alive, c
     [
         (["launcher.minutes=3"], [], r"launcher\.minutes=3: .* 150 s before its end .* set it to 4 at least"),
         (["launcher.minutes=240"], ["trainer.stop_s=20000"], r"minutes=240: .*stop_s=20000 .* set it to 335 at least"),
-        ([], ["strategy=ddp", "trainer.num_nodes=2"], r"trainer\.num_nodes=2 \(arm \w+\): .*runs on one node"),
+        (
+            ["launcher.cluster=local"],
+            ["strategy=ddp", "trainer.num_nodes=2"],
+            r"trainer\.num_nodes=2 \(arm \w+\): .*needs a Slurm job of 2 nodes",
+        ),
     ],
 )
 def test_jobs_that_could_not_train_are_not_submitted(call, slurm, words, overrides, message):
@@ -318,18 +398,29 @@ def test_a_ray_cluster_that_is_not_there_is_one_line(call):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("host", "mode"), [("127.0.0.1", "token"), ("elsewhere", None)])
-def test_a_ray_head_on_this_machine_is_shown_its_token(monkeypatch, tmp_path, host, mode):
+@pytest.mark.parametrize(
+    ("host", "address", "mode"),
+    [
+        ("127.0.0.1", "127.0.0.1", "token"),
+        ("[::1]", "::1", "token"),
+        ("head", "10.0.0.1", "token"),
+        ("far", "10.0.0.2", None),
+    ],
+)
+def test_a_ray_head_on_this_machine_is_shown_its_token(monkeypatch, tmp_path, host, address, mode):
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text("secret")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_AUTH_MODE", "")  # remembered, so that what the launcher sets is undone
     monkeypatch.delenv("RAY_AUTH_MODE")
-    monkeypatch.setattr("socket.create_connection", lambda *_: SimpleNamespace(close=lambda: None))
+    own = address if mode else "10.0.0.1"
+    connection = SimpleNamespace(getsockname=lambda: (own, 1), getpeername=lambda: (address, 6379))
+    asked = []
+    monkeypatch.setattr("socket.create_connection", lambda place, _: asked.append(place) or nullcontext(connection))
     seen = []
     ray = SimpleNamespace(init=lambda *_, **__: seen.append(os.environ.get("RAY_AUTH_MODE")), shutdown=lambda: None)
     with RayLauncher(address=f"{host}:6379")._connected(ray):
-        assert seen == [mode]
+        assert seen == [mode] and asked == [(host.strip("[]"), 6379)]
 
 
 def test_a_job_that_is_preempted_gives_its_worker_its_time():

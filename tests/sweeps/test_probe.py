@@ -70,7 +70,7 @@ def test_too_few_steps_to_match_are_refused_with_the_table(tmp_path):
     assert [trial.config.trainer.steps for trial in trials] == [8, 8]
     matched = match_trials(timed(match="tokens")[0], "smoke", extra, None, workers=1)
     with pytest.raises(
-        UsageError, match=r"differ by 5.3% in wallclock, .* train more steps(?s:.*) seconds\n(?s:.*) 1.6\n"
+        UsageError, match=r"differ by 5.3% in wallclock, .* train more steps(?s:.*)\narm +seconds (?s:.*)\nslow +1.6 "
     ):
         require_match("wallclock", matched.arms, {"slow": 1.6, "fast": 1.52})
 

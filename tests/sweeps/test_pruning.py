@@ -7,7 +7,7 @@ from moepp.errors import UsageError
 from moepp.records import RunRecord, write_json
 from moepp.sweeps.job import Job
 from moepp.sweeps.leases import Heartbeat
-from moepp.sweeps.pruning import Judge, SuccessiveHalving, parse
+from moepp.sweeps.pruning import SuccessiveHalving, SweepPruner, parse
 from moepp.sweeps.spec import Trial
 from moepp.sweeps.status import read_status
 from moepp.training.pruning import Pruning
@@ -69,7 +69,7 @@ def test_rivals_are_those_of_the_same_group_and_seed(plan):
     rival("other_seed", {5: 1.0}, seed=1)
     rival("other_group", {5: 1.0}, group="")
     rival("not_there_yet", {4: 1.0})
-    judge = Judge.of(directory)
+    judge = SweepPruner.of(directory)
     assert judge.verdict(5, 3.0) == ""
     rival("better", {5: 2.0})
     assert judge.verdict(5, 3.0) == "validation loss 3 at step 5 is number 2 of 2"
@@ -81,27 +81,27 @@ def test_a_rival_that_cannot_be_read_does_not_count(plan):
     rival("damaged", {5: 1.0})
     rival("better", {5: 2.0})
     (directory.parent / "damaged" / "metrics.jsonl").write_text('{"step": 5, "ti\n{"step": 6, "time": 0}\n')
-    assert Judge.of(directory).verdict(5, 3.0) == "validation loss 3 at step 5 is number 2 of 2"
+    assert SweepPruner.of(directory).verdict(5, 3.0) == "validation loss 3 at step 5 is number 2 of 2"
 
 
 def test_named_arms_and_single_runs_have_no_judge(plan):
     _, directory, rival = plan
     rival("named", {5: 9.0}, group="")
-    assert Judge.of(directory.parent / "named") is None
-    assert Judge.of(directory.parent.parent / "elsewhere" / directory.name) is None
+    assert SweepPruner.of(directory.parent / "named") is None
+    assert SweepPruner.of(directory.parent.parent / "elsewhere" / directory.name) is None
 
 
 def test_a_run_that_falls_behind_stops_at_its_rung(plan):
     config, directory, rival = plan
     rival("better_later", {5: 99.0, 10: 0.0})
-    record = train(config, directory, Judge.of(directory))
+    record = train(config, directory, SweepPruner.of(directory))
     assert record.status == "pruned" and not record.final()
     assert record.read("pruned.json")["step"] == 10 and record.metrics()[-1]["step"] == 10
     before = record.metrics()
-    assert train(config, directory, Judge.of(directory)).metrics() == before  # it stays so
+    assert train(config, directory, SweepPruner.of(directory)).metrics() == before  # it stays so
 
     (directory / "pruned.json").unlink()  # as when it is killed before the outcome is on the disk
-    again = train(config, directory, Judge.of(directory))
+    again = train(config, directory, SweepPruner.of(directory))
     assert again.status == "pruned"
     for name in ("val/loss", "train/loss"):
         lines = [[(line["step"], line[name]) for line in found if name in line] for found in (before, again.metrics())]
@@ -119,7 +119,8 @@ def test_ranks_stop_at_the_same_rung_by_the_verdict_of_one(plan, overrides):
     _, directory, rival = plan
     rival("better_later", {5: 99.0, 10: 0.0})
     config = freeze(compose(RunConfig, [*overrides, "strategy=ddp", "trainer.devices=2", "strategy.timeout_s=20"]))
-    record = train(config, directory, Judge.of(directory))  # a rank that went on alone would wait until the timeout
+    # A rank that went on alone would wait until the timeout.
+    record = train(config, directory, SweepPruner.of(directory))
     assert record.status == "pruned" and record.read("pruned.json")["step"] == record.metrics()[-1]["step"] == 10
 
 
@@ -137,5 +138,5 @@ def test_another_rank_asks_nobody_and_does_what_rank_0_was_told(reason):
 def test_a_run_among_the_best_is_the_run_without_a_pruner(plan, tmp_path):
     config, directory, rival = plan
     rival("worse", {5: 99.0, 10: 99.0})
-    pruned = train(config, directory, Judge.of(directory)).final()
+    pruned = train(config, directory, SweepPruner.of(directory)).final()
     assert pruned["val_loss"] == train(config, tmp_path / "alone").final()["val_loss"]

@@ -14,7 +14,7 @@ from run_fake_sweep import FAKE_TRIAL, arms, no_preparation, sweep
 from moepp import process
 from moepp.errors import DiskFull, Interrupted, RunError, UsageError
 from moepp.records import RunRecord, read_json, write_json
-from moepp.sweeps import runner, slots
+from moepp.sweeps import allocations, runner
 from moepp.sweeps.job import Job
 from moepp.sweeps.leases import Heartbeat
 from moepp.sweeps.plan import read_plan
@@ -99,8 +99,8 @@ def test_each_worker_gets_its_share_of_the_cores(runs, monkeypatch):
 
 def test_workers_that_are_started_one_by_one_take_gpus_of_their_own(runs, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(runs.parent))
-    monkeypatch.setattr(slots, "_gpus", lambda: ["0", "1"])
-    with slots.own_share([{}]):  # as another worker on this machine has it
+    monkeypatch.setattr(allocations, "_gpus", lambda: ["0", "1"])
+    with allocations.own_share([{}]):  # as another worker on this machine has it
         directory = run(runs, one_share=True)
     assert {path.read_text().split()[2] for path in directory.glob("*/attempts")} == {"1"}
 
@@ -441,5 +441,4 @@ def test_progress_counts_steps_finished_earlier(runs, capsys):
     metrics.write_text(json.dumps({"step": 3, "time": 0, "train/loss": 0.25}) + "\n")
     run_sweep(sweep(), "smoke", 1, [f"runs={runs}"], command=FAKE_TRIAL)
     bar = capsys.readouterr().err
-    assert "| 7/8 [" in bar and "| 8/8 [" in bar
-    assert "/2 top" in bar
+    assert "88% |" in bar and "2/2 top" in bar and "100% |" in bar

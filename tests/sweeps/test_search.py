@@ -80,7 +80,10 @@ def test_every_arm_gets_its_proposals_and_the_study_their_outcomes(runs, monkeyp
     write_json(directory / "sweep.json", json.loads(before) | {"planned": 8})
     monkeypatch.setattr("moepp.sweeps.spec.read_sweep", lambda name: toy())
     commands.status(SweepCall("toy", "smoke", 0, [f"runs={runs}"], None))
-    assert capsys.readouterr().out == "toy-smoke: 6 done, 0 running, 0 failed, 0 waiting, 2 to be proposed\n"
+    assert (
+        capsys.readouterr().out
+        == "toy-smoke: 6 done, 0 running, 0 failed, 0 waiting, 2 to be proposed\nfinal metrics: n = 6: all\n"
+    )
     run(runs, toy(n=4), workers=1)
     assert len(proposals(directory)) == 4
     assert [trial.value for trial in study(directory).trials[:3]] == [0.5] * 3
@@ -151,11 +154,12 @@ def test_workers_killed_at_any_time_lose_and_repeat_nothing(runs):
     workers = [start(), start()]
     try:
         for trained, victim in enumerate((0, 1)):
-            wait_until(lambda n=trained: len(list(runs.glob("*/*/attempts"))) > n)
+            # Half a minute later Optuna takes the lock from one that was killed with it.
+            wait_until(lambda n=trained: len(list(runs.glob("*/*/attempts"))) > n, seconds=60)
             workers[victim].kill()
             workers[victim].wait()
             workers[victim] = start()
-        assert [worker.wait(timeout=60) for worker in workers] == [0, 0]
+        assert [worker.wait(timeout=90) for worker in workers] == [0, 0]
     finally:
         for worker in workers:
             worker.kill()

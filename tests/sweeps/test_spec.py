@@ -106,8 +106,15 @@ def test_a_point_of_the_space_may_not_hide_an_arm(write):
         ({"arms": None}, "arms is missing"),
         ({"baseline": "vanila"}, "unknown baseline 'vanila'; choose from vanilla, zero; did you mean vanilla"),
         ({"seed": [0]}, "unknown key seed; did you mean seeds"),
-        ({"match": "speed"}, "match: .*speed"),
-        ({"seeds": ["many"]}, "seeds"),
+        ({"match": "speed"}, "match=speed must be one of 'tokens'"),
+        ({"seeds": ["many"]}, r"seeds=\['many'\] must be text or a list, each a whole number"),
+        ({"contrasts": {"a $x$": {"arms": ["zero"], "minus": ["vanilla"]}}}, r"contrasts='a \$x\$': a label .* no \$"),
+        ({"contrasts": {"a\nb": {"arms": ["zero"], "minus": ["vanilla"]}}}, "contrasts=.* must be one line"),
+        ({"seeds": "0..99999999999"}, "seeds=0..99999999999 must be a list .* of at most 10,000"),
+        (
+            {"scales": {"smoke": {"seeds": "5..2"}}},
+            "scales.smoke.seeds=5..2 must be a list of whole numbers or a range",
+        ),
         ({"scales": {"smoke": {"sets": []}}}, "scales.smoke.sets"),
         ({"retries": -1}, "retries=-1 must not be negative"),
         ({"space": {"cma": {}}}, "space must hold one of grid, random and tpe"),
@@ -178,6 +185,13 @@ def test_anchors_and_dotted_keys_work(write):
         ("trainer.steps=4", "trainer.steps=0", "scale smoke: trainer.steps=0 must be at least 1"),
         ("name: toy", "name: toy\nretries: -1", "retries=-1 must not be negative"),
         ("name: toy", "name: toy\nfile: x", "unknown key file"),
+        ("- model.experts.zero=1", "- optim.lr: ???", "optim.lr=.* stands for a value that is missing"),
+        ("- model.experts.zero=1", "- size: tiny", r"size chooses a fragment and is no key: .*\[size=NAME\]"),
+        (
+            "- model.experts.zero=1",
+            "- optim.name=SGD\n  - optim.options.momentum=3",
+            "optim.options.momentum=3 must not",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_with_file_and_place(write, old, new, message):

@@ -14,7 +14,7 @@ model:
    gate: released, logits_norm: null, capacity_factor: 1.1,
    experts: {ffn: 4, zero: 1, copy: 1, constant: 2}}
 data: {corpus: sotu}
-optim: {lr: 0.0005}
+optim: {name: adamw, lr: 0.0005}
 tags: {arm: zero+copy, baseline: vanilla, sweep: toy-smoke, size: tiny}
 """
 BUDGET = {"total_params": 100, "active_params": 50, "flops_per_token": 861398.0, "tokens": 4096}

@@ -1,5 +1,6 @@
 import socket
 import time
+from pathlib import Path
 
 import pytest
 from mirrored import CONFIG, PROVENANCE, artifacts, finish, log, run_of, steps_in_store, store
@@ -20,10 +21,10 @@ def test_a_run_shows_its_axes_tags_data_and_times(record, runs):
     run = run_of(record, runs)
     assert run.data.params == {
         "arm": "zero+copy", "size": "tiny", "seed": "3", "n_ffn": "4", "n_zero": "1", "n_copy": "1", "n_constant": "2",
-        "gating_residual": "True", "tau": "0.75", "top_k": "2", "lr": "0.0005",
+        "gating_residual": "True", "tau": "0.75", "top_k": "2", "lr": "0.0005", "optimizer": "adamw",
         "router": "linear", "selection": "top_k", "gate": "released", "logits_norm": "null", "capacity_factor": "1.1",
         "balance_form": "switch", "balance_beta": "0.01",
-        "tokens": "4096", "total_params": "100", "active_params": "50", "flops_per_token": "861398",
+        "tokens": "4096", "total_params": "100", "nominal_active_params": "50", "nominal_flops_per_token": "861398",
     }  # fmt: skip
     expected = {
         "sweep": "toy-smoke",
@@ -145,11 +146,15 @@ def test_a_run_carries_its_config_from_the_first_pass_and_its_log_once_it_failed
 
 def test_small_artifacts_are_sent_when_they_change(record, runs, monkeypatch):
     sent = []
-    monkeypatch.setattr(MlflowClient, "log_text", lambda self, run_id, text, name: sent.append(name))
+
+    def keep(self, run_id, folder):
+        sent.extend(sorted(path.name for path in Path(folder).iterdir()))
+
+    monkeypatch.setattr(MlflowClient, "log_artifacts", keep)
     log(record, 1, 1)
     for _ in range(2):
         Mirror(record, TrackingConfig(), runs).sync()
-    assert sent == ["config.yaml", "provenance.json", "budget.json"]
+    assert sent == ["budget.json", "config.yaml", "provenance.json"]
 
 
 def test_a_dead_tracker_costs_one_line_and_sync_catches_up(record, runs, capsys, monkeypatch):
@@ -211,3 +216,22 @@ def test_final_metrics_that_come_later_or_are_replaced_reach_mlflow(record, runs
     assert steps_in_store(record, runs, "final/sciq_acc") == [0, 0]  # an equal value is not sent again
     assert steps_in_store(record, runs) == [1, 2, 3] and steps_in_store(record, runs, "final/val_loss") == [0]
     assert run_of(record, runs).info.status == "FINISHED"
+
+
+def test_a_finished_run_takes_few_requests(record, runs, monkeypatch):
+    """A first `sync` may have a thousand of them; each request costs milliseconds, and mostly a write to the disk."""
+    from mlflow.tracking._tracking_service.client import TrackingServiceClient
+
+    log(record, 1, 30)
+    finish(record)
+    mlflow_store.connect(TrackingConfig(), runs)
+    asked = []
+
+    def counted(name, call):
+        return lambda self, *arguments, **options: (asked.append(name), call(self, *arguments, **options))[1]
+
+    for name in ("create_run", "get_run", "log_batch", "log_inputs", "search_runs", "set_terminated"):
+        monkeypatch.setattr(TrackingServiceClient, name, counted(name, getattr(TrackingServiceClient, name)))
+    Mirror(record, TrackingConfig(), runs).sync(ended=True)
+    assert all(asked.count(name) == 1 for name in asked)  # what it holds in one batch
+    assert steps_in_store(record, runs) == list(range(1, 31))

@@ -6,7 +6,7 @@ from mlflow import MlflowClient
 
 from moepp.errors import UsageError
 from moepp.records import read_json
-from moepp.tracking.mirror import Mirror
+from moepp.tracking.mirror import Mirror, as_recorded
 from moepp.tracking.mlflow_store import connect, store_uri, stored_name
 from moepp.tracking.settings import TrackingConfig
 
@@ -56,3 +56,21 @@ def test_a_folder_of_any_name_holds_its_store(tmp_path, name):
 def test_an_address_of_no_tracker_is_refused(tmp_path, uri):
     with pytest.raises(UsageError, match=r"tracking\.uri=.* begins with one of sqlite, postgresql"):
         store_uri(TrackingConfig(uri=uri), tmp_path)
+
+
+def test_the_command_then_the_records_then_the_environment_name_the_tracker(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://u:pw@tracker:5000")
+    record = make_record(tmp_path / "toy/0123abcd")
+    config = record.path / "config.yaml"
+
+    def address(**named):
+        return store_uri(as_recorded(TrackingConfig(**named), tmp_path / "toy"), tmp_path)
+
+    assert address() == "http://u:pw@tracker:5000"
+    config.write_text(config.read_text() + 'tracking: {uri: "sqlite:///of_the_sweep.db", experiment: mine}\n')
+    assert address() == "sqlite:///of_the_sweep.db"
+    assert address(uri="sqlite:///of_the_command.db") == "sqlite:///of_the_command.db"
+    assert as_recorded(TrackingConfig(), tmp_path / "toy").experiment == "mine"
+    config.write_text(config.read_text().replace("sqlite:///of_the_sweep.db", "http://tracker:5000"))
+    assert address() == "http://u:pw@tracker:5000"  # a record keeps no password
+    assert as_recorded(TrackingConfig(), tmp_path / "nothing") == TrackingConfig()

@@ -1,14 +1,16 @@
+import gc
 from types import SimpleNamespace
 
 import torch
 
 from moepp.config import compose
 from moepp.records import RunRecord
-from moepp.training import run as running
-from moepp.training.callbacks import ResumeCheckpoint
+from moepp.training import final
+from moepp.training.callbacks import CollectTogether, ResumeCheckpoint
 from moepp.training.module import LanguageModel
 from moepp.training.run import freeze, train
 from moepp.training.settings import RunConfig, run_directory
+from moepp.training.states import rewind_to_newest
 
 WITHOUT_SIZES = ["trainer.precision=bf16-mixed", "model.backend=grouped"]  # of which the host is told
 
@@ -39,6 +41,7 @@ def test_two_checkpoints_are_kept_and_the_newest_is_continued(tmp_path):
             global_step=step,
             is_global_zero=True,
             should_stop=False,
+            strategy=SimpleNamespace(barrier=lambda: None),
             fit_loop=SimpleNamespace(_should_accumulate=lambda: False),
         )
         trainer.save_checkpoint = lambda path, _, step=step: (
@@ -50,7 +53,7 @@ def test_two_checkpoints_are_kept_and_the_newest_is_continued(tmp_path):
     assert newest.name == "step-00000003.ckpt"
     record.log(3, {"train/loss": 1.0})
     record.log(4, {"train/loss": 1.0})
-    assert running._resume_point(record) == newest
+    assert rewind_to_newest(record) == newest
     assert [line["step"] for line in record.metrics()] == [3]
 
 
@@ -61,7 +64,7 @@ def test_experts_are_timed_on_the_device_of_training(overrides, monkeypatch):
     cpu, to = LanguageModel.cpu, LanguageModel.to
     monkeypatch.setattr(LanguageModel, "cpu", lambda module: (happened.append("cpu"), cpu(module))[1])
     monkeypatch.setattr(LanguageModel, "to", lambda module, device: (happened.append(device), to(module, device))[1])
-    monkeypatch.setattr(running, "expert_forward_times", lambda *_: (happened.append("timed"), times)[1])
+    monkeypatch.setattr(final, "expert_forward_times", lambda *_: (happened.append("timed"), times)[1])
     config = freeze(compose(RunConfig, [*overrides, "trainer.expert_timing=true"]))
     train(config, run_directory(config))
     assert happened[-3:] == ["cpu", torch.device("cpu"), "timed"]
@@ -75,3 +78,16 @@ def test_counts_for_the_control_are_summed_without_a_barrier(overrides):
     module.optimizer_step(0, 0, SimpleNamespace(step=lambda closure: None), None)
     assert module.step_chosen_LN is None
     assert all(layer.control.bias_N.any() for layer in module.model.moe_layers())
+
+
+def test_the_garbage_collector_runs_in_the_same_steps_everywhere(monkeypatch):
+    collected = []
+    monkeypatch.setattr("gc.collect", lambda: collected.append(trainer.global_step))
+    monkeypatch.setattr("moepp.training.callbacks.within_step", lambda trainer: trainer.global_step == 6)
+    callback, trainer = CollectTogether(every=3), SimpleNamespace(global_step=0)
+    callback.on_train_start(trainer, None)
+    assert not gc.isenabled()
+    for trainer.global_step in range(1, 10):
+        callback.on_train_batch_end(trainer, None)
+    callback.on_train_end(trainer, None)
+    assert gc.isenabled() and collected == [3, 9]

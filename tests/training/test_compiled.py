@@ -158,12 +158,12 @@ def test_on_a_gpu_triton_and_a_c_compiler_are_asked_for(monkeypatch, tmp_path):
     config = RunConfig()
     monkeypatch.setattr(compiled, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="needs the package triton"):
-        compiled.refuse_what_cannot_be_compiled(config, on_gpu=True)
+        compiled.refuse_what_cannot_be_compiled(config.model, on_gpu=True)
     monkeypatch.setattr(compiled, "find_spec", lambda name: name)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
     with pytest.raises(UsageError, match="needs a C compiler, and gcc or clang or cc is not"):
-        compiled.refuse_what_cannot_be_compiled(config, on_gpu=True)
+        compiled.refuse_what_cannot_be_compiled(config.model, on_gpu=True)
 
 
 def test_checkpoints_of_activations_are_not_compiled_by_a_torch_that_loses_their_statistics(overrides, monkeypatch):

@@ -53,7 +53,7 @@ def test_an_interrupted_run_continues_from_its_own_weights(overrides, source, mo
     config = freeze(compose(RunConfig, [*overrides, f"init_from={source.path}"]))
     directory = run_directory(config)
     with monkeypatch.context() as patched:
-        patched.setattr("moepp.training.run._finish", lambda *_: None)
+        patched.setattr("moepp.training.run.finish", lambda *_: None)
         train(config, directory)
     assert sorted(directory.glob("checkpoints/step-*.ckpt"))
     source.checkpoints.joinpath("final.ckpt").unlink()

@@ -15,7 +15,7 @@ from moepp.config import CONF, compose, save
 from moepp.errors import Interrupted, RunError, UsageError
 from moepp.records import RunRecord
 from moepp.training.ranks import launch as launching
-from moepp.training.ranks.launch import launch
+from moepp.training.ranks.launch import launch_ranks
 from moepp.training.run import freeze, train
 from moepp.training.settings import RunConfig, run_directory
 
@@ -182,7 +182,7 @@ def pretended(overrides, monkeypatch, tmp_path):
         monkeypatch.setattr(launching, "RANK_COMMAND", (sys.executable, str(file), "trial"))
         begun = time.monotonic()
         try:
-            launch(RunRecord(directory), config)
+            launch_ranks(RunRecord(directory), config.trainer, config.strategy.timeout_s)
         finally:
             assert not children()
             assert time.monotonic() - begun < 50  # and not the 60 seconds that ranks sleep
@@ -270,7 +270,8 @@ from moepp.training.settings import RunConfig
 
 rank, config = sys.argv[1:]
 launch.RANK_COMMAND, launch.SECONDS_TO_FOLLOW = (sys.executable, rank, "trial"), 0.1
-launch.launch(RunRecord(Path(config).parent), load(RunConfig, Path(config)))
+loaded = load(RunConfig, Path(config))
+launch.launch_ranks(RunRecord(Path(config).parent), loaded.trainer, loaded.strategy.timeout_s)
 """
 
 

@@ -56,7 +56,7 @@ def test_a_controlled_run_that_is_killed_continues_to_the_same_losses_and_state(
                 raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("moepp.training.run.ResumeCheckpoint", Kill)
+        patch.setattr("moepp.training.trainer.ResumeCheckpoint", Kill)
         run(overrides, "name=cut")
     cut = run(overrides, "name=cut")
     assert losses(cut) == losses(whole)

@@ -9,7 +9,7 @@ from moepp.cli import main
 from moepp.config import compose
 from moepp.errors import Interrupted, UsageError
 from moepp.process import RANK_VARIABLES, STOP_SIGNALS
-from moepp.training import run as running
+from moepp.training import machine
 from moepp.training.ranks.rank import STARTER, Rank, from_rank_zero, largest, process_group
 from moepp.training.settings import RunConfig, run_directory
 
@@ -34,7 +34,7 @@ def environment(monkeypatch, variables):
 
 def test_a_process_that_nobody_started_is_alone():
     rank = Rank.here()
-    assert rank == Rank(0, 0, 1, 1, "") and rank.keeps_record(RunConfig())
+    assert rank == Rank(0, 0, 1, 1, "") and rank.keeps_record(1)
     assert largest(7) == 7 and from_rank_zero("x") == "x"
 
 
@@ -103,12 +103,12 @@ def test_devices_and_nodes_come_from_whoever_started_the_ranks(monkeypatch):
 
 def test_of_all_processes_one_keeps_the_record(monkeypatch):
     config = compose(RunConfig, ["strategy=ddp", "trainer.num_nodes=2"])
-    assert Rank(0, 0, 4, 2, "torchrun").keeps_record(config)
-    assert not Rank(1, 1, 4, 2, "torchrun").keeps_record(config)
-    assert not Rank(0, 0, 4, 2, "launch").keeps_record(config)  # its starter does
+    assert Rank(0, 0, 4, 2, "torchrun").keeps_record(config.trainer.num_nodes)
+    assert not Rank(1, 1, 4, 2, "torchrun").keeps_record(config.trainer.num_nodes)
+    assert not Rank(0, 0, 4, 2, "launch").keeps_record(config.trainer.num_nodes)  # its starter does
     monkeypatch.setenv("NODE_RANK", "1")
-    assert not Rank().keeps_record(config)  # the starter of the second node
-    assert Rank().keeps_record(compose(RunConfig, []))
+    assert not Rank().keeps_record(config.trainer.num_nodes)  # the starter of the second node
+    assert Rank().keeps_record(1)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_devices_that_do_not_exist_are_refused(overrides, capsys, monkeypatch):
     assert main(["train", *overrides, "trainer.accelerator=gpu"]) == 2
     assert "no GPU is visible; use cpu or auto" in capsys.readouterr().err
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(running, "_uses_gpus", lambda _: True)
+    monkeypatch.setattr(machine, "uses_gpus", lambda _: True)
     assert main(["train", *overrides, "strategy=ddp", "trainer.devices=2"]) == 2
     assert "trainer.devices=2, but 1 GPUs are visible" in capsys.readouterr().err
 

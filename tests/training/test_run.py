@@ -103,7 +103,7 @@ def test_a_run_that_is_killed_continues_to_the_same_losses(overrides, step, monk
 
     config = freeze(compose(RunConfig, [*overrides, "name=cut"]))
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("moepp.training.run.ResumeCheckpoint", Kill)
+        patch.setattr("moepp.training.trainer.ResumeCheckpoint", Kill)
         train(config, run_directory(config))
     cut = train(config, run_directory(config))
     assert losses(cut) == losses(whole)
@@ -178,7 +178,7 @@ def cut_at(step, config, monkeypatch):
                 raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("moepp.training.run.ResumeCheckpoint", Kill)
+        patch.setattr("moepp.training.trainer.ResumeCheckpoint", Kill)
         train(config, run_directory(config))
     return RunRecord(run_directory(config))
 

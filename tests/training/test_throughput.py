@@ -89,5 +89,5 @@ def test_a_training_batch_is_that_of_one_device():
 @pytest.mark.parametrize(("precision", "dtype"), [("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)])
 def test_a_model_is_timed_and_scored_in_the_precision_of_its_run(precision, dtype):
     config = compose(RunConfig, [f"trainer.precision={precision}"])
-    with autocast_of(config, torch.device("cpu"))():
+    with autocast_of(config.trainer.precision, torch.device("cpu"))():
         assert torch.nn.functional.linear(torch.ones(2, 2), torch.ones(2, 2)).dtype == dtype

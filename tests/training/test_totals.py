@@ -45,7 +45,7 @@ def test_drops_and_the_online_loss_are_those_of_all_steps_also_of_a_run_that_was
             if trainer.global_step == 6:
                 raise Killed
 
-    monkeypatch.setattr("moepp.training.run.ResumeCheckpoint", Kill)
+    monkeypatch.setattr("moepp.training.trainer.ResumeCheckpoint", Kill)
     with pytest.raises(Killed):
         run(overrides, *TIGHT, "trainer.average_checkpoints=2", "name=killed")
     monkeypatch.undo()

@@ -13,7 +13,7 @@ from moepp.config import compose
 from moepp.errors import RunError, UsageError
 from moepp.models.decoder import Decoder
 from moepp.records import RunRecord
-from moepp.training import trainer as trainers
+from moepp.training import recorded_trainer, trainer
 from moepp.training.module import LanguageModel
 from moepp.training.optim import parameter_groups
 from moepp.training.run import freeze, train
@@ -80,7 +80,7 @@ def test_a_run_that_is_killed_between_its_stop_and_done_stops_there_again(overri
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("moepp.training.run._finish", die)
+        patch.setattr("moepp.training.run.finish", die)
         train(config)
     assert losses(train(config)) == losses(whole)
 
@@ -116,10 +116,12 @@ def test_the_csv_logger_shows_what_the_record_holds(overrides):
     record = run(overrides, "tracking.loggers=[csv]")
     [table] = record.path.rglob("metrics.csv")
     with open(table) as file:
-        rows = {int(row["step"]): row for row in csv.DictReader(file) if row["train/loss"]}
+        *lines, last = csv.DictReader(file)
+    rows = {int(row["step"]): row for row in lines if row["train/loss"]}
     for line in record.metrics():
         if "train/loss" in line:
             assert float(rows[line["step"]]["train/loss"]) == line["train/loss"]
+    assert float(last["final/val_loss"]) == record.final()["val_loss"]
     assert losses(record) == losses(run(overrides, "name=without"))
 
 
@@ -127,14 +129,14 @@ def test_a_missing_package_of_a_logger_is_one_line(overrides, monkeypatch):
     def missing(*_, **__):
         raise ModuleNotFoundError("You want to use `wandb` logger which is not installed yet,\n install it with ...")
 
-    monkeypatch.setattr(trainers, "WandbLogger", missing)
+    monkeypatch.setattr(trainer, "WandbLogger", missing)
     with pytest.raises(UsageError, match=r"^tracking\.loggers=wandb: You want to use `wandb` logger .*$"):
         run(overrides, "tracking.loggers=[wandb]")
 
 
 def test_an_option_that_a_callback_needs_is_named(overrides):
-    with pytest.raises(UsageError, match=r"^trainer\.callbacks\.EarlyStopping: .* 'monitor'$"):
-        run(overrides, "trainer.callbacks.EarlyStopping={}")
+    with pytest.raises(UsageError, match=r"^callback EarlyStopping needs trainer\.callbacks\.EarlyStopping\.monitor$"):
+        compose(RunConfig, [*overrides, "trainer.callbacks.EarlyStopping={}"])
 
 
 def test_the_profilers_report_lies_in_the_runs_folder(overrides):
@@ -165,18 +167,18 @@ def test_new_keys_leave_a_runs_identity_unless_they_change_its_result(overrides)
 
 
 def test_another_lightning_is_refused(monkeypatch):
-    monkeypatch.setattr(trainers.pl, "__version__", "2.7.0")
+    monkeypatch.setattr(recorded_trainer.pl, "__version__", "2.7.0")
     with pytest.raises(RunError, match=r"^lightning 2\.7\.0 is installed, .* pip install 'lightning==2\.6\.\*'$"):
-        trainers.RecordedTrainer()
+        recorded_trainer.RecordedTrainer()
 
 
 def test_lightning_touches_neither_signals_nor_loggers(tmp_path):
     import signal
 
     before = signal.getsignal(signal.SIGTERM)
-    trainer = trainers.RecordedTrainer(accelerator="cpu", logger=trainers.csv_logger(RunRecord(tmp_path)))
-    trainer._signal_connector.register_signal_handlers()
-    trainer._logger_connector.log_metrics({"a": 1.0}, 0)
+    made = recorded_trainer.RecordedTrainer(accelerator="cpu", logger=trainer.csv_logger(RunRecord(tmp_path)))
+    made._signal_connector.register_signal_handlers()
+    made._logger_connector.log_metrics({"a": 1.0}, 0)
     assert signal.getsignal(signal.SIGTERM) is before and not list(tmp_path.rglob("metrics.csv"))
 
 

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from moepp.training.settings import TrainerConfig
 
 SECONDS_TO_ANSWER = 10.0
-HERE = ("localhost", "127.0.0.1", "[::1]")
 
 
 @dataclass
@@ -62,9 +61,7 @@ class RayLauncher(Bounded, key="launcher"):
         address = self.address or os.environ.get("RAY_ADDRESS") or "local"
         host, _, port = address.removeprefix("ray://").rpartition(":")
         try:
-            if host:  # Ray itself would ask for minutes
-                socket.create_connection((host, int(port)), SECONDS_TO_ANSWER).close()
-            if host in HERE:
+            if host and _is_here(host.strip("[]"), int(port)):
                 _show_token()
             ray.init(address, logging_level=logging.ERROR, log_to_driver=False)
         except (OSError, RuntimeError, ValueError) as error:
@@ -125,6 +122,12 @@ def _work(
         except subprocess.TimeoutExpired:
             process.kill()
             raise
+
+
+def _is_here(host: str, port: int) -> bool:
+    """Whether this machine answers there. Raises OSError where nobody does; Ray itself would ask for minutes."""
+    with socket.create_connection((host, port), SECONDS_TO_ANSWER) as connection:
+        return connection.getsockname()[0] == connection.getpeername()[0]
 
 
 def _show_token() -> None:

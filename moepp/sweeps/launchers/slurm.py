@@ -1,18 +1,18 @@
 """A Slurm cluster: a job array of workers, by submitit.
 
-Time limits and preemption are part of the walk: trainer.stop_s and half a minute before either, Slurm sends SIGUSR2 to
-every process of a job. A trial then saves at the end of its batch, its worker gives the lease back, and the job is
-queued again (by Slurm itself where it preempts with SIGTERM). Any worker continues any trial, so it does not matter
-which one starts first.
+Time limits and preemption are part of the walk: trainer.stop_s and half a minute before its end a job gets SIGUSR2, and
+SIGTERM when another job shall have its nodes. A trial then saves at the end of its batch, its worker gives the lease
+back, and the job has itself queued again, which frees the nodes at once. Any worker continues any trial, so it does not
+matter which one starts first.
 """
 
 import logging
 import math
 import os
 import re
-import shlex
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moepp.errors import Interrupted, RunError, UsageError
-from moepp.layers.bounds import Bounded, Count, Whole
+from moepp.layers.bounds import LARGEST, Bounded, Count, Whole
 from moepp.names import check_line
 from moepp.process import python_path, start
-from moepp.program import program
 from moepp.records import read_json, write_json
+from moepp.sweeps.hints import sweep_command
+from moepp.sweeps.job import ASKED_TO_STOP
 from moepp.sweeps.launchers.call import SweepCall
 from moepp.sweeps.launchers.worker_pool import WORKER_MARGIN_SECONDS, begin_elsewhere, wait
 
@@ -44,7 +45,21 @@ SECONDS_TO_TRAIN = 60.0  # at least, of a job's time, from its start to the sign
 SECONDS_BETWEEN_LOOKS = 5.0  # into the queue
 SECONDS_TO_ANSWER = 30.0
 NO_GPUS = re.compile("gres|gpu|node configuration", re.IGNORECASE)  # in what sbatch says where there are none
-SECONDS_OF_GRACE = 300  # how long a stopped job waits for Slurm to preempt or cancel it
+# The end of a job's script. A stop signal may come before the worker can answer it, even before Python runs: srun
+# says so. A job that is being cancelled or queued again by Slurm runs no longer. The number of an array's last job is
+# that of the array too.
+QUEUE_AGAIN = r"""
+code=$?
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+case $code in
+  129|130|138|140|143)
+    if [ "$(squeue --noheader --jobs="$job" --format=%T)" = RUNNING ]; then
+      scontrol requeue "$job"
+    fi ;;
+esac
+exit $code
+"""
 
 
 @dataclass
@@ -73,7 +88,7 @@ class SlurmLauncher(Bounded, key="launcher"):
         """
         self._require()
         self._refuse_jobs_without_time(max(trial.config.trainer.stop_s for trial in call.trials()))
-        directory, trainer, left = begin_elsewhere(call)
+        directory, trainer, left = begin_elsewhere(call, LARGEST if self.cluster == "slurm" else 1)
         pool = SlurmPool(directory, self.cluster)
         if (missing := min(call.workers or MOST_WORKERS, left) - pool.alive()) > 0:
             worker = Worker(call.work(), Path.cwd(), trainer.stop_s + WORKER_MARGIN_SECONDS)
@@ -81,11 +96,11 @@ class SlurmLauncher(Bounded, key="launcher"):
             with _refusal(gpus):
                 pool.add(self._executor(directory, trainer, gpus), [worker] * missing, call.environment())
         if left and not self.wait:
-            shows = shlex.join(["sweep", "status", call.sweep, "--scale", call.scale])
-            print(f"{pool.name}: {pool.alive()} workers queued or running; `{program()} {shows}` shows")
+            shows = sweep_command("status", call.load(), call.scale, call.overrides)
+            print(f"{pool.name}: {pool.workers()}; `{shows}` shows")
             return None
         if left:
-            print(f"{pool.name}: {pool.alive()} workers queued or running, logs in {pool.logs}", flush=True)
+            print(f"{pool.name}: {pool.workers()}, logs in {pool.logs}", flush=True)
         return wait(call, directory, pool)
 
     def _require(self) -> None:
@@ -120,12 +135,14 @@ class SlurmLauncher(Bounded, key="launcher"):
         executor.update_parameters(
             name=directory.name,
             timeout_min=self.minutes,
-            nodes=1,
+            nodes=trainer.num_nodes,
             tasks_per_node=1,
             cpus_per_task=self.cpus,
             gpus_per_node=gpus or None,  # a cluster without GPUs takes not even 0
             slurm_partition=self.partition or None,
             slurm_signal_delay_s=math.ceil(trainer.stop_s + JOB_MARGIN_SECONDS),
+            slurm_srun_args=["--nodes=1", "--ntasks=1", "--overlap"],  # the worker; its trials may take all nodes
+            slurm_teardown=QUEUE_AGAIN.strip().splitlines(),
             slurm_additional_parameters={"requeue": True, **self.parameters},
         )
         return executor
@@ -138,6 +155,7 @@ class SlurmPool:
         self.logs, self._cluster = directory / "slurm", cluster
         self._path = self.logs / "jobs.json"
         self._looked = -math.inf
+        self._queue: dict[str, str] | None = None
         self._ids: list[str] = (read_json(self._path) or {}).get(cluster, [])
 
     @property
@@ -158,10 +176,19 @@ class SlurmPool:
         with environment_variables(PYTHONPATH=python_path(), **environment), executor.batch():
             jobs += [executor.submit(worker) for worker in workers]
         self._jobs, self._ids = jobs, [job.job_id for job in jobs]
+        self._looked = -math.inf  # the queue as it was known holds none of them
         write_json(self._path, {self._cluster: self._ids})
 
     def alive(self) -> int:
         return len(self._living())
+
+    def workers(self) -> str:
+        """How many there are, for people; a job that waits does not work yet."""
+        living = self._living()
+        if self._queue is None:
+            return f"{len(living)} workers queued or running"
+        running = sum(self._queue[job.job_id] == "RUNNING" for job in living)
+        return f"{running} workers running, {len(living) - running} queued"
 
     def dismiss(self) -> None:
         for job in self._living():
@@ -194,10 +221,10 @@ class Worker:
         self._process = start(self.command, paths.folder / f"{JobEnvironment().job_id}_worker.txt", {})
         # No lock is held here, unlike in Popen.wait: `checkpoint` interrupts this line and waits for the same process.
         os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
-        if self._process.wait() == Interrupted.exit_code:
-            # Slurm has sent SIGTERM: a job that ends now would count as finished, one that is killed is queued again.
-            time.sleep(SECONDS_OF_GRACE)
-        return self._process.returncode
+        code = self._process.wait()
+        if code in ASKED_TO_STOP:
+            sys.exit(Interrupted.exit_code)  # for the script to see
+        return code
 
     def checkpoint(self) -> "DelayedSubmission":
         """What submitit calls before it has the job queued again."""
@@ -212,14 +239,17 @@ class Worker:
         return DelayedSubmission(Worker(self.command, self.folder, self.seconds_to_stop))
 
 
-def _queue() -> set[str] | None:
-    """The jobs of this user that wait or run; None where Slurm does not answer."""
-    command = ["squeue", "--me", "--array", "--noheader", "--format=%i"]
+def _queue() -> dict[str, str] | None:
+    """The jobs of this user that wait or run, and which of the two; None where Slurm does not answer."""
+    command = ["squeue", "--me", "--array", "--noheader", "--format=%i %T"]
+    own = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}  # filters, for people
     try:
-        said = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=SECONDS_TO_ANSWER)
+        said = subprocess.check_output(
+            command, stderr=subprocess.DEVNULL, text=True, timeout=SECONDS_TO_ANSWER, env=own
+        )
     except (OSError, subprocess.SubprocessError):
         return None
-    return set(said.split())
+    return dict(line.split() for line in said.splitlines())
 
 
 @contextmanager

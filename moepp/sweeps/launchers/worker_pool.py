@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from moepp.errors import Interrupted, RunError, UsageError
 from moepp.process import stop_requests
+from moepp.sweeps.hints import sweep_command
 from moepp.sweeps.launchers.call import SweepCall
 from moepp.sweeps.plan import read_plan
 from moepp.sweeps.progress import step_bar
@@ -36,8 +37,9 @@ class WorkerPool(Protocol):
         """What becomes of the workers when this process is stopped: ends them or lets them go on, and says which."""
 
 
-def begin_elsewhere(call: SweepCall) -> tuple[Path, "TrainerConfig", int]:
-    """Promises the trials; returns the sweep's directory, how its trials are trained, and how many are left.
+def begin_elsewhere(call: SweepCall, nodes: int = 1) -> tuple[Path, "TrainerConfig", int]:
+    """Promises the trials, none over more than `nodes`; returns the sweep's directory, how its trials are trained, and
+    how many are left.
 
     The same checks as in a worker, so that what is refused is refused here and now.
     """
@@ -48,7 +50,7 @@ def begin_elsewhere(call: SweepCall) -> tuple[Path, "TrainerConfig", int]:
             f"only {', '.join(call.arms)} of sweep {call.sweep} are needed, and workers elsewhere run whole sweeps;"
             " leave launcher= out, or `sweep run` the whole sweep with it first"
         )
-    prepared = begin(call.load(), call.scale, call.overrides, call.seeds, call.workers or 2)
+    prepared = begin(call.load(), call.scale, call.overrides, call.seeds, call.workers or 2, nodes=nodes)
     return prepared.directory, prepared.config.trainer, look(prepared.directory)[1]
 
 
@@ -84,7 +86,8 @@ def _outcome(call: SweepCall, directory: Path, pool: WorkerPool) -> Path:
 
     status, left = look(directory)
     failures = [f"{trial.label}: {trial.note}" for trial in status.trials if trial.state in ("failed", "damaged")]
-    raise_failures(call.load(), call.scale, failures, len(status.trials))
+    retry = sweep_command("retry", call.load(), call.scale, call.overrides)
+    raise_failures(retry, failures, len(status.trials))
     if left:
         raise RunError(f"{pool.name} ended with {left} trials unfinished; see {pool.logs}; the same command continues")
     return directory

@@ -23,17 +23,17 @@ from moepp.errors import Interrupted, PeerLost, RunError, UsageError
 from moepp.process import cause_of_end, last_lines, start, stop_requests
 from moepp.records import RunRecord
 from moepp.training.ranks.rank import STARTER
+from moepp.training.states import SECONDS_TO_ARRIVE, states, step_of
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
-    from moepp.training.settings import RunConfig
+    from moepp.training.settings import TrainerConfig
 
 RANK_COMMAND = (sys.executable, "-m", "moepp.cli", "trial")
 POLL_SECONDS = 0.1
 SECONDS_TO_FOLLOW = 3.0  # for the other ranks to end by themselves, and say why, once one has ended
 SECONDS_TO_LOOK = 1.0  # between two looks at whether another node has failed
-SECONDS_TO_ARRIVE = 60.0  # for a file that another node has written
 ERROR = "error: "  # how a command's last line begins when it says why it ended
 FINISHED = ("done", "pruned")
 FAILED = "failed"  # the key under which a starter tells those of other nodes
@@ -44,6 +44,7 @@ class _Process:
     """One rank, as its starter sees it."""
 
     rank: int
+    world: int  # how many there are on all nodes
     process: subprocess.Popen
     log: Path
     ended_at: float | None = None  # in the order in which it was seen
@@ -65,26 +66,27 @@ class _Process:
             os.killpg(self.process.pid, number)
 
 
-def launch(record: RunRecord, config: "RunConfig") -> None:
-    """Trains a run whose record is open on this node's `trainer.devices` devices, until it is done or pruned.
+def launch_ranks(record: RunRecord, trainer: "TrainerConfig", timeout_s: float) -> None:
+    """Trains a run whose record is open on this node's `trainer.devices` devices, until it is done or pruned. A rank
+    waits `timeout_s` for the others.
 
     On several nodes every starter is given NODE_RANK, and MASTER_ADDR and MASTER_PORT of the first. SIGTERM and Ctrl-C
     let the ranks save at the end of their step. Raises Interrupted then, UsageError for what a rank refuses, RunError
     with the rank that died and how; no process is left in any case.
     """
-    store, variables = _rendezvous(config)
-    node, devices = int(variables["GROUP_RANK"]), config.trainer.devices
+    store, variables = _rendezvous(trainer, timeout_s)
+    node, devices = int(variables["GROUP_RANK"]), trainer.devices
     with stop_requests() as stop:
         processes = []
         try:
             for local in range(devices):
                 place = {"RANK": str(node * devices + local), "LOCAL_RANK": str(local)}
                 processes.append(_start(record, variables | place, show=node == local == 0))
-            others = store if config.trainer.num_nodes > 1 else None
-            elsewhere = _watch(processes, stop, others, config.trainer.stop_s)
-            if _done(record, processes, config.trainer.num_nodes):
+            others = store if trainer.num_nodes > 1 else None
+            elsewhere = _watch(processes, stop, others, trainer.stop_s)
+            if _done(record, processes, trainer.num_nodes):
                 return
-            error = _reason(processes, stop.is_set(), elsewhere, config, record)
+            error = _reason(processes, stop.is_set(), elsewhere, timeout_s, record)
             if others and not elsewhere and not isinstance(error, Interrupted):
                 _tell(others, f"node {node}: {error}")
             raise error
@@ -94,7 +96,7 @@ def launch(record: RunRecord, config: "RunConfig") -> None:
                 each.process.wait()
 
 
-def _rendezvous(config: "RunConfig") -> tuple["TCPStore", dict[str, str]]:
+def _rendezvous(trainer: "TrainerConfig", timeout_s: float) -> tuple["TCPStore", dict[str, str]]:
     """The store in which ranks and starters find each other, and torchrun's variables that all ranks here share.
 
     The first node's starter keeps the store: its port is taken before a rank is told of it, and a rank that dies takes
@@ -102,7 +104,6 @@ def _rendezvous(config: "RunConfig") -> tuple["TCPStore", dict[str, str]]:
     """
     from torch.distributed import TCPStore
 
-    trainer = config.trainer
     address, port, node = "127.0.0.1", 0, 0
     if trainer.num_nodes > 1:
         try:
@@ -118,7 +119,7 @@ def _rendezvous(config: "RunConfig") -> tuple["TCPStore", dict[str, str]]:
             ) from None
         if not 0 <= node < trainer.num_nodes:
             raise UsageError(f"NODE_RANK={node} must lie between 0 and {trainer.num_nodes - 1}")
-    timeout = timedelta(seconds=config.strategy.timeout_s)
+    timeout = timedelta(seconds=timeout_s)
     try:
         store = TCPStore(address, port, is_master=node == 0, timeout=timeout, wait_for_workers=False)
     except RuntimeError as error:
@@ -142,7 +143,7 @@ def _start(record: RunRecord, variables: dict[str, str], show: bool) -> _Process
     log.parent.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
     process = start([*RANK_COMMAND, str(record.path / "config.yaml")], log, variables, show)
-    return _Process(int(variables["RANK"]), process, log)
+    return _Process(int(variables["RANK"]), int(variables["WORLD_SIZE"]), process, log)
 
 
 def _watch(processes: Sequence[_Process], stop: threading.Event, store: "TCPStore | None", stop_s: float) -> str:
@@ -196,7 +197,7 @@ def _tell(store: "TCPStore", failure: str) -> None:
 
 
 def _reason(
-    processes: Sequence[_Process], stopped: bool, elsewhere: str, config: "RunConfig", record: RunRecord
+    processes: Sequence[_Process], stopped: bool, elsewhere: str, timeout_s: float, record: RunRecord
 ) -> Exception:
     """Why the ranks ended without finishing the run: what the first of them to fail by itself died of."""
     next_time = f"the same command {_next(record)}"
@@ -207,7 +208,7 @@ def _reason(
     if culprit is None and elsewhere:
         return RunError(elsewhere)
     if culprit is None:
-        return RunError(f"{_silence(processes, config)}; all ranks were ended, and {next_time}")
+        return RunError(f"{_silence(processes, timeout_s)}; all ranks were ended, and {next_time}")
     last = "".join(last_lines(culprit.log, 1))
     for kind in (UsageError, RunError):
         if culprit.code == kind.exit_code and last.startswith(ERROR):
@@ -215,23 +216,22 @@ def _reason(
     how = f"ended: {cause_of_end(culprit.code, culprit.log)}"
     if culprit.code == 0:
         how = "left before the run was done, with exit code 0"
-    world = config.trainer.devices * config.trainer.num_nodes
     place = os.path.relpath(culprit.log)
     return RunError(
-        f"rank {culprit.rank} of {world} {how} (its output: {place}); all ranks were ended, and {next_time}"
+        f"rank {culprit.rank} of {culprit.world} {how} (its output: {place}); all ranks were ended, and {next_time}"
     )
 
 
-def _silence(processes: Sequence[_Process], config: "RunConfig") -> str:
+def _silence(processes: Sequence[_Process], timeout_s: float) -> str:
     """Which ranks the others, all of which report a lost connection, must have waited for."""
     silent = [f"rank {each.rank} (process {each.process.pid})" for each in processes if each.ended_at is None]
     if silent:
-        return f"{' and '.join(silent)} did not answer within strategy.timeout_s={config.strategy.timeout_s:g}"
+        return f"{' and '.join(silent)} did not answer within strategy.timeout_s={timeout_s:g}"
     return "the ranks of this node lost those of others: " + "".join(last_lines(processes[0].log, 1)).removeprefix(
         ERROR
     )
 
 
 def _next(record: RunRecord) -> str:
-    saved = sorted(record.checkpoints.glob("step-*.ckpt"))
-    return f"continues from step {int(saved[-1].stem.removeprefix('step-'))}" if saved else "begins anew"
+    saved = states(record.checkpoints)
+    return f"continues from step {step_of(saved[-1])}" if saved else "begins anew"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from moepp.errors import Interrupted, UsageError
 from moepp.process import STOP_SIGNALS
+from moepp.training.ranks.meeting import name_of_attempt
 
 if TYPE_CHECKING:
     from moepp.training.settings import RunConfig
@@ -47,11 +48,11 @@ class Rank:
     def _of(cls, variables: Mapping[str, str], started_by: str) -> "Rank":
         return cls(*_numbers(variables, "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"), started_by)
 
-    def keeps_record(self, config: "RunConfig") -> bool:
-        """Whether this process writes the run record: rank 0, or the starter that watches over it."""
+    def keeps_record(self, num_nodes: int) -> bool:
+        """Whether this process writes the record of a run on that many nodes: rank 0 or the starter watching it."""
         if self.started_by:
             return self.rank == 0 and self.started_by != "launch"
-        return config.trainer.num_nodes == 1 or os.environ.get("NODE_RANK", "0") == "0"
+        return num_nodes == 1 or os.environ.get("NODE_RANK", "0") == "0"
 
     def spread(self, config: "RunConfig") -> "RunConfig":
         """The config with as many devices and nodes as were started from outside, where it does not ask for any.
@@ -140,14 +141,13 @@ def process_group(rank: Rank, timeout_s: float, cuda: bool) -> Iterator[None]:
 
 
 def _meeting(timeout: timedelta) -> dict[str, Any]:
-    """Where ranks find each other, unless as the environment says: torchrun keeps one store for all its attempts at a
-    run, and in it the addresses of ranks that are dead by now.
-    """
+    """Where ranks meet, unless as the environment says: torchrun starts them several times with one store."""
     import torch.distributed as dist
 
-    if not (attempt := os.environ.get("TORCHELASTIC_RESTART_COUNT")):
+    if not (restarts := os.environ.get("TORCHELASTIC_RESTART_COUNT")):
         return {}
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    attempt = name_of_attempt(store, rank, world_size, restarts, timeout.total_seconds())
     return {"store": dist.PrefixStore(f"attempt-{attempt}", store), "rank": rank, "world_size": world_size}
 
 

@@ -16,39 +16,42 @@ from moepp.errors import RunError
 if TYPE_CHECKING:
     from moepp.training.settings import TrainerConfig
 
-Slot = dict[str, str]  # environment variables of a trial
+Allocation = dict[str, str]  # environment variables of a trial
 GPU_NODES = ("nvidia*", "nvhost*", "kfd", "dxg")  # in /dev; where there is none, torch need not be loaded to be asked
 
 
-def divide(workers: int, trainer: "TrainerConfig", one_share: bool = False) -> list[Slot]:
-    """One slot per worker; `workers` 0 makes as many as trials fit on the GPUs, or on the cores where they use none.
-    Of cores, a process that takes only `one_share` then has all: it cannot know of others.
+def allocate(workers: int, trainer: "TrainerConfig", one_share: bool = False) -> list[Allocation]:
+    """One per worker; `workers` 0 makes as many as trials fit on the GPUs, or on the cores where they use none. A
+    process that takes only `one_share` then has all cores: it cannot know of others.
 
-    A trial takes `trainer.devices` GPUs (shared in turn when there are too few), or as many cores. OMP_NUM_THREADS is
-    the share of each of its processes, for torch would otherwise give all cores to every one.
+    A trial takes `trainer.devices` GPUs (shared in turn when there are too few), or as many cores; over several nodes
+    it takes everything. OMP_NUM_THREADS is the share of each of its processes, for torch would otherwise give all
+    cores to every one.
     """
     gpus = _gpus() if trainer.accelerator != "cpu" else []
     devices = max(1, trainer.devices)
     cores = _cores()
+    if trainer.num_nodes > 1:
+        workers = 1  # such a trial has all that its job has
     workers = workers or max(1, (len(gpus) or (devices if one_share else cores)) // devices)
     threads = str(max(1, cores // (workers * devices)))
-    slots = []
+    allocations = []
     for worker in range(workers):
-        slot: Slot = {}
+        allocation: Allocation = {}
         if not trainer.threads and "OMP_NUM_THREADS" not in os.environ:
-            slot |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+            allocation |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         if gpus:
-            slot["CUDA_VISIBLE_DEVICES"] = ",".join(
+            allocation["CUDA_VISIBLE_DEVICES"] = ",".join(
                 dict.fromkeys(gpus[(worker * devices + i) % len(gpus)] for i in range(devices))
             )
-        slots.append(slot)
-    return slots
+        allocations.append(allocation)
+    return allocations
 
 
 @contextmanager
-def own_share(slots: list[Slot]) -> Iterator[list[Slot]]:
-    """The one of `slots` that is this process's while the block runs, and at most until it ends: each process of this
-    user on this machine has a number that no other has, and those beyond the last slot share in turn.
+def own_share(allocations: list[Allocation]) -> Iterator[list[Allocation]]:
+    """The one of `allocations` that is this process's while the block runs, and at most until it ends: each process of
+    this user on this machine has a number that no other has, and those beyond the last share in turn.
     """
     folder = _private_folder()
     for number in itertools.count():
@@ -57,7 +60,7 @@ def own_share(slots: list[Slot]) -> Iterator[list[Slot]]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue
-            yield [slots[number % len(slots)]]
+            yield [allocations[number % len(allocations)]]
             return
 
 
@@ -80,9 +83,9 @@ def _no_link(name: str, flags: int) -> int:
     return os.open(name, flags | os.O_NOFOLLOW, 0o600)
 
 
-def threads(slot: Slot) -> int:
-    """CPU threads that a trial in `slot` gets."""
-    return int(slot.get("OMP_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or _cores())
+def threads(allocation: Allocation) -> int:
+    """CPU threads that a trial in `allocation` gets."""
+    return int(allocation.get("OMP_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or _cores())
 
 
 def _cores() -> int:

@@ -1,0 +1,54 @@
+"""The most memory that a call held above what stood there before it."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from moepp.training.interleaved import Call
+
+
+def peak_bytes(call: Call, device: torch.device) -> int:
+    """As CUDA's allocator counts it; on a CPU the tensors of all operators, not what these need for themselves."""
+    return _on_gpu(call, device) if device.type == "cuda" else _on_cpu(call)
+
+
+def _on_gpu(call: Call, device: torch.device) -> int:
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)  # so that what goes wrong on the device is not taken for the next one's
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _on_cpu(call: Call) -> int:
+    with Storages() as storages:
+        call()
+    return storages.peak
+
+
+class Storages(TorchDispatchMode):
+    """Watches those that operators make, for as long as anything holds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        self._made = {key: made for key, made in self._made.items() if not made[0].expired()}
+        for storage in _storages(result):
+            if storage._cdata not in given:
+                self._made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, sum(size for _, size in self._made.values()))
+        return result
+
+
+def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
+    return (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))

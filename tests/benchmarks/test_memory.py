@@ -1,0 +1,15 @@
+import torch
+
+from moepp.benchmarks.memory import peak_bytes
+
+
+def test_the_peak_counts_what_a_call_holds_at_once_and_frees():
+    kept = []
+
+    def call():
+        first = torch.empty(2**18)  # a MiB
+        second = first + 1
+        del first
+        kept.append(second * 2)
+
+    assert 2 * 2**20 <= peak_bytes(call, torch.device("cpu")) < 2.1 * 2**20

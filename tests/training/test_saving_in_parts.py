@@ -1,0 +1,85 @@
+"""A checkpoint that devices write in the background bears its name once all of it is on the disk, and not before."""
+
+from concurrent.futures import Future
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from moepp.models import checkpoint_parts as parts
+from moepp.records import RunRecord
+from moepp.training.callbacks import ResumeCheckpoint
+from moepp.training.states import PARTIAL, begin_saving, finish_saving, is_written, rewind_to_newest, states
+
+
+class Trainer(SimpleNamespace):
+    """Writes its step and one weight, as far as a checkpoint in parts is written when training goes on."""
+
+    is_global_zero, should_stop, fit_loop = True, False, SimpleNamespace(_should_accumulate=lambda: False)
+
+    def save_checkpoint(self, path, weights_only):
+        parts.write_whole({"global_step": self.global_step, "state_dict": {"w": torch.full((4,), 1.0)}}, path)
+        self.strategy.saving = Future()
+
+
+@pytest.fixture
+def record(tmp_path):
+    record = RunRecord(tmp_path / "run")
+    record.checkpoints.mkdir(parents=True)
+    return record
+
+
+@pytest.fixture
+def trainer():
+    strategy = SimpleNamespace(saving=None, barrier=lambda: None)
+
+    def finish_saving():
+        assert strategy.saving.done(), "would wait"
+
+    strategy.finish_saving = finish_saving
+    return Trainer(strategy=strategy, global_step=4)
+
+
+def test_what_is_not_yet_written_is_no_state_to_resume_from(trainer, record):
+    begin_saving(trainer, record)
+    assert not is_written(trainer) and states(record.checkpoints) == [] and (record.checkpoints / PARTIAL).is_dir()
+    assert rewind_to_newest(record) is None  # as after a kill
+    trainer.strategy.saving.set_result(None)
+    finish_saving(trainer, record, "step-00000004.ckpt")
+    assert rewind_to_newest(record) == record.checkpoints / "step-00000004.ckpt"
+
+
+def test_a_cut_part_is_set_aside_for_an_older_state(trainer, record, capsys):
+    for step in (4, 8):
+        trainer.global_step = step
+        begin_saving(trainer, record)
+        trainer.strategy.saving.set_result(None)
+        finish_saving(trainer, record, f"step-{step:08d}.ckpt")
+    (part,) = (record.checkpoints / "step-00000008.ckpt").glob("*.distcp")
+    part.write_bytes(part.read_bytes()[:-1])
+    assert rewind_to_newest(record).name == "step-00000004.ckpt"
+    assert part.name in capsys.readouterr().err and (record.checkpoints / "damaged-step-00000008.ckpt").is_dir()
+
+
+def test_training_goes_on_while_a_state_is_written_and_the_next_one_waits(trainer, record, monkeypatch):
+    monkeypatch.setattr("moepp.training.callbacks.raise_if_not_finite", lambda *_: None)
+    keeper = ResumeCheckpoint(record, every=4, val_every=1)
+
+    def step(number):
+        trainer.global_step = number
+        keeper._save_where_due(trainer, None)
+        return [state.name for state in states(record.checkpoints)]
+
+    assert step(4) == step(5) == []  # written meanwhile
+    with pytest.raises(AssertionError, match="would wait"):  # the next one, for the writers
+        step(8)
+    trainer.strategy.saving.set_result(None)
+    assert step(9) == ["step-00000004.ckpt"]
+
+
+def test_final_weights_become_one_file(trainer, record):
+    begin_saving(trainer, record, weights_only=True)
+    trainer.strategy.saving.set_result(None)
+    finish_saving(trainer, record, "final.ckpt", weights_only=True)
+    assert [path.name for path in record.checkpoints.iterdir()] == ["final.ckpt"]
+    assert torch.equal(torch.load(record.checkpoints / "final.ckpt")["state_dict"]["w"], torch.full((4,), 1.0))
