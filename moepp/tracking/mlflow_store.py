@@ -101,6 +101,7 @@ def connect(tracking: "TrackingConfig", runs: Path | str) -> tuple["MlflowClient
     # A page of traceback at each failed attempt; the one who called says in a line what failed.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     with store_lock(runs):
+        _create_whole(uri)
         client = MlflowClient(tracking_uri=uri)
         found = client.get_experiment_by_name(tracking.experiment)
         if found is not None:
@@ -111,6 +112,22 @@ def connect(tracking: "TrackingConfig", runs: Path | str) -> tuple["MlflowClient
         artifacts = None if is_server(uri) else (Path(runs).resolve() / "mlartifacts").as_uri()
         kind = {"mlflow.experimentKind": "custom_model_development"}  # which pages MLflow opens it with
         return client, client.create_experiment(tracking.experiment, artifact_location=artifacts, tags=kind)
+
+
+def _create_whole(uri: str) -> None:
+    """A new SQLite file gets its tables under another name first: one that is killed between two of some forty
+    migrations leaves a database that no MLflow opens again.
+    """
+    from mlflow import MlflowClient
+
+    file = Path(uri.removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:///") or set("%?:") & set(str(file)) or file.exists():
+        return
+    for left in file.parent.glob(f".{file.name}.*.new"):
+        left.unlink()
+    begun = file.with_name(f".{file.name}.{secrets.token_hex(4)}.new")  # MLflow keeps an engine for each address
+    MlflowClient(tracking_uri=f"sqlite:///{begun}").search_experiments(max_results=1)
+    begun.rename(file)
 
 
 def _restore(client: "MlflowClient", experiment: "Experiment") -> None:

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -54,3 +55,19 @@ def test_processes_that_start_at_once_create_one_store_without_chatter(tmp_path)
     outputs = [process.communicate() for process in processes]
     assert outputs == [outputs[0]] * 2
     assert outputs[0][0].strip().isdigit() and outputs[0][1] == ""
+
+
+def test_a_store_whose_creation_was_killed_is_created_again(runs, monkeypatch):
+    """At the last moment: all tables are made, and nothing has its name yet."""
+
+    def killed(path, target):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            mlflow_store.connect(TrackingConfig(), runs)
+    assert not (runs / "mlflow.db").exists() and len(list(runs.glob(".mlflow.db.*.new"))) == 1
+    client, experiment = mlflow_store.connect(TrackingConfig(), runs)
+    assert client.get_experiment(experiment).name == TrackingConfig().experiment
+    assert (runs / "mlflow.db").exists() and not list(runs.glob(".mlflow.db.*.new"))
