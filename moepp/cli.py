@@ -4,7 +4,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,15 +12,15 @@ import click
 from moepp import __version__
 from moepp.errors import Interrupted, RunError, UsageError
 from moepp.grammar import CommandGroup, Number, Several, Word, run_command
-from moepp.layers.bounds import Count, NotNegative, Range, Seed, Whole
+from moepp.layers.bounds import Count, NotNegative, Range, Seed
+from moepp.options import DIRECTORY, limit, minutes, out, overrides, scale, seeds, tasks, tasks_dir, wide, workers
 from moepp.program import program
-from moepp.terminal import WIDE, working
+from moepp.terminal import working
 
 if TYPE_CHECKING:
     from moepp.sweeps.launchers.call import SweepCall
     from moepp.training.settings import RunConfig
 
-DIRECTORY = click.Path(path_type=Path)
 SWEEP_ACTIONS = {
     "plan": "trials, budgets and time, without training",
     "run": "all that is not done, here or with launcher=slurm or launcher=ray",
@@ -31,32 +30,6 @@ SWEEP_ACTIONS = {
     "pack": "finished trials, without weights, into results/<sweep>/<scale>",
     "unpack": "back from there",
 }
-
-out = click.option("--out", type=DIRECTORY, metavar="DIR", help="Write DIR/<name>/<scale>/; else beside the records.")
-overrides = click.argument("overrides", nargs=-1, metavar="[key=value]...")
-scale = click.option(
-    "--scale",
-    default="laptop",
-    help="smoke, laptop, desk, gpu or paper, as the sweep file defines them.",
-    show_default=True,
-)
-workers = click.option(
-    "--workers", type=Number(Whole), default=0, help="Trials at a time; 0: one per core, one per GPU."
-)
-seeds = click.option(
-    "--seeds", type=Several(Number(Seed)), help="Instead of the sweep file's; a range such as 0..19 is taken too."
-)
-minutes = partial(click.option, "--minutes", type=Number(NotNegative))
-tasks = partial(click.option, "--tasks", help="`paper`: the paper's eleven; or names, as sciq,piqa,boolq:0.")
-tasks_dir = click.option("--tasks-dir", metavar="DIR", help="Local task data, <task>.jsonl[.gz]; else the hub's.")
-wide = click.option(
-    "--wide",
-    is_flag=True,
-    expose_value=False,
-    callback=lambda context, _, asked: context.meta.update({WIDE: asked}),
-    help="All columns of tables, beyond the width of the terminal.",
-)
-limit = click.option("--limit", type=Number(Count), help="Examples of each task at most, in all of its parts.")
 
 
 @click.group(
@@ -169,7 +142,9 @@ def _call(
 
 @commands.command(examples=["table5", "tau --scale smoke runs=runs/softmax", "--all"])
 @click.argument("experiment", required=False)
-@click.option("--all", "everything", is_flag=True, help="Write results/index.html, all reports on one page.")
+@click.option(
+    "--all", "everything", is_flag=True, help="Write results/index.html, a front page, and a page for each experiment."
+)
 @click.option("--runs", default="runs", help="Folder of the run records.")
 @out
 @wide
@@ -370,7 +345,7 @@ def export(run: Path, kind: str, out: Path | None) -> None:
 )
 @click.argument("source", type=DIRECTORY)
 @click.argument("target", type=DIRECTORY)
-@click.option("--to", "form", type=click.Choice(["file", "parts", "torchtitan"]), default="file", help="Its form.")
+@click.option("--to", "form", type=Word(["file", "parts", "torchtitan"]), default="file", help="Its form.")
 @click.option("--run", type=DIRECTORY, help="Of a torchtitan SOURCE: a run with the same model.")
 def convert(source: Path, target: Path, form: str, run: Path | None) -> None:
     """Write a checkpoint in another form: one file, parts for many devices, or torchtitan's model, and back."""

@@ -2,7 +2,7 @@
 # Sweeps and runs on real clusters, disturbed: Slurm with and without accounting, Ray, MLflow on PostgreSQL and MariaDB,
 # torchrun. On a Debian machine, as root; half an hour on two idle cores:
 #
-#     scripts/clusters.sh [FOLDER [GROUP[:CASE]...]]     # a new folder below /tmp; all of scripts/cluster_cases.py
+#     scripts/clusters.sh [FOLDER [GROUP[:CASE]...]]     # a new temporary folder; all of scripts/cluster_cases.py
 #
 # Installs slurm-wlm, slurmdbd, munge, mariadb-server and postgresql by apt-get, and the extras slurm and ray, psycopg and
 # PyMySQL into .venv. Daemons are started by hand, with files in FOLDER and ports of their own: neither systemd nor
@@ -11,7 +11,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ROOT=$PWD PYTHON=$PWD/.venv/bin/python HOST=$(hostname)
-FOLDER=${1:-$(mktemp -d /tmp/clusters.XXXX)}
+FOLDER=${1:-$(mktemp -d -t clusters.XXXX)}
 GROUPS_ASKED=("${@:2}")
 [ ${#GROUPS_ASKED[@]} -gt 0 ] || GROUPS_ASKED=(slurm accounting ray postgresql mariadb torchrun)
 SLURMCTLD_PORT=26817 SLURMDBD_PORT=26819 NODE_PORTS=[26821-26822] MARIADB_PORT=26823 POSTGRESQL_PORT=26824

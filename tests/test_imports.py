@@ -35,6 +35,7 @@ ORDER = (  # lowest first; what shares a line does not know each other
     ("routing",),
     ("benchmarks",),
     ("demo", "grammar"),
+    ("options",),
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

@@ -158,7 +158,7 @@ def divide(file: Path, folder: Path) -> None:
 
 
 def write_whole(checkpoint: Mapping[str, Any], folder: Path) -> None:
-    """As `save`, by a process that is alone and holds all of it."""
+    """As `save_parts`, by a process that is alone and holds all of it."""
     _begin(folder, checkpoint)
     write(named_tensors(checkpoint), folder)
 

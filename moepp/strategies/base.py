@@ -30,7 +30,8 @@ class MoEStrategy:
 
     `expert_parallel_size` consecutive devices hold one copy of the FFN experts between them; 0: all devices; None:
     every device holds them all. The batch's statistics (load-balance loss, capacity, control) are those of all devices.
-    With `checkpoints_in_parts` every device writes its own part of a checkpoint, in the background (parts.py).
+    With `checkpoints_in_parts` every device writes its own part of a checkpoint, in the background
+    (checkpoint_parts.py).
     """
 
     def __init__(

@@ -177,7 +177,8 @@ def test_a_server_that_accepts_and_never_answers_does_not_hold_up_the_run(mirror
     assert steps_in_store(mirrored, runs) == list(range(1, 7))
 
 
-def test_a_read_only_store_is_caught_up_when_it_can_be_written(mirrored, runs, capsys, caplog):
+def test_a_read_only_store_is_caught_up_when_it_can_be_written(mirrored, runs, capsys, caplog, monkeypatch):
+    monkeypatch.chdir(runs)  # where MLflow makes a folder of this kind of address
     read_only = TrackingConfig(uri=f"sqlite:///file:{runs}/mlflow.db?mode=ro&uri=true")
     mirror = Mirror(mirrored, read_only, runs)
     with follow(mirror):
