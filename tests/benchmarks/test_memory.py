@@ -13,3 +13,8 @@ def test_the_peak_counts_what_a_call_holds_at_once_and_frees():
         kept.append(second * 2)
 
     assert 2 * 2**20 <= peak_bytes(call, torch.device("cpu")) < 2.1 * 2**20
+
+
+def test_what_was_there_before_a_call_counts_for_nothing():
+    given = torch.zeros(2**18)
+    assert peak_bytes(lambda: given.add_(1).view(2, -1).mul_(2), torch.device("cpu")) == 0

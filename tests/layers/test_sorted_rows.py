@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moepp.benchmarks.memory import peak_bytes
 from moepp.layers.dispatch import LocalDispatcher
 from moepp.layers.kernels import cpu, sorted_rows
 from moepp.layers.kernels.base import Affine, RoutedTokens
@@ -51,6 +52,16 @@ def test_small_experts_share_the_passes_between_their_products():
     assert calls.names.count("mm") == 6 * EXPERTS
     assert calls.names.count("silu") == 2 and calls.names.count("silu_backward") == 1
     assert len(calls.names) <= 6 * EXPERTS + 120
+
+
+def test_a_pass_without_gradients_holds_one_block_at_a_time(monkeypatch):
+    monkeypatch.setattr(sorted_rows, "BLOCK_NUMBERS", 1)
+    leaves, tokens = make_case()
+    with_gradients = peak_bytes(lambda: forward(leaves, tokens), torch.device("cpu"))
+    with torch.no_grad():
+        without = peak_bytes(lambda: forward(leaves, tokens), torch.device("cpu"))
+    z_and_y = 4 * TOKENS * (2 * HIDDEN + DIM)
+    assert with_gradients - without > z_and_y / 2
 
 
 def test_large_experts_are_taken_one_by_one(monkeypatch):

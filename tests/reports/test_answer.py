@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from synthetic_sweep import write_sweep
@@ -9,6 +10,7 @@ from synthetic_sweep import write_sweep
 from moepp.config import save
 from moepp.records import read_json, write_json
 from moepp.reports import reproduce
+from moepp.reports.answer import _weighed
 from moepp.reports.arms import of_records, of_sweep
 from moepp.reports.experiment import Context
 from moepp.sweeps.registration import register
@@ -85,7 +87,14 @@ def test_a_report_may_open_with_a_secondary_contrast_after_its_correction(record
     assert told.answer.startswith("two and one cannot be told apart here, and whether by the 0.02 that matters is open")
     assert "p = 0.9 after Holm" in told.answer and "Secondary. Not registered" in told.answer
     assert told.verdict[0].startswith("Primary, one: -0.1015") and told.verdict[0].endswith("; beyond noise.")
-    assert told.verdict[1].startswith("Secondary, two minus plain")
+    secondary = [line for line in told.verdict if line.startswith("Secondary")]
+    assert [line.partition(": ")[0] for line in secondary] == ["Secondary, two minus plain"]
+
+
+def test_an_interval_beyond_what_matters_is_no_difference_where_the_test_says_none():
+    found = SimpleNamespace(robust=SimpleNamespace(median=0.3, low=0.2, high=0.35), estimate=None)
+    assert _weighed(found, 0.03, beyond_noise=True) == "by more than the 0.03 that matters"
+    assert _weighed(found, 0.03, beyond_noise=False) == "though the whole interval lies beyond the 0.03 that matters"
 
 
 def test_what_a_rule_excludes_is_shown_with_and_without(records):

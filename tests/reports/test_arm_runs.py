@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from moepp.experiments.table6 import EXPERIMENT as TABLE6
 from synthetic_sweep import compared, write_sweep, write_times
@@ -31,3 +33,14 @@ def test_an_arms_curve_is_the_mean_over_its_seeds(comparison):
     runs = comparison.results.runs["vanilla"].values()
     assert tokens == round(next(iter(runs)).curve[-1][0])
     assert loss == pytest.approx(sum(run.curve[-1][1] for run in runs) / 3)
+
+
+def test_a_curve_has_the_points_that_all_seeds_have(tmp_path):
+    directory = write_sweep(tmp_path, LOSSES, {"vanilla": (12.0, 1.0), FULL: (10.0, 0.75)})
+    before = arm_runs(compared(TABLE6, directory))["vanilla"].curves["val/loss"]
+    metrics = next(run.path for run in compared(TABLE6, directory).results.runs["vanilla"].values()) / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    first = next(line for line in lines if "val/loss" in line)
+    del first["val/loss"]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert arm_runs(compared(TABLE6, directory))["vanilla"].curves["val/loss"] == before[1:]

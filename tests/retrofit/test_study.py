@@ -46,4 +46,5 @@ def test_the_study_reports_each_stage(tmp_path, monkeypatch, capsys):
     }
     assert all("–" not in cells[:2] for row, cells in rows.items() if row[1:] == ("0.75",))
     assert float(rows["scaled copy", "0.75"][0]) > 0 and rows["copy", "0.5"][2] == "–" != rows["all", "0.75"][2]
+    assert rows["zero", "0.75"][0] != rows["zero", "0.75"][1]  # before the first step, and after the last
     assert "Expert forward" in text and "Not timed" not in text

@@ -54,6 +54,11 @@ def test_a_trial_is_whole_when_it_is_done_and_has_each_step_once(bench):
         case.whole()
 
 
+def test_a_case_without_trials_is_not_whole(tmp_path):
+    with pytest.raises(cluster_cases.Unexpected, match="no trial"):
+        cluster_cases.Bench(tmp_path / "case").whole()
+
+
 def test_what_is_seen_otherwise_is_a_row_and_counts(tmp_path, monkeypatch, capsys):
     def fails(bench):
         raise cluster_cases.Unexpected(f"{bench.folder}/x is not there")

@@ -34,6 +34,10 @@ def test_fsdp_divides_all_and_gathers_what_it_computes_with():
     one, all_of_it = state("fsdp", 8), sum(parameters(state("fsdp", 8).model).values())
     assert one.bytes()["of weights, gradients and AdamW"] == STATE_BYTES * all_of_it / 8
     assert state("fsdp", 8, shard_size=4).bytes()["of weights, gradients and AdamW"] == STATE_BYTES * all_of_it / 4
+    part = parameters(one.model)
+    outside = part["embedding"] + part.get("head", 0)
+    block = (2 * part["ffn_experts"] + 4 * (all_of_it - outside - part["ffn_experts"])) / 4  # of the four, in bytes
+    assert one.bytes()["of gathered weights"] == 4 * outside + 2 * block  # the one at work and the next
     assert one.bytes()["of gathered weights"] < state("fsdp", 8, precision="32-true").bytes()["of gathered weights"]
     assert one.copied == ("attention",)
 

@@ -8,6 +8,7 @@ import torch
 
 from moepp.models import checkpoint_parts as parts
 from moepp.records import RunRecord
+from moepp.strategies.single import CheckpointsOfAnyForm
 from moepp.training.callbacks import ResumeCheckpoint
 from moepp.training.states import PARTIAL, begin_saving, finish_saving, is_written, rewind_to_newest, states
 
@@ -83,3 +84,11 @@ def test_final_weights_become_one_file(trainer, record):
     finish_saving(trainer, record, "final.ckpt", weights_only=True)
     assert [path.name for path in record.checkpoints.iterdir()] == ["final.ckpt"]
     assert torch.equal(torch.load(record.checkpoints / "final.ckpt")["state_dict"]["w"], torch.full((4,), 1.0))
+
+
+def test_a_strategy_of_lightnings_own_reads_parts_as_one_file(tmp_path):
+    parts.write_whole({"global_step": 4, "state_dict": {"w": torch.arange(4.0)}}, tmp_path / "parts")
+    parts.join(tmp_path / "parts", tmp_path / "one.ckpt")
+    for form in ("parts", "one.ckpt"):
+        found = CheckpointsOfAnyForm().load_checkpoint(tmp_path / form)
+        assert found["global_step"] == 4 and found["state_dict"]["w"].tolist() == [0, 1, 2, 3]
