@@ -218,8 +218,10 @@ class TransformersModel(nn.Module):
         return seen
 
     def calibrate(self, batches: Iterable[Tensor]) -> None:
-        """Offsets by the quantile that `config.retrofit.share` names, on ids [B, S]; of silent experts alone."""
-        calibrate(self.hf, batches, self.config.retrofit.share)
+        """Offsets by the quantile that `config.retrofit.share` names, on ids [B, S] and those of all other devices; of
+        silent experts alone.
+        """
+        calibrate(self.hf, batches, self.config.retrofit.share, parallel=self)
 
     def wake(self, fraction: float) -> None:
         wake(self.hf, fraction)

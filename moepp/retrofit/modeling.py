@@ -56,9 +56,9 @@ class Form:
         self, logits_TN: Tensor, offset_Z: Tensor, bias_E: Tensor | None, top_k: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """Gates and ids [T, K]. The family's own choice among its experts competes with the new ones, and what is kept
-        of it keeps its order: ties and sums fall as they did.
+        of it keeps its order: ties and sums fall as they did. Each token may have offsets of its own, [T, Z].
         """
-        new = len(offset_Z)
+        new = offset_Z.shape[-1]
         own = logits_TN.shape[1] - new
         logits_TE, logits_TZ = logits_TN.split([own, new], 1)
         if self.offset_in_logits:
@@ -324,9 +324,9 @@ def blocks(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
     return found
 
 
-def own_experts(router: nn.Module) -> int:
-    """Columns of the family's own logits."""
-    return getattr(router, "n_routed_experts", None) or router.num_experts
+def own_experts(router: nn.Module) -> int | None:
+    """Columns of the family's own logits; None of a router that does not say."""
+    return getattr(router, "n_routed_experts", None) or getattr(router, "num_experts", None)
 
 
 def experts_width(experts: nn.Module) -> int:

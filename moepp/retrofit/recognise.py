@@ -66,7 +66,8 @@ def sample_with(router: nn.Module, width: int, dtype: torch.dtype, of_weights: t
             logits, gates, ids = copy(x_1TD[0].clone(), *extra)
         except ValueError:  # some unpack batch, sequence and width
             logits, gates, ids = copy(x_1TD.clone(), *extra)
-    if ids.is_floating_point() or logits.shape != (TOKENS, own_experts(router)) or gates.shape != ids.shape:
+    shapes = [(TOKENS, own_experts(router)), (TOKENS, router.top_k), (TOKENS, router.top_k)]
+    if ids.is_floating_point() or [tuple(found.shape) for found in (logits, gates, ids)] != shapes:
         raise ValueError("it does not answer with logits, gates and ids")
     return logits, gates, ids, dtype, copy, extra
 

@@ -1,12 +1,14 @@
 """`retrofit`, `calibrate`, `wake` and `strip`: a model of another family with zero-computation experts, and back."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moepp.errors import UsageError
 from moepp.retrofit.modeling import (
@@ -26,6 +28,8 @@ from moepp.retrofit.recognise import recognise
 ROWS = 0.01  # standard deviation of new rows, as a share of the old ones': enough to tell two equal experts apart
 NEW_OF_ROUTER = ("new_rows", "offset", "calibrated", "residual")
 NEW_OF_EXPERTS = ("w_mix", "vectors", "copy_scale")
+FAR = 64.0  # beyond which no offset is looked for
+BISECTIONS = 32
 
 
 def retrofit(
@@ -217,46 +221,78 @@ def require(model: nn.Module) -> None:
         raise UsageError(f"{type(model).__name__} has no new experts: retrofit(model) first")
 
 
-def calibrate(model: nn.Module, batches: Iterable[Any], share: float = 0.25, tolerance: float = 0.002) -> nn.Module:
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    share: float = 0.25,
+    tolerance: float = 0.002,
+    parallel: nn.Module | None = None,
+) -> nn.Module:
     """Sets every layer's offset, one for all its new experts, so that this share of the batches' slots goes to them;
     no training. A batch is ids [B, S], or a mapping of a model's inputs whose `attention_mask` leaves padding out.
     Scaled copies whose factor is still 1 get the one that suits the experts they stand in for.
 
-    Later layers see what earlier ones changed: passes are repeated until every layer is within `tolerance`.
+    Later layers see what earlier ones changed: passes are repeated until every layer is within `tolerance`. Offsets lie
+    where no token's choice turns, so that a model routes alike on other devices and numbers of threads. `parallel` is
+    the module around the model that is called in its place where all devices of a run calibrate together, each on
+    batches of its own.
     """
     require(model)
     found = routers(model)
-    most = min(min(len(router.offset), router.top_k) / router.top_k for router in found)
+    most = min(most_new(router) / router.top_k for router in found)
     if not 0 <= share <= most:
         raise UsageError(
             f"share={share} must lie between 0 and {most:g}: a token has {most * found[0].top_k:g} of"
             f" {found[0].top_k} slots for {len(found[0].offset)} new experts"
         )
-    batches = list(batches)
     if share:
-        fit_copies(model, batches)
+        batches = list(batches)
+        fit_copies(model, batches, parallel)
+        reach(model, batches, share, tolerance, parallel)
     for router in found:
-        router.calibrated.fill_(SILENT if share == 0 else 0)
-    if share:
-        for _ in range(len(found) + 3):
-            seen = listen(model, batches)
-            errors = [abs(taken(router, *seen[router], router.offset) - share) for router in found]
-            if max(errors) <= tolerance:
-                break
-            for router in found:
-                router.calibrated.copy_(offset_for(router, *seen[router], share))
-                router.offset.copy_(router.calibrated)
-    wake(model, 1.0)
+        if not share:
+            router.offset.fill_(SILENT)
+        router.calibrated.copy_(router.offset)
     return model
 
 
+def reach(model: nn.Module, batches: Sequence[Any], share: float, tolerance: float, parallel: nn.Module | None) -> None:
+    """Sets the offsets that miss the share, until none does: the first layer's stand after one pass, the next one's
+    after another.
+    """
+    for _ in range(len(routers(model)) + 3):
+        found = {router: turns(router, *heard) for router, heard in listen(model, batches, parallel).items()}
+        if parallel is not None:
+            found = {router: of_all_devices(turn_M) for router, turn_M in found.items()}
+        aims = {r: Aim(turn_M, r.top_k / most_new(r), share, tolerance) for r, turn_M in found.items()}
+        missed = [router for router, aim in aims.items() if not aim.met_by(router.offset[0].item())]
+        for router in missed:
+            router.offset.fill_(aims[router].offset)
+        if not missed:
+            break
+
+
+def of_all_devices(turn_M: Tensor) -> Tensor:
+    """Ascending; those of every device's tokens, which may differ in number."""
+    if not dist.is_initialized():
+        return turn_M
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, turn_M.cpu())
+    return torch.cat(found).sort().values
+
+
+def most_new(router: nn.Module) -> int:
+    """Of a token's slots, how many new experts can take."""
+    return min(len(router.offset), router.top_k)
+
+
 @torch.no_grad()
-def fit_copies(model: nn.Module, batches: Iterable[Any]) -> None:
+def fit_copies(model: nn.Module, batches: Iterable[Any], parallel: nn.Module | None) -> None:
     """Scaled copies get the factor c with which c x is nearest to what a slot of the experts gives (least squares):
     the sum of x y over that of x x and the gates, y being the sum of the experts by their gates.
     """
     banks = [experts for _, experts in blocks(model).values() if getattr(experts, "copy_scale", None) is not None]
-    sums = {bank: [0.0, 0.0] for bank in banks if (bank.copy_scale == 1).all()}
+    sums = {bank: torch.zeros(2, dtype=torch.float64) for bank in banks if (whole(bank.copy_scale) == 1).all()}
 
     def hook(bank: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
         x_TD, _, gate_TK = (given.flatten(0, -2).double() for given in (*args, *kwargs.values())[:3])
@@ -267,21 +303,32 @@ def fit_copies(model: nn.Module, batches: Iterable[Any]) -> None:
         return
     wake(model, 0.0)
     hooks = [bank.register_forward_hook(hook, with_kwargs=True) for bank in sums]
-    for _ in passes(model, batches):
+    for _ in passes(model, batches, parallel):
         pass
     for handle in hooks:
         handle.remove()
-    for bank, (product, square) in sums.items():
+    for bank, found in sums.items():
+        if parallel is not None and dist.is_initialized():
+            found = found.to(model.device)
+            dist.all_reduce(found)
+        product, square = found.tolist()
         bank.copy_scale.fill_(product / square)
 
 
-def passes(model: nn.Module, batches: Iterable[Any]) -> Iterator[dict[str, Any]]:
+def whole(parameter: Tensor) -> Tensor:
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def passes(model: nn.Module, batches: Iterable[Any], parallel: nn.Module | None) -> Iterator[dict[str, Any]]:
     """The inputs of each batch, once the model has seen them in eval mode."""
     training = model.training
     model.eval()
     for batch in batches:
         inputs = as_inputs(batch, model)
-        model(**{"use_cache": False} | inputs)  # which a model without attention has none of
+        if parallel is None:
+            model(**{"use_cache": False} | inputs)  # which a model without attention has none of
+        else:
+            parallel(inputs["input_ids"])
         yield inputs
     model.train(training)
 
@@ -290,14 +337,14 @@ Heard = tuple[Tensor, Tensor | None, torch.dtype]
 
 
 @torch.no_grad()
-def listen(model: nn.Module, batches: Iterable[Any]) -> dict[nn.Module, Heard]:
+def listen(model: nn.Module, batches: Iterable[Any], parallel: nn.Module | None) -> dict[nn.Module, Heard]:
     """Each router's logits [T, N] before offsets, the bias on its choice and the family's dtype of logits, over all
     batches.
     """
     heard: dict[nn.Module, list[Tensor]] = {router: [] for router in routers(model)}
     biases: dict[nn.Module, tuple[Tensor | None, torch.dtype]] = {}
     with hearing(heard, biases):
-        for inputs in passes(model, batches):
+        for inputs in passes(model, batches, parallel):
             mask = inputs.get("attention_mask")
             if mask is not None and mask.dim() == 2:
                 for logits in heard.values():
@@ -329,23 +376,45 @@ def as_inputs(batch: Any, model: nn.Module) -> dict[str, Any]:
     return {name: v.to(model.device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
 
 
-def taken(router: nn.Module, logits_TN: Tensor, bias: Tensor | None, dtype: torch.dtype, offset: Tensor) -> float:
-    """The share of slots that new experts get at this offset."""
-    _, ids = router.form.route(logits_TN, offset, bias, router.top_k, dtype)
-    return (ids >= own_experts(router)).float().mean().item()
-
-
 @torch.no_grad()
-def offset_for(router: nn.Module, logits_TN: Tensor, bias: Tensor | None, dtype: torch.dtype, share: float) -> Tensor:
-    """The offset at which new experts get this share of the slots, by bisection: the share grows with the offset."""
-    low, high = -64.0, 64.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        if taken(router, logits_TN, bias, dtype, torch.full_like(router.offset, middle)) < share:
-            low = middle
-        else:
-            high = middle
-    return torch.full_like(router.offset, high)
+def turns(router: nn.Module, logits_TN: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The offsets at which a slot turns to a new expert, ascending [M], by bisection: each token has as many as it can
+    have new experts, the j-th being the least that gives it j of them.
+    """
+    new, tokens, most = len(router.offset), len(logits_TN), most_new(router)
+    logits_MN = logits_TN.repeat(most, 1)
+    wanted_M1 = torch.arange(1, most + 1, device=logits_TN.device).repeat_interleave(tokens)[:, None]
+    low_M1, high_M1 = (logits_MN.new_full((len(logits_MN), 1), end) for end in (-FAR, FAR))
+    for _ in range(BISECTIONS):
+        middle_M1 = (low_M1 + high_M1) / 2
+        _, ids = router.form.route(logits_MN, middle_M1.expand(-1, new), bias, router.top_k, dtype)
+        turned_M1 = (ids >= own_experts(router)).sum(1, keepdim=True) >= wanted_M1
+        low_M1, high_M1 = low_M1.where(turned_M1, middle_M1), middle_M1.where(turned_M1, high_M1)
+    return high_M1[:, 0].sort().values
+
+
+class Aim:
+    """The offset that gives new experts a share of the slots, in the middle of a gap between two at which a slot turns:
+    another device or number of threads, which rounds otherwise, routes every token alike. Of the gaps that meet the
+    share within the tolerance it is the widest; where slots turn together, as those of equal tokens do, the nearest.
+    """
+
+    def __init__(self, turn_M: Tensor, slots_per_turn: float, share: float, tolerance: float):
+        self.turn_M, self.share, self.tolerance = turn_M, share, tolerance
+        self.slots = len(turn_M) * slots_per_turn
+        typical = max((turn_M[-1] - turn_M[0]).item() / len(turn_M), 1e-3)
+        self.least = typical / 100  # a narrower gap is one that rounding may close
+        ends_G = torch.cat([turn_M[:1] - 2 * typical, turn_M, turn_M[-1:] + 2 * typical])
+        gap_G = ends_G.diff()
+        error_G = (torch.arange(len(gap_G), device=gap_G.device) / self.slots - share).abs()
+        near_G = error_G <= max(tolerance, error_G[gap_G >= self.least].min().item())
+        best = gap_G.where(near_G, -1).argmax()
+        self.offset = (ends_G[best] + ends_G[best + 1]).item() / 2
+
+    def met_by(self, offset: float) -> bool:
+        """Whether it is near enough to the share, and not so near to a turn that rounding reaches it."""
+        error = abs((self.turn_M < offset).sum().item() / self.slots - self.share)
+        return error <= self.tolerance and (self.turn_M - offset).abs().min().item() >= self.least
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from moepp.errors import UsageError
 from moepp.retrofit import calibrate, export, load, observe, retrofit, strip, upcycle, wake
 from moepp.retrofit.model import skeleton
 from moepp.retrofit.modeling import blocks, routers
+from moepp.retrofit.surgery import Aim
 
 
 def answers(model, ids=IDS):
@@ -107,6 +108,39 @@ def test_calibration_reaches_its_share_in_every_layer(family):
     assert all(sum(row["load"][-4:]) == 0 for row in rows.values())
 
 
+@pytest.mark.parametrize("family", ["olmoe", "deepseek_v3", "gpt_oss", "longcat_flash"])
+def test_a_calibrated_model_routes_alike_where_it_is_rounded_otherwise(family):
+    model = calibrate(retrofit(tiny(family)), [IDS], share=0.3)
+    offsets = [router.offset.clone() for router in routers(model)]
+    with observe(model) as here:
+        model(IDS)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 1 + 1e-6 * torch.randn_like(parameter)
+    with observe(model) as elsewhere:
+        model(IDS)
+    assert [row["load"] for row in here.values()] == [row["load"] for row in elsewhere.values()]
+    wake(calibrate(model, [IDS], share=0.3, tolerance=0.1), 1.0)
+    assert same([router.offset for router in routers(model)], offsets)  # within the tolerance already
+
+
+@pytest.mark.parametrize(
+    ("turns", "share", "offset"),
+    [
+        ([0.0, 1.0, 2.0, 4.0], 0.25, 0.5),
+        ([0.0, 1.0, 2.0, 4.0], 0.3, 0.5),
+        ([0.0, 1.0, 1.0 + 1e-7, 1.0 + 2e-7, 4.0, 5.0, 6.0, 7.0], 0.25, 0.5),  # not between equal tokens
+        ([0.0, 1.0, 2.0, 4.0], 1.0, 5.0),  # all of them: beyond the last by the mean distance
+        ([3.0, 3.0, 3.0, 3.0], 0.9, 3.001),
+    ],
+)
+def test_an_offset_lies_in_the_middle_of_a_gap(turns, share, offset):
+    aim = Aim(torch.tensor(turns), 1, share, tolerance=0.01)
+    assert aim.offset == pytest.approx(offset)
+    assert not aim.met_by(turns[1])
+    assert aim.met_by(aim.offset) == (share in (0.25, 1.0) and turns[2] == 2)
+
+
 def test_new_experts_slots_are_never_multiplied(monkeypatch):
     model = retrofit(tiny("gpt_oss"))
     calibrate(model, [IDS], share=0.5)
@@ -155,6 +189,8 @@ def test_what_cannot_be_done_is_refused_in_one_line():
     with pytest.raises(UsageError, match="PhimoeTopKRouter is a router of unknown form"):
         retrofit(model)
     assert not hasattr(model.config, "moepp") and type(model).__name__ == "PhimoeForCausalLM"
+    with pytest.raises(UsageError, match="Gemma4TextRouter is a router of unknown form"):  # says no number of experts
+        retrofit(tiny("gemma4_text", enable_moe_block=True, num_experts=8, top_k_experts=2))
     with pytest.raises(UsageError, match="LlamaForCausalLM has no MoE block"):
         retrofit(tiny("llama"))
     model = retrofit(tiny("mixtral"))

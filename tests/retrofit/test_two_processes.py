@@ -15,10 +15,10 @@ from moepp.config import compose
 from moepp.training.run import freeze, train
 from moepp.training.settings import RunConfig, run_directory
 
-RUNS = [  # silent experts are calibrated on each device's part of the batch, and the mean of the offsets is taken
-    ("ddp", ["model.retrofit.train=new"], 0.3),
+RUNS = [  # new experts are calibrated on the batch of all devices
+    ("ddp", ["model.retrofit.train=new"], 1e-5),
     ("ddp", ["model.retrofit.init=zeda", "model.retrofit.loss=forward_kl"], 1e-5),
-    ("fsdp", ["model.retrofit.init=zeda"], 1e-5),
+    ("fsdp", ["model.retrofit.copy=1", "model.retrofit.scaled_copy=true"], 1e-5),
 ]
 
 
