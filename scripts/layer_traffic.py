@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from moepp.layers import experts
 from moepp.layers.kernels import grouped, triton_experts, triton_kernels, triton_rows
 from moepp.layers.moe import MoELayer
 from moepp.layers.settings import BalanceConfig, ExpertCounts, MoEConfig
@@ -81,20 +82,21 @@ def gpu_paths(traffic: Traffic) -> Iterator[None]:
         mock.patch.multiple(triton_kernels, **kernels),
         mock.patch.object(grouped, "_row_passes", lambda weights: triton_rows),
         mock.patch.object(triton_experts, "_refuse_unsupported", lambda weights: None),
+        mock.patch.object(experts, "fusible", lambda gate_TK: True),
     ):
         yield
 
 
 def layer_traffic(tau: float | None, backend: str, tokens: int) -> Traffic:
     """Of one training step; `tau` None is vanilla MoE."""
-    experts = ExpertCounts(8, 1, 1, 2) if tau else ExpertCounts(8, 0, 0, 0)
+    counts = ExpertCounts(8, 1, 1, 2) if tau else ExpertCounts(8, 0, 0, 0)
     balance = BalanceConfig(tau=tau or 1.0)
-    config = MoEConfig(768, 2048, experts, balance=balance, backend=backend, gating_residual=tau is not None)
+    config = MoEConfig(768, 2048, counts, balance=balance, backend=backend, gating_residual=tau is not None)
     traffic = Traffic()
     with FakeTensorMode(), gpu_paths(traffic):
         layer = MoELayer(config)
         x_BSD = torch.empty(1, tokens, config.dim, requires_grad=True)
-        previous_TN = torch.empty(tokens, experts.total, requires_grad=True) if tau else None
+        previous_TN = torch.empty(tokens, counts.total, requires_grad=True) if tau else None
         with traffic:
             with torch.autocast("cpu", torch.bfloat16):
                 y_BSD, stats = layer(x_BSD, previous_TN)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .kernels import grouped, sorted_rows, triton_experts
 from .kernels.base import RoutedTokens
+from .regions import region
 from .settings import Backend
 
 Kernel = Callable[[Tensor, Tensor, RoutedTokens], Tensor]
@@ -59,6 +60,20 @@ class SlotCounts:
         return self.count_WKN
 
 
+class Meanwhile:
+    """A part of a layer that needs no other device. A dispatcher that exchanges rows asks for it while they travel; it
+    is computed once.
+    """
+
+    def __init__(self, compute: Callable[[], Tensor]):
+        self.compute, self.result = compute, None
+
+    def __call__(self) -> Tensor:
+        if self.result is None:
+            self.result = self.compute()
+        return self.result
+
+
 class LocalDispatcher:
     """All experts and all tokens on this device."""
 
@@ -75,8 +90,17 @@ class LocalDispatcher:
         """The same tensor of all devices, [W, T, ...], from this device's own [T, ...]."""
         return of_this_T[None]
 
-    def __call__(self, w_in: Tensor, w_out: Tensor, tokens: RoutedTokens, counts: SlotCounts | None = None) -> Tensor:
-        """`counts` of the slots, where known, spare a dispatcher that exchanges rows its own."""
+    def __call__(
+        self,
+        w_in: Tensor,
+        w_out: Tensor,
+        tokens: RoutedTokens,
+        counts: SlotCounts | None = None,
+        meanwhile: Meanwhile | None = None,
+    ) -> Tensor:
+        """`counts` of the slots, where known, spare a dispatcher that exchanges rows its own; `meanwhile` gives it
+        something to compute.
+        """
         return self.compute(w_in, w_out, tokens)
 
     def compute(self, w_in: Tensor, w_out: Tensor, tokens: RoutedTokens) -> Tensor:
@@ -87,7 +111,7 @@ class LocalDispatcher:
         kernel = BACKENDS[backend]
         if torch.compiler.is_compiling() and backend not in TRACEABLE:
             kernel = torch.compiler.disable(kernel)  # here and not above: it imports the compiler, which takes seconds
-        with torch.autocast(tokens.x_TD.device.type, enabled=False):
+        with region("ffn_experts"), torch.autocast(tokens.x_TD.device.type, enabled=False):
             return kernel(w_in, w_out, tokens)
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import registry
-from .dispatch import LocalDispatcher, SlotCounts
+from .dispatch import LocalDispatcher, Meanwhile, SlotCounts
 from .initial import draw
 from .kernels.base import Affine, RoutedTokens
 from .router import Routing
@@ -41,9 +41,11 @@ class FFNExperts(nn.Module):
     def reset_parameters(self) -> None:
         draw(self)
 
-    def forward(self, tokens: RoutedTokens, counts: SlotCounts | None = None) -> Tensor:
+    def forward(
+        self, tokens: RoutedTokens, counts: SlotCounts | None = None, meanwhile: Meanwhile | None = None
+    ) -> Tensor:
         """Sum over k of gate * expert(x), plus what the other experts add, [T, D] in the gates' dtype."""
-        return self.dispatcher(self.w_in, self.w_out, tokens, counts)
+        return self.dispatcher(self.w_in, self.w_out, tokens, counts, meanwhile)
 
 
 class AffineExperts(nn.Module):
@@ -101,7 +103,7 @@ class ConstantExperts(AffineExperts):
 
     def terms(self, x_TD: Tensor, dtype: torch.dtype) -> Terms:
         mix_TC2 = F.linear(x_TD.to(dtype), self.w_mix.to(dtype)).unflatten(1, (self.count, 2)).softmax(-1)
-        return mix_TC2[..., 0], mix_TC2[..., 1]
+        return mix_TC2.unbind(-1)
 
     def vectors_CD(self) -> Tensor:
         return self.vectors
@@ -146,10 +148,40 @@ def module_name(kind: str) -> str:
     return {"constant": "zero_computation"}.get(kind, f"{kind}_experts")
 
 
-def one_affine(types: list[AffineExperts], gates: list[Tensor], terms: list[Terms]) -> Affine:
-    """All types as one map, by the gates [T, C] of each, 0 where not chosen."""
+def one_affine(types: dict[str, AffineExperts], ids: dict[str, range], routing: Routing, terms: list[Terms]) -> Affine:
+    """All types as one map; `terms` are those of each, `ids` those of all types but FFN."""
+    return _by_one_kernel(types, ids, routing, terms) or _by_type(types, ids, routing, terms)
+
+
+def _by_one_kernel(
+    types: dict[str, AffineExperts], ids: dict[str, range], routing: Routing, terms: list[Terms]
+) -> Affine | None:
+    """Of the paper's types, where a GPU would wait for the launches of one for each."""
+    of_paper = (ZeroExperts, CopyExperts, ConstantExperts)
+    if not ("constant" in types and all(type(experts) in of_paper for experts in types.values())):
+        return None
+    if not fusible(gate_TK := routing.gate_TK):
+        return None
+    try:
+        from .kernels.triton_affine import AffineIds, AffineSums
+    except ImportError:
+        return None
+    a_TC, b_TC = terms[list(types).index("constant")]
+    chosen = AffineIds(ids.get("copy", range(0)), ids["constant"])
+    sums = AffineSums.apply(gate_TK, routing.expert_TK, a_TC, b_TC, chosen)
+    return Affine(*sums, types["constant"].vectors_CD().to(gate_TK.dtype))
+
+
+def fusible(gate_TK: Tensor) -> bool:
+    """What torch.compile does not fuse itself, on a device that Triton has kernels for."""
+    return gate_TK.is_cuda and gate_TK.dtype == torch.float32 and not torch.compiler.is_compiling()
+
+
+def _by_type(types: dict[str, AffineExperts], ids: dict[str, range], routing: Routing, terms: list[Terms]) -> Affine:
+    gates = gates_by_type(routing, ids)
     scales, mixes, vectors = [], [], []
-    for experts, gate_TC, (a, b_TC) in zip(types, gates, terms, strict=True):
+    for (kind, experts), (a, b_TC) in zip(types.items(), terms, strict=True):
+        gate_TC = gates[kind]
         if isinstance(a, Tensor):
             scales.append((gate_TC * a).sum(1))
         elif a:
@@ -157,8 +189,17 @@ def one_affine(types: list[AffineExperts], gates: list[Tensor], terms: list[Term
         if b_TC is not None:
             mixes.append(gate_TC * b_TC)
             vectors.append(experts.vectors_CD().to(gate_TC.dtype))
-    scale_T = reduce(torch.add, scales) if scales else gates[0].new_zeros(len(gates[0]))
+    scale_T = reduce(torch.add, scales) if scales else routing.gate_TK.new_zeros(len(routing.gate_TK))
     return Affine(scale_T, *((_joined(mixes, 1), _joined(vectors, 0)) if mixes else ()))
+
+
+def gates_by_type(routing: Routing, ids: dict[str, range]) -> dict[str, Tensor]:
+    """Every token's gates of each type's experts, [T, C], 0 where not chosen."""
+    ranges = [*ids.values()]
+    first, total = ranges[0].start, ranges[-1].stop
+    gate_TN = routing.gate_TK.new_zeros(len(routing.gate_TK), total + 1)  # column N takes dropped slots
+    gate_TN = gate_TN.scatter_add(1, routing.expert_TK, routing.gate_TK)
+    return dict(zip(ids, gate_TN[:, first:total].split([len(each) for each in ranges], 1), strict=True))
 
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:

@@ -29,10 +29,11 @@ from .balance import (
 )
 from .control import build_control
 from .dense import DenseFFN
-from .dispatch import SlotCounts
+from .dispatch import Meanwhile, SlotCounts
 from .experts import AffineExperts, FFNExperts, Terms, add_rows, module_name, one_affine
 from .initial import built, draw
 from .kernels.base import Affine, RoutedTokens
+from .regions import region
 from .registry import Registry
 from .router import Routing, route
 from .settings import ExpertCounts, MoEConfig
@@ -196,7 +197,7 @@ class MoELayer(nn.Module):
 
     def terms(self, x_TD: Tensor, routing: Routing) -> list[Terms]:
         """`AffineExperts.terms` of every affine type, in the gates' dtype; the same whichever slots are kept."""
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with region("zero_computation"), torch.autocast(x_TD.device.type, enabled=False):
             return [self.of_kind(kind).terms(x_TD, routing.gate_TK.dtype) for kind in self.affine]
 
     def expert_forward(
@@ -210,10 +211,15 @@ class MoELayer(nn.Module):
         tokens = RoutedTokens(
             x_TD, routing.expert_TK, routing.gate_TK, others, routing.most_ffn_slots, self.kept_rows(len(x_TD))
         )
-        y_TD = self.ffn(tokens, counts).to(x_TD.dtype)
+        shared = None if self.shared is None else Meanwhile(partial(self.shared_forward, x_TD))
+        y_TD = self.ffn(tokens, counts, shared).to(x_TD.dtype)
         for kind in self.ids.keys() - set(self.affine):
             y_TD = add_rows(y_TD, x_TD, routing, self.ids[kind], self.of_kind(kind))
-        return y_TD if self.shared is None else y_TD + self.shared(x_TD)
+        return y_TD if shared is None else y_TD + shared()
+
+    def shared_forward(self, x_TD: Tensor) -> Tensor:
+        with region("shared_experts"):
+            return self.shared(x_TD)
 
     def kept_rows(self, tokens: int) -> int | None:
         """FFN rows whose intermediates a training step keeps; None for all there can be."""
@@ -226,14 +232,8 @@ class MoELayer(nn.Module):
             return None
         if terms is None:
             terms = self.terms(x_TD, routing)
-        total, ffn = self.config.experts.total, self.config.experts.ffn
-        gate_TN = routing.gate_TK.new_zeros(len(x_TD), total + 1)  # column N takes dropped slots
-        gate_TN = gate_TN.scatter_add(1, routing.expert_TK, routing.gate_TK)
-        gates = dict(
-            zip(self.ids, gate_TN[:, ffn:total].split([len(ids) for ids in self.ids.values()], 1), strict=True)
-        )
         with torch.autocast(x_TD.device.type, enabled=False):
-            return one_affine([self.of_kind(kind) for kind in kinds], [gates[kind] for kind in kinds], terms)
+            return one_affine({kind: self.of_kind(kind) for kind in kinds}, self.ids, routing, terms)
 
     def balanced_counts(self, counts: SlotCounts, tokens: int) -> tuple[Tensor, int]:
         """Tokens that chose each expert in the batch that is balanced (`balance.over`), [N], and its tokens."""

@@ -136,18 +136,7 @@ class MoEStrategy:
         return super().optimizer_step(optimizer, closure_with_all_gradients, model, **options)
 
     def reduce_expert_gradients(self) -> None:
-        """Turns the experts' gradients, sums over the tokens of their expert group, into means over all devices."""
-        world, pending = dist.get_world_size(), []
-        for parameter in self.sharding.experts:
-            if not parameter.requires_grad:
-                continue
-            if parameter.grad is None:  # one device would have taken a step with gradient 0
-                parameter.grad = torch.zeros_like(parameter)
-            parameter.grad.div_(world)
-            if self.groups.size < world:
-                pending.append(dist.all_reduce(parameter.grad, group=self.groups.across, async_op=True))
-        for reduction in pending:
-            reduction.wait()
+        """After a step's last backward pass: makes means over all devices of the gradients of divided experts."""
 
     def metrics(self) -> dict[str, float]:
         """Communication since the last call, see `Traffic.read`."""

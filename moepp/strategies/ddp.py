@@ -7,6 +7,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from moepp.strategies.base import MoEStrategy
+from moepp.strategies.reduction import GradientReduction
 
 
 class MoEDDPStrategy(MoEStrategy, DDPStrategy):
@@ -24,6 +25,24 @@ class MoEDDPStrategy(MoEStrategy, DDPStrategy):
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, experts)
         super().setup(trainer)
 
+    def configure_ddp(self) -> None:
+        super().configure_ddp()
+        self._lay_out_buckets()
+
+    def _lay_out_buckets(self) -> None:
+        """Has DDP arrange its buckets before the first step: it does so after a first backward pass, by the order of
+        the gradients, and what more than two devices add up depends on the arrangement by rounding. Else the first step
+        of a resumed run would differ from the same step of one that went on. The pass here has no data, and gradients
+        in reverse order of the parameters, about as real ones come.
+        """
+        module = self.lightning_module
+        alike = [p for p in module.parameters() if p.requires_grad and not self.sharding.is_sharded(p)]
+        module.forward = lambda: sum(p.sum() for p in alike)
+        self.model().backward()
+        del module.forward
+        for parameter in alike:
+            parameter.grad = None
+
 
 class ExpertParallelStrategy(MoEDDPStrategy):
     """Expert parallel: `expert_parallel_size` consecutive devices (0: all) divide the FFN experts among them; rows
@@ -32,3 +51,20 @@ class ExpertParallelStrategy(MoEDDPStrategy):
 
     def __init__(self, expert_parallel_size: int = 0, timeout_s: float = 600.0, **options: Any):
         super().__init__(timeout_s, expert_parallel_size, **options)
+        self.reduction: GradientReduction | None = None
+
+    def configure_ddp(self) -> None:
+        super().configure_ddp()
+        self.reduction = GradientReduction(self.sharding.experts, self.groups, due=self._reduces)
+
+    def _reduces(self) -> bool:
+        """Whether this backward pass is a step's last: DDP knows, which reduces in the same."""
+        return self.model.require_backward_grad_sync
+
+    def reduce_expert_gradients(self) -> None:
+        self.reduction.finish()
+
+    def teardown(self) -> None:
+        if self.reduction is not None:
+            self.reduction.remove()
+        super().teardown()

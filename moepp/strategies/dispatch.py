@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moepp.layers.balance import selection_counts
-from moepp.layers.dispatch import LocalDispatcher, SlotCounts, compute_dtype
+from moepp.layers.dispatch import LocalDispatcher, Meanwhile, SlotCounts, compute_dtype
 from moepp.layers.kernels.base import RoutedTokens
+from moepp.layers.regions import region
 from moepp.layers.settings import Backend
 from moepp.strategies.groups import CopyGroups
 from moepp.strategies.traffic import Traffic
@@ -39,12 +40,13 @@ class SharedBatchDispatcher(LocalDispatcher):
 class Exchange:
     """How many rows each device of the expert group gets from this one (`send`) and gives it (`receive`).
 
-    `remote` of them, over all devices, leave theirs.
+    `remote` of them, over all devices, leave theirs. `gradient` is that of the rows sent, while it is under way.
     """
 
     send: list[int]
     receive: list[int]
     remote: int
+    gradient: Tensor | None = None
 
     def reversed(self) -> "Exchange":
         return Exchange(self.receive, self.send, self.remote)
@@ -59,9 +61,17 @@ class AllToAllDispatcher(SharedBatchDispatcher):
         super().__init__(backend)
         self.groups, self.traffic = groups, traffic
         self.kept_operators = (ALL_TO_ALL,)
+        self.under_way: list[dist.Work] = []  # exchanges that were begun
         _dispatchers[id(self)] = self
 
-    def __call__(self, w_in: Tensor, w_out: Tensor, tokens: RoutedTokens, counts: SlotCounts | None = None) -> Tensor:
+    def __call__(
+        self,
+        w_in: Tensor,
+        w_out: Tensor,
+        tokens: RoutedTokens,
+        counts: SlotCounts | None = None,
+        meanwhile: Meanwhile | None = None,
+    ) -> Tensor:
         x_TD, expert_TK, gate_TK, others = tokens.x_TD, tokens.expert_TK, tokens.gate_TK, tokens.others
         dtype, local, top_k = compute_dtype(x_TD), len(w_in), expert_TK.shape[1]
         experts = local * self.groups.size
@@ -71,21 +81,40 @@ class AllToAllDispatcher(SharedBatchDispatcher):
             counts = self.share(counts.count_WKN[0])
         arriving = CountsOnTheWay(counts)
         with torch.autocast(x_TD.device.type, enabled=False):
-            # Needs no counts: GPUs do it while these travel to all devices and to the host.
-            y_TD = others(x_TD) if others is not None else gate_TK.new_zeros(x_TD.shape)
+            with region("zero_computation"):  # needs no counts: GPUs do it while these travel to the host
+                y_TD = others(x_TD) if others is not None else gate_TK.new_zeros(x_TD.shape)
             slot_S = expert_TK.reshape(-1).clamp(max=experts).argsort(stable=True)  # by expert, so by device
-            count_WN = arriving.on_host()
+            with region("wait_for_counts"):
+                count_WN = arriving.on_host()
             exchange = self._plan(count_WN, experts)
             slot_R = slot_S[: sum(exchange.send)]
             token_R = slot_R // top_k
-            x_RD = ExchangeRows.apply(x_TD.to(dtype)[token_R], exchange, self)
+            with region("dispatch"):
+                x_RD = BeginExchange.apply(x_TD.to(dtype)[token_R], exchange, self)
+        if meanwhile is not None:
+            meanwhile()
+        with torch.autocast(x_TD.device.type, enabled=False):
+            with region("wait_for_rows"):
+                x_RD = EndExchange.apply(x_RD, exchange, self)
             expert_R = experts_of_rows(self._received(arriving.count_WN, local), len(x_RD))
             sizes = self._received(count_WN, local).sum(0).tolist()
             rows = RoutedTokens(x_RD, expert_R[:, None], x_RD.new_ones(len(x_RD), 1), sizes=sizes)
             y_RD = self.compute(w_in, w_out, rows)
-            y_RD = ExchangeRows.apply(y_RD, exchange.reversed(), self)
-            gate_R = gate_TK.reshape(-1)[slot_R]
-            return y_TD.index_add_(0, token_R, y_RD * gate_R[:, None])
+            with region("combine"):
+                back = exchange.reversed()
+                y_RD = EndExchange.apply(BeginExchange.apply(y_RD, back, self), back, self)
+                gate_R = gate_TK.reshape(-1)[slot_R]
+                return y_TD.index_add_(0, token_R, y_RD * gate_R[:, None])
+
+    def begin(self, rows_RD: Tensor, exchange: Exchange, counted: bool) -> Tensor:
+        """Sends rows; those that come are in the result once `end` has returned."""
+        return ALL_TO_ALL(rows_RD, exchange.receive, exchange.send, exchange.remote, counted, id(self))
+
+    def end(self, rows_RD: Tensor, counted: bool) -> None:
+        """Returns when exchanges of `rows_RD` are done, on GPUs for what follows on the device's stream."""
+        with self.traffic.waiting(rows_RD.is_cuda, counted):
+            while self.under_way:
+                self.under_way.pop().wait()
 
     def _plan(self, count_WN: Tensor, experts: int) -> Exchange:
         groups, rows_WE = self.groups, count_WN[:, :experts]
@@ -141,30 +170,47 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     return _streams[device]
 
 
-class ExchangeRows(torch.autograd.Function):
-    """The all-to-all of rows within the expert group; the gradient takes the same way back."""
+class BeginExchange(torch.autograd.Function):
+    """The all-to-all of rows within the expert group, until `EndExchange` under way; the gradient takes the same way
+    back. What is computed between the two runs meanwhile, and its gradients too.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, exchange: Exchange, dispatcher: AllToAllDispatcher) -> Tensor:
         ctx.exchange, ctx.dispatcher = exchange, dispatcher
-        return _exchanged(rows_RD, exchange, dispatcher, counted=ctx.needs_input_grad[0])
+        return dispatcher.begin(rows_RD, exchange, counted=ctx.needs_input_grad[0])
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
-        return _exchanged(grad_RD, ctx.exchange.reversed(), ctx.dispatcher, counted=True), None, None
+        gradient, ctx.exchange.gradient = ctx.exchange.gradient, None
+        ctx.dispatcher.end(gradient, counted=True)
+        return gradient, None, None
 
 
-def _exchanged(rows_RD: Tensor, exchange: Exchange, dispatcher: AllToAllDispatcher, counted: bool) -> Tensor:
-    return ALL_TO_ALL(rows_RD, exchange.receive, exchange.send, exchange.remote, counted, id(dispatcher))
+class EndExchange(torch.autograd.Function):
+    """Waits for the rows, which are in its input only then; begins the exchange of their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, exchange: Exchange, dispatcher: AllToAllDispatcher) -> Tensor:
+        ctx.exchange, ctx.dispatcher = exchange, dispatcher
+        dispatcher.end(rows_RD, counted=ctx.needs_input_grad[0])
+        return rows_RD
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.exchange.gradient = ctx.dispatcher.begin(grad_RD, ctx.exchange.reversed(), counted=True)
+        return grad_RD, None, None  # of the shape that autograd expects here, and not looked at
 
 
 def _all_to_all(
     rows_RD: Tensor, receive: list[int], send: list[int], remote: int, counted: bool, dispatcher: int
 ) -> Tensor:
-    known = _dispatchers[dispatcher]
+    known, rows_RD = _dispatchers[dispatcher], rows_RD.contiguous()
     received = rows_RD.new_empty(sum(receive), rows_RD.shape[1])
-    with known.traffic.exchange(rows_RD, remote, counted):
-        dist.all_to_all_single(received, rows_RD.contiguous(), receive, send, group=known.groups.within)
+    if counted:
+        known.traffic.sent(rows_RD, remote)
+    group = known.groups.within
+    known.under_way.append(dist.all_to_all_single(received, rows_RD, receive, send, group=group, async_op=True))
     return received
 
 

@@ -48,14 +48,17 @@ class Traffic:
             self.imbalance += float(load_W.max() / load_W.mean().clamp(min=1e-12))
         return sent
 
+    def sent(self, rows: Tensor, remote_rows: int) -> None:
+        """One all-to-all of `rows` [R, D], of which `remote_rows` on all devices together leave theirs."""
+        self.bytes += remote_rows * rows.shape[1] * rows.element_size()
+
     @contextmanager
-    def exchange(self, rows: Tensor, remote_rows: int, counted: bool) -> Iterator[None]:
-        """Around one all-to-all of `rows` [R, D], of which `remote_rows` on all devices together leave theirs."""
+    def waiting(self, on_gpu: bool, counted: bool) -> Iterator[None]:
+        """Around the wait for an all-to-all."""
         if not counted:
             yield
             return
-        self.bytes += remote_rows * rows.shape[1] * rows.element_size()
-        if rows.is_cuda:
+        if on_gpu:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             yield
@@ -72,7 +75,8 @@ class Traffic:
         `ep/bytes_per_step` counts rows that leave their device, forward and backward, without those of the pass that
         counts the load of a step of several micro-batches (`balance.over`); `ep/rows_sent_share` is of all
         slots that were routed and not dropped; `ep/device_load_max_over_mean` compares the FFN rows that devices
-        compute, mean over layers; `ep/all_to_all_ms` contains the wait for the slowest device.
+        compute, mean over layers; `ep/all_to_all_ms` is how long computing waits for rows, for those of the slowest
+        device too.
         """
         if not (self.steps and self.layers):
             return {}

@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from triton.runtime.autotuner import Autotuner
 
-from moepp.layers.kernels import grouped, triton_experts, triton_kernels, triton_rows
+from moepp.layers.kernels import grouped, triton_affine, triton_experts, triton_kernels, triton_rows
 from moepp.layers.kernels.base import Affine, RoutedTokens
 
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
@@ -86,6 +86,14 @@ def step(kernel):
     torch.autograd.grad(y_TD.sum(), leaves)
 
 
+def affine_step():
+    gate_TK, expert_TK = torch.ones(40, 2, requires_grad=True), torch.zeros(40, 2).long()
+    a_TC, b_TC = torch.ones(40, 2, 2).unbind(-1)
+    ids = triton_affine.AffineIds(range(10, 11), range(8, 10))
+    scale_T, mix_TC = triton_affine.AffineSums.apply(gate_TK, expert_TK, a_TC, b_TC, ids)
+    torch.autograd.grad(scale_T.sum() + mix_TC.sum(), gate_TK)
+
+
 def main():
     kernels = {name: CompileOnly(kernel) for name, kernel in vars(triton_kernels).items() if name.endswith("_kernel")}
     with (
@@ -98,6 +106,7 @@ def main():
     ):  # fmt: skip
         step(triton_experts.dispatch)
         step(grouped.dispatch)
+        affine_step()
 
 
 if __name__ == "__main__":

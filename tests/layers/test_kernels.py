@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moepp.layers import experts
 from moepp.layers.dispatch import BACKENDS, LocalDispatcher, choose_backend
 from moepp.layers.kernels import grouped, triton_experts
 from moepp.layers.kernels.base import Affine, BackendError, RoutedTokens, plan_slots
 from moepp.layers.kernels.planned import planned_experts
 from moepp.layers.moe import MoELayer
+from moepp.layers.router import Routing
 from moepp.layers.settings import ExpertCounts, MoEConfig
 
 GPU = torch.cuda.is_available()
@@ -157,6 +159,38 @@ def test_values_and_gradients_equal_the_reference(backend, device, dtype, expert
     found = evaluate(backend, case, expert_TK)
     assert [value.dtype for value in found] == [torch.float32] + [leaf.dtype for leaf in case]
     assert_close(found, reference(case, expert_TK), dtype)
+
+
+SETS = [ExpertCounts(EXPERTS, zero=1, copy=1, constant=1), ExpertCounts(EXPERTS, zero=1, copy=0, constant=2)]
+
+
+def affine_sums(device, dtype, counts, expert_TK):
+    """c and M of the layer's affine experts, and the gradients of gates and of the constant experts' mixing weights."""
+    layer = MoELayer(MoEConfig(dim=DIM, hidden=HIDDEN, experts=counts)).to(device, dtype)
+    generator = torch.Generator().manual_seed(0)
+    x_TD, gate_TK, w_mix = (
+        torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
+        for shape in ((len(expert_TK), DIM), expert_TK.shape, (2 * counts.constant, DIM))
+    )
+    layer.zero_computation.w_mix = torch.nn.Parameter(w_mix.detach() / 5)
+    affine = layer.affine_map(x_TD, Routing(expert_TK.to(device), gate_TK, gate_TK.detach()))
+    parts = [affine.scale_T, affine.mix_TC]
+    loss = sum(
+        (part * torch.linspace(-1, i, part.numel()).view_as(part).to(part)).sum() for i, part in enumerate(parts)
+    )
+    return parts + list(torch.autograd.grad(loss, [gate_TK, x_TD, layer.zero_computation.w_mix]))
+
+
+@pytest.mark.parametrize("counts", SETS, ids=["a copy", "no copy"])
+@pytest.mark.parametrize("assignment", ["random", "top 1", "top 3", "dropped rows", "one token"])
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=on_gpu)]
+)  # fmt: skip
+def test_one_kernel_sums_what_the_affine_experts_add(device, assignment, counts, monkeypatch):
+    wanted = affine_sums("cpu", torch.float64, counts, ASSIGNMENTS[assignment])
+    monkeypatch.setattr(experts, "_by_type", None)
+    monkeypatch.setattr(experts, "fusible", lambda gate_TK: True)
+    assert_close(affine_sums(device, torch.float32, counts, ASSIGNMENTS[assignment]), wanted, torch.float32)
 
 
 @pytest.mark.parametrize("assignment", ["dropped rows", "none to an FFN"])
@@ -355,7 +389,7 @@ def test_every_triton_kernel_compiles_for_hopper(tmp_path):
     compiled = [(name, tile, *map(int, numbers)) for name, tile, *numbers in lines]
     products = {name for name, _, tensor_core_instructions, *_ in compiled if tensor_core_instructions}
     assert products == {f"{name}_kernel" for name in ("swiglu_in", "rows_matmul", "rows_outer", "swiglu_out_backward")}
-    assert len({name for name, *_ in compiled}) == 9
+    assert len({name for name, *_ in compiled}) == 11
     assert all(shared <= HOPPER_SHARED_MEMORY for *_, shared, _ in compiled)
     assert {(name, tile) for name, tile, *_, spilled in compiled if spilled} <= {
         ("swiglu_out_backward_kernel", "128x64x64")  # 40 bytes of 1,020 a thread has in registers

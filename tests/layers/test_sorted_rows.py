@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moepp.benchmarks.memory import peak_bytes
@@ -62,6 +63,29 @@ def test_a_pass_without_gradients_holds_one_block_at_a_time(monkeypatch):
         without = peak_bytes(lambda: forward(leaves, tokens), torch.device("cpu"))
     z_and_y = 4 * TOKENS * (2 * HIDDEN + DIM)
     assert with_gradients - without > z_and_y / 2
+
+
+def test_the_backward_pass_frees_each_block_unless_the_graph_is_kept(monkeypatch):
+    monkeypatch.setattr(sorted_rows, "BLOCK_NUMBERS", 1)
+    monkeypatch.setattr(sorted_rows, "swiglu_backward", watched := Watched(sorted_rows.swiglu_backward))
+    y_TD = forward(*make_case())
+    y_TD.sum().backward(retain_graph=True)
+    assert watched.alive == list(range(1, EXPERTS + 1))
+    watched.given, watched.alive = [], []
+    y_TD.sum().backward()
+    assert watched.alive == [1] * EXPERTS
+
+
+class Watched:
+    """The same function, and how many of the z it was given so far were still alive at each of its calls."""
+
+    def __init__(self, function):
+        self.function, self.given, self.alive = function, [], []
+
+    def __call__(self, z_R2F, dh_RF):
+        self.given.append(StorageWeakRef(z_R2F.untyped_storage()))
+        self.alive.append(sum(not given.expired() for given in self.given))
+        return self.function(z_R2F, dh_RF)
 
 
 def test_large_experts_are_taken_one_by_one(monkeypatch):

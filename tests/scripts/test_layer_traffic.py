@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "scripts/layer_traffic.py"
-MOST = {"grouped": (102, 139), "triton": (114, 151)}  # launches of vanilla MoE and of MoE++
+MOST = {"grouped": (101, 123), "triton": (113, 135)}  # launches of vanilla MoE and of MoE++
 
 
 @pytest.fixture(scope="module")

@@ -39,6 +39,7 @@ MODELS = {
     "remoe": ["model=remoe"],
     "few_experts": ["model.experts.ffn=2"],
     "recomputed": ["model.activation_checkpointing=true"],
+    "shared": ["model.experts.shared=1"],
     "sequence": ["model.capacity_factor=0.7", "model.capacity_over=sequence", "model.balance.over=sequence"],
 }
 
@@ -59,6 +60,7 @@ class Scenario:
     shard_size: int = 0
     in_parts: bool = False  # checkpoints are
     wrong_scale: bool = False
+    traced: bool = False  # the last step is
 
     @property
     def name(self) -> str:
@@ -68,7 +70,7 @@ class Scenario:
         parts += [f"accumulate{self.accumulate}" if self.accumulate > 1 else ""]
         parts += [f"without{layer}:{len(experts)}" for layer, experts in self.banned.items()]
         parts += [f"after-{self.resume.replace('/', '-')}" if self.resume else ""]
-        parts += [word for word in ("chunked", "in_parts", "wrong_scale") if getattr(self, word)]
+        parts += [word for word in ("chunked", "in_parts", "wrong_scale", "traced") if getattr(self, word)]
         return "_".join(str(part) for part in parts if part)
 
     @property
@@ -80,7 +82,7 @@ class Scenario:
     def reference(self) -> "Scenario":
         """The same on one device, from the first step on, with all logits at once."""
         devices = {"strategy": "single", "expert_parallel_size": 0, "shard_size": 0}
-        return replace(self, **devices, resume="", chunked=False, in_parts=False, wrong_scale=False)
+        return replace(self, **devices, resume="", chunked=False, in_parts=False, wrong_scale=False, traced=False)
 
 
 STRATEGIES = ("ddp", "fsdp", "expert_parallel", "expert_parallel_fsdp")
@@ -116,7 +118,16 @@ TWO_DEVICES = [
     after("one", Scenario(optimizer="adamw"), "fsdp"),
     *(after("two", Scenario(strategy=s, optimizer="adamw"), then) for s, then in pairwise(STRATEGIES[1:])),
 ]
+# Continued as they were begun: on the same devices every digit is that of the run that was not interrupted.
+RESUMED = [
+    Scenario(strategy="ddp"),
+    Scenario(strategy="fsdp", optimizer="adamw", in_parts=True),
+    Scenario(strategy="expert_parallel", expert_parallel_size=2, in_parts=True),
+]
 FOUR_DEVICES = [
+    *RESUMED,
+    *(after("four", begun, begun.strategy, begun.expert_parallel_size) for begun in RESUMED),
+    Scenario("shared", "expert_parallel", 2, traced=True),
     *(Scenario(strategy=strategy) for strategy in STRATEGIES[1:]),
     *(Scenario(model, "expert_parallel") for model in ("dropless", "vanilla")),
     Scenario("few_experts", "fsdp"),
@@ -173,6 +184,24 @@ class Watch(Callback):
         self.validations.append(module.validation_metrics() | routing)
 
 
+class Trace(Callback):
+    """What begins in the last step, by name, in order: regions of layers, and what the backward pass computes."""
+
+    def __init__(self):
+        self.began: list[str] = []
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == STEPS - 1:
+            self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+            self.profiler.start()
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == STEPS:
+            self.profiler.stop()
+            events = sorted(self.profiler.events(), key=lambda event: event.time_range.start)
+            self.began = [event.name for event in events]
+
+
 class Rows:
     """Counts the FFN rows of training whose expert lies on another device, and the bytes that cross."""
 
@@ -199,11 +228,11 @@ class Rows:
     def __enter__(self):
         self.real = dist.all_to_all_single
 
-        def spy(output, rows, receive, send, group):
+        def spy(output, rows, receive, send, **options):
             if self.watching():
                 here = self.strategy.groups.rank
                 self.wire += (sum(send) - send[here]) * rows.shape[1] * rows.element_size()
-            return self.real(output, rows, receive, send, group=group)
+            return self.real(output, rows, receive, send, **options)
 
         dist.all_to_all_single = spy
         return self
@@ -242,13 +271,14 @@ def run_scenario(
     strategy = made_by(expert_parallel_size=scenario.expert_parallel_size, timeout_s=60, **options)
     module = (SGDLanguageModel if scenario.optimizer == "sgd" else LanguageModel).of_run(config, 0)
     ban(module, scenario.banned)
-    watch = Watch(folder / f"{scenario.name}.middle.ckpt")
+    watch, trace = Watch(folder / f"{scenario.name}.middle.ckpt"), Trace()
+    watching = [watch, trace] if scenario.traced else [watch]
     cloze = [ClozeScorer(config.cloze, config.data.seq_len, config.trainer.val_every)] if config.cloze.points else []
     trainer = pl.Trainer(
         accelerator=accelerator, devices=int(os.environ.get("WORLD_SIZE", 1)), strategy=strategy,
         precision=scenario.precision, max_steps=STEPS, max_epochs=-1, gradient_clip_val=CLIP,
         accumulate_grad_batches=scenario.accumulate, val_check_interval=STEPS // 2 * scenario.accumulate,
-        check_val_every_n_epoch=None, num_sanity_val_steps=0, logger=False, callbacks=[watch, *cloze],
+        check_val_every_n_epoch=None, num_sanity_val_steps=0, logger=False, callbacks=[*watching, *cloze],
         enable_checkpointing=False, use_distributed_sampler=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=folder,
     )  # fmt: skip
@@ -271,7 +301,7 @@ def run_scenario(
         least = strategy.reduce(torch.tensor(-held, device=strategy.root_device), reduce_op="max")
         result["least_held"] = -int(least)  # numbers of experts on the device that has fewest
     watched = {name: getattr(watch, name) for name in ("losses", "norms", "validations", "communication")}
-    return result | watched
+    return result | watched | {"trace": trace.began}
 
 
 def run_rank(rank: int, processes: int, port: int, tokens: str, folder: Path, scenarios: list[Scenario]) -> None:

@@ -11,7 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from scenarios import FOUR_DEVICES, ONE_DEVICE, SHARDED_EXPERTS, STEPS, TWO_DEVICES, Scenario, run_scenario
+from scenarios import (
+    FOUR_DEVICES,
+    ONE_DEVICE,
+    RESUMED,
+    SHARDED_EXPERTS,
+    STEPS,
+    TWO_DEVICES,
+    Scenario,
+    after,
+    run_scenario,
+)
 
 from moepp.models.checkpoint_parts import metadata
 from moepp.training.weights import read_checkpoint
@@ -134,6 +144,31 @@ def test_gradient_norms_and_validation_are_those_of_one_device(results, devices,
 def test_more_devices_than_experts_hold_equal_parts_of_them(results, scenario):
     layers, experts, width, hidden = 2, 2, 32, 48
     assert 4 * results("four", scenario)["least_held"] == layers * experts * 3 * width * hidden
+
+
+@pytest.mark.parametrize("begun", RESUMED, ids=lambda s: s.name)
+def test_a_resumed_run_equals_one_that_went_on_in_every_digit(results, begun):
+    resumed = after("four", begun, begun.strategy, begun.expert_parallel_size)
+    assert results("four", resumed)["losses"] == results("four", begun)["losses"][STEPS // 2 :]
+    found, wanted = results.weights("four", resumed), results.weights("four", begun)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_trace_shows_that_experts_gradients_are_reduced_while_the_backward_pass_runs(results):
+    (traced,) = (s for s in FOUR_DEVICES if s.traced)
+    began = results("four", traced)["trace"]
+    forward = [
+        "zero_computation", "wait_for_counts", "dispatch", "shared_experts", "wait_for_rows", "ffn_experts", "combine",
+    ]  # fmt: skip
+    places = [began.index(name) for name in forward]
+    assert places == sorted(places)
+    backward = [name for name in began if name in ("EndExchangeBackward", "SiluBackward0", "BeginExchangeBackward")]
+    combine, shared_and_dispatch = ["EndExchangeBackward", "BeginExchangeBackward"], backward[2:5]
+    assert shared_and_dispatch == ["EndExchangeBackward", "SiluBackward0", "BeginExchangeBackward"]
+    assert backward == 2 * (combine + shared_and_dispatch)
+    reductions = [place for place, name in enumerate(began) if name == "gradient_reduction"]
+    assert len(reductions) == 2 * 2  # layers, tensors of an expert
+    assert reductions[1] < max(place for place, name in enumerate(began) if name == "BeginExchangeBackward")
 
 
 def test_a_wrong_gradient_scale_is_seen(results):

@@ -31,6 +31,7 @@ from moepp.strategies import (
 )
 from moepp.strategies.dispatch import AllToAllDispatcher, CountsOnTheWay, SharedBatchDispatcher
 from moepp.strategies.groups import CopyGroups
+from moepp.strategies.reduction import GradientReduction
 from moepp.strategies.sharding import Sharding, dividing_dimension, slice_experts
 from moepp.strategies.traffic import Traffic
 from moepp.training import compiled
@@ -108,7 +109,8 @@ def test_importing_the_package_registers_the_names():
             {"name": "ddp", "reduce_every_micro_batch": True},
             r"strategy=ddp reduces gradients once .* leave strategy\.red",
         ),
-        ({"name": "ddp", "shard_size": 2}, r"strategy=ddp shards over no group of devices: leave strategy\.shard"),
+        ({"name": "ddp", "shard_size": 2}, r"strategy=ddp has no groups that shard the weights: leave strategy\.shard"),
+        ({"name": "expert_parallel_fsdp", "shard_size": 2}, r"no groups .* or strategy=expert_parallel, which divides"),
         ({"name": "ddp", "checkpoints_in_parts": True}, r"strategy=ddp holds whole weights .* leave strategy\.check"),
         ({"name": "ddp", "expert_parallel_size": 2}, r"strategy=ddp divides no experts: leave strategy\.expert"),
     ],
@@ -270,6 +272,31 @@ def test_parts_are_gathered_on_the_device_of_the_collectives(monkeypatch):
     assert seen == ["meta"]
 
 
+def test_reductions_begin_in_one_order_whatever_order_gradients_come_in(monkeypatch):
+    """Devices whose gradients come in other orders, or not at all, would otherwise wait for each other forever."""
+    begun = []
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(dist, "all_reduce", lambda gradient, **_: (begun.append(gradient.clone()), mock.Mock())[1])
+    first, second, third, frozen = (torch.nn.Parameter(torch.ones(1)) for _ in range(4))
+    frozen.requires_grad_(False)
+    last_pass = []
+    groups = SimpleNamespace(size=2, across=None)
+    reduction = GradientReduction([first, second, frozen, third], groups, due=lambda: bool(last_pass))
+    for _ in range(2):  # steps
+        last_pass.clear()
+        (8 * third).backward()  # the first of two micro-batches
+        last_pass.append(True)
+        (4 * first).backward()
+        assert begun == []  # the third comes first
+        (8 * third).backward()
+        assert begun == [4]
+        reduction.finish()
+        assert begun == [4, 0, 1] and [first.grad, second.grad, third.grad, frozen.grad] == [1, 0, 4, None]
+        begun.clear()
+        for parameter in (first, second, third):
+            parameter.grad = None
+
+
 def test_shared_counts_are_kept_until_they_have_left(monkeypatch):
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
@@ -302,8 +329,7 @@ def test_traffic_counts_what_leaves_each_device():
     sent = traffic.routed(torch.tensor([[1, 2, 3, 0], [4, 0, 0, 5]]), 2, slots=30)
     assert sent == 7
     rows = torch.zeros(3, 10, dtype=torch.bfloat16)
-    with traffic.exchange(rows, sent, counted=True):
-        pass
+    traffic.sent(rows, sent)
     traffic.steps = 1
     metrics = traffic.read()
     assert metrics["ep/bytes_per_step"] == 7 * 10 * 2
@@ -333,7 +359,7 @@ def test_validation_passes_are_not_counted():
     traffic = Traffic()
     with torch.no_grad():
         traffic.routed(torch.tensor([[1, 0], [0, 1]]), 2, slots=4)
-    with traffic.exchange(torch.zeros(1, 4), 1, counted=False):
+    with traffic.waiting(on_gpu=False, counted=False):
         pass
     assert (traffic.layers, traffic.bytes) == (0, 0)
 

@@ -6,6 +6,7 @@ slots) never reach an FFN expert. Shape suffixes as in experts.py; S = T*K slots
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,3 +103,13 @@ def plan_slots(tokens: RoutedTokens, experts: int) -> SlotPlan:
     ids = torch.arange(experts, device=expert_S.device, dtype=torch.int32)
     end_E = torch.searchsorted(expert_S, ids, right=True, out_int32=True)
     return SlotPlan(slot_S[: tokens.rows], row_S.view_as(expert_TK), expert_TK < experts, end_E)
+
+
+def taken_from(ctx: Any) -> tuple[Tensor | None, ...]:
+    """What an autograd function saved, which its context no longer holds unless the graph is kept: the backward pass
+    frees each as soon as it is done with it.
+    """
+    saved = ctx.saved_tensors
+    if not torch.compiler.is_compiling():  # which frees what it saves itself
+        ctx.maybe_clear_saved_tensors()
+    return saved

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .base import RoutedTokens, SlotPlan, plan_slots
+from .base import RoutedTokens, SlotPlan, plan_slots, taken_from
 
 
 class Products(Protocol):
@@ -72,12 +72,12 @@ class PlannedExperts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        w_in, w_out, x_TD, x_rows_TD, gate_TK, scale_T, mix_TC, vectors_CD, z_R2F = ctx.saved_tensors
+        w_in, w_out, x_TD, x_rows_TD, gate_TK, scale_T, mix_TC, vectors_CD, z_R2F = taken_from(ctx)
         products, grad_TD = ctx.products, grad_TD.contiguous()
         grad_RD = products.gather(grad_TD.to(w_in.dtype))
         dz_R2F, gated_h_RF, dgate_TK = products.swiglu_out_backward(grad_RD, w_out, z_R2F, gate_TK)
         dw_out = products.outer(grad_RD, gated_h_RF, like=w_out, gathered="a")
-        del grad_RD, gated_h_RF
+        del z_R2F, grad_RD, gated_h_RF
         dx_RD = products.matmul(dz_R2F, w_in)
         dx_TD = products.combine(dx_RD, None, grad_TD, scale_T, None, None, x_TD.dtype)
         dw_in = products.outer(dz_R2F, products.gather(x_rows_TD), like=w_in, gathered="b")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .base import RoutedTokens
+from .base import RoutedTokens, taken_from
 from .cpu import multiplies_bfloat16
 
 # oneDNN compiles one bf16 kernel per new (M, N, K), at milliseconds each, and routing gives every expert a new M at
@@ -103,13 +103,15 @@ class SortedExperts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, gate_TK, w_in, w_out, slot_R, token_R, gate_R1, *kept = ctx.saved_tensors
+        x_TD, gate_TK, w_in, w_out, slot_R, token_R, gate_R1, *kept = taken_from(ctx)
+        kept.reverse()
         dw_in, dw_out = (
             torch.empty_like(w) if needed else None
             for w, needed in zip((w_in, w_out), ctx.needs_input_grad[3:5], strict=True)
         )
         dx_TD, dgate_R1 = torch.zeros_like(x_TD), torch.empty_like(gate_R1)
-        for (rows, experts, sizes), z_R2F, y_RD in zip(ctx.blocks, kept[::2], kept[1::2], strict=True):
+        for rows, experts, sizes in ctx.blocks:
+            z_R2F, y_RD = kept.pop(), kept.pop()  # freed with the block
             grad_RD = grad_TD.index_select(0, token_R[rows])
             dgate_R1[rows] = (grad_RD * y_RD).sum(1, keepdim=True)
             dy_RD = (grad_RD * gate_R1[rows]).to(w_in.dtype)

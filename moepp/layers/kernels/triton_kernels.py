@@ -226,6 +226,66 @@ def affine_backward_kernel(
 
 
 @triton.jit
+def affine_sums_kernel(
+    expert_TK, gate_TK, a_TC, b_TC, scale_T, mix_TC, T, STRIDE_T, STRIDE_C,
+    COPY: tl.constexpr, COPIES: tl.constexpr, CONSTANT: tl.constexpr, C: tl.constexpr,
+    TOP_K: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """scale_t = the gates of copies + the gate times a of each constant expert; mix_tc = its gate times b."""
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    inside = t < T
+    at = t.to(tl.int64)
+    scale = tl.zeros([BLOCK_T], tl.float32)
+    for k in range(TOP_K):
+        expert = tl.load(expert_TK + at * TOP_K + k, mask=inside, other=-1)
+        gate = tl.load(gate_TK + at * TOP_K + k, mask=inside, other=0)
+        scale += tl.where((expert >= COPY) & (expert < COPY + COPIES), gate, 0)
+    for c in range(C):
+        chosen = tl.zeros([BLOCK_T], tl.float32)
+        for k in range(TOP_K):
+            expert = tl.load(expert_TK + at * TOP_K + k, mask=inside, other=-1)
+            gate = tl.load(gate_TK + at * TOP_K + k, mask=inside, other=0)
+            chosen += tl.where(expert == CONSTANT + c, gate, 0)
+        scale += chosen * tl.load(a_TC + at * STRIDE_T + c * STRIDE_C, mask=inside, other=0)
+        b = tl.load(b_TC + at * STRIDE_T + c * STRIDE_C, mask=inside, other=0)
+        tl.store(mix_TC + at * C + c, chosen * b, mask=inside)
+    tl.store(scale_T + at, scale, mask=inside)
+
+
+@triton.jit
+def affine_sums_backward_kernel(
+    expert_TK, gate_TK, a_TC, b_TC, dscale_T, dmix_TC, dgate_TK, da_TC, db_TC, T, STRIDE_T, STRIDE_C,
+    COPY: tl.constexpr, COPIES: tl.constexpr, CONSTANT: tl.constexpr, C: tl.constexpr,
+    TOP_K: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """dgate_tk = dscale_t where slot k chose a copy, a dscale_t + b dmix_tc where constant expert c, else 0;
+    da_tc = the gate of c times dscale_t, db_tc = the gate of c times dmix_tc.
+    """
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    inside = t < T
+    at = t.to(tl.int64)
+    dscale = tl.load(dscale_T + at, mask=inside, other=0)
+    for k in range(TOP_K):
+        expert = tl.load(expert_TK + at * TOP_K + k, mask=inside, other=-1)
+        c = expert - CONSTANT
+        constant = inside & (c >= 0) & (c < C)
+        a = tl.load(a_TC + at * STRIDE_T + c * STRIDE_C, mask=constant, other=0)
+        b = tl.load(b_TC + at * STRIDE_T + c * STRIDE_C, mask=constant, other=0)
+        dmix = tl.load(dmix_TC + at * C + c, mask=constant, other=0)
+        dgate = tl.where((expert >= COPY) & (expert < COPY + COPIES), dscale, a * dscale + b * dmix)
+        tl.store(dgate_TK + at * TOP_K + k, dgate, mask=inside)
+    for c in range(C):
+        chosen = tl.zeros([BLOCK_T], tl.float32)
+        for k in range(TOP_K):
+            expert = tl.load(expert_TK + at * TOP_K + k, mask=inside, other=-1)
+            gate = tl.load(gate_TK + at * TOP_K + k, mask=inside, other=0)
+            chosen += tl.where(expert == CONSTANT + c, gate, 0)
+        tl.store(da_TC + at * C + c, chosen * dscale, mask=inside)
+        dmix = tl.load(dmix_TC + at * C + c, mask=inside, other=0)
+        tl.store(db_TC + at * C + c, chosen * dmix, mask=inside)
+
+
+@triton.jit
 def swiglu_out_backward_kernel(
     grad_TD, w_out, z_R2F, gate_TK, slot_R, dz_R2F, gated_h_RF, dgate_RB, expert_M, start_M, end_M,
     D: tl.constexpr, F: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, PRECISION: tl.constexpr,
