@@ -98,7 +98,7 @@ class ArmReport:
         comparison = compare(design, kept)
         whole = compare(design, results) if excluded else comparison
         found = answer(self.primary, comparison, whole, excluded, self.opening) if self.primary else None
-        return with_answer(findings(comparison), found, results, self.primary, self.exclusions)
+        return with_answer(findings(comparison, found), found, results, self.primary, self.exclusions)
 
     def _design_at(self, scale: str) -> Design:
         arms = tuple(arm for arm in self.design.arms if arm in self.chosen.get(scale, self.design.arms))

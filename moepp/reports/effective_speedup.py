@@ -51,13 +51,15 @@ class EffectiveSpeedup:
     """Of an arm against the baseline over `n` paired seeds; above 1 the arm is ahead.
 
     `tokens`: those of the baseline over those of the arm at equal loss. `time`: the same of training time, None where
-    the two were not timed together. `at_equal_time`: the arm's loss minus the baseline's when that has trained for as
-    long; None where that length lies beyond those trained.
+    the two were not timed together. `seconds`: the arm's training time over the baseline's at its own length.
+    `at_equal_time`: the arm's loss minus the baseline's when that has trained for as long; None where that length lies
+    beyond those trained.
     """
 
     n: int
     tokens: Crossing
     speed: float | None  # training tokens per second, timed together, arm over baseline
+    seconds: float | None
     at_equal_time: Estimate | None
 
     @property
@@ -82,8 +84,9 @@ def effective_speedup(results: SweepResults, arm: str, metric: str = "val_loss")
     lengths, tokens = list(losses), _tokens(results, arm)
     speed, base_speed = (results.training_speeds.get(name) for name in (arm, results.baseline))
     ratio = speed / base_speed if speed and base_speed else None
-    equal_time = ratio and loss_at_length(lengths, base_SX, arm_S, tokens / ratio)
-    return EffectiveSpeedup(len(seeds), crossing(lengths, base_SX, arm_S).times(1 / tokens), ratio, equal_time)
+    seconds = ratio and tokens / ratio
+    equal_time = seconds and loss_at_length(lengths, base_SX, arm_S, seconds)
+    return EffectiveSpeedup(len(seeds), crossing(lengths, base_SX, arm_S).times(1 / tokens), ratio, seconds, equal_time)
 
 
 def effective_speedups(results: SweepResults, arms: Sequence[str]) -> dict[str, EffectiveSpeedup]:

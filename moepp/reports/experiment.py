@@ -118,6 +118,4 @@ class Experiment:
     paper: tuple[Table, ...] = ()  # the paper's numbers
     notes: tuple[str, ...] = ()  # what the paper leaves open and what was chosen here
     of_routing: bool = False  # what routers do with texts: mechanics only, where the models have not learnt their words
-    scales: tuple[str, ...] = tuple(
-        scale for scale in SCALES if scale != "desk"
-    )  # where there is but one, `--scale` changes nothing
+    scales: tuple[str, ...] = USUAL  # where there is but one, `--scale` changes nothing

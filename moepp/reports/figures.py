@@ -2,14 +2,16 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from moepp.reports.comparison import Comparison, Difference
-from moepp.reports.results import ROUTINGS
+from moepp.reports.comparison import OBJECTIVE, Comparison, Difference
+from moepp.reports.effective_speedup import effective_speedups
+from moepp.reports.results import ROUTINGS, Run
 from moepp.reports.tables import speedups
 from moepp.reports.trend import trend
+from moepp.statistics.seeds import Estimate, mean_interval
 from moepp.statistics.style import (
     BLUE,
     GREY,
@@ -20,6 +22,7 @@ from moepp.statistics.style import (
     hover,
     label_ends,
     looks,
+    plain_log,
     room_for,
     wrapped,
 )
@@ -33,7 +36,7 @@ SIDES = {"learned": {"color": BLUE}, "balanced": {"color": "0.85", "hatch": "///
 
 def figures(comparison: Comparison) -> tuple[Figure, ...]:
     """All that the records have data for."""
-    found = (figure_of(comparison) for figure_of in (trend, paired, speedup, curves))
+    found = (figure_of(comparison) for figure_of in (trend, paired, speedup, equal_time, curves))
     return tuple(figure for figure in found if figure)
 
 
@@ -137,6 +140,54 @@ def _draw_speedup(rows: Rows, baseline: str):
     axes.set_ylim(len(arms) - 0.5, -0.5)
     axes.set_xlabel(wrapped(f"expert forward: time of {baseline} over that of the arm", 56))
     figure.legend(loc="outside upper right", ncols=3)
+    return figure
+
+
+def equal_time(comparison: Comparison) -> Figure | None:
+    """Loss against training time, where the baseline has runs of several lengths and the arms were timed together."""
+    results, base = comparison.results, comparison.results.baseline
+    found = effective_speedups(results, comparison.design.arms)
+    arms = [
+        (arm, speedup.seconds, results.estimate(arm, OBJECTIVE)) for arm, speedup in found.items() if speedup.seconds
+    ]
+    lengths = [(base, length, _mean_loss(runs)) for length, runs in results.at_lengths(base).items() if runs]
+    rows = [(name, time, loss.n, loss.mean, loss.low, loss.high) for name, time, loss in (*lengths, *arms)]
+    return equal_time_figure(rows, base) if arms else None
+
+
+def _mean_loss(runs: Mapping[int, Run]) -> Estimate:
+    return mean_interval([run.final[OBJECTIVE] for run in runs.values()])
+
+
+def equal_time_figure(rows: Rows, baseline: str) -> Figure:
+    """Does an arm pay at equal wall-clock? It does below the line of the baseline's lengths."""
+    caption = (
+        f"Validation loss, nats per token, against training time over {baseline}'s own: mean and 95 % t-interval"
+        f" ({counted((row[2] for row in rows), 'seeds')}). The line joins runs of {baseline} to other lengths, each"
+        " with its schedule to its end: an arm below it pays at equal wall-clock. Times are of a training pass, all"
+        " arms interleaved in one process; their noise is not shown."
+    )
+    columns = ("arm", "time", "n", "val_loss", "low", "high")
+    return Figure(Table("equal_time", caption, columns, tuple(rows)), partial(_draw_equal_time, rows, baseline))
+
+
+def _draw_equal_time(rows: Rows, baseline: str):
+    arms = list(dict.fromkeys(row[0] for row in rows))
+    figure, axes = axes_of(room_for(arms), max(3.4, 0.8 + 0.2 * len(arms)))
+    look = looks(arms, baseline)
+    for arm in arms:
+        own = [row for row in rows if row[0] == arm]
+        _, time, _, loss, low, _ = zip(*own, strict=True)
+        half_widths = [0 if end is None else mean - end for mean, end in zip(loss, low, strict=True)]
+        shape = {"capsize": 3, "elinewidth": 0.8, "ms": 5, "label": arm}
+        axes.errorbar(time, loss, yerr=half_widths, **shape, **{**look[arm], **({} if arm == baseline else {"ls": ""})})
+        said = [f"{arm}: {mean:.4f} in {at:.2f} times the time, n = {n}" for _, at, n, mean, *_ in own]
+        hover(axes, zip(time, loss, said, strict=True))
+    axes.set_xscale("log")
+    plain_log(axes.xaxis)
+    axes.set_xlabel(wrapped(f"training time over that of {baseline}", 56))
+    axes.set_ylabel("validation loss, nats per token")
+    figure.legend(loc="outside right upper")
     return figure
 
 

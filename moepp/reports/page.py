@@ -213,14 +213,14 @@ def _commit(report: Report) -> str:
 
 
 def _html(text: str, folder: Path | None = None, beside: str = "") -> str:
-    """Markdown as HTML: figures inlined, links to data files made relative to the page, tables in boxes that scroll,
-    and folded where they are long.
+    """Markdown as HTML: figures and links to data files made relative to the page, tables in boxes that scroll, and
+    folded where they are long.
     """
     from markdown_it import MarkdownIt
 
     def image(renderer: Any, tokens: Any, index: int, options: Any, env: Any) -> str:
         caption = html.escape(tokens[index].content, quote=True)
-        shown = _figure(folder, str(tokens[index].attrs["src"]), caption) if folder else ""
+        shown = _figure(folder, str(tokens[index].attrs["src"]), caption, beside) if folder else ""
         return f'<span class="figure">{shown}</span>'
 
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
@@ -244,16 +244,21 @@ def _own_image(folder: Path, source: str) -> Path | None:
     return path if inside and path.suffix.lower() in IMAGES and path.is_file() else None
 
 
-def _figure(folder: Path, source: str, caption: str) -> str:
-    """An SVG becomes part of the page, so that it can be searched and says more where one points, unless it would run
-    something.
+def _figure(folder: Path, source: str, caption: str, beside: str) -> str:
+    """An SVG says more where one points: it stays a document of its own beside a page, and becomes part of one that has
+    nothing beside it. One that would run something is an image, which runs nothing.
     """
     path = _own_image(folder, source)
     if path is None:
         return f'<img alt="{caption}" src="">'
     kind = IMAGES[path.suffix.lower()]
-    if kind == IMAGES[".svg"] and not ACTIVE.search(svg := path.read_text()):
-        return _inlined(svg, f"{folder.name}-{path.stem}", caption)
+    speaks = kind == IMAGES[".svg"] and not ACTIVE.search(svg := path.read_text())
+    place = html.escape(f"{beside}{quote(unquote(source))}")
+    if beside:
+        seen = f'<object type="{kind}" data="{place}" aria-label="{caption}"></object>'
+        return seen if speaks else f'<img alt="{caption}" src="{place}">'
+    if speaks:
+        return _inlined(svg, path.stem, caption)
     return f'<img alt="{caption}" src="data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}">'
 
 

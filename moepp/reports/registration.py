@@ -31,25 +31,33 @@ def stamp(plan: Mapping[str, Any] | None) -> str:
 
 
 def what_was_registered(plan: Mapping[str, Any]) -> list[str]:
-    primary, power, code = plan["primary"], plan["power"], plan["code"]
-    least, sha = power["detectable"], f"{code.get('sha', 'unknown')[:12]}{' with changes' if code.get('dirty') else ''}"
+    code, tested = plan["code"], "primary" in plan
+    sha = f"{code.get('sha', 'unknown')[:12]}{' with changes' if code.get('dirty') else ''}"
     rules = [f"{name} {value}" for name, value in plan["exclusions"].items() if value is not None]
-    sides = " minus ".join(", ".join(primary[side]) for side in ("arms", "minus"))
-    seen = (
-        ""
-        if least["primary"] is None
-        else f" {least['primary']:.4f} in the primary, {least['secondary']:.4f} in others"
-    )
     return [
         f"Registered {plan['registered']}, {plan['when']}, at commit {sha}.",
-        f"Primary contrast: {primary['name']} ({sides})"
-        + (f"; the smallest difference that matters: {primary['smallest']}." if primary["smallest"] else "."),
+        *(f"Prediction: {said}" for said in plan.get("predictions", ())),
+        *([_primary(plan["primary"])] if tested else []),
         f"Arms: {', '.join(plan['arms'])}; seeds {', '.join(map(str, plan['seeds']))}.",
-        f"Test: {plan['test']}.",
+        *([f"Test: {plan['test']}."] if tested else []),
         f"Excluded: {', '.join(rules) or 'no finished run'}.",
-        f"Smallest difference seen with {power['power']:.0%} probability, from a deviation of {power['sd']:.4f}"
-        f" ({power['sd_from']}) and {power['pairs']} pairs:{seen or ' none'}.",
+        *([_power(plan["power"])] if tested else []),
     ]
+
+
+def _primary(primary: Mapping[str, Any]) -> str:
+    sides = " minus ".join(", ".join(primary[side]) for side in ("arms", "minus"))
+    smallest = f"; the smallest difference that matters: {primary['smallest']}" if primary["smallest"] else ""
+    return f"Primary contrast: {primary['name']} ({sides}){smallest}."
+
+
+def _power(power: Mapping[str, Any]) -> str:
+    least = power["detectable"]
+    seen = f"{least['primary']:.4f} in the primary, {least['secondary']:.4f} in others" if least["primary"] else "none"
+    return (
+        f"Smallest difference seen with {power['power']:.0%} probability, from a deviation of {power['sd']:.4f}"
+        f" ({power['sd_from']}) and {power['pairs']} pairs: {seen}."
+    )
 
 
 def deviations(
@@ -100,17 +108,14 @@ def _deviating(settings: Mapping[str, Any], run: Run) -> dict[str, str]:
 
 
 def _rules(plan: Mapping[str, Any], primary: Primary | None, exclusions: Exclusions) -> list[str]:
-    now = {
-        "primary contrast": primary.contrast if primary else None,
-        "smallest difference that matters": primary.smallest if primary else None,
-        **asdict(exclusions),
-    }
-    then = {
-        "primary contrast": plan["primary"]["name"],
-        "smallest difference that matters": plan["primary"]["smallest"],
-        **plan["exclusions"],
-    }
+    asked, rules = plan.get("primary", {}), asdict(exclusions)
+    then = {**_asked(asked.get("name"), asked.get("smallest")), **plan["exclusions"]}
+    now = {**(_asked(primary.contrast, primary.smallest) if primary else _asked(None, None)), **rules}
     return [f"The {k} was registered as {then.get(k)}, and is {v}." for k, v in now.items() if then.get(k) != v]
+
+
+def _asked(contrast: str | None, smallest: float | None) -> dict[str, Any]:
+    return {"primary contrast": contrast, "smallest difference that matters": smallest}
 
 
 def _begun_before(plan: Mapping[str, Any], results: SweepResults) -> list[str]:

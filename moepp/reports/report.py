@@ -115,8 +115,8 @@ def _made(provenance: Mapping[str, Any]) -> str:
 
 
 def _hardware(hardware: Any) -> str:
-    if not isinstance(hardware, dict):
-        return "see provenance.json"
+    if isinstance(hardware, list):  # runs that went on elsewhere
+        return "; ".join(f"{_hardware(each['value'])} ({len(each['runs'])} runs)" for each in hardware)
     return ", ".join(f"{name} {value}" for name, value in hardware.items() if value)
 
 

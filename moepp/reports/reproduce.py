@@ -15,6 +15,7 @@ from moepp.reports.arms import TASKS, of_records, of_sweep
 from moepp.reports.experiment import Context, Experiment, Findings, Runs
 from moepp.reports.provenance import provenance
 from moepp.reports.rerun import rerun_command
+from moepp.reports.seconds import Clock
 from moepp.reports.standing import Standing, standing
 from moepp.shipped import SWEEPS, YAML, names, overlaid
 from moepp.terminal import width, working
@@ -80,11 +81,12 @@ def reproduce(
 
     `what` is an experiment, a sweep, the path of a sweep file, or the folder of a sweep's records. `arguments` are
     config values of the runs and the experiment's own options; `flags` are such options given as flags. The report goes
-    beside the records, or to `out`/<name>/<scale>/. Raises UsageError for a scale, key or option that does not fit.
+    beside the records, or to `out`/<name>/<scale>/. Says at the end where the seconds went. Raises UsageError for a
+    scale, key or option that does not fit.
     """
     if plan := _records(what):
         what, scale, arguments = plan["name"], plan["scale"], [*arguments, f"runs={Path(what).parent}"]
-    experiment = find(what)
+    clock, experiment = Clock(), find(what)
     scale = _scale(experiment, scale)
     options, overrides = _own_options(experiment, arguments, flags or {})
     score = _asks_for_tasks(experiment, options)
@@ -92,9 +94,15 @@ def reproduce(
     if needed:
         Context(scale, options=options).check()
     directories = {runs.sweep: _train(runs, scale, workers, overrides, seeds) for runs in needed}
-    for directory in directories.values() if score else ():
-        _score(directory, options)
-    _publish(experiment, Context(scale, directories, options), out)
+    with clock.phase("timing"):
+        for runs in needed:
+            _time(runs, directories[runs.sweep])
+    with clock.phase("tasks"):
+        for directory in directories.values() if score else ():
+            _score(directory, options)
+    with clock.phase("report"):
+        _publish(experiment, Context(scale, directories, options), out)
+    print("\n".join(clock.told(directories.values())))
 
 
 def report(what: str, scale: str, runs: Path | str = RUNS, out: Path | None = None) -> None:
@@ -172,7 +180,6 @@ def _train(runs: Runs, scale: str, workers: int, overrides: Sequence[str], seeds
     )
     if directory is None:
         raise RunError("nothing is reported yet; the same command does it once all trials are done")
-    _time(runs, directory)
     return directory
 
 

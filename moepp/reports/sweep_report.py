@@ -55,8 +55,8 @@ exactly is timed are not stated."""
 MEASURED = "Activated parameters and FLOPs are those of the FFN experts that tokens reached, not of the nominal top-k."
 
 
-def findings(comparison: Comparison) -> Findings:
-    """Everything that the report of a comparison says."""
+def findings(comparison: Comparison, answer: Answer | None = None) -> Findings:
+    """Everything that the report of a comparison says, but for the answer's first line: that is `with_answer`'s."""
     results, paper = comparison.results, comparison.design.paper
     tasks = task_tables(results, comparison.design.arms)
     beside = [BESIDE.format(size=paper.size.upper())] if paper else []
@@ -78,7 +78,7 @@ def findings(comparison: Comparison) -> Findings:
     }
     return Findings(
         figures=figures(comparison),
-        verdict=tuple(verdict(comparison)),
+        verdict=tuple(verdict(comparison, answer and answer.secondary)),
         sections=sections,
         summary=tables.overview(comparison),
         data=(tables.full_table(comparison), *((tasks.full,) if tasks else ())),
@@ -101,12 +101,7 @@ def with_answer(
         sections["Excluded runs"] = (bullets(reasons),)
     if answer is None:
         return replace(found, sections={**sections, **found.sections})
-    return replace(
-        found,
-        answer=f"{answer.first} {stamp(plan)}",
-        verdict=(*answer.secondary, *found.verdict),
-        sections={**sections, **found.sections},
-    )
+    return replace(found, answer=f"{answer.first} {stamp(plan)}", sections={**sections, **found.sections})
 
 
 def _tasks(tasks: TaskTables, paper: PaperScores | None) -> tuple[str | Table, ...]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from moepp.reports.comparison import SECOND, Comparison, Difference
+from moepp.reports.comparison import BUDGETS, SECOND, Comparison, Difference
 from moepp.reports.effective_speedup import effective_speedup, effective_speedups
 from moepp.reports.recipe import RECIPE, recipe_of
 from moepp.reports.results import ROUTINGS, SweepResults
@@ -265,13 +265,8 @@ def effective_table(comparison: Comparison) -> Table:
 
 def budget_table(comparison: Comparison) -> Table:
     results = comparison.results
-    budgets = {
-        "total_params": "total parameters",
-        "active_params": "activated parameters",
-        "flops_per_token": "forward FLOPs/token",
-        "tokens": "training tokens",
-    }
-    rows = [["arm", *budgets.values(), "training time, s", "peak memory, GiB"]]
+    budgets = {name: said for name, said in BUDGETS.items() if name != "train_seconds"}  # which not all seeds may have
+    rows = [["arm", *budgets.values(), BUDGETS["train_seconds"], "peak memory, GiB"]]
     for arm in comparison.design.arms:
         row = [arm, *(quantity(results.mean(arm, name)) for name in budgets)]
         row += [of_seeds(results, arm, "train_seconds", ".0f"), of_seeds(results, arm, "peak_mem_gib", ".2f")]

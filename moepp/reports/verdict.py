@@ -1,7 +1,8 @@
 """What the numbers say, in sentences. Every word here follows from a comparison; nothing is known beforehand."""
 
+import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from moepp.reports.comparison import BUDGETS, EQUAL_WITHIN, Comparison, Difference
 from moepp.reports.effective_speedup import effective_speedups
@@ -15,14 +16,17 @@ DROPS_ALLOWED = 0.03  # of all slots in training, above which a report warns
 TARGET_WITHIN = 0.02  # of all slots: how near to its target an FFN share must be before an arm is judged
 
 
-def verdict(comparison: Comparison) -> list[str]:
-    """One entry per claim: arms, effects, the paper's order, speed."""
+def verdict(comparison: Comparison, secondary: Sequence[str] | None = None) -> list[str]:
+    """One entry per claim: arms and effects, the paper's order, speed. `secondary` is what an answer says of arms and
+    effects, and stands in their place.
+    """
     missing = len(missing_runs(comparison))
     preliminary = [f"Preliminary, planned runs still missing: {missing}."] if missing else []
+    judged = [_arms(comparison), *_effects(comparison)] if secondary is None else secondary
     order = [_order(comparison)] if comparison.design.paper else []
     warned = [*_drops(comparison), *_off_target(comparison), *_recipes(comparison), *_unstable(comparison)]
     speed = [_speed(comparison), *_wall_clock(comparison)]
-    return [*preliminary, _arms(comparison), *warned, *_effects(comparison), *order, *speed]
+    return [*preliminary, *judged, *warned, *order, *speed]
 
 
 def _drops(comparison: Comparison) -> list[str]:
@@ -205,15 +209,26 @@ def _speed(comparison: Comparison) -> str:
 
 
 def _wall_clock(comparison: Comparison) -> list[str]:
-    """Whether an arm pays where the clock counts, as far as the baseline has runs as long as the arm's time allows."""
-    found = effective_speedups(comparison.results, comparison.design.arms)
-    said = defaultdict(list)
-    for arm, speedup in found.items():
+    """Whether an arm pays where the clock counts: against the baseline's loss after as long, where it has runs of other
+    lengths, else where the arm is ahead in both loss and time.
+    """
+    base, said = comparison.results.baseline, defaultdict(list)
+    for arm, speedup in effective_speedups(comparison.results, comparison.design.arms).items():
         if (at := speedup.at_equal_time) is not None:
             verb = "makes no difference beyond noise" if not at.excludes_zero else PAYS[at.mean < 0]
             said[verb].append(f"{arm} ({plus_minus(at, '+')})")
     parts = [f"{verb}: {', '.join(arms)}" for verb, arms in said.items()]
-    return [f"In equal training time against {comparison.results.baseline}, nats: {'; '.join(parts)}."] if parts else []
+    if parts:
+        return [f"In equal training time against {base}, nats: {'; '.join(parts)}."]
+    ahead = _ahead_in_loss_and_time(comparison)
+    return [f"Lower loss than {base} and no slower, so it pays in equal training time too: {ahead}."] if ahead else []
+
+
+def _ahead_in_loss_and_time(comparison: Comparison) -> str:
+    speeds = comparison.results.training_speeds
+    base = speeds.get(comparison.results.baseline, math.inf)
+    lower = [arm for arm, d in comparison.differences.items() if d.significant and d.estimate.mean < 0]
+    return ", ".join(f"{arm} ({speeds[arm] / base:.2f} times as fast)" for arm in lower if speeds.get(arm, 0) >= base)
 
 
 def _named(differences: dict[str, Difference], keep: Callable[[Difference], bool]) -> list[str]:

@@ -2,49 +2,57 @@
 being the geometric means of what was trained. Intervals come from residuals drawn anew in blocks: runs of one block
 (the lengths of one trunk) share their deviation.
 
-Shape suffixes: R runs, P the five parameters (E, A, a, B, b).
+Shape suffixes: R runs, P the five parameters (E, A, a, B, b), F fits: the law itself, then those of the bootstrap.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from moepp.statistics.resampling import Interval, percentile_interval
+from moepp.statistics.resampling import Interval
 
-DRAWS = 200
-LOWEST, HIGHEST = (0.0, 0.0, 0.01, 0.0, 0.01), (np.inf, np.inf, 2.0, np.inf, 2.0)
+DRAWS = 400
+PARAMETERS = ("E", "A", "a", "B", "b")
+LOWEST, HIGHEST, START = 0.01, 2.0, 0.3  # exponents
 
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """`draws_P` are the fits of the bootstrap."""
-
     scale: tuple[float, float]  # N0, D0
-    fit_P: np.ndarray
-    draws_P: np.ndarray
+    fits_FP: np.ndarray
 
-    def loss(self, size: float, tokens: float) -> Interval:
-        """Of a model of this size after so many tokens: the law's own interval, without the noise of a single run."""
-        at = np.array([size / self.scale[0]]), np.array([tokens / self.scale[1]])
-        draws = np.array([_law(draw_P, *at)[0] for draw_P in self.draws_P])
-        return percentile_interval(float(_law(self.fit_P, *at)[0]), draws)
+    def losses_F(self, size: float, tokens: float) -> np.ndarray:
+        """Of a model of this size after so many tokens, by every fit; without the noise of a single run."""
+        floor, a_size, size_exponent, a_tokens, tokens_exponent = self.fits_FP.T
+        of_size = a_size * (size / self.scale[0]) ** -size_exponent
+        return floor + of_size + a_tokens * (tokens / self.scale[1]) ** -tokens_exponent
+
+    def tokens_F(self, size: float, loss_F: np.ndarray) -> np.ndarray:
+        """After how many a model of this size has that loss; infinite where it never has."""
+        floor, a_size, size_exponent, a_tokens, tokens_exponent = self.fits_FP.T
+        left_F = loss_F - floor - a_size * (size / self.scale[0]) ** -size_exponent
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(left_F > 0, self.scale[1] * (a_tokens / left_F) ** (1 / tokens_exponent), np.inf)
 
 
-def tokens_ratio(base: PowerLaw, ours: PowerLaw, base_size: float, size: float, tokens: float) -> Interval:
+def interval(values_F: np.ndarray) -> Interval:
+    """The law's own value, and the middle 95 % of the bootstrap's. What is no number, as infinite over infinite,
+    may be anything, and counts at both ends.
+    """
+    value, draws = float(values_F[0]), values_F[1:]
+    low, high = (
+        np.quantile(np.where(np.isnan(draws), end, draws), level, method="nearest")
+        for end, level in ((-np.inf, 0.025), (np.inf, 0.975))
+    )
+    return Interval(value, float(low), float(high))
+
+
+def tokens_ratio_F(base: PowerLaw, ours: PowerLaw, base_size: float, size: float, tokens: float) -> np.ndarray:
     """Tokens that a model of `base` needs to end as low as one of `ours` after `tokens`, over these; infinite where
     none suffice. The two laws are independent.
     """
-    n_base, at = np.array([base_size / base.scale[0]]), (np.array([size / ours.scale[0]]), tokens / ours.scale[1])
-
-    def ratio(base_P: np.ndarray, ours_P: np.ndarray) -> float:
-        floor, a_size, exponent, a_tokens, of_tokens = base_P
-        left = float((_law(ours_P, *at) - floor - a_size * n_base**-exponent)[0])
-        return base.scale[1] * (a_tokens / left) ** (1 / of_tokens) / tokens if left > 0 else np.inf
-
-    draws = [ratio(*pair) for pair in zip(base.draws_P, ours.draws_P, strict=True)]
-    low, high = np.quantile(draws, (0.025, 0.975), method="nearest")
-    return Interval(ratio(base.fit_P, ours.fit_P), float(low), float(high))
+    return base.tokens_F(base_size, ours.losses_F(size, tokens)) / tokens
 
 
 def fit_power_law(
@@ -55,19 +63,27 @@ def fit_power_law(
         raise ValueError("a power law in size and tokens needs three of each")
     scale = tuple(float(np.exp(np.log(of_R).mean())) for of_R in (size_R, tokens_R))
     n_R, d_R = size_R / scale[0], tokens_R / scale[1]
-    fit_P = _fit(n_R, d_R, loss_R, np.array([0.6 * loss_R.min(), 0.2 * loss_R.min(), 0.3, 0.2 * loss_R.min(), 0.3]))
-    expected_R = _law(fit_P, n_R, d_R)
-    spread = np.sqrt(len(loss_R) / max(1, len(loss_R) - len(fit_P)))  # residuals of a fit are smaller than the noise
-    residual_R, generator = spread * (loss_R - expected_R), np.random.default_rng(seed)
+    fit_P = _fit(n_R, d_R, loss_R, (START, START))
+    exponents = tuple(np.clip(fit_P[[2, 4]], 1.1 * LOWEST, 0.9 * HIGHEST))
+    drawn = _redrawn(_law(fit_P, n_R, d_R), loss_R, block_R, np.random.default_rng(seed))
+    return PowerLaw(scale, np.array([fit_P, *(_fit(n_R, d_R, drawn_R, exponents) for drawn_R in drawn)]))
+
+
+def _redrawn(
+    expected_R: np.ndarray, loss_R: np.ndarray, block_R: Sequence[object], generator: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """Losses of other seeds: every block gets the residuals of one that was drawn, with their sign or the other. A
+    fit's residuals are less than the noise: they are made larger by what so many blocks leave free.
+    """
     blocks = [np.flatnonzero([other == block for other in block_R]) for block in dict.fromkeys(block_R)]
-    draws = []
+    spread = np.sqrt(len(blocks) / max(1, len(blocks) - len(PARAMETERS)))
+    residual_R = spread * (loss_R - expected_R)
     for _ in range(DRAWS):
-        drawn_R = np.empty_like(residual_R)
+        drawn_R = expected_R.copy()
         for rows in blocks:
             other = blocks[generator.integers(len(blocks))]
-            drawn_R[rows] = generator.choice([-1, 1]) * residual_R[np.resize(other, len(rows))]
-        draws.append(_fit(n_R, d_R, expected_R + drawn_R, fit_P))
-    return PowerLaw(scale, fit_P, np.array(draws))
+            drawn_R[rows] += generator.choice([-1, 1]) * residual_R[np.resize(other, len(rows))]
+        yield drawn_R
 
 
 def _law(fit_P: np.ndarray, n_R: np.ndarray, d_R: np.ndarray) -> np.ndarray:
@@ -75,8 +91,18 @@ def _law(fit_P: np.ndarray, n_R: np.ndarray, d_R: np.ndarray) -> np.ndarray:
     return floor + a_size * n_R**-size + a_tokens * d_R**-tokens
 
 
-def _fit(n_R: np.ndarray, d_R: np.ndarray, loss_R: np.ndarray, start_P: np.ndarray) -> np.ndarray:
-    from scipy.optimize import least_squares
+def _fit(n_R: np.ndarray, d_R: np.ndarray, loss_R: np.ndarray, start: tuple[float, float]) -> np.ndarray:
+    """Least squares over the two exponents: for given ones E, A and B, none negative, are a linear problem."""
+    from scipy.optimize import least_squares, nnls
 
-    inside_P = np.clip(start_P, np.add(LOWEST, 1e-6), np.subtract(HIGHEST, 1e-6))
-    return least_squares(lambda p: _law(p, n_R, d_R) - loss_R, inside_P, bounds=(LOWEST, HIGHEST), x_scale=inside_P).x
+    def linear(exponents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        terms_R3 = np.stack([np.ones_like(n_R), n_R ** -exponents[0], d_R ** -exponents[1]], axis=1)
+        return terms_R3, nnls(terms_R3, loss_R)[0]
+
+    def residual_R(exponents: np.ndarray) -> np.ndarray:
+        terms_R3, weights = linear(exponents)
+        return terms_R3 @ weights - loss_R
+
+    size, tokens = least_squares(residual_R, start, bounds=(LOWEST, HIGHEST)).x
+    floor, a_size, a_tokens = linear(np.array([size, tokens]))[1]
+    return np.array([floor, a_size, size, a_tokens, tokens])

@@ -7,6 +7,7 @@ later. Arms take turns, the median counts. What it cannot know: the share that t
 validation and checkpoints, other work on the machine, and other machines.
 """
 
+import math
 import statistics
 import time
 import warnings
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 SECONDS = 1.0  # of measurement for each arm, about
 WARMUP, STEPS = 2, 10  # steps; at least three are measured
-SHAPES = 16  # of models that an estimate probes; the rest are taken for their mean
+SHAPES = 4  # of models that an estimate probes, from all over the sweep; the rest are taken for their mean
 
 
 def step_seconds(directory: Path, trials: Sequence["Trial"], threads: int, most: int = SHAPES) -> dict[str, float]:
@@ -39,7 +40,7 @@ def step_seconds(directory: Path, trials: Sequence["Trial"], threads: int, most:
     """
     keys = {trial.arm: _shape(trial.config) for trial in trials}
     configs = {keys[trial.arm]: trial.config for trial in trials}
-    chosen = dict(list(configs.items())[:most])
+    chosen = dict(list(configs.items())[:: math.ceil(len(configs) / most)])
     with exclusive(directory / "probing"):
         known = read_json(directory / "probe.json") or {"seconds": {}}
         missing = {key: config for key, config in chosen.items() if key not in known["seconds"]}

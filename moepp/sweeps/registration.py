@@ -38,11 +38,14 @@ def register(
     """Writes plan.json and returns what to print. The deviation over seeds, for the power, is that of the finished runs
     in `earlier`, the folder of a sweep's records, else the file's `primary.sd`.
 
-    Raises UsageError where no primary contrast or no deviation is known, a trial has finished already (unless the file
-    says `registered: after the start`), or another plan is registered.
+    Raises UsageError where the file has neither a primary contrast nor predictions, no deviation is known, a trial has
+    finished already (unless the file says `registered: after the start`), or another plan is registered.
     """
-    if sweep.primary is None:
-        raise UsageError(f"sweep {sweep.name} names no `primary: {{contrast: ...}}`; there is nothing to register")
+    if sweep.primary is None and not sweep.predictions:
+        raise UsageError(
+            f"sweep {sweep.name} names no `primary: {{contrast: ...}}` and no `predictions: [...]`; there is nothing to"
+            " register"
+        )
     if sweep.search(scale):
         raise UsageError(f"sweep {sweep.name} searches at scale {scale}: what it will compare is not known beforehand")
     path = plan_path(sweep.name, scale, overrides, trials[0].config.tags.get("size", ""))
@@ -53,7 +56,7 @@ def register(
     if sweep.registered == "before the start":
         _refuse_finished(sweep.folder(scale, overrides), trials)
     write_json(path, plan)
-    return [f"registered: {path}; commit it before anything runs", _power(plan)]
+    return [f"registered: {path}; commit it before anything runs", *([_power(plan)] if sweep.primary else [])]
 
 
 def judged(sweep: Sweep, scale: str) -> tuple[Contrast, dict[str, Contrast]]:
@@ -65,14 +68,8 @@ def judged(sweep: Sweep, scale: str) -> tuple[Contrast, dict[str, Contrast]]:
 
 
 def _plan(sweep: Sweep, scale: str, trials: Sequence[Trial], overrides: Sequence[str], earlier: str) -> dict[str, Any]:
-    primary, secondary = judged(sweep, scale)
     configs = {trial.arm: _settings(trial) for trial in reversed(trials)}
     common, seeds = configs[sweep.baseline], list(dict.fromkeys(trial.seed for trial in trials))
-    sd, source = _deviation(sweep, primary, earlier)
-    detectable = {
-        name: minimal_detectable_difference(sd, len(seeds), 1 - SIGNIFICANCE / tests, POWER)
-        for name, tests in (("primary", 1), ("secondary", max(1, len(secondary))))
-    }
     return {
         "name": sweep.name,
         "scale": scale,
@@ -80,12 +77,10 @@ def _plan(sweep: Sweep, scale: str, trials: Sequence[Trial], overrides: Sequence
         "registered": datetime.now(UTC).isoformat(timespec="seconds"),
         "when": sweep.registered,
         "code": git(PACKAGE.parent),
-        "primary": {"name": sweep.primary.contrast, **asdict(primary), "smallest": sweep.primary.smallest},
-        "secondary": {name: asdict(contrast) for name, contrast in secondary.items()},
-        "test": f"{TEST}; the {len(secondary)} secondary contrasts after Holm's correction over all of them",
+        **({"predictions": sweep.predictions} if sweep.predictions else {}),
+        **(_tests(sweep, scale, len(seeds), earlier) if sweep.primary else {}),
         "exclusions": asdict(sweep.exclusions),
         "seeds": seeds,
-        "power": {"power": POWER, "sd": sd, "sd_from": source, "pairs": len(seeds), "detectable": detectable},
         "overrides": list(overrides),
         "baseline": sweep.baseline,
         "config": common,
@@ -98,6 +93,22 @@ def _plan(sweep: Sweep, scale: str, trials: Sequence[Trial], overrides: Sequence
             for trial in trials
             if trial.seed == seeds[0] and not trial.lengthened
         },
+    }
+
+
+def _tests(sweep: Sweep, scale: str, pairs: int, earlier: str) -> dict[str, Any]:
+    """The contrasts, how they are judged, and what so many pairs can show."""
+    primary, secondary = judged(sweep, scale)
+    sd, source = _deviation(sweep, primary, earlier)
+    detectable = {
+        name: minimal_detectable_difference(sd, pairs, 1 - SIGNIFICANCE / tests, POWER)
+        for name, tests in (("primary", 1), ("secondary", max(1, len(secondary))))
+    }
+    return {
+        "primary": {"name": sweep.primary.contrast, **asdict(primary), "smallest": sweep.primary.smallest},
+        "secondary": {name: asdict(contrast) for name, contrast in secondary.items()},
+        "test": f"{TEST}; the {len(secondary)} secondary contrasts after Holm's correction over all of them",
+        "power": {"power": POWER, "sd": sd, "sd_from": source, "pairs": pairs, "detectable": detectable},
     }
 
 

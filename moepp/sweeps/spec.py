@@ -99,6 +99,7 @@ class Sweep(Bounded):
     contrasts: dict[str, Contrast] = field(default_factory=dict)  # of the report: effects beside those of single arms
     trend: Trend | None = None
     primary: Primary | None = None
+    predictions: list[str] = field(default_factory=list)  # of what will be found, registered with or without a primary
     exclusions: Exclusions = field(default_factory=Exclusions)
     registered: Literal["before the start", "after the start"] = "before the start"  # moepp/sweeps/registration.py
     notes: list[str] = field(default_factory=list)  # what is to be known when the report is read

@@ -204,6 +204,7 @@ def test_verdict_on_clear_data(tmp_path):
         and "2 go the paper's way, 1 against it (vanilla has the lower loss, the paper has no_residual)" in said[2]
     )
     assert f"{FULL} 1.20x (ideal for its FFN compute 1.33x, paper 1.22x). Fastest: {FULL}." in said[3]
+    assert said[4].endswith(f"no slower, so it pays in equal training time too: {FULL} (1.20 times as fast).")
 
 
 def test_verdict_on_noise(tmp_path):

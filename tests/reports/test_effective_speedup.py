@@ -3,7 +3,9 @@ import pytest
 from synthetic_sweep import write_run, write_sweep
 
 from moepp.records import read_json, write_json
+from moepp.reports.comparison import Design, compare
 from moepp.reports.effective_speedup import crossing, effective_speedup, loss_at_length
+from moepp.reports.figures import equal_time
 from moepp.reports.results import load_sweep_results
 
 LENGTHS = [0.75, 1.0, 1.25, 1.5]
@@ -86,6 +88,14 @@ def test_tokens_and_time_against_the_baseline(directory):
     assert effective_speedup(load_sweep_results(directory), "vanilla") is None
 
 
+def test_the_figure_of_equal_time_sets_arms_beside_the_baselines_lengths(directory):
+    shown = equal_time(compare(Design(("vanilla", "better")), load_sweep_results(directory))).data
+    rows = [(arm, time, n, round(loss, 4)) for arm, time, n, loss, *_ in shown.rows]
+    lengths = [("vanilla", 0.75, 2, 3.35), ("vanilla", 1.0, 2, 3.1), ("vanilla", 1.5, 2, 2.85)]
+    assert rows == [*lengths, ("better", 0.5, 2, 2.975)] and "n = 2 seeds" in shown.caption
+
+
 def test_one_length_says_nothing(tmp_path):
     results = load_sweep_results(write_sweep(tmp_path, {"vanilla": {0: 3.0}, "better": {0: 2.9}}))
     assert effective_speedup(results, "better") is None
+    assert equal_time(compare(Design(("vanilla", "better")), results)) is None

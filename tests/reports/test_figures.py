@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from drawn_text import faults
 
-from moepp.reports.figures import curves_figure, differences_figure, speedup_figure
+from moepp.reports.figures import curves_figure, differences_figure, equal_time_figure, speedup_figure
 from moepp.reports.trend import trend_figure
 from moepp.statistics.style import styled
 
@@ -33,12 +33,18 @@ def rows_of(arms):
     return curve, difference, speed
 
 
+def timed(arms):
+    names = [BASELINE, BASELINE, *(f"arm_{i}_with_a_long_name" for i in range(1, arms))]
+    return [(name, 0.8 + 0.1 * i, 2, 5 - 0.1 * i, None, None) for i, name in enumerate(names)]
+
+
 @pytest.mark.parametrize("arms", [2, 8, 20])
 def test_no_text_is_cut_or_covered_however_many_arms_there_are(arms):
     curve, difference, speed = rows_of(arms)
     assert faults(drawn(curves_figure(curve, BASELINE, [2] * arms))) == []
     assert faults(drawn(differences_figure(difference, BASELINE))) == []
     assert faults(drawn(speedup_figure(speed, BASELINE))) == []
+    assert faults(drawn(equal_time_figure(timed(arms), BASELINE))) == []
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: "-".join(path.relative_to(RESULTS).parts))

@@ -88,7 +88,8 @@ def test_the_report_has_the_papers_numbers_the_verdict_and_the_command(report):
     text = (report / "report.md").read_text()
     assert "python run.py reproduce table6 --scale laptop" in text
     assert f"| {FULL} | 3 | 3.1100 ± " in text and "| 47.7 | +1.1 |" in text
-    assert "Lower validation loss than vanilla, beyond noise" in text and "Hardware: cpu two cores." in text
+    assert "Hardware: cpu two cores." in text
+    assert "- Secondary, no_residual minus vanilla: +0.1" in text and "Effect of the gating residual" not in text
     assert "nan" not in text.lower() and "Missing runs" not in text
 
 

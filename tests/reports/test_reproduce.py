@@ -150,6 +150,7 @@ def test_trials_are_scored_on_tasks_between_training_and_report(monkeypatch, tmp
     monkeypatch.setattr("moepp.evaluation.commands.evaluate_sweep", lambda *asked: done.append(asked))
     monkeypatch.setattr(reproduce, "_publish", lambda *_: done.append("reported"))
     (tmp_path / "sciq.jsonl").touch()
+    write_json(tmp_path / "sweep.json", {"trials": []})
     reproduce.reproduce("table5", "smoke", flags={"tasks": "sciq", "tasks_dir": str(tmp_path), "limit": "5"})
     assert done == ["trained", "timed", (tmp_path, "sciq", tmp_path, 5), "reported"]
     assert read_json(tmp_path / "tasks.json") == {"tasks": "sciq", "tasks_dir": str(tmp_path), "limit": "5"}

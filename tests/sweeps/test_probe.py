@@ -49,7 +49,7 @@ def test_arms_that_cost_the_same_share_a_probe_and_the_rest_is_estimated(tmp_pat
     toy, extra = timed(**rates, **taus)
     seconds = step_seconds(tmp_path, toy.trials("smoke", extra), threads=1, most=3)
     assert measured == [3] and len(set(list(seconds.values())[:5])) == 1
-    assert seconds["tau4"] == pytest.approx((0.2 + 0.1 + 0.1) / 3)  # vanilla's tau is 0.75
+    assert seconds["tau4"] == pytest.approx((0.2 + 0.1 + 0.2) / 3)  # every other one: of tau 0.75, 0.4 and 0.6
 
 
 def test_arms_get_the_steps_that_fit_into_the_baselines_time(tmp_path, measured):

@@ -2,6 +2,7 @@ import pytest
 
 from moepp.errors import UsageError
 from moepp.records import RunRecord, read_json, write_json
+from moepp.reports.registration import what_was_registered
 from moepp.sweeps.registration import register
 from moepp.sweeps.spec import read_sweep
 
@@ -53,6 +54,16 @@ def test_a_plan_says_what_is_compared_and_how_it_is_judged(toy):
     assert plan["power"]["detectable"]["primary"] == pytest.approx(0.01, rel=0.01)  # 1.00 deviations of 10 pairs
     assert "before the start" in plan["when"] and "show a difference of 0.0100" in said[1]
     assert list(registered(toy(), "laptop")[1]["secondary"]) == ["half", "half over whole"]
+
+
+def test_predictions_need_no_contrast(toy):
+    said, plan = registered(
+        toy("primary: {contrast: moepp, smallest: 0.02, sd: 0.01}", "predictions: [The law holds.]")
+    )
+    assert plan["predictions"] == ["The law holds."] and not {"primary", "secondary", "test", "power"} & plan.keys()
+    assert len(said) == 1 and what_was_registered(plan)[1:3] == [
+        "Prediction: The law holds.", "Arms: vanilla, moepp; seeds 0, 1, 2, 3, 4, 5, 6, 7, 8, 9.",
+    ]  # fmt: skip
 
 
 def test_runs_of_other_lengths_are_no_arms_of_a_plan(toy):
