@@ -114,7 +114,9 @@ def _step(config: "RunConfig") -> Callable[[], None]:
     module = LanguageModel.of_run(config, end_of_text=0).to(device)
     optimizer = build_optimizer(module, config.optim)
     shape = (config.data.batch_size // config.trainer.accumulate, config.data.seq_len + 1)
-    tokens = torch.randint(config.model.vocab_size, shape, device=device)
+    # A model of transformers says its vocabulary once its run begins: its embedding knows already.
+    tables = [part.num_embeddings for part in module.modules() if isinstance(part, torch.nn.Embedding)]
+    tokens = torch.randint(min([config.model.vocab_size, *tables]), shape, device=device)
     for layer in module.model.moe_layers() if hasattr(module.model, "moe_layers") else ():
         _balance(layer, tokens[:, 1:].numel(), device)
 

@@ -11,6 +11,7 @@ from moepp.config import load
 from moepp.models import packaged
 from moepp.reports import reproduce
 from moepp.sweeps.job import Job
+from moepp.sweeps.probe import step_seconds
 from moepp.sweeps.spec import read_sweep
 from moepp.sweeps.timing import time_arms
 from moepp.training import foreign
@@ -48,3 +49,9 @@ def test_the_study_reports_each_stage(tmp_path, monkeypatch, capsys):
     assert float(rows["scaled copy", "0.75"][0]) > 0 and rows["copy", "0.5"][2] == "–" != rows["all", "0.75"][2]
     assert rows["zero", "0.75"][0] != rows["zero", "0.75"][1]  # before the first step, and after the last
     assert "Expert forward" in text and "Not timed" not in text
+
+
+def test_a_step_is_timed_before_the_first_phase_has_said_the_vocabulary(tmp_path, monkeypatch):
+    monkeypatch.setattr("moepp.sweeps.probe.SECONDS", 0.01)
+    trials = read_sweep("retrofit").trials("smoke", ["trainer.accelerator=cpu"])
+    assert step_seconds(tmp_path, trials[:1], threads=1)[trials[0].arm] > 0
