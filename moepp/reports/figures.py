@@ -183,8 +183,10 @@ def _draw_equal_time(rows: Rows, baseline: str):
         axes.errorbar(time, loss, yerr=half_widths, **shape, **{**look[arm], **({} if arm == baseline else {"ls": ""})})
         said = [f"{arm}: {mean:.4f} in {at:.2f} times the time, n = {n}" for _, at, n, mean, *_ in own]
         hover(axes, zip(time, loss, said, strict=True))
+    lengths = [row[1] for row in rows if row[0] == baseline]
     axes.set_xscale("log")
     plain_log(axes.xaxis)
+    axes.set_xticks(lengths, [f"{length:g}" for length in lengths])
     axes.set_xlabel(wrapped(f"training time over that of {baseline}", 56))
     axes.set_ylabel("validation loss, nats per token")
     figure.legend(loc="outside right upper")

@@ -34,7 +34,6 @@ class Trace:
     position_T: np.ndarray
     nats_T: np.ndarray  # minus the log-probability of the token given what stands before it
     expert_LTK: np.ndarray  # id N in slots that are not used
-    gate_LTK: np.ndarray
     probs_LTN: np.ndarray  # the router's scores: the softmax, or the ReLU where that selects
 
 
@@ -85,7 +84,7 @@ def trace(
             nats.view(len(batch), -1)[counted_BS[:, 1:]].cpu().numpy(),
             *(
                 torch.stack([getattr(routing, name)[kept] for routing in routings]).float().cpu().numpy().astype(dtype)
-                for name, dtype in (("expert_TK", np.int64), ("gate_TK", np.float32), ("probs_TN", np.float32))
+                for name, dtype in (("expert_TK", np.int64), ("probs_TN", np.float32))
             ),
         )
 

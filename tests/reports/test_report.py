@@ -89,7 +89,7 @@ def test_the_report_has_the_papers_numbers_the_verdict_and_the_command(report):
     assert "python run.py reproduce table6 --scale laptop" in text
     assert f"| {FULL} | 3 | 3.1100 ± " in text and "| 47.7 | +1.1 |" in text
     assert "Hardware: cpu two cores." in text
-    assert "- Secondary, no_residual minus vanilla: +0.1" in text and "Effect of the gating residual" not in text
+    assert "- Secondary, no_residual minus vanilla: -0.0010" in text and "Effect of the gating residual" not in text
     assert "nan" not in text.lower() and "Missing runs" not in text
 
 
