@@ -430,7 +430,7 @@ def sync(overrides: Sequence[str]) -> None:
 
 
 @commands.command(examples=["layer --scale laptop", "layer --ffn 8 16 --tokens 4096 --routing learned", "training"])
-@click.argument("what", type=Word(["card", "layer", "training", "parallel"]), metavar="WHAT")
+@click.argument("what", type=Word(["card", "layer", "training", "scoring", "parallel"]), metavar="WHAT")
 @click.option("--scale", help="smoke, laptop, gpu or paper, as far as the benchmark has them.")
 @wide
 @minutes(help="Measure nothing that would not end in time, and say what.")
@@ -449,9 +449,9 @@ def sync(overrides: Sequence[str]) -> None:
     help="Folder of the results, where the same command goes on; else results/bench_<what>/latest.",
 )
 def bench(what: str, scale: str | None, minutes: float | None, out: Path | None, **given: Any) -> None:
-    """Time the device, the expert layer beside its floor and its peers, or training.
+    """Time the device, the expert layer beside its floor and its peers, training, or the scoring of tasks.
 
-    WHAT is card, layer, training, or parallel: what experts on several devices send.
+    WHAT is card, layer, training, scoring, or parallel: what experts on several devices send.
     """
     with working("loading torch"):
         from moepp.benchmarks.commands import bench

@@ -39,6 +39,18 @@ SIZES = {
     "decoder_sparse_step": 1, "num_layers": 2, "d_model": 32, "d_ff": 48, "d_kv": 8, "num_heads": 4, "depth": 1,
     "num_decoder_layers": 2, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 4,
 }  # fmt: skip
+ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+OWN_SIZES = {  # of families that take no such sizes, or have no default where they need one
+    "deepseek_ocr2": {"mlp_layer_types": ["sparse"] * 3, "n_group": None, "topk_group": None},
+    "ernie4_5_vl_moe": {"moe_intermediate_size": [32, 32], "rope_parameters": ROPE | {"mrope_section": [1, 1, 2]}},
+    "glm4v_moe": {"rope_parameters": ROPE | {"mrope_section": [2, 1, 1]}},
+    "hy_v4_vl": {"rope_parameters": ROPE | {"mrope_section": [2, 1, 1]}},
+    "mistral4": {"head_dim": 16},
+    "qwen4_exp": {
+        "layer_types": ["indexed_attention", "linear_attention", "indexed_attention"], "indexer_n_heads": 2,
+        "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 4, "indexer_compress_ratio": 2, "hc_lowrank": 8,
+    },
+}  # fmt: skip
 IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
@@ -52,7 +64,8 @@ def families() -> list[str]:
 def text_config(family: str) -> Any:
     """The default one; of a multimodal family that of its text model."""
     mapping = transformers.CONFIG_MAPPING
-    return mapping[family if family in mapping else family.replace("_", "-")]().get_text_config(decoder=True)
+    name = next(name for name in (family, family.replace("_", "-"), f"{family}_text") if name in mapping)
+    return mapping[name]().get_text_config(decoder=True)
 
 
 def made(config: Any) -> torch.nn.Module:
@@ -83,7 +96,7 @@ def tiny(family: str) -> torch.nn.Module:
     if getattr(config, "n_shared_experts", 0) is None:
         known["n_shared_experts"] = 1
     torch.manual_seed(0)
-    model = made(type(config)(**known))
+    model = made(type(config)(**known | OWN_SIZES.get(family, {})))
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.2)

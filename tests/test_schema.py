@@ -22,8 +22,8 @@ data.hub.config data.hub.split data.hub.revision data.sources.id data.sources.co
 data.sources.revision data.sources.text_column data.tokenizer data.end_of_text data.cache data.digest tracking.uri
 tracking.experiment tags sweep.name sweep.question sweep.paper sweep.plugins sweep.base sweep.scales.set
 sweep.scales.arms sweep.scales.seeds sweep.baseline sweep.storage sweep.seeds sweep.objective sweep.lengthened
-sweep.contrasts.arms sweep.contrasts.minus sweep.trend.x sweep.trend.series sweep.primary.contrast sweep.notes
-sweep.file launcher.slurm.partition launcher.slurm.parameters launcher.ray.address
+sweep.contrasts.arms sweep.contrasts.minus sweep.trend.x sweep.trend.series sweep.primary.contrast sweep.predictions
+sweep.notes sweep.file launcher.slurm.partition launcher.slurm.parameters launcher.ray.address
 """
 
 

@@ -8,11 +8,13 @@ from moepp.benchmarks.card import CardBenchmark
 from moepp.benchmarks.folder import run_benchmark
 from moepp.benchmarks.layer import LayerBenchmark
 from moepp.benchmarks.parallel import ParallelBenchmark, run_parallel, traffic_table
+from moepp.benchmarks.scoring import ScoringBenchmark
 from moepp.benchmarks.training import TrainingBenchmark
 from moepp.errors import UsageError
 
 KINDS = {
-    "card": CardBenchmark, "layer": LayerBenchmark, "training": TrainingBenchmark, "parallel": ParallelBenchmark,
+    "card": CardBenchmark, "layer": LayerBenchmark, "training": TrainingBenchmark, "scoring": ScoringBenchmark,
+    "parallel": ParallelBenchmark,
 }  # fmt: skip
 FLAGS = {"routings": "routing"}  # fields that are called otherwise on the command line
 

@@ -209,16 +209,20 @@ class _Wire:
         """Exchanges begin together on all devices of a group, so that their time holds no waiting for a slow one."""
         original = dist.all_to_all_single
 
-        def watched(received: Tensor, sent: Tensor, into: list[int], out: list[int], group: dist.ProcessGroup) -> None:
+        def watched(
+            received: Tensor, sent: Tensor, into: list[int], out: list[int], group: dist.ProcessGroup, async_op: bool
+        ) -> dist.Work:
             elsewhere = [rows for peer, rows in enumerate(out) if peer != dist.get_rank(group)]
             self.bytes += sent.shape[1] * sent.element_size() * sum(elsewhere)
             self.messages += sum(rows > 0 for rows in elsewhere)
             dist.barrier(group)
             _synchronize(sent.device)
             begin = time.perf_counter()
-            original(received, sent, into, out, group=group)
+            work = original(received, sent, into, out, group=group, async_op=async_op)
+            work.wait()
             _synchronize(sent.device)
             self.seconds += time.perf_counter() - begin
+            return work
 
         dist.all_to_all_single = watched
         try:

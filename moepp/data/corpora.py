@@ -1,16 +1,12 @@
-"""The documents of each corpus, and which of them are held out."""
+"""The documents of each corpus, and what decides them."""
 
 import glob
-import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
-
-import numpy as np
+from typing import Any, TypeVar
 
 from moepp import plugins, register
 from moepp.data import hub
@@ -18,11 +14,6 @@ from moepp.data.files import BadRows, file_texts, is_json, sha256
 from moepp.data.settings import DataConfig, SourceConfig
 from moepp.errors import UsageError
 
-if TYPE_CHECKING:
-    from pyarrow import Table
-
-MOST_LOST = 0.5  # share of the documents that may be left out
-DOCUMENTS_AT_A_TIME = 100  # held in memory; they may be whole books
 T = TypeVar("T")
 
 
@@ -169,81 +160,6 @@ def corpus_of(config: DataConfig) -> Corpus:
 def message_names(config: DataConfig) -> dict[str, str]:
     """Year, president and number ("1790-Washington-1") of each message of the default corpus, by its text."""
     return {path.read_text(encoding="utf-8-sig"): path.stem for path in corpus_of(config).files()}
-
-
-def load_documents(config: DataConfig, path: Path, progress: bool) -> tuple["Table", int]:
-    """All documents that are not blank, as a table mapped from the new file `path`, with the columns `text` and `hash`;
-    and how many bad ones were left out. Raises UsageError where these are most of them.
-
-    A corpus is read once here and the table several times afterwards, so a streamed one crosses the network once.
-    """
-    import pyarrow as pa
-
-    schema = pa.schema({"text": pa.large_string(), "hash": pa.int64()})
-    corpus = corpus_of(config)
-    rows = _rows(corpus, progress)
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as table:
-        while batch := list(itertools.islice(rows, DOCUMENTS_AT_A_TIME)):
-            table.write_batch(pa.RecordBatch.from_pylist(batch, schema))
-    found = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    refuse_most_lost("cannot be read as text", corpus.bad.count, corpus.bad.count + len(found))
-    return found, corpus.bad.count
-
-
-def refuse_most_lost(how: str, lost: int, documents: int) -> None:
-    """Raises UsageError for a corpus in which most documents vanish."""
-    if lost > MOST_LOST * documents:
-        raise UsageError(
-            f"{lost:,} of {documents:,} documents {how}, more than the {MOST_LOST:.0%} that may be left out; check"
-            " data.path, data.text_column, data.separator and data.tokenizer"
-        )
-
-
-def content_hash(text: str, seed: int) -> int:
-    """63 bits (Arrow's integers are signed) of a hash of the text, keyed by `seed`."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest()) >> 1
-
-
-def held_out(table: "Table", val_share: float) -> np.ndarray:
-    """Which documents are held out, [documents] of bool: those that hash into the lowest `val_share`.
-
-    The side depends on a document's content alone, so equal documents share it and a growing corpus never moves one.
-    Where that would leave a side empty, the lowest hash is held out, or the highest kept. Raises UsageError for fewer
-    than two different documents.
-    """
-    hashes = table["hash"].to_numpy()
-    lowest, highest = int(hashes.min()), int(hashes.max())
-    if lowest == highest:
-        raise UsageError(
-            f"the corpus has {len(hashes)} document(s), all alike, and none can be held out; "
-            "give more files, or split them into documents with data.separator"
-        )
-    return hashes < min(max(int(val_share * 2**63), lowest + 1), highest)
-
-
-def texts(table: "Table", chosen: np.ndarray, purpose: str, progress: bool) -> Iterator[str]:
-    """The `chosen` documents of a table in order, under a progress bar that names the purpose."""
-    from tqdm import tqdm
-
-    begin = 0
-    with tqdm(total=int(chosen.sum()), desc=purpose, unit=" documents", disable=not progress) as bar:
-        for batch in table.to_batches():
-            for row in np.flatnonzero(chosen[begin : begin + len(batch)]):
-                yield batch["text"][row].as_py()
-                bar.update()
-            begin += len(batch)
-
-
-def _rows(corpus: Corpus, progress: bool) -> Iterator[dict[str, Any]]:
-    from tqdm import tqdm
-
-    blank = True
-    for text in tqdm(corpus.texts(), desc="reading", unit=" documents", disable=not progress):
-        if text.strip():
-            blank = False
-            yield {"text": text, "hash": content_hash(text, corpus.config.split_seed)}
-    if blank:
-        raise UsageError(f"data.corpus={corpus.config.corpus} holds no text")
 
 
 def interleave(streams: Mapping[str, Iterator[str]], shares: Mapping[str, float]) -> Iterator[str]:

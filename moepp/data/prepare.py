@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
@@ -10,12 +11,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moepp import register
 from moepp.data.settings import DataConfig
-from moepp.data.token_files import DTYPES, FORMAT, Header, TokenFiles
+from moepp.data.token_files import DTYPES, FORMAT, Counts, Header, TokenFiles
 from moepp.errors import RunError, UsageError
 from moepp.locks import locked
+from moepp.records import TOKENIZER, read_json, write_json
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from moepp.data.documents import Documents
 
 
 def token_digest(config: DataConfig) -> str:
@@ -116,54 +124,100 @@ def _only_builder(folder: Path) -> Iterator[bool]:
 
 
 def _build(config: DataConfig, folder: Path, progress: bool, alone: bool) -> None:
-    """Makes everything beside `folder` and renames it there at the end: `folder` exists whole or not at all."""
-    from moepp.data import corpora
-    from moepp.data.tokenizer import LossCount, end_of_text, load_tokenizer, train_bpe, write_split
-
-    for abandoned in folder.parent.glob(f".{folder.name}-*") if alone else ():  # by a builder that was killed
-        shutil.rmtree(abandoned)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    """Makes everything beside `folder` and renames it there at the end: `folder` exists whole or not at all. Who is
+    alone goes on where a builder before was killed.
+    """
+    if alone:
+        scratch = folder.with_name(f".{folder.name}")
+    else:
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        documents, skipped = corpora.load_documents(config, scratch / "documents", progress)
-        val = corpora.held_out(documents, config.val_share)
-        trained = config.tokenizer == "bpe"
-        if trained:
-            tokenizer = train_bpe(corpora.texts(documents, ~val, "training the tokenizer", progress), config.vocab_size)
-        else:
-            tokenizer = load_tokenizer(Path(config.tokenizer).expanduser())
-        folder_of_tokenizer = None if trained else Path(config.tokenizer).expanduser().parent
-        end = end_of_text(tokenizer, folder_of_tokenizer, config.end_of_text)
-        result = scratch / "tokens"
-        result.mkdir()
-        tokenizer.save(str(result / "tokenizer.json"))
-        vocab_size = max(tokenizer.get_vocab().values()) + 1
-        dtype = DTYPES[vocab_size > 2**16]
-        train_texts, val_texts = (corpora.texts(documents, side, "tokenising", progress) for side in (~val, val))
-        loss = None if trained else LossCount(tokenizer)  # a byte-level BPE loses nothing
-        # The held-out texts first: they are few, and tell whether the tokenizer is one for this text.
-        held_out = write_split(tokenizer, end, val_texts, dtype, result / "val.bin", result / "val.lengths.bin", loss)
-        if loss:
-            loss.refuse(config.tokenizer)
-        kept = write_split(tokenizer, end, train_texts, dtype, result / "train.bin")
-        vanished = len(documents) - kept.documents - held_out.documents
-        corpora.refuse_most_lost("have not one token", vanished, len(documents))
-        header = Header(
-            format=FORMAT,
-            digest=folder.name,
-            dtype=dtype,
-            vocab_size=vocab_size,
-            end_of_text=end,
-            corpus=corpora.corpus_of(config).origin(),
-            train=kept,
-            val=held_out,
-            bad_rows=skipped,
-            without_tokens=vanished,
-            lost_characters=loss.lost if loss else 0,
-        )
-        (result / "header.json").write_text(json.dumps(asdict(header), indent=1) + "\n")
-        os.rename(result, folder)
+        _discard_of_others(scratch)
+        os.rename(_tokens(config, scratch, folder.name, progress), folder)
+        shutil.rmtree(scratch)
     except OSError as error:
         if alone or not folder.is_dir():
             raise RunError(f"cannot write tokens to {folder.parent}: {error}") from error
-    finally:
+    except UsageError:  # it would be the same again
         shutil.rmtree(scratch)
+        raise
+    finally:
+        if not alone:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _discard_of_others(scratch: Path) -> None:
+    """What other versions have begun is begun anew: they may cut elsewhere."""
+    from moepp.data.documents import SHARD_BYTES
+
+    made_by = {"shard_bytes": SHARD_BYTES, "tokenizers": importlib.metadata.version("tokenizers")}
+    if read_json(scratch / "made_by.json") != made_by:
+        shutil.rmtree(scratch, ignore_errors=True)
+        write_json(scratch / "made_by.json", made_by)
+
+
+def _tokens(config: DataConfig, scratch: Path, digest: str, progress: bool) -> Path:
+    """A folder of token files in `scratch`, which may hold what was finished before."""
+    from moepp.data import corpora, documents, shards
+    from moepp.data.tokenizer import end_of_text
+
+    corpus = corpora.corpus_of(config)
+    found = documents.store(corpus, scratch / shards.DOCUMENTS, progress)
+    below = found.held_out_below(config.val_share)
+    tokenizer = _tokenizer(config, found, below, scratch / TOKENIZER, progress)
+    vocab_size = max(tokenizer.get_vocab().values()) + 1
+    folder_of_tokenizer = None if config.tokenizer == "bpe" else Path(config.tokenizer).expanduser().parent
+    end = end_of_text(tokenizer, folder_of_tokenizer, config.end_of_text)
+    job = shards.TokenJob(end, DTYPES[vocab_size > 2**16], below)
+    write_json(scratch / shards.JOB, asdict(job))
+    # The held-out texts first: they are few, and tell whether the tokenizer is one for this text.
+    val = shards.tokenise(scratch, "val", progress)
+    val.refuse_loss(config.tokenizer)
+    train = shards.tokenise(scratch, "train", progress)
+    vanished = found.count - train.documents - val.documents
+    documents.refuse_most_lost("have not one token", vanished, found.count)
+    header = Header(
+        format=FORMAT,
+        digest=digest,
+        dtype=job.dtype,
+        vocab_size=vocab_size,
+        end_of_text=end,
+        corpus=corpus.origin(),
+        train=Counts(train.documents, train.tokens, train.bytes),
+        val=Counts(val.documents, val.tokens, val.bytes),
+        bad_rows=found.bad_rows,
+        without_tokens=vanished,
+        lost_characters=val.lost,
+    )
+    return _joined(scratch, header)
+
+
+def _tokenizer(config: DataConfig, found: "Documents", below: int, path: Path, progress: bool) -> "Tokenizer":
+    """The one in the file, which is trained or copied there first."""
+    from tqdm import tqdm
+
+    from moepp.data.tokenizer import load_tokenizer, train_bpe
+
+    if not path.is_file():
+        if config.tokenizer == "bpe":
+            texts = found.all_texts(below, held_out=False)
+            bar = tqdm(texts, desc="training the tokenizer", unit=" documents", disable=not progress)
+            made = train_bpe(bar, config.vocab_size)
+        else:
+            made = load_tokenizer(Path(config.tokenizer).expanduser())
+        made.save(str(path.with_suffix(".part")))
+        os.replace(path.with_suffix(".part"), path)
+    return load_tokenizer(path)
+
+
+def _joined(scratch: Path, header: Header) -> Path:
+    from moepp.data import shards
+
+    result = scratch / "tokens"
+    result.mkdir(exist_ok=True)
+    shutil.copy(scratch / TOKENIZER, result)
+    shards.join_shards(scratch, "train", shards.IDS, result / "train.bin")
+    shards.join_shards(scratch, "val", shards.IDS, result / "val.bin")
+    shards.join_shards(scratch, "val", shards.LENGTHS, result / "val.lengths.bin")
+    write_json(result / "header.json", asdict(header))
+    return result

@@ -1,10 +1,9 @@
 """Text to token ids by a byte-level BPE trained on the corpus or any tokenizer.json; bytes per token."""
 
 import json
-import os
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,6 +25,14 @@ WHOLE = 2**25  # characters of a text that is tokenised in one piece, which take
 PIECE, SEARCHED = 2**22, 2**16  # characters of a piece of any longer text, and of its end where a space is looked for
 SPACE = re.compile(r"(?<=\S) (?=\S)")
 MOST_LOST = 0.01  # share of the text that a tokenizer may drop
+# A space before a word, and what of ASCII follows a letter or a digit and is neither.
+WORD_STARTS = re.compile(r"(?= \S)|(?<=[A-Za-z0-9])(?=[\x00-/:-@\[-`{-\x7f])")
+WORDS, LONGEST_WORD = 2**20, 64  # whose ids are kept, by a process: some 150 MB
+# How these split text, "{}" for how many digits they take together.
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -117,7 +124,7 @@ def encode(
     tokenizer: Tokenizer, texts: Iterable[str], offsets: bool = True
 ) -> Iterator[tuple[str, Encoding | Encoded]]:
     """Each text with its encoding, ids and character offsets, in order; texts without a single token are left out.
-    Without `offsets`, which are 0 then, it takes two thirds of the time.
+    Without `offsets`, which are 0 then, it takes less time.
 
     A special token's name inside a text is text: it is spelt out and cannot end a document. A text longer than WHOLE is
     tokenised in pieces. The next batch is tokenised while one is worked on.
@@ -146,6 +153,71 @@ def _encode_batch(
     return batch, call(batch, add_special_tokens=False)
 
 
+def ids_of(tokenizer: Tokenizer, dtype: str) -> Callable[[Iterable[str]], Iterator[tuple[str, bytes]]]:
+    """What makes, as `encode` does, of each text its ids alone, as they lie in a file. It remembers words."""
+    if splits_as_known(tokenizer):
+        tokenizer.encode_special_tokens = True
+        return WordIds(tokenizer, dtype).of_texts
+
+    def of_texts(texts: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+        for text, encoding in encode(tokenizer, texts, offsets=False):
+            yield text, np.array(encoding.ids, dtype).tobytes()
+
+    return of_texts
+
+
+class WordIds(dict[str, bytes]):
+    """Ids of the words of a text, each distinct one tokenised once: text has few of them. Of a tokenizer that
+    `splits_as_known` alone.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, dtype: str):
+        super().__init__()
+        self.tokenizer, self.dtype = tokenizer, dtype
+        added = tokenizer.get_added_tokens_decoder().values()
+        self.whole = [token.content for token in added if not token.special]  # tokens inside a text, too
+
+    def of_texts(self, texts: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+        for text in texts:
+            parts = (part for piece in pieces(text) for part in self._parts(piece))
+            if ids := b"".join(map(self.__getitem__, parts)):
+                yield text, ids
+
+    def _parts(self, text: str) -> list[str]:
+        return [text] if any(token in text for token in self.whole) else WORD_STARTS.split(text)
+
+    def __missing__(self, word: str) -> bytes:
+        ids = np.array(self.tokenizer.encode(word, add_special_tokens=False).ids, self.dtype).tobytes()
+        if len(self) < WORDS and len(word) <= LONGEST_WORD:
+            self[word] = ids
+        return ids
+
+
+def splits_as_known(tokenizer: Tokenizer) -> bool:
+    """Whether a text's ids are those of its parts by WORD_STARTS: those patterns of byte-level BPEs begin a token there
+    and look at nothing before it; where the part before ends in white space, they take this as they would have.
+    """
+    made = json.loads(tokenizer.to_str())
+    normalizer, composed = made["normalizer"], {"type": "NFC"}  # which composes no ASCII with what stands before it
+    added = any(token["normalized"] and not token["special"] for token in made["added_tokens"])
+    return (normalizer is None or (normalizer == composed and not added)) and _is_known(made["pre_tokenizer"])
+
+
+def _is_known(pre_tokenizer: dict[str, Any] | None) -> bool:
+    match pre_tokenizer:
+        case {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}:
+            return True  # GPT-2's
+        case {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+                {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False},
+            ],
+        }:
+            return pattern in (LLAMA3.format("{1,3}"), LLAMA3.format(""))  # Qwen's takes digits one by one
+    return False
+
+
 def pieces(text: str) -> Iterator[str]:
     """The text itself, or where it is longer than WHOLE its pieces, cut before a space within the words: no
     pre-tokenisation crosses it.
@@ -170,30 +242,55 @@ def _in_pieces(tokenizer: Tokenizer, text: str) -> Encoded:
     return Encoded(np.concatenate(ids), np.concatenate(offsets))
 
 
-def write_split(
-    tokenizer: Tokenizer,
-    end: int,
-    texts: Iterable[str],
-    dtype: str,
-    id_path: Path,
-    length_path: Path | None = None,
-    loss: "LossCount | None" = None,
-) -> Counts:
-    """Writes the ids of all texts, each ended by `end`, and where `length_path` is given the bytes per id. `loss`
-    counts what of them is lost.
+@dataclass(frozen=True)
+class Written(Counts):
+    """Of held-out texts also their characters beside white space, and how many of these are lost: dropped by the
+    tokenizer or unknown to it.
     """
-    documents = tokens = size = 0
-    with open(id_path, "wb") as ids, open(length_path or os.devnull, "wb") as lengths:
-        for text, encoding in encode(tokenizer, texts, offsets=bool(loss or length_path)):
-            np.array([*encoding.ids, end], dtype).tofile(ids)
-            if loss:
-                loss.add(text, encoding)
-            if length_path:
+
+    lost: int = 0
+    characters: int = 0
+
+    def refuse_loss(self, name: str) -> None:
+        """Raises UsageError where too many are lost."""
+        if self.lost > MOST_LOST * self.characters:
+            raise UsageError(
+                f"data.tokenizer={name} loses {self.lost / self.characters:.1%} of the held-out text ({self.lost:,}"
+                f" characters that are dropped or unknown to it), more than {MOST_LOST:.0%}; choose a tokenizer made"
+                " for this text"
+            )
+
+
+class Writer:
+    """Writes the ids of texts, each ended by `end`."""
+
+    def __init__(self, tokenizer: Tokenizer, end: int, dtype: str):
+        self.tokenizer, self.end, self.dtype = tokenizer, end, dtype
+        self.to_ids, self.loss = ids_of(tokenizer, dtype), LossCount(tokenizer)
+
+    def write(self, texts: Iterable[str], path: Path) -> Written:
+        documents = tokens = size = 0
+        end = np.array([self.end], self.dtype).tobytes()
+        with open(path, "wb") as file:
+            for text, ids in self.to_ids(texts):
+                tokens += file.write(ids + end) // len(end)
+                documents += 1
+                size += len(text.encode())
+        return Written(documents, tokens, size)
+
+    def write_measured(self, texts: Iterable[str], path: Path, length_path: Path) -> Written:
+        """And into a second file the bytes of text that each id stands for."""
+        documents = tokens = size = lost = characters = 0
+        with open(path, "wb") as ids, open(length_path, "wb") as lengths:
+            for text, encoding in encode(self.tokenizer, texts):
+                np.array([*encoding.ids, self.end], self.dtype).tofile(ids)
                 np.append(token_bytes(text, encoding.offsets), 0).astype(LENGTH_DTYPE).tofile(lengths)
-            documents += 1
-            tokens += len(encoding) + 1
-            size += len(text.encode())
-    return Counts(documents, tokens, size)
+                documents += 1
+                tokens += len(encoding) + 1
+                size += len(text.encode())
+                lost += self.loss.of(text, encoding)
+                characters += len(text) - sum(map(str.isspace, text))
+        return Written(documents, tokens, size, lost, characters)
 
 
 def token_bytes(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:
@@ -211,29 +308,20 @@ def token_bytes(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:
 
 
 class LossCount:
-    """Characters of texts that a tokenizer drops or makes an unknown token of, beside white space."""
+    """Counts the characters of a text that a tokenizer drops or makes an unknown token of, beside white space."""
 
     def __init__(self, tokenizer: Tokenizer):
         model = json.loads(tokenizer.to_str())["model"]
         name, number = model.get("unk_token"), model.get("unk_id")
         self._unknown = tokenizer.token_to_id(name) if isinstance(name, str) else number
-        self.lost = self.all = 0
 
-    def add(self, text: str, encoding: Encoding | Encoded) -> None:
+    def of(self, text: str, encoding: Encoding | Encoded) -> int:
         covered = np.zeros(len(text) + 1, dtype=np.int64)
         offsets, ids = np.asarray(encoding.offsets).reshape(-1, 2), np.asarray(encoding.ids)
         kept = offsets if self._unknown is None else offsets[ids != self._unknown]
         np.add.at(covered, kept[:, 0], 1)
         np.add.at(covered, kept[:, 1], -1)
-        self.lost += sum(not text[place].isspace() for place in np.flatnonzero(covered.cumsum()[:-1] <= 0))
-        self.all += len(text) - sum(map(str.isspace, text))
-
-    def refuse(self, name: str) -> None:
-        if self.lost > MOST_LOST * self.all:
-            raise UsageError(
-                f"data.tokenizer={name} loses {self.lost / self.all:.1%} of the held-out text ({self.lost:,} characters"
-                f" that are dropped or unknown to it), more than {MOST_LOST:.0%}; choose a tokenizer made for this text"
-            )
+        return sum(not text[place].isspace() for place in np.flatnonzero(covered.cumsum()[:-1] <= 0))
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from moepp.data.settings import DataConfig
 from moepp.data.tokenizer import end_of_text, load_tokenizer
 from moepp.errors import UsageError
+from moepp.layers.kernels.cpu import multiplies_bfloat16
 from moepp.models.attention import KeyValueCache
 from moepp.models.decoder import Decoder
 from moepp.models.official import load_official
@@ -71,8 +72,8 @@ def load_checkpoint(path: Path, device: str | None = None, dtype: torch.dtype | 
     """A finished run's directory, one of a run's checkpoint files, or a folder in the released layout.
 
     `device`: a GPU where there is one. `dtype` of the weights: a run's as saved, computing in the precision of its
-    training; a released checkpoint's bfloat16 on a GPU, float32 on a CPU. Raises UsageError or RunError in one line for
-    what cannot be loaded.
+    training; a released checkpoint's bfloat16, float32 on a CPU that does not multiply that itself. Raises UsageError
+    or RunError in one line for what cannot be loaded.
     """
     path, device = path.expanduser(), torch.device(device) if device else default_device()
     return (_run if is_run(path) else _official)(path, device, dtype)
@@ -106,7 +107,7 @@ def _those_of(folder: Path, names: Sequence[str]) -> list[Path]:
 
 def released_dtype(device: torch.device) -> torch.dtype:
     """In which a released checkpoint computes, unless another type is asked for."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if device.type == "cuda" or multiplies_bfloat16() else torch.float32
 
 
 def default_device() -> torch.device:

@@ -26,6 +26,7 @@ from moepp.models.weight_files import (
     read_json_object,
     read_tensors,
     some,
+    stored_dtype,
     write_tensors,
 )
 from moepp.records import write_json
@@ -79,11 +80,12 @@ SHARD_BYTES = 5 * 2**30
 
 def load_official(
     source: str | Path,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     attention: AttentionKernel = "plain",
 ) -> Decoder:
-    """The model of a checkpoint folder, or of a hub id `owner/name`, with parameters in `dtype` on `device`.
+    """The model of a checkpoint folder, or of a hub id `owner/name`, with parameters in `dtype`, that of the files
+    where none is given, on `device`.
 
     Reads safetensors or .bin weights, whole or sharded, one tensor at a time, so that they are never held twice.
     `attention` is "plain" to round as the released code does; "fused" is faster. Raises UsageError for a checkpoint
@@ -95,9 +97,9 @@ def load_official(
         config = replace(decoder_config(keys), attention=attention)
     except ValueError as error:
         raise UsageError(f"{folder / 'config.json'}: {error}") from None
-    with torch.device("meta"):
-        model = Decoder(config, seed=None).to(dtype)
     files = find_weights(folder)
+    with torch.device("meta"):
+        model = Decoder(config, seed=None).to(dtype or stored_dtype(files))
     _check(folder, {name: tensor.shape for file in files for name, tensor in map_tensors(file).items()}, model)
     tensors = official_tensors(model.to_empty(device=device))
     for file in files:

@@ -3,7 +3,8 @@
 import json
 import pickle
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,15 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise UsageError(f"{path} is not a mapping from names to tensors")
     return tensors
+
+
+def stored_dtype(files: Iterable[Path]) -> torch.dtype:
+    """The floating-point type of most of the weights, by their size in the files."""
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in (tensor for file in files for tensor in map_tensors(file).values()):
+        if tensor.is_floating_point():
+            sizes[tensor.dtype] += tensor.nbytes
+    return max(sizes, key=sizes.__getitem__, default=torch.float32)
 
 
 def read_tensors(path: Path, wanted: Container[str]) -> Iterator[tuple[str, Tensor]]:

@@ -14,7 +14,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from moepp.layers.dispatch import LocalDispatcher, SlotCounts
+from moepp.layers.dispatch import LocalDispatcher, Meanwhile, SlotCounts
 from moepp.layers.initial import uninitialized
 from moepp.layers.kernels.base import RoutedTokens
 from moepp.layers.moe import MoELayer
@@ -50,7 +50,9 @@ class RoutedFFN(nn.Module):
         self.dispatcher = SharedBatchDispatcher() if dist.is_initialized() else LocalDispatcher()
         self.owner = (layer,)  # not a part of this
 
-    def forward(self, tokens: RoutedTokens, counts: SlotCounts | None = None) -> Tensor:
+    def forward(
+        self, tokens: RoutedTokens, counts: SlotCounts | None = None, meanwhile: Meanwhile | None = None
+    ) -> Tensor:
         theirs = self.owner[0]
         gate_TE, map_TE = ffn_columns(tokens, theirs.config.num_moe_experts)
         rows, gates = theirs.preprocess(tokens.x_TD[:, None], gate_TE, map_TE)

@@ -26,7 +26,7 @@ from torchtitan.protocols.module import Module
 
 from moepp.errors import UsageError
 from moepp.layers.balance import selection_counts
-from moepp.layers.dispatch import LocalDispatcher, SlotCounts
+from moepp.layers.dispatch import LocalDispatcher, Meanwhile, SlotCounts
 from moepp.layers.initial import uninitialized
 from moepp.layers.kernels.base import RoutedTokens
 from moepp.layers.moe import MoELayer
@@ -63,7 +63,9 @@ class RoutedFFN(nn.Module):
         self.dispatcher = SharedBatchDispatcher() if dist.is_initialized() else LocalDispatcher()
         self.experts, self.routed = routed_experts.token_dispatcher.num_experts, (routed_experts,)
 
-    def forward(self, tokens: RoutedTokens, counts: SlotCounts | None = None) -> Tensor:
+    def forward(
+        self, tokens: RoutedTokens, counts: SlotCounts | None = None, meanwhile: Meanwhile | None = None
+    ) -> Tensor:
         count_E = selection_counts(tokens.expert_TK, self.experts).sum(0)
         routed_experts = self.routed[0]
         y_1TD = routed_experts(tokens.x_TD[None], tokens.gate_TK[None], tokens.expert_TK[None], count_E)

@@ -26,9 +26,8 @@ from moepp.statistics.style import (
     room_for,
     wrapped,
 )
-from moepp.statistics.tables import Cell, Table
+from moepp.statistics.tables import Cell, Rows, Table
 
-Rows = Sequence[Sequence[Cell]]
 EFFECT = "effect of "
 ROW = 0.32  # inches of a row of a difference
 SIDES = {"learned": {"color": BLUE}, "balanced": {"color": "0.85", "hatch": "////"}}

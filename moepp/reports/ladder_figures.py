@@ -9,9 +9,7 @@ from moepp.reports.ladder import FAMILIES, INTERVAL, Rung
 from moepp.statistics.power_law import PowerLaw
 from moepp.statistics.seeds import mean_interval
 from moepp.statistics.style import INK, Figure, axes_of, counted, hover, looks, plain_log
-from moepp.statistics.tables import Cell, Table
-
-Rows = Sequence[Sequence[Cell]]
+from moepp.statistics.tables import Rows, Table
 
 
 def losses_figure(rungs: Sequence[Rung], laws: Mapping[str, PowerLaw]) -> Figure:

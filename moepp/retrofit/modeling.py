@@ -7,11 +7,11 @@ Shape suffixes: T tokens, K slots of a token, D model width, E the family's own 
 zero), N = E + Z, C candidates for a token's slots, R rows of slots.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -345,9 +345,14 @@ def routers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, PlusPlusRouter)]
 
 
-def stack_of(path: str) -> str:
-    """Where a block's stack of layers begins: what stands before the layer's number."""
-    return path[: next((i for i, c in enumerate(path) if c.isdigit()), len(path))]
+def stacks(found: dict[str, tuple[nn.Module, nn.Module]]) -> list[list[tuple[nn.Module, nn.Module]]]:
+    """Blocks whose paths differ in numbers alone, in their order: experts of images, which see other tokens than those
+    of the text, are a stack of their own.
+    """
+    by_name: dict[str, list[tuple[nn.Module, nn.Module]]] = {}
+    for path, block in found.items():
+        by_name.setdefault(re.sub(r"\d+", "", path), []).append(block)
+    return list(by_name.values())
 
 
 def install(model: nn.Module, settings: dict[str, Any]) -> None:
@@ -355,10 +360,10 @@ def install(model: nn.Module, settings: dict[str, Any]) -> None:
     form = Form(**settings["form"] | {"groups": settings["form"]["groups"] and tuple(settings["form"]["groups"])})
     counts = {kind: settings[kind] for kind in ("constant", "copy", "zero")}
     chosen = {path: block for path, block in blocks(model).items() if path in settings["layers"]}
-    for _, stack in groupby(chosen.items(), lambda item: stack_of(item[0])):
+    for stack in stacks(chosen):
         carry = Carry()
         previous = None
-        for _, (router, experts) in stack:
+        for router, experts in stack:
             own = own_experts(router)
             router.__class__ = mixed(PlusPlusRouter, type(router), f"PlusPlus{type(router).__name__}")
             experts.__class__ = mixed(PlusPlusExperts, type(experts), f"PlusPlus{type(experts).__name__}")

@@ -235,7 +235,7 @@ def calibrate(
     Later layers see what earlier ones changed: passes are repeated until every layer is within `tolerance`. Offsets lie
     where no token's choice turns, so that a model routes alike on other devices and numbers of threads. `parallel` is
     the module around the model that is called in its place where all devices of a run calibrate together, each on
-    batches of its own.
+    batches of its own. Layers that no token reaches, such as those of images in a text, stay as they are.
     """
     require(model)
     found = routers(model)
@@ -312,7 +312,8 @@ def fit_copies(model: nn.Module, batches: Iterable[Any], parallel: nn.Module | N
             found = found.to(model.device)
             dist.all_reduce(found)
         product, square = found.tolist()
-        bank.copy_scale.fill_(product / square)
+        if square:
+            bank.copy_scale.fill_(product / square)
 
 
 def whole(parameter: Tensor) -> Tensor:
@@ -347,9 +348,9 @@ def listen(model: nn.Module, batches: Iterable[Any], parallel: nn.Module | None)
         for inputs in passes(model, batches, parallel):
             mask = inputs.get("attention_mask")
             if mask is not None and mask.dim() == 2:
-                for logits in heard.values():
+                for logits in filter(None, heard.values()):
                     logits[-1] = logits[-1][mask.flatten().bool().to(logits[-1].device)]
-    return {router: (torch.cat(logits), *biases[router]) for router, logits in heard.items()}
+    return {router: (torch.cat(logits), *biases[router]) for router, logits in heard.items() if logits}
 
 
 @contextmanager

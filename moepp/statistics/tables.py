@@ -12,6 +12,7 @@ from moepp.terminal import painted, width
 NONE = "–"  # no value: never NaN, never 0
 
 Cell = str | int | float | None
+Rows = Sequence[Sequence[Cell]]
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,7 @@ class MirroredRun:
         self, directory: Path, tracking: "TrackingConfig", runs: Path | str, name: str, start_ms: float | None = None
     ):
         self.client, experiment_id = connect(tracking, runs)
-        self._path = directory / "mlflow.json"
+        self._path, self._of_server = directory / "mlflow.json", is_server(store_uri(tracking, runs))
         with store_lock(runs):
             self.state: dict[str, Any] = read_json(self._path) or {}
             self._saved = deepcopy(self.state)
@@ -204,8 +204,8 @@ class MirroredRun:
         return sorted(found, key=lambda run: run.info.run_id)
 
     def _delete_doubles(self) -> None:
-        """A slow store may carry out a request after it was given up and made again."""
-        if "key" in self.state:
+        """A slow server may carry out a request after it was given up and made again."""
+        if self._of_server and "key" in self.state:
             for run in self._with_key(self.state["experiment_id"]):
                 if run.info.run_id != self.run_id:
                     self.client.delete_run(run.info.run_id)

@@ -4,13 +4,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Callback
 
-from moepp.errors import UsageError
 from moepp.models.foreign import RetrofitConfig
-from moepp.retrofit.modeling import routers
 from moepp.training.module import LanguageModel
 from moepp.training.recorded_trainer import within_step
 
@@ -27,21 +24,15 @@ class Awakening(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         if trainer.global_step:
             return
-        if any(hasattr(p, "full_tensor") for p in pl_module.parameters()):
-            raise UsageError("silent experts are calibrated on whole weights: choose strategy=single or ddp, or zeda")
         self.calibrate(trainer, pl_module)
         self.validate(trainer, pl_module)
         pl_module.model.wake(self.fraction(0))
 
     def calibrate(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
-        """On the batch of the step to come, each device's part of it: their offsets' mean is taken."""
+        """On the batch of the step to come, of which each device has a part."""
         ids = [batch[:, :-1].to(pl_module.device) for batch in trainer.datamodule.micro_batches(trainer.global_step)]
         with trainer.precision_plugin.train_step_context():
             pl_module.model.calibrate(ids)
-        if dist.is_initialized():
-            for router in routers(pl_module.model):
-                dist.all_reduce(router.calibrated)
-                router.calibrated /= dist.get_world_size()
 
     @torch.no_grad()
     def validate(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:

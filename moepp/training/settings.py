@@ -110,8 +110,8 @@ class StrategyConfig(Bounded, key="strategy"):
         super().__post_init__()
         if self.shard_size and self.name != "fsdp":
             raise ValueError(
-                f"strategy={self.name} shards over no group of devices: leave strategy.shard_size out, or choose "
-                "strategy=fsdp"
+                f"strategy={self.name} has no groups that shard the weights: leave strategy.shard_size out, or choose "
+                "strategy=fsdp, or strategy=expert_parallel, which divides the experts of each group's copy"
             )
         if self.checkpoints_in_parts and not self.divides_weights:
             raise ValueError(

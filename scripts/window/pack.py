@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from moepp.config import CONF
 from moepp.data import corpora
+from moepp.data.documents import store
 from moepp.data.settings import DataConfig
 from moepp.data.tokenizer import train_bpe
 from moepp.errors import RunError, UsageError
@@ -79,12 +78,13 @@ def _write_corpus(text: Path | None, path: Path, scratch: Path) -> dict[str, Any
         raise UsageError(f"--text {text}: no such file")
     separated = DataConfig(corpus="text", path=str(text), separator=r"\n\s*\n")
     config = separated if text else DataConfig(corpus="sotu")
-    table, _ = corpora.load_documents(config, scratch / "text", progress=False)
-    documents = list(_first(corpora.texts(table, np.ones(len(table), bool), "", progress=False)))
+    found = store(corpora.corpus_of(config), scratch / "text", progress=False)
+    documents = list(_first(found.all_texts(found.highest + 1, held_out=True)))
     lines = "".join(json.dumps({"text": document}, ensure_ascii=False) + "\n" for document in documents).encode()
     path.write_bytes(lzma.compress(lines, format=lzma.FORMAT_XZ, filters=DENSEST))
     licence = LICENCES.get(text.name, "as its owner states") if text else corpora.corpus_of(config).origin()
-    counts = {"documents": len(documents), "of_documents": len(table), "bytes": sum(len(d.encode()) for d in documents)}
+    size = sum(len(document.encode()) for document in documents)
+    counts = {"documents": len(documents), "of_documents": found.count, "bytes": size}
     return {"from": text.name if text else "the embedded corpus", "licence": licence, **counts}
 
 
@@ -100,8 +100,8 @@ def _first(documents: Iterator[str]) -> Iterator[str]:
 def _train_tokenizers(folder: Path, scratch: Path) -> None:
     """On the training side alone, of the split that the node will make."""
     config = DataConfig(corpus="text", path=str(folder / CORPUS))
-    table, _ = corpora.load_documents(config, scratch / "packed", progress=False)
-    train = ~corpora.held_out(table, VAL_SHARE)
+    found = store(corpora.corpus_of(config), scratch / "packed", progress=False)
+    below = found.held_out_below(VAL_SHARE)
     for vocabulary in VOCABULARIES:
-        tokenizer = train_bpe(corpora.texts(table, train, "", progress=False), vocabulary)
+        tokenizer = train_bpe(found.all_texts(below, held_out=False), vocabulary)
         tokenizer.save(str(folder / f"tokenizer-{vocabulary}.json"), pretty=False)

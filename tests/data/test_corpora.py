@@ -2,6 +2,8 @@ import gzip
 import json
 import lzma
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 from pyarrow import Table
@@ -9,6 +11,7 @@ from pyarrow.parquet import write_table
 from synthetic_corpus import texts, write_texts
 
 from moepp.data import corpora, files
+from moepp.data.documents import store
 from moepp.data.settings import DataConfig, HubConfig, SourceConfig
 from moepp.errors import UsageError
 
@@ -16,7 +19,8 @@ from moepp.errors import UsageError
 def read(tmp_path, **settings):
     """The documents of a corpus, in order."""
     config = DataConfig(cache=str(tmp_path / "cache"), **settings)
-    return corpora.load_documents(config, tmp_path / "table", progress=False)[0]["text"].to_pylist()
+    found = store(corpora.corpus_of(config), Path(tempfile.mkdtemp(dir=tmp_path)), progress=False)
+    return list(found.all_texts(found.highest + 1, held_out=True))
 
 
 def split(tmp_path, documents, share, seed=0):
@@ -24,9 +28,9 @@ def split(tmp_path, documents, share, seed=0):
     path = tmp_path / f"{seed}-{len(documents)}.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     config = DataConfig(corpus="text", path=str(path), split_seed=seed)
-    table, _ = corpora.load_documents(config, tmp_path / "table", progress=False)
-    val = corpora.held_out(table, share)
-    return tuple(list(corpora.texts(table, side, "", progress=False)) for side in (~val, val))
+    found = store(corpora.corpus_of(config), Path(tempfile.mkdtemp(dir=tmp_path)), progress=False)
+    below = found.held_out_below(share)
+    return tuple(list(found.all_texts(below, side)) for side in (False, True))
 
 
 def test_a_file_is_a_document_and_order_is_that_of_the_paths(tmp_path):

@@ -2,6 +2,8 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,9 +11,9 @@ from synthetic_corpus import texts, write_texts, write_token_folder
 from tokenizers import Tokenizer
 
 from moepp.config import compose
+from moepp.data import documents, shards, tokenizer
 from moepp.data import prepare as preparation
-from moepp.data import tokenizer
-from moepp.data.corpora import content_hash
+from moepp.data.documents import content_hash
 from moepp.data.prepare import prepare, token_digest
 from moepp.data.settings import DataConfig
 from moepp.errors import RunError, UsageError
@@ -41,10 +43,10 @@ def run_python(code, *arguments):
 
 def test_token_files_hold_every_document_once_and_in_order(prepared):
     trained = Tokenizer.from_file(str(prepared.path / "tokenizer.json"))
-    cut = np.sort([content_hash(text, 0) for text in texts(20)])[prepared.header.val.documents - 1]
+    cut = np.sort([content_hash(text.encode(), 0) for text in texts(20)])[prepared.header.val.documents - 1]
     sides = {"train": [], "val": []}
     for text in texts(20):
-        sides["val" if content_hash(text, 0) <= cut else "train"].append(text)
+        sides["val" if content_hash(text.encode(), 0) <= cut else "train"].append(text)
     for name, expected in sides.items():
         ids, counts = getattr(prepared, name), getattr(prepared.header, name)
         assert ids[-1] == prepared.header.end_of_text
@@ -65,11 +67,11 @@ def test_the_tokenizer_has_not_seen_held_out_text(tmp_path):
     for i in range(10):
         (tmp_path / f"{i}.txt").write_text(f"{i} " + "the cat sat on the mat " * 20)
     plain = text_config(tmp_path, tmp_path / "cache", vocab_size=280, val_share=0.1)
-    held_out = min((tmp_path / f"{i}.txt" for i in range(10)), key=lambda path: content_hash(path.read_text(), 0))
+    held_out = min((tmp_path / f"{i}.txt" for i in range(10)), key=lambda path: content_hash(path.read_bytes(), 0))
     unseen = next(
         text
         for k in range(1000)
-        if content_hash(text := f"{k} " + "zyx" * 200, 0) < content_hash(held_out.read_text(), 0)
+        if content_hash((text := f"{k} " + "zyx" * 200).encode(), 0) < content_hash(held_out.read_bytes(), 0)
     )
     held_out.write_text(unseen)
     files = prepare(plain, progress=False)
@@ -155,20 +157,88 @@ def failure(error):
     return fail
 
 
-def test_a_build_that_dies_leaves_nothing_that_is_taken_for_whole(corpus, tmp_path, monkeypatch):
-    config = text_config(corpus, tmp_path)
-    abandoned = tmp_path / f".{token_digest(config)}-killed"
-    (abandoned / "tokens").mkdir(parents=True)
+def shard_config(corpus, cache, monkeypatch, cores=1):
+    """Two or three documents a shard, on so many cores."""
+    monkeypatch.setattr(documents, "SHARD_BYTES", 700)
+    monkeypatch.setattr(documents, "BATCH_BYTES", 300)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
+    return text_config(corpus, cache)
+
+
+def contents(files):
+    return {path.name: path.read_bytes() for path in files.path.iterdir()}
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_shards_and_processes_change_no_byte(corpus, tmp_path, monkeypatch, prepared, cores):
+    config = shard_config(corpus, tmp_path, monkeypatch, cores)
+    assert contents(prepare(config, progress=False)) == contents(prepared)
+
+
+def test_a_build_that_was_killed_goes_on_where_it_was(corpus, tmp_path, monkeypatch, prepared):
+    """At every file that says that something is finished, with a kill before the next."""
+    config, made = shard_config(corpus, tmp_path, monkeypatch), []
+    writing = shards.Tokeniser.make
+
+    def one_more(worker, shard, progress):
+        if kill.armed and made and made[-1][0] == kill.call:
+            raise KeyboardInterrupt
+        writing(worker, shard, progress)
+        made.append((kill.call, worker.side, shard))
+
+    kill = SimpleNamespace(armed=True, call=0)
+    monkeypatch.setattr(shards.Tokeniser, "make", one_more)
+    while not (tmp_path / prepared.header.digest).is_dir():
+        kill.call += 1
+        with suppress(KeyboardInterrupt):
+            prepare(config, progress=False)
+    assert len({(side, shard) for _, side, shard in made}) == len(made) == kill.call > 8
+    assert contents(prepare(config, progress=False)) == contents(prepared)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [prepared.path.name, prepared.path.name + ".lock"]
+
+
+def test_the_documents_and_the_tokenizer_are_made_once(corpus, tmp_path, monkeypatch, prepared):
     with monkeypatch.context() as patch:
-        patch.setattr(preparation, "asdict", failure(KeyboardInterrupt()))  # all files but the header are there
+        patch.setattr(shards, "tokenise", failure(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(text_config(corpus, tmp_path), progress=False)
+    monkeypatch.setattr(documents, "_write_shards", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(tokenizer, "train_bpe", lambda *_: pytest.fail("trained again"))
+    assert contents(prepare(text_config(corpus, tmp_path), progress=False)) == contents(prepared)
+
+
+def test_what_another_version_began_is_begun_anew(corpus, tmp_path, monkeypatch, prepared):
+    with monkeypatch.context() as patch:
+        config = shard_config(corpus, tmp_path, patch)
+        patch.setattr(shards, "join_shards", failure(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             prepare(config, progress=False)
-    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
-    assert prepare(config, progress=False).header.train.documents
+    assert contents(prepare(config, progress=False)) == contents(prepared)
+
+
+def test_a_killed_process_ends_the_build_with_one_line_and_the_next_goes_on(corpus, tmp_path, monkeypatch, prepared):
+    def start_dying(command, log, environment):
+        log.write_text("reading\n")
+        return subprocess.Popen([sys.executable, "-c", "import os; os.abort()"])
+
+    config = shard_config(corpus, tmp_path, monkeypatch)
+    with monkeypatch.context() as patch:
+        shard_config(corpus, tmp_path, patch, cores=2)
+        patch.setattr(shards, "start", start_dying)
+        with pytest.raises(RunError, match=r"tokenises ended early: killed by SIGABRT; its last .* reading"):
+            prepare(config, progress=False)
+    assert contents(prepare(config, progress=False)) == contents(prepared)
+
+
+def test_a_text_that_no_version_of_the_corpus_could_mend_leaves_nothing(tmp_path):
+    (tmp_path / "a.txt").write_text("one document alone")
+    with pytest.raises(UsageError, match="none can be held out"):
+        prepare(DataConfig(corpus="text", path=str(tmp_path / "a.txt"), cache=str(tmp_path / "cache")), progress=False)
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
 def test_a_full_disk_ends_the_run_with_one_line(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenizer, "write_split", failure(OSError(28, "No space left on device")))
+    monkeypatch.setattr(tokenizer.Writer, "write", failure(OSError(28, "No space left on device")))
     with pytest.raises(RunError, match=r"cannot write tokens to .* No space left"):
         prepare(text_config(corpus, tmp_path), progress=False)
 

@@ -1,9 +1,21 @@
+import random
+
 import numpy as np
 import pytest
 from synthetic_corpus import texts
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from moepp.data.tokenizer import encode, end_of_text, load_tokenizer, token_bytes, train_bpe
+from moepp.data import tokenizer as tokenizer_module
+from moepp.data.tokenizer import (
+    LLAMA3,
+    encode,
+    end_of_text,
+    ids_of,
+    load_tokenizer,
+    splits_as_known,
+    token_bytes,
+    train_bpe,
+)  # fmt: skip
 from moepp.errors import UsageError
 
 HARD = ["naïve café 🙂🙂 東京\n\n  two  spaces \t", "plain ASCII", "\u0000\ufeff e\u0301", " leading and trailing "]
@@ -100,3 +112,70 @@ def test_a_tokenizer_without_end_of_text_is_refused(tmp_path):
 def test_offsets_that_go_back_never_count_text_twice():
     lengths = token_bytes("abcdé", [(0, 3), (1, 2), (3, 4)])
     assert np.array_equal(lengths, [3, 0, 3])
+
+
+def split_by(pattern, **settings):
+    """A byte-level tokenizer whose words a pattern of its own splits, as published ones have it."""
+    tokenizer = Tokenizer.from_str(train_bpe(texts(20), 320).to_str())
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    normalized = settings.get("normalized", False)
+    tokenizer.add_tokens([AddedToken(text, normalized=normalized, lstrip=True) for text in ("<a b>", "expert")])
+    tokenizer.normalizer = normalizers.NFC() if settings.get("nfc") else None
+    return tokenizer
+
+
+def with_prefix_space(tokenizer):
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return tokenizer
+
+
+BY_WORDS = {
+    "ours": lambda: train_bpe(texts(20), 320),
+    "llama": lambda: split_by(LLAMA3.format("{1,3}")),
+    "qwen": lambda: split_by(LLAMA3.format(""), nfc=True),
+}
+OTHERWISE = {
+    "sentencepiece": metaspace_tokenizer,
+    "another pattern": lambda: split_by(r"\w+ \w+|."),
+    "added tokens in normalised text": lambda: split_by(LLAMA3.format(""), nfc=True, normalized=True),
+    "a space before the text": lambda: with_prefix_space(train_bpe(texts(20), 320)),
+}
+
+
+def drawn_texts(count=300):
+    """Words, spaces of all kinds, marks and digits in any order."""
+    generator = random.Random(1)
+    parts = [
+        *"aZ9é東🙂'.,-\"\u0301\u200b\x1c\x85",
+        "'s",
+        "'LL",
+        "router",
+        "expert",
+        "1234",
+        "\r\n",
+        "\n",
+        "\t",
+        "\u00a0",
+        "\u3000",
+    ]
+    return ["".join(generator.choices([*parts, *[" "] * 8], k=generator.randint(1, 40))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("name", [*BY_WORDS, *OTHERWISE])
+def test_ids_of_words_are_those_of_the_text(name):
+    """To every id, whatever stands beside a space; tokenizers of which that is not known are not cut."""
+    tokenizer = {**BY_WORDS, **OTHERWISE}[name]()
+    assert splits_as_known(tokenizer) == (name in BY_WORDS)
+    documents = [*HARD, *texts(3), *drawn_texts()]
+    found = list(ids_of(tokenizer, "<u4")(documents))
+    expected = [(text, list(encoding.ids)) for text, encoding in encode(tokenizer, documents)]
+    assert [(text, np.frombuffer(ids, "<u4").tolist()) for text, ids in found] == expected
+
+
+def test_a_word_is_tokenised_once_and_long_or_late_ones_are_not_kept(bpe, monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "WORDS", 3)
+    words = tokenizer_module.WordIds(bpe, "<u2")
+    list(words.of_texts(["the router the router", "x" * 65 + " copy", "zero the"]))
+    assert list(words) == ["the", " router", " the"]

@@ -165,11 +165,12 @@ def test_a_saved_checkpoint_holds_the_same_tensors_and_flags(name, shard_bytes, 
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
 
 
-def test_the_dtype_is_the_callers(tmp_path):
+def test_the_dtype_is_the_callers_or_that_of_the_files(tmp_path):
     model = load_official(GOLDEN / "released_7b_flags", torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     save_official(model, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert {parameter.dtype for parameter in load_official(tmp_path).parameters()} == {torch.bfloat16}
     exact, ids = load_official(GOLDEN / "released_7b_flags"), random_ids()
     agreement = F.cosine_similarity(model(ids).logits.float(), exact(ids).logits, dim=-1)
     assert agreement.median() > 0.999  # a few tokens may choose other experts

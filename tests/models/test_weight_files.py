@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from moepp.errors import UsageError
 from moepp.models.official import load_official
+from moepp.models.weight_files import write_tensors
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/golden"
@@ -45,34 +46,42 @@ def test_every_layout_of_files_gives_the_same_parameters(write, tmp_path):
     assert all(torch.equal(found[name], wanted[name]) for name in wanted) and found.keys() == wanted.keys()
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's record of peak memory")
-def test_a_checkpoint_is_never_held_twice(tmp_path):
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's record of peak memory")
+def test_a_checkpoint_is_never_held_twice_nor_in_another_type(tmp_path):
     """Peak resident memory, file mappings included, in a process of its own."""
     program = """
-import sys, torch
+import ctypes, sys, torch
 from moepp.models.official import load_official
 
-def peak():
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+def resident(what):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(what))
 
 torch.set_num_threads(1)
-load_official(sys.argv[2])  # what is loaded lazily is loaded now
-before = peak()
-model = load_official(sys.argv[1])
-print((peak() - before) / sum(p.nbytes for p in model.parameters()))
+load_official(sys.argv[1])  # what is loaded lazily is loaded now
+for folder in sys.argv[2:]:
+    ctypes.CDLL(None).malloc_trim(0)  # gives back what the model before had
+    open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+    before = resident("VmRSS")
+    model = load_official(folder)
+    weights = list(model.parameters())
+    print(weights[0].dtype, (resident("VmHWM") - before) / sum(p.nbytes for p in weights))
+    del model, weights
 """
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_experts": [10]}
     keys = reference.SMALL | sizes
     tensors = {name: torch.zeros(shape) for name, shape in reference.shapes(keys).items()}
-    for folder in ("safetensors", "bin"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "config.json").write_text(json.dumps(keys))
-    save_file(tensors, tmp_path / "safetensors/model.safetensors")
-    torch.save(tensors, tmp_path / "bin/pytorch_model.bin")
-    for folder in ("safetensors", "bin"):
-        command = [sys.executable, "-c", program, str(tmp_path / folder), str(GOLDEN / "plain_softmax")]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        assert 0.9 < float(done.stdout) < 1.3
+    folders = [tmp_path / name for name in ("shards", "safetensors", "bin")]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(keys))
+    save_file(tensors, folders[1] / "model.safetensors")
+    torch.save(tensors, folders[2] / "pytorch_model.bin")
+    write_tensors(folders[0], {name: tensor.bfloat16() for name, tensor in tensors.items()}, 2**24)
+    command = [sys.executable, "-c", program, str(GOLDEN / "plain_softmax"), *map(str, folders)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    found = [line.split() for line in done.stdout.splitlines()]
+    assert [dtype for dtype, _ in found] == ["torch.bfloat16", "torch.float32", "torch.float32"]
+    assert all(0.9 < float(share) < 1.3 for _, share in found), found
 
 
 def broken(tmp_path, change):

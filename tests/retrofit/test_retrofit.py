@@ -189,8 +189,6 @@ def test_what_cannot_be_done_is_refused_in_one_line():
     with pytest.raises(UsageError, match="PhimoeTopKRouter is a router of unknown form"):
         retrofit(model)
     assert not hasattr(model.config, "moepp") and type(model).__name__ == "PhimoeForCausalLM"
-    with pytest.raises(UsageError, match="Gemma4TextRouter is a router of unknown form"):  # says no number of experts
-        retrofit(tiny("gemma4_text", enable_moe_block=True, num_experts=8, top_k_experts=2))
     with pytest.raises(UsageError, match="LlamaForCausalLM has no MoE block"):
         retrofit(tiny("llama"))
     model = retrofit(tiny("mixtral"))
@@ -202,6 +200,15 @@ def test_what_cannot_be_done_is_refused_in_one_line():
         model.activation_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(UsageError, match="must lie between 0 and"):
         calibrate(retrofit(tiny("mixtral"), zero=1, copy=0, constant=0), [IDS], share=0.9)
+
+
+def test_a_router_that_does_not_say_how_many_experts_it_has_is_refused():
+    config = transformers.Gemma4TextConfig(num_hidden_layers=2, enable_moe_block=True, num_experts=8, top_k_experts=2,
+                                           moe_intermediate_size=32)  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UsageError, match="Gemma4TextRouter is a router of unknown form"):
+        retrofit(model)
 
 
 def test_what_goes_around_new_experts_is_refused(tmp_path):
@@ -255,6 +262,24 @@ def test_a_multimodal_model_is_retrofitted_in_its_text_model(tmp_path):
     torch.testing.assert_close(load(export(model, tmp_path)).eval()(input_ids=IDS).logits, want, rtol=0, atol=2e-6)
     with pytest.raises(UsageError, match="model_type=qwen3_vl_moe has no causal language model"):
         skeleton(model.config.to_dict())
+
+
+def test_experts_of_images_are_a_stack_of_their_own_and_stay_silent_in_a_text():
+    sizes = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": [32, 32],
+        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4, "moe_num_experts": 8, "moe_k": 2,
+        "moe_layer_start_index": 0, "pad_token_id": 0, "mlp_layer_types": ["sparse"] * 3,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+    }  # fmt: skip
+    model = transformers.Ernie4_5_VLMoeTextModel(transformers.Ernie4_5_VLMoeTextConfig(**sizes)).eval()
+    want = model(input_ids=IDS).last_hidden_state
+    assert torch.equal(retrofit(model, scaled_copy=True)(input_ids=IDS).last_hidden_state, want)
+    calibrate(model, [IDS], share=0.3)
+    silent = {path: bool(router.offset[0] == -1e4) for path, (router, _) in blocks(model).items()}
+    assert silent == {path: "vision" in path for path in silent} and len(silent) == 6
+    text, images = ([r for p, (r, _) in blocks(model).items() if kind in p] for kind in ("text", "vision"))
+    assert [router.residual is None for router in text] == [router.residual is None for router in images]
+    assert text[0].carry is text[1].carry is not images[0].carry
 
 
 def test_a_scaled_copy_gets_the_factor_nearest_to_what_experts_give():

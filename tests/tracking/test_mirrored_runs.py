@@ -233,5 +233,6 @@ def test_a_finished_run_takes_few_requests(record, runs, monkeypatch):
     for name in ("create_run", "get_run", "log_batch", "log_inputs", "search_runs", "set_terminated"):
         monkeypatch.setattr(TrackingServiceClient, name, counted(name, getattr(TrackingServiceClient, name)))
     Mirror(record, TrackingConfig(), runs).sync(ended=True)
-    assert all(asked.count(name) == 1 for name in asked)  # what it holds in one batch
+    # What it holds in one batch; MLflow asks for the run to know where its artifacts go.
+    assert sorted(asked) == ["create_run", "get_run", "log_batch", "log_inputs", "set_terminated"]
     assert steps_in_store(record, runs) == list(range(1, 31))

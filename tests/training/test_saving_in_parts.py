@@ -1,10 +1,14 @@
 """A checkpoint that devices write in the background bears its name once all of it is on the disk, and not before."""
 
+import threading
 from concurrent.futures import Future
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import FileSystemWriter
 
 from moepp.models import checkpoint_parts as parts
 from moepp.records import RunRecord
@@ -41,6 +45,13 @@ def trainer():
     return Trainer(strategy=strategy, global_step=4)
 
 
+@pytest.fixture
+def alone_in_a_group(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
 def test_what_is_not_yet_written_is_no_state_to_resume_from(trainer, record):
     begin_saving(trainer, record)
     assert not is_written(trainer) and states(record.checkpoints) == [] and (record.checkpoints / PARTIAL).is_dir()
@@ -50,16 +61,64 @@ def test_what_is_not_yet_written_is_no_state_to_resume_from(trainer, record):
     assert rewind_to_newest(record) == record.checkpoints / "step-00000004.ckpt"
 
 
-def test_a_cut_part_is_set_aside_for_an_older_state(trainer, record, capsys):
+@pytest.fixture
+def two_states(trainer, record):
+    """Steps 4 and 8, written by begin_saving and finish_saving; returns the folders."""
     for step in (4, 8):
         trainer.global_step = step
         begin_saving(trainer, record)
         trainer.strategy.saving.set_result(None)
         finish_saving(trainer, record, f"step-{step:08d}.ckpt")
-    (part,) = (record.checkpoints / "step-00000008.ckpt").glob("*.distcp")
-    part.write_bytes(part.read_bytes()[:-1])
-    assert rewind_to_newest(record).name == "step-00000004.ckpt"
-    assert part.name in capsys.readouterr().err and (record.checkpoints / "damaged-step-00000008.ckpt").is_dir()
+    return states(record.checkpoints)
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("damage", [cut, Path.unlink], ids=["cut", "missing"])
+@pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", "rest.pt"])
+def test_a_state_that_lacks_anything_is_set_aside_for_an_older_one(two_states, record, capsys, damage, file):
+    damage(two_states[1] / file)
+    assert rewind_to_newest(record) == two_states[0]
+    assert two_states[1].name in capsys.readouterr().err
+    assert (record.checkpoints / f"damaged-{two_states[1].name}").is_dir()
+
+
+@pytest.mark.parametrize("written", [[], ["rest.pt"], ["rest.pt", "__0_0.distcp"]], ids=len)
+def test_a_kill_while_parts_are_written_leaves_the_former_state_and_nothing_in_the_way(
+    two_states, trainer, record, written
+):
+    trainer.global_step = 12
+    begin_saving(trainer, record)
+    partial = record.checkpoints / PARTIAL
+    for file in [file for file in partial.iterdir() if file.name not in written]:
+        file.unlink()
+    assert rewind_to_newest(record) == two_states[1]
+    begin_saving(trainer, record)  # by the attempt that goes on
+    trainer.strategy.saving.set_result(None)
+    finish_saving(trainer, record, "step-00000012.ckpt")
+    assert rewind_to_newest(record).name == "step-00000012.ckpt"
+
+
+def test_a_write_that_fails_in_the_background_is_told_and_its_state_gets_no_name(two_states, trainer, record):
+    begin_saving(trainer, record)
+    trainer.strategy.saving.set_exception(OSError(28, "No space left on device"))
+    trainer.strategy.finish_saving = lambda: trainer.strategy.saving.result()
+    with pytest.raises(OSError, match="No space left"):
+        finish_saving(trainer, record, "step-00000012.ckpt")
+    assert rewind_to_newest(record) == two_states[1] and not (record.checkpoints / PARTIAL).exists()
+
+
+def test_what_was_trained_meanwhile_is_not_in_the_state(tmp_path, monkeypatch, alone_in_a_group):
+    """A state is copied before training goes on, however late it is written."""
+    trained, may_write, write = torch.zeros(4), threading.Event(), FileSystemWriter.write_data
+    monkeypatch.setattr(FileSystemWriter, "write_data", lambda *a, **k: may_write.wait(60) and write(*a, **k))
+    saving = parts.save_parts(tmp_path / "state", {"state_dict": {"w": trained}}, alone_in_a_group)
+    trained.fill_(7)
+    may_write.set()
+    parts.wait_for(saving)
+    assert not parts.read_whole(tmp_path / "state")["state_dict"]["w"].any()
 
 
 def test_training_goes_on_while_a_state_is_written_and_the_next_one_waits(trainer, record, monkeypatch):
