@@ -18,6 +18,7 @@ from moepp.models.foreign import EXPERTS, SLOTS, RetrofitConfig, architecture_of
 from moepp.models.settings import DecoderConfig
 from moepp.process import cause_of_end, start
 from moepp.records import TOKENIZER, RunRecord
+from moepp.terminal import working
 from moepp.training.initial import initial_weights
 from moepp.training.settings import ClozeConfig, RunConfig, StrategyConfig, run_directory
 
@@ -102,7 +103,8 @@ def frozen_first(config: RunConfig) -> RunConfig:
 def run_alone(directory: Path) -> None:
     """Trains the frozen config in this folder by a process of its own, as a sweep its trials."""
     log = directory / "log.txt"
-    code = start([sys.executable, "-m", "moepp.cli", "trial", str(directory / "config.yaml")], log, {}).wait()
+    with working("training the first phase of a model"):
+        code = start([sys.executable, "-m", "moepp.cli", "trial", str(directory / "config.yaml")], log, {}).wait()
     if code:
         reason = RunRecord(directory).read("failed.json").get("reason") or cause_of_end(code, log)
         raise RunError(f"the first phase in {directory} did not end: {reason}")
