@@ -431,7 +431,7 @@ def sync(overrides: Sequence[str]) -> None:
 
 @commands.command(examples=["layer --scale laptop", "layer --ffn 8 16 --tokens 4096 --routing learned", "training"])
 @click.argument("what", type=Word(["card", "layer", "training", "scoring", "parallel"]), metavar="WHAT")
-@click.option("--scale", help="smoke, laptop, gpu or paper, as far as the benchmark has them.")
+@click.option("--scale", help="smoke, laptop, cpu, gpu or paper, as far as the benchmark has them.")
 @wide
 @minutes(help="Measure nothing that would not end in time, and say what.")
 @click.option("--ffn", type=Several(Word([8, 16, 32, 64])), metavar="N...", help="FFN experts: 8, 16, 32 or 64.")

@@ -29,6 +29,12 @@ RATIOS: Columns = {
     "ideal_speedup": ("ideal", ".2f"), "paper_speedup": ("paper", ".2f"),
 }  # fmt: skip
 
+FLOOR = (
+    "GEMM floor: all rows in one product per projection, as if there were one expert. Whoever has E experts reads E"
+    " times its weights, which few rows to an expert do not repay: the more experts and the fewer tokens, the farther"
+    " from it is everybody."
+)
+
 ON_A_GPU = (  # the suffix of a column, what the table says, and how it is written
     ("_device_ms", "Milliseconds of the device alone, once the host has queued the call:", ",.4g"),
     ("_gib", "GiB above what stood there before the call:", ".3g"),
@@ -106,6 +112,8 @@ def layer_report(rows: list[Row]) -> Iterator[str]:
                 yield from ("", title, "")
                 yield from markdown_table(part, layer | columns)
         yield ""
+    if any(row["implementation"] == "floor" for row in rows):
+        yield from (FLOOR, "")
     for name, reason in failures.items():
         yield f"Not measured: {NAMES[name]} ({reason})."
 

@@ -44,7 +44,7 @@ class Storages(TorchDispatchMode):
         given = {storage._cdata for storage in _storages((args, kwargs))}
         self._made = {key: made for key, made in self._made.items() if not made[0].expired()}
         for storage in _storages(result):
-            if storage._cdata not in given:
+            if storage._cdata not in given and storage.device.type != "meta":
                 self._made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         self.peak = max(self.peak, sum(size for _, size in self._made.values()))
         return result

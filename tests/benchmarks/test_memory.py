@@ -18,3 +18,7 @@ def test_the_peak_counts_what_a_call_holds_at_once_and_frees():
 def test_what_was_there_before_a_call_counts_for_nothing():
     given = torch.zeros(2**18)
     assert peak_bytes(lambda: given.add_(1).view(2, -1).mul_(2), torch.device("cpu")) == 0
+
+
+def test_what_is_on_no_device_takes_no_memory():
+    assert peak_bytes(lambda: torch.empty(2**20, device="meta"), torch.device("cpu")) == 0
