@@ -72,8 +72,8 @@ def load_checkpoint(path: Path, device: str | None = None, dtype: torch.dtype | 
     """A finished run's directory, one of a run's checkpoint files, or a folder in the released layout.
 
     `device`: a GPU where there is one. `dtype` of the weights: a run's as saved, computing in the precision of its
-    training; a released checkpoint's bfloat16, float32 on a CPU that does not multiply that itself. Raises UsageError
-    or RunError in one line for what cannot be loaded.
+    training; a released checkpoint's too, or float32 on a CPU that does not multiply bfloat16 itself. Raises
+    UsageError or RunError in one line for what cannot be loaded.
     """
     path, device = path.expanduser(), torch.device(device) if device else default_device()
     return (_run if is_run(path) else _official)(path, device, dtype)
@@ -105,9 +105,11 @@ def _those_of(folder: Path, names: Sequence[str]) -> list[Path]:
     return [folder / name for name in names if (folder / name).is_file()]
 
 
-def released_dtype(device: torch.device) -> torch.dtype:
-    """In which a released checkpoint computes, unless another type is asked for."""
-    return torch.bfloat16 if device.type == "cuda" or multiplies_bfloat16() else torch.float32
+def released_dtype(device: torch.device) -> torch.dtype | None:
+    """In which a released checkpoint computes, unless another type is asked for; None for the type of its files, which
+    are mostly bfloat16.
+    """
+    return None if device.type == "cuda" or multiplies_bfloat16() else torch.float32
 
 
 def default_device() -> torch.device:

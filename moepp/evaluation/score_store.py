@@ -19,7 +19,7 @@ class ScoreStore:
     name: str
     files: tuple[Path, ...]  # that decide the answers
     run: RunRecord | None
-    dtype: str = ""  # of a released checkpoint, which computes in another on another device
+    dtype: str = ""  # of a released checkpoint that computes in another than its files'
 
     @classmethod
     def of(cls, source: Path) -> "ScoreStore":
@@ -27,8 +27,9 @@ class ScoreStore:
         source = source.expanduser()
         files = tuple(answering_files(source))
         if not is_run(source):
-            dtype = str(released_dtype(default_device())).removeprefix("torch.")
-            return cls(source / FOLDER, source.resolve().name, files, None, dtype)
+            dtype = released_dtype(default_device())
+            said = "" if dtype is None else str(dtype).removeprefix("torch.")
+            return cls(source / FOLDER, source.resolve().name, files, None, said)
         file, run = files[0], RunRecord(files[0].parents[1])
         if file.name == FINAL_WEIGHTS and run.status == "done":
             return cls(run.path / FOLDER, file.name, files, run)

@@ -16,6 +16,7 @@ from mlflow import MlflowClient
 from moepp.errors import RunError
 from moepp.records import RunRecord, read_json, write_json, write_text
 from moepp.tracking import mirror as tracking
+from moepp.tracking import mlflow_store
 from moepp.tracking.mirror import FolderMirror, Mirror, follow, sync_all
 from moepp.tracking.mlflow_store import KEY
 from moepp.tracking.settings import TrackingConfig
@@ -271,8 +272,9 @@ def test_a_run_whose_id_was_lost_is_found_again(record, runs, of, monkeypatch):
     assert mirrored == calls[0] and len(calls) == (2 if of == "a sweep" else 1)
 
 
-def test_a_request_that_the_store_carries_out_late_leaves_no_second_run(mirrored, runs):
-    """A slow store may open a run after its client has given up, asked again and got another."""
+def test_a_request_that_a_server_carries_out_late_leaves_no_second_run(mirrored, runs, monkeypatch):
+    """A slow server may open a run after its client has given up, asked again and got another."""
+    monkeypatch.setattr(mlflow_store, "is_server", lambda uri: True)
     client = MlflowClient(tracking_uri=f"sqlite:///{runs}/mlflow.db")
     state = read_json(mirrored.path / "mlflow.json")
     late = client.create_run(state["experiment_id"], tags={KEY: state["key"]})
