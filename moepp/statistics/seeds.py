@@ -4,7 +4,7 @@ which some failed the median with an interval that holds for any distribution.
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 SIGNIFICANCE = 0.05  # level of every test and report
@@ -177,3 +177,15 @@ def variance_ratio_interval(a: Sequence[float], b: Sequence[float], level: float
     k = 1 + 2 * (1 - r * r) * t * t / (n - 2)
     high = k + math.sqrt(k * k - 1)
     return ratio / high, ratio * high
+
+
+def listed(seeds: Iterable[int]) -> str:
+    """In ascending order, three and more in a row as `420 to 439`."""
+    runs: list[list[int]] = []
+    for seed in sorted(seeds):
+        if runs and seed == runs[-1][-1] + 1:
+            runs[-1].append(seed)
+        else:
+            runs.append([seed])
+    said = (f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+    return ", ".join(said)

@@ -123,7 +123,7 @@ def test_a_plan_that_was_kept(records):
         ({"seeds": [0, 1, 2, 3, 4]}, "Registered, but without a result: two, seeds 4."),
         (
             {"config": {"model.experts.ffn": 8}},
-            "two: model.experts.ffn was registered as 8, and is 4 (seeds 0, 1, 2, 3).",
+            "two: model.experts.ffn was registered as 8, and is 4 (seeds 0 to 3).",
         ),
         ({"exclusions": {"loss_above_step": 25}}, "The loss_above_step was registered as 25, and is 50."),
         (

@@ -6,6 +6,7 @@ from scipy import stats
 
 from moepp.statistics.seeds import (
     holm,
+    listed,
     mean_interval,
     minimal_detectable_difference,
     paired_difference,
@@ -112,3 +113,7 @@ def test_variances_without_spread_or_of_two_pairs_have_no_interval(a, b):
 
 def test_one_pair_detects_nothing():
     assert minimal_detectable_difference(1.0, 1) is None
+
+
+def test_seeds_in_a_row_are_listed_by_their_ends():
+    assert listed([439, *range(420, 439), 3, 5, 6]) == "3, 5, 6, 420 to 439"

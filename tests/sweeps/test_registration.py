@@ -62,7 +62,7 @@ def test_predictions_need_no_contrast(toy):
     )
     assert plan["predictions"] == ["The law holds."] and not {"primary", "secondary", "test", "power"} & plan.keys()
     assert len(said) == 1 and what_was_registered(plan)[1:3] == [
-        "Prediction: The law holds.", "Arms: vanilla, moepp; seeds 0, 1, 2, 3, 4, 5, 6, 7, 8, 9.",
+        "Prediction: The law holds.", "Arms: vanilla, moepp; seeds 0 to 9.",
     ]  # fmt: skip
 
 
