@@ -8,7 +8,7 @@ from typing import Any
 from moepp.config import lies_in
 from moepp.records import read_json
 from moepp.reports.results import Run, SweepResults
-from moepp.statistics.seeds import listed
+from moepp.statistics.seeds import spans
 from moepp.sweeps.registration import plan_path
 from moepp.sweeps.spec import Exclusions, Primary
 
@@ -39,7 +39,7 @@ def what_was_registered(plan: Mapping[str, Any]) -> list[str]:
         f"Registered {plan['registered']}, {plan['when']}, at commit {sha}.",
         *(f"Prediction: {said}" for said in plan.get("predictions", ())),
         *([_primary(plan["primary"])] if tested else []),
-        f"Arms: {', '.join(plan['arms'])}; seeds {listed(plan['seeds'])}.",
+        f"Arms: {', '.join(plan['arms'])}; seeds {spans(plan['seeds'])}.",
         *([f"Test: {plan['test']}."] if tested else []),
         f"Excluded: {', '.join(rules) or 'no finished run'}.",
         *([_power(plan["power"])] if tested else []),
@@ -83,7 +83,7 @@ def _arms_and_seeds(plan: Mapping[str, Any], results: SweepResults) -> list[str]
         extra: dict[str, list[int]] = {}
         for arm, seed in (pair for pair in pairs if pair not in other):
             extra.setdefault(arm, []).append(seed)
-        said += [f"{words}: {arm}, seeds {listed(seeds)}." for arm, seeds in extra.items()]
+        said += [f"{words}: {arm}, seeds {spans(seeds)}." for arm, seeds in extra.items()]
     return said
 
 
@@ -94,7 +94,7 @@ def _settings(plan: Mapping[str, Any], results: SweepResults) -> list[str]:
         for seed, run in results.runs.get(arm, {}).items():
             for key, value in _deviating(settings, run).items():
                 found.setdefault((arm, f"{key} {value}"), []).append(seed)
-    return [f"{arm}: {what} (seeds {listed(seeds)})." for (arm, what), seeds in found.items()]
+    return [f"{arm}: {what} (seeds {spans(seeds)})." for (arm, what), seeds in found.items()]
 
 
 def _deviating(settings: Mapping[str, Any], run: Run) -> dict[str, str]:

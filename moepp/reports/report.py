@@ -8,7 +8,7 @@ from typing import Any
 from moepp.records import write_text
 from moepp.reports.experiment import Experiment, Findings
 from moepp.statistics.markup import code, escaped
-from moepp.statistics.seeds import listed
+from moepp.statistics.seeds import spans
 from moepp.statistics.style import Figure, save_figure
 from moepp.statistics.tables import Table, as_csv, as_lines, as_markdown
 
@@ -110,7 +110,7 @@ def _made(provenance: Mapping[str, Any]) -> str:
     sweeps = [f"Sweep {code(name)}, baseline {code(base)}, " for name, base in provenance.get("sweeps", {}).items()]
     seeds = {run["seed"] for run in provenance.get("runs", [])}
     said = "".join(sweeps) + f"scale {code(provenance['scale'])}"
-    said += f", seeds {listed(seeds)}" if seeds else ""
+    said += f", seeds {spans(seeds)}" if seeds else ""
     date = f", {provenance['started'][:10]}" if "started" in provenance else ""
     return f"{said[0].upper()}{said[1:]}. Made by {code(provenance['command'])}{date}."
 

@@ -179,7 +179,7 @@ def variance_ratio_interval(a: Sequence[float], b: Sequence[float], level: float
     return ratio / high, ratio * high
 
 
-def listed(seeds: Iterable[int]) -> str:
+def spans(seeds: Iterable[int]) -> str:
     """In ascending order, three and more in a row as `420 to 439`."""
     runs: list[list[int]] = []
     for seed in sorted(seeds):

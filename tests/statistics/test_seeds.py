@@ -6,10 +6,10 @@ from scipy import stats
 
 from moepp.statistics.seeds import (
     holm,
-    listed,
     mean_interval,
     minimal_detectable_difference,
     paired_difference,
+    spans,
     variance_ratio_interval,
 )
 
@@ -116,4 +116,4 @@ def test_one_pair_detects_nothing():
 
 
 def test_seeds_in_a_row_are_listed_by_their_ends():
-    assert listed([439, *range(420, 439), 3, 5, 6]) == "3, 5, 6, 420 to 439"
+    assert spans([439, *range(420, 439), 3, 5, 6]) == "3, 5, 6, 420 to 439"
