@@ -1,4 +1,4 @@
-"""Times `run.py sync` and `run.py sweep status` on a sweep of many finished trials: `python scripts/sync_speed.py`.
+"""Times `run.py sync`, `report` and `sweep status` on a sweep of many finished trials: `python scripts/sync_speed.py`.
 
 The records are copies of one run that is trained first, so each holds real histories.
 """
@@ -36,6 +36,8 @@ def main() -> None:
             "sync, nothing in MLflow yet": ["sync", runs],
             "sync, everything in MLflow": ["sync", runs],
             "sweep status": ["sweep", "status", sweep, runs],
+            "report, nothing measured yet": ["report", sweep, runs],
+            "report, once more": ["report", sweep, runs],
             "run.py --help (start of Python)": ["--help"],
         }.items():
             print(f"{what:<32} {_seconds(command):8.2f} s", flush=True)

@@ -28,8 +28,8 @@ class AffineIds:
 
 
 class AffineSums(torch.autograd.Function):
-    """c [T], the sum over k of gate_k, times a where slot k chose a constant expert, of slots that chose a copy or a
-    constant one, and M [T, C], the gate of each constant expert times b. All in float32.
+    """c [T]: the gates of copies, and those of constant experts times their a. M [T, C]: the gate of each constant
+    expert times its b, both [T, C]. All in float32.
     """
 
     @staticmethod

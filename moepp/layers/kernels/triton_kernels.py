@@ -226,6 +226,17 @@ def affine_backward_kernel(
 
 
 @triton.jit
+def gate_of(expert_TK, gate_TK, at, inside, wanted, TOP_K: tl.constexpr):
+    """Each token's gate of one expert, 0 where not chosen."""
+    found = tl.zeros(at.shape, tl.float32)
+    for k in range(TOP_K):
+        expert = tl.load(expert_TK + at * TOP_K + k, mask=inside, other=-1)
+        gate = tl.load(gate_TK + at * TOP_K + k, mask=inside, other=0)
+        found += tl.where(expert == wanted, gate, 0)
+    return found
+
+
+@triton.jit
 def affine_sums_kernel(
     expert_TK, gate_TK, a_TC, b_TC, scale_T, mix_TC, T, STRIDE_T, STRIDE_C,
     COPY: tl.constexpr, COPIES: tl.constexpr, CONSTANT: tl.constexpr, C: tl.constexpr,
@@ -236,16 +247,10 @@ def affine_sums_kernel(
     inside = t < T
     at = t.to(tl.int64)
     scale = tl.zeros([BLOCK_T], tl.float32)
-    for k in range(TOP_K):
-        expert = tl.load(expert_TK + at * TOP_K + k, mask=inside, other=-1)
-        gate = tl.load(gate_TK + at * TOP_K + k, mask=inside, other=0)
-        scale += tl.where((expert >= COPY) & (expert < COPY + COPIES), gate, 0)
+    for c in range(COPIES):
+        scale += gate_of(expert_TK, gate_TK, at, inside, COPY + c, TOP_K)
     for c in range(C):
-        chosen = tl.zeros([BLOCK_T], tl.float32)
-        for k in range(TOP_K):
-            expert = tl.load(expert_TK + at * TOP_K + k, mask=inside, other=-1)
-            gate = tl.load(gate_TK + at * TOP_K + k, mask=inside, other=0)
-            chosen += tl.where(expert == CONSTANT + c, gate, 0)
+        chosen = gate_of(expert_TK, gate_TK, at, inside, CONSTANT + c, TOP_K)
         scale += chosen * tl.load(a_TC + at * STRIDE_T + c * STRIDE_C, mask=inside, other=0)
         b = tl.load(b_TC + at * STRIDE_T + c * STRIDE_C, mask=inside, other=0)
         tl.store(mix_TC + at * C + c, chosen * b, mask=inside)
@@ -275,11 +280,7 @@ def affine_sums_backward_kernel(
         dgate = tl.where((expert >= COPY) & (expert < COPY + COPIES), dscale, a * dscale + b * dmix)
         tl.store(dgate_TK + at * TOP_K + k, dgate, mask=inside)
     for c in range(C):
-        chosen = tl.zeros([BLOCK_T], tl.float32)
-        for k in range(TOP_K):
-            expert = tl.load(expert_TK + at * TOP_K + k, mask=inside, other=-1)
-            gate = tl.load(gate_TK + at * TOP_K + k, mask=inside, other=0)
-            chosen += tl.where(expert == CONSTANT + c, gate, 0)
+        chosen = gate_of(expert_TK, gate_TK, at, inside, CONSTANT + c, TOP_K)
         tl.store(da_TC + at * C + c, chosen * dscale, mask=inside)
         dmix = tl.load(dmix_TC + at * C + c, mask=inside, other=0)
         tl.store(db_TC + at * C + c, chosen * dmix, mask=inside)
