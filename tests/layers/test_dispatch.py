@@ -2,7 +2,7 @@ import pytest
 import torch
 from reference import swiglu
 
-from moepp.layers.dispatch import LocalDispatcher
+from moepp.layers.dispatch import LocalDispatcher, Meanwhile
 from moepp.layers.kernels.base import RoutedTokens
 from moepp.layers.kernels.sorted_rows import ROW_BUCKET, plan_rows
 
@@ -87,3 +87,9 @@ def test_a_large_pad_row_gradient_never_leaks_into_token_zero():
     y = LocalDispatcher()(*case[:2], RoutedTokens(case[2], expert_TK, case[3].float()))
     (gradient,) = torch.autograd.grad((y * 1e3).sum(), [case[2]])
     assert not y[0].any() and not gradient[0].any() and gradient[1:].any()
+
+
+def test_what_is_computed_meanwhile_is_computed_once():
+    calls = []
+    meanwhile = Meanwhile(lambda: calls.append(1) or torch.ones(1))
+    assert meanwhile() is meanwhile() and calls == [1]

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moepp.layers import experts
@@ -159,6 +160,25 @@ def test_values_and_gradients_equal_the_reference(backend, device, dtype, expert
     found = evaluate(backend, case, expert_TK)
     assert [value.dtype for value in found] == [torch.float32] + [leaf.dtype for leaf in case]
     assert_close(found, reference(case, expert_TK), dtype)
+
+
+def test_the_backward_pass_frees_z_before_it_needs_room_for_more(monkeypatch):
+    seen, alive = [], []
+    swiglu_in, combine = grouped.GroupedProducts.swiglu_in, grouped.GroupedProducts.combine
+
+    def watched_in(self, *args, **options):
+        z_R2F, h_RF = swiglu_in(self, *args, **options)
+        seen.append(StorageWeakRef(z_R2F.untyped_storage()))
+        return z_R2F, h_RF
+
+    def watched_combine(self, *args, **options):
+        alive.append(not seen[0].expired())
+        return combine(self, *args, **options)
+
+    monkeypatch.setattr(grouped.GroupedProducts, "swiglu_in", watched_in)
+    monkeypatch.setattr(grouped.GroupedProducts, "combine", watched_combine)
+    evaluate("grouped", make_case(ASSIGNMENTS["random"], "none", torch.float32), ASSIGNMENTS["random"])
+    assert alive == [True, False]  # in the forward pass, and where the backward pass makes the gradient of x
 
 
 SETS = [ExpertCounts(EXPERTS, zero=1, copy=1, constant=1), ExpertCounts(EXPERTS, zero=1, copy=0, constant=2)]
