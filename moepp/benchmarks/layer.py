@@ -58,7 +58,7 @@ class LayerBenchmark:
 
     TITLE: ClassVar[str] = "The expert layer's speed"
     ON_GPU: ClassVar[Row] = {
-        "taus": [[0.75], [0.10, 0.25, 1.0]],
+        "taus": [[0.75, 0.10, 0.25, 1.0]],
         "passes": [("bfloat16", "forward+backward"), ("bfloat16", "forward")],
         "routings": ["learned"],
         "capacity_factor": MoEConfig.capacity_factor,
@@ -82,7 +82,7 @@ class LayerBenchmark:
         "smoke": ON_GPU | {
             "tokens": [64, 32], "dim": 16, "hidden": 32, "fine_hidden": 16, "ffn": [8, 64], "repeats": 2,
         },
-        "gpu": ON_GPU | {"tokens": [65536, 16384, 4096], "ffn": [8, 16, 32, 64], "repeats": 10, "warmup": 3},
+        "gpu": ON_GPU | {"tokens": [65536, 16384, 4096], "ffn": [8, 16, 32, 64], "repeats": 7, "warmup": 2},
     }  # fmt: skip
 
     def groups(self) -> list[LayerGroup]:

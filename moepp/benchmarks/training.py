@@ -85,7 +85,7 @@ class TrainingBenchmark:
     }
 
     def groups(self) -> list[TrainingGroup]:
-        return [TrainingGroup(size, *model) for size in self.sizes for model in self.models]
+        return [TrainingGroup(size, *model) for model in self.models for size in self.sizes]
 
     def measure(self, group: TrainingGroup, before: list[Row], device: torch.device, out: Path) -> list[Row]:
         if before:  # its failure
