@@ -85,7 +85,9 @@ class TrainingBenchmark:
     }
 
     def groups(self) -> list[TrainingGroup]:
-        return [TrainingGroup(size, *model) for model in self.models for size in self.sizes]
+        """All eager ones first: a compilation takes up to a minute."""
+        groups = [TrainingGroup(size, *model) for size in self.sizes for model in self.models]
+        return sorted(groups, key=lambda group: group.compiled)
 
     def measure(self, group: TrainingGroup, before: list[Row], device: torch.device, out: Path) -> list[Row]:
         if before:  # its failure

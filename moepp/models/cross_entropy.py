@@ -1,12 +1,14 @@
 """The head and the loss together, by chunks of tokens: logits of a large batch never exist as a whole.
 
-Up to WHOLE logits they do: F.cross_entropy on float32, which autograd differentiates. Above, each chunk's gradient is
-made together with its loss, which costs no further product, and backward only scales it (Liger Kernel, arXiv
-2410.10989, section 3.2). Both multiply in autocast's dtype and take the softmax in at least float32.
+Up to WHOLE logits they do: F.cross_entropy on float32, which autograd differentiates. Above, and on GPUs always, each
+chunk's gradient is made together with its loss, which costs no further product, and backward only scales it (Liger
+Kernel, arXiv 2410.10989, section 3.2). Both multiply in autocast's dtype and take the softmax in at least float32.
 
 Shape suffixes: T tokens, C tokens of a chunk, D model width, V vocabulary.
 """
 
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,9 +18,9 @@ from torch.autograd.function import once_differentiable
 
 from moepp.layers.dispatch import compute_dtype
 
-# Logits that may exist at once: in bfloat16 a chunk of as many takes 1 GiB. Every chunk reads and writes the head's
-# float32 gradient, so fewer and larger ones are faster: of 2,048 tokens each (65,536 entries of width 768), that is
-# predicted to take a fifth of the products' time (600 TFLOP/s, 2.8 TB/s), of 512 four fifths.
+# Logits that may exist at once: 256 MiB in bfloat16, and 1 GiB more where torch takes their softmax. Every chunk reads
+# and writes the head's float32 gradient, so fewer and larger ones are faster: of 2,048 tokens each (65,536 entries of
+# width 768), that is predicted to take a fifth of the products' time (600 TFLOP/s, 2.8 TB/s), of 512 four fifths.
 WHOLE = 2**27
 
 
@@ -28,7 +30,7 @@ def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> T
     Without gradients `target_scores` does the same for less.
     """
     chunks = chunk_count(x_TD, weight_VD)
-    if chunks == 1:
+    if chunks == 1 and not fusible(x_TD):
         return F.cross_entropy(widened(F.linear(x_TD, weight_VD)), target_T)
     return ChunkedCrossEntropy.apply(x_TD, weight_VD, target_T, chunks)
 
@@ -53,6 +55,17 @@ def widened(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+def fusible(tensor: Tensor) -> bool:
+    """Whether loss and gradient are one Triton kernel (triton_cross_entropy.py): not where torch.compile fuses them."""
+    on_gpu = tensor.is_cuda and tensor.dtype != torch.float64 and not torch.compiler.is_compiling()
+    return on_gpu and has_triton()
+
+
+@cache
+def has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Keeps the gradients of both inputs, where they are wanted, in place of logits. The head's is summed over chunks
     in its own dtype.
@@ -60,19 +73,22 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_VD: Tensor, target_T: Tensor, chunks: int) -> Tensor:
-        dtype, nats = compute_dtype(x_TD), []
-        dx = [] if ctx.needs_input_grad[0] else None
+        dtype, nats, tokens = compute_dtype(x_TD), [], len(target_T)
+        dx_TD = torch.empty_like(x_TD) if ctx.needs_input_grad[0] else None
         dweight_VD = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
+        differentiate = loss_and_gradient_in_place if fusible(x_TD) else loss_and_gradient
         with torch.autocast(x_TD.device.type, enabled=False):
-            narrow_VD = weight_VD.to(dtype)
-            for x_CD, target_C in zip(x_TD.to(dtype).chunk(chunks), target_T.chunk(chunks), strict=True):
-                nats_C, dlogits_CV = loss_and_gradient(F.linear(x_CD, narrow_VD), target_C, len(target_T))
+            narrow_TD, narrow_VD, size = x_TD.to(dtype), weight_VD.to(dtype), -(-tokens // chunks)
+            for chunk in (slice(start, start + size) for start in range(0, tokens, size)):
+                x_CD = narrow_TD[chunk]
+                nats_C, dlogits_CV = differentiate(F.linear(x_CD, narrow_VD), target_T[chunk], tokens)
                 nats.append(nats_C)
-                if dx is not None:
-                    dx.append(dlogits_CV @ narrow_VD)
+                if dx_TD is not None:
+                    dx_TD[chunk] = dlogits_CV @ narrow_VD
                 if dweight_VD is not None:
                     dweight_VD += dlogits_CV.t() @ x_CD
-        ctx.save_for_backward(None if dx is None else torch.cat(dx).to(x_TD.dtype), dweight_VD)
+                del dlogits_CV  # before the next chunk's logits
+        ctx.save_for_backward(dx_TD, dweight_VD)
         return torch.cat(nats).mean()
 
     @staticmethod
@@ -90,3 +106,10 @@ def loss_and_gradient(logits_CV: Tensor, target_C: Tensor, tokens: int) -> tuple
     dlogits_CV = logp_CV.exp_()
     dlogits_CV.scatter_add_(1, target_C[:, None], dlogits_CV.new_full((len(target_C), 1), -1.0))
     return nats_C, dlogits_CV.div_(tokens).to(logits_CV.dtype)
+
+
+def loss_and_gradient_in_place(logits_CV: Tensor, target_C: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """The same on a GPU; the gradient takes the logits' place."""
+    from moepp.models.triton_cross_entropy import loss_and_gradient_
+
+    return loss_and_gradient_(logits_CV, target_C, tokens)

@@ -37,8 +37,8 @@ class MoEDDPStrategy(MoEStrategy, DDPStrategy):
         """
         module = self.lightning_module
         alike = [p for p in module.parameters() if p.requires_grad and not self.sharding.is_sharded(p)]
-        module.forward = lambda: sum(p.sum() for p in alike)
-        self.model().backward()
+        module.forward = lambda nothing: sum(p.sum() for p in alike)
+        self.model(None).backward()  # an input there must be: on a GPU, DDP unpacks the first that it has moved
         del module.forward
         for parameter in alike:
             parameter.grad = None

@@ -186,28 +186,17 @@ class StepMemory:
         return self.tokens * self.narrow * (self.config.dim + 4 * width)
 
     def head_kept(self) -> float:
-        """The last norm's input, and the logits' float32 log-softmax with both factors of their product; by chunks the
-        gradients of these.
-        """
-        dim, vocabulary = self.config.dim, self.config.vocab_size
-        if self.chunked:
-            return WIDE * dim * (2 * self.tokens + vocabulary)
-        product = self.narrow * self.tokens * dim + self.cast * vocabulary * dim
-        return WIDE * self.tokens * (dim + vocabulary) + product
+        """The last norm's input, and the gradients of its output and of the head (cross_entropy.py)."""
+        return WIDE * self.config.dim * (2 * self.tokens + self.config.vocab_size)
 
     def head_peak(self) -> float:
-        """Whole: what is kept, its gradient and that of the logits, and the latter as the head gets it. By chunks: one
-        chunk's logits, softmax and gradient, the head's weight and gradient, with a summand, and those of its input.
+        """What is kept, the head's input, also as it is multiplied, a chunk's logits, whose gradient takes their place,
+        and the head's weight as it is multiplied, with a summand of its gradient.
         """
         dim, vocabulary = self.config.dim, self.config.vocab_size
-        if not self.chunked:
-            return self.head_kept() + self.tokens * vocabulary * (2 * WIDE + self.cast)
-        weights = vocabulary * dim * (self.cast + WIDE + self.narrow)
-        return weights + self.tokens * dim * 3 * WIDE + WHOLE * (self.narrow + WIDE + self.cast)
-
-    @property
-    def chunked(self) -> bool:
-        return self.tokens * self.config.vocab_size > WHOLE
+        weights = vocabulary * dim * (self.cast + self.narrow)
+        logits = self.narrow * min(WHOLE, self.tokens * vocabulary)
+        return self.head_kept() + weights + self.tokens * dim * (WIDE + self.cast) + logits
 
     def block_peak(self) -> float:
         """Float32 gradients of a block's output and input and of the experts' input; per FFN row the gradients of its

@@ -116,16 +116,17 @@ def stages(pack: Path, work: Path, device: str) -> list[Stage]:
         Stage("card", 0.08, (*python, "moepp.cli", "bench", "card", "--out", "card"), work, 2),
         Stage("layer", 0.22, (*python, "moepp.cli", "bench", "layer", *timed, "--out", "layer"), work, 4),
         Stage("training", 0.20, (*python, "moepp.cli", "bench", "training", *timed, "--out", "training"), work, 4),
-        Stage("empty_experts", 0.08, (*_pytest(device), EMPTY_EXPERTS), ROOT),
-        Stage("tests", 0.16, (*_pytest(device), "-n", str(cores), *files), ROOT),
+        Stage("empty_experts", 0.08, (*_pytest(device, work / "empty_experts.txt"), EMPTY_EXPERTS), ROOT),
+        Stage("tests", 0.16, (*_pytest(device, work / "tests.txt"), "-n", str(cores), *files), ROOT),
         Stage("runs", 0.18, (*python, "window.runs", *timed), work),
     ]
 
 
-def _pytest(device: str) -> tuple[str, ...]:
+def _pytest(device: str, log: Path) -> tuple[str, ...]:
     """Verbose, for a log that is cut off must still say what has passed."""
-    words = (sys.executable, "-u", "-m", "pytest", "-o", "addopts=--strict-markers", "-v", "-rfE", "--tb=short")
-    return (*words, "-p", "no:cacheprovider", "--continue-on-collection-errors", *(["-m", "gpu"] * (device == "cuda")))
+    words = (sys.executable, "-u", "-m", "pytest", "-o", "addopts=--strict-markers", "-v", "--tb=short")
+    words += ("-p", "window.testing", "--passed", str(log), "-p", "no:cacheprovider")
+    return (*words, "--continue-on-collection-errors", *(["-m", "gpu"] * (device == "cuda")))
 
 
 def _for_gpu(path: Path) -> bool:

@@ -38,7 +38,8 @@ def run_stage(
     began = time.monotonic()
     minutes = max(0.85 * seconds, seconds - 20) / 60  # the rest is for its start and its end
     words = [word.replace("{minutes}", f"{minutes:.3f}") for word in stage.command]
-    with open(log, "ab") as output:
+    with open(log, "ab", buffering=0) as output:
+        output.write(b"\n" if output.tell() else b"")  # what an earlier call wrote may end within a line
         process = subprocess.Popen(
             words, cwd=stage.folder, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
             start_new_session=True, preexec_fn=_die_with_parent,

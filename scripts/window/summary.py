@@ -50,23 +50,27 @@ def _found(work: Path, name: str) -> list[str]:
     return tests(log.read_text(errors="replace")) if name in ("empty_experts", "tests") and log.exists() else []
 
 
+def ended_tests(log: str) -> dict[str, str]:
+    """How each test of a verbose pytest log ended, at last, where several calls have written it."""
+    ended = {}
+    for line in map(str.strip, log.splitlines()):
+        if match := REASON.fullmatch(line):
+            ended[match[1]] = "failed"
+        elif (match := TEST.fullmatch(line)) and (outcome := match[1] or match[3]):
+            ended[match[2]] = outcome.lower()
+    return ended
+
+
 def tests(log: str) -> list[str]:
     """Counts of a verbose pytest log, what failed and why, and what began and never ended. The log may be cut off."""
-    ended: dict[str, str] = {}
-    begun: dict[str, None] = {}
-    reasons: dict[str, str] = {}
-    for line in log.splitlines():
-        if match := REASON.fullmatch(line.strip()):
-            reasons[match[1]] = match[2] or ""
-        if match := TEST.fullmatch(line.strip()):
-            begun[match[2]] = None
-            if outcome := match[1] or match[3]:
-                ended[match[2]] = outcome.lower()
+    lines = [line.strip() for line in log.splitlines()]
+    ended, begun = ended_tests(log), [match[2] for line in lines if (match := TEST.fullmatch(line))]
+    reasons = {match[1]: match[2] or "" for line in lines if (match := REASON.fullmatch(line))}
     counts = {outcome: list(ended.values()).count(outcome) for outcome in dict.fromkeys(ended.values())}
     failed = [test for test, outcome in ended.items() if outcome in ("failed", "error")]
-    lines = [", ".join(f"{count} {outcome}" for outcome, count in counts.items()) or "no test ended"]
-    lines += [f"- {test}: {reasons.get(test, '')[:300]}" for test in failed[:FAILURES]]
-    return lines + [f"- {test}: never ended" for test in begun if test not in ended]
+    told = [", ".join(f"{count} {outcome}" for outcome, count in counts.items()) or "no test ended"]
+    told += [f"- {test}: {reasons.get(test, '')[:300]}" for test in failed[:FAILURES]]
+    return told + [f"- {test}: never ended" for test in dict.fromkeys(begun) if test not in ended]
 
 
 def _chosen(work: Path) -> Iterator[str]:

@@ -97,7 +97,8 @@ def test_the_gpu_scale_has_every_model_with_and_without_compilation():
         for compiled in (True, False)
     }
     assert [group.compiled for group in groups] == [False] * 6 + [True] * 6  # compilation takes a window's minute
-    assert groups[6].config().trainer.compile and groups[1].config().data.seq_len == 2048
+    assert [group.size for group in groups] == 2 * (["small"] * 3 + ["0.6b"] * 3)
+    assert groups[6].config().trainer.compile and groups[3].config().data.seq_len == 2048
 
 
 @needs_transformers

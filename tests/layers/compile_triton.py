@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel for Hopper as the backends launch it, with every tile it may be tuned to and at the
+"""Compiles every Triton kernel for Hopper as it is launched, with every tile it may be tuned to and at the
 paper's 0.6B sizes, without a GPU. Prints kernel, tile, tensor-core instructions, shared memory and spilled bytes.
 """
 
@@ -16,6 +16,7 @@ from triton.runtime.autotuner import Autotuner
 
 from moepp.layers.kernels import grouped, triton_affine, triton_experts, triton_kernels, triton_rows
 from moepp.layers.kernels.base import Affine, RoutedTokens
+from moepp.models import triton_cross_entropy
 
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
 PTXAS = Path(triton.__file__).with_name("backends") / "nvidia/bin/ptxas"
@@ -54,7 +55,7 @@ class CompileOnly:
             elif isinstance(value, torch.Tensor):
                 signature[parameter.name], aligned[(i,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
             else:
-                signature[parameter.name] = "i32"
+                signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
         variant = str((signature, constexprs, options))
         if variant in self.seen:
             return
@@ -94,10 +95,17 @@ def affine_step():
     torch.autograd.grad(scale_T.sum() + mix_TC.sum(), gate_TK)
 
 
+def loss_step(dtype):
+    logits_CV, target_C = torch.zeros(2, 65536, dtype=dtype), torch.zeros(2, dtype=torch.int64)
+    triton_cross_entropy.loss_and_gradient_(logits_CV, target_C, 2)
+
+
 def main():
+    loss = CompileOnly(triton_cross_entropy.loss_and_gradient_kernel)
     kernels = {name: CompileOnly(kernel) for name, kernel in vars(triton_kernels).items() if name.endswith("_kernel")}
     with (
         mock.patch.multiple(triton_kernels, **kernels),
+        mock.patch.object(triton_cross_entropy, "loss_and_gradient_kernel", loss),
         mock.patch.object(triton_experts, "_refuse_unsupported", lambda weights: None),
         mock.patch.object(grouped, "_row_passes", lambda weights: triton_rows),
         mock.patch("torch.nn.functional.grouped_mm", lambda a, b, offs: torch.zeros(
@@ -107,6 +115,8 @@ def main():
         step(triton_experts.dispatch)
         step(grouped.dispatch)
         affine_step()
+        for dtype in (torch.bfloat16, torch.float32):
+            loss_step(dtype)
 
 
 if __name__ == "__main__":

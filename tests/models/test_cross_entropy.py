@@ -1,3 +1,5 @@
+import importlib.util
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,11 @@ from moepp.models.settings import DecoderConfig
 
 TOKENS, DIM, VOCABULARY = 23, 16, 61
 CHUNK = 5 * VOCABULARY  # 5 tokens: the last chunk is smaller
+
+GPU = torch.cuda.is_available()
+NO_TRITON = importlib.util.find_spec("triton") is None
+interpreted = pytest.mark.skipif(GPU or NO_TRITON, reason="needs the package triton, and no CUDA device")
+on_gpu = (pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a CUDA device"))
 
 
 class LargestTensor(TorchDispatchMode):
@@ -125,6 +132,44 @@ def test_every_target_is_scored_by_chunks_as_by_the_whole(chunked, monkeypatch):
     for nats_T, is_right_T in (found, target_scores(x_TD, weight_VD, target_T)):
         torch.testing.assert_close(nats_T, -logp_TV.detach()[torch.arange(TOKENS), target_T])
         assert torch.equal(is_right_T, right_T)
+
+
+@pytest.mark.parametrize("whole", [CHUNK, 2**20], ids=["chunks", "one chunk"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=on_gpu)]
+)  # fmt: skip
+def test_one_kernel_gives_the_loss_and_writes_its_gradient_over_the_logits(device, dtype, whole, monkeypatch):
+    from moepp.models import triton_cross_entropy
+
+    monkeypatch.setattr(triton_cross_entropy, "BLOCK", 16)  # the vocabulary takes four, and fills three
+    monkeypatch.setattr(cross_entropy, "WHOLE", whole)
+    monkeypatch.setattr(cross_entropy, "fusible", lambda tensor: True)
+    monkeypatch.setattr(cross_entropy, "loss_and_gradient", None)
+    x_TD, weight_VD, target_T = (tensor.to(device) for tensor in inputs())
+    leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in (4 * x_TD, weight_VD)]
+    target_T[:2] = torch.tensor([0, VOCABULARY - 1])
+    loss = linear_cross_entropy(*leaves, target_T)
+    found = loss, *torch.autograd.grad(-0.37 * loss, leaves)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    reference = plain(*exact, target_T)
+    wanted = reference, *torch.autograd.grad(-0.37 * reference, exact)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    assert loss.dtype == torch.float32 and reference > 5
+    for value, right in zip(found, wanted, strict=True):
+        assert (value.double() - right).norm() <= tolerance * right.norm()
+
+
+@pytest.mark.skipif(NO_TRITON, reason="needs the package triton")
+def test_a_row_without_a_number_has_no_loss(monkeypatch):
+    from moepp.models.triton_cross_entropy import loss_and_gradient_
+
+    device = "cuda" if GPU else "cpu"
+    logits_CV = torch.zeros(3, VOCABULARY, device=device)
+    logits_CV[0, 7], logits_CV[2, 7] = torch.nan, torch.inf
+    nats_C, gradient_CV = loss_and_gradient_(logits_CV, torch.zeros(3, dtype=torch.int64, device=device), 3)
+    assert nats_C.isnan().tolist() == [True, False, True]
+    assert gradient_CV[[0, 2]].isnan().any(1).all() and gradient_CV[1].isfinite().all()
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -316,6 +316,45 @@ def test_a_log_that_was_cut_off_says_what_failed_and_what_never_ended(log, why):
     )
 
 
+FILE = """\
+def test_right(): pass
+def test_wrong(): assert 3 == 2
+def test_slow():
+    import time; time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("processes", [(), ("-n", "2")], ids=["alone", "shared"])
+def test_what_failed_is_known_before_a_run_is_cut_off_and_what_passed_is_not_repeated(quick, processes, tmp_path):
+    file, log = tmp_path / "tests" / "test_some.py", tmp_path / "tests.txt"
+    file.parent.mkdir()
+    file.write_text(FILE)
+    options = ["--rootdir", str(tmp_path), "-c", os.devnull, "tests/test_some.py"]
+    paths = {"PYTHONPATH": os.pathsep.join((str(ROOT / "scripts"), str(ROOT)))}
+    stage = stages.Stage("tests", 1.0, (*node._pytest("cpu", log), *processes, *options), tmp_path)
+
+    def call():
+        """Until the slow test runs and the wrong one has failed, and what was printed."""
+        begin = log.stat().st_size if log.exists() else 0
+        printed = lambda: log.read_text()[begin:]  # noqa: E731
+        seen = lambda: "assert 3 == 2" in printed() and "::test_slow" in printed()  # noqa: E731
+
+        def meanwhile():
+            if seen():
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            stages.run_stage(stage, 60, log, os.environ | paths, meanwhile)
+        return printed()
+
+    call()
+    assert "test_right" not in call()
+    assert summary.tests(log.read_text()) == [
+        "1 passed, 1 failed", "- tests/test_some.py::test_wrong: assert 3 == 2",
+        "- tests/test_some.py::test_slow: never ended",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("gpu", "name"),
     [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H200", "h200"), ("NVIDIA A100-SXM4-80GB", "a100"), ("", "cpu")],

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from scenarios import STEPS, STRATEGIES, Scenario, SGDLanguageModel, run_scenario
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.nn.parallel import DistributedDataParallel
 
 from moepp.config import CONF
 from moepp.errors import UsageError
@@ -63,6 +64,17 @@ def test_a_compiled_loss_trains_as_any_other(token_folder, tmp_path, one_process
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     torch.testing.assert_close(torch.tensor(found["losses"]), torch.tensor(wanted["losses"]), rtol=0, atol=2e-6)
     assert found["validations"][-1] == pytest.approx(wanted["validations"][-1], abs=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "expert_parallel"])
+def test_every_pass_through_ddp_has_an_input(token_folder, tmp_path, one_process_group, monkeypatch, strategy):
+    """On a GPU it takes the first of those that it has moved there."""
+    forward, seen = DistributedDataParallel.forward, []
+    monkeypatch.setattr(
+        DistributedDataParallel, "forward", lambda self, *inputs: seen.append(len(inputs)) or forward(self, *inputs)
+    )
+    run_scenario(Scenario(strategy=strategy), str(token_folder), tmp_path)
+    assert seen and all(seen)
 
 
 @pytest.mark.gpu

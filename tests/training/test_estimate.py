@@ -59,12 +59,10 @@ def scaled_inputs(model, tokens):
     return 4 * norms * model.config.dim * tokens
 
 
-@pytest.mark.parametrize("chunked", [False, True], ids=["whole", "chunked"])
 @pytest.mark.parametrize("checkpointing", ["false", "true"], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("arm", ARMS)
-def test_the_estimate_counts_what_autograd_keeps(arm, checkpointing, chunked, monkeypatch):
-    for module in (cross_entropy, estimate):
-        monkeypatch.setattr(module, "WHOLE", 10_000 if chunked else 2**27)
+def test_the_estimate_counts_what_autograd_keeps(arm, checkpointing, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "WHOLE", 10_000)  # so that it keeps the gradients, as on a GPU
     settings = config(*ARMS[arm], f"model.activation_checkpointing={checkpointing}").model
     model, tokens = Decoder(settings, seed=0), BATCH * LENGTH
     ids = torch.randint(0, settings.vocab_size, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
@@ -86,15 +84,16 @@ def test_every_part_follows_what_it_is_of():
     assert StepMemory(config().model, 4096, "32-true").kept()["of weights in bfloat16"] == 0
 
 
-def test_the_loss_of_many_logits_takes_a_chunk_and_gradients_in_place_of_logits():
+@pytest.mark.parametrize(("tokens", "logits"), [(65536, 2**27), (1024, 2**26)], ids=["chunks", "one chunk"])
+def test_the_loss_takes_a_chunk_of_logits_and_the_gradients(tokens, logits):
     model = config("model.dim=768", "model.heads=12", "model.vocab_size=65536").model
-    tokens, dim, vocabulary = 65536, 768, 65536
+    dim, vocabulary = 768, 65536
     peak = StepMemory(model, tokens, "bf16-mixed").head_peak()
-    assert peak == 8 * 2**27 + 8 * dim * vocabulary + 12 * dim * tokens
-    assert peak / (tokens * vocabulary) < 0.5  # bytes per token and vocabulary entry; 14 where logits exist as a whole
-    few = 2**27 // vocabulary
-    whole = StepMemory(model, few, "bf16-mixed").head_peak() / (few * vocabulary)
-    assert whole == pytest.approx(14, abs=1)  # the head's weight and input are few bytes more
+    assert peak == 2 * logits + 8 * dim * vocabulary + 14 * dim * tokens
+    if tokens == vocabulary:
+        assert (
+            peak / (tokens * vocabulary) < 0.35
+        )  # bytes per token and entry; 14 with whole float32 logits
 
 
 def test_the_line_names_the_parts_of_its_sum():
