@@ -91,9 +91,7 @@ def test_the_loss_takes_a_chunk_of_logits_and_the_gradients(tokens, logits):
     peak = StepMemory(model, tokens, "bf16-mixed").head_peak()
     assert peak == 2 * logits + 8 * dim * vocabulary + 14 * dim * tokens
     if tokens == vocabulary:
-        assert (
-            peak / (tokens * vocabulary) < 0.35
-        )  # bytes per token and entry; 14 with whole float32 logits
+        assert peak / (tokens * vocabulary) < 0.35  # bytes per token and entry; 14 with whole float32 logits
 
 
 def test_the_line_names_the_parts_of_its_sum():
