@@ -16,7 +16,7 @@ COLUMNS = {  # of their tables -> metric of table.csv, decimals
 
 
 def tables(text):
-    """Header and rows of every table whose first column is `arm`."""
+    """Header and rows of every table."""
     blocks, block = [], []
     for line in [*text.splitlines(), ""]:
         if line.startswith("|"):
@@ -24,7 +24,12 @@ def tables(text):
         elif block:
             blocks.append(block)
             block = []
-    return [(head, rows) for head, _, *rows in blocks if head[0] == "arm"]
+    return [(head, rows) for head, _, *rows in blocks]
+
+
+def shown_tables(first_column):
+    found = (table for page in PAGES for table in tables((ROOT / page).read_text()))
+    return [(head, rows) for head, rows in found if head[0] == first_column]
 
 
 def once_rounded(row, metric, form):
@@ -51,10 +56,28 @@ def differing(head, rows, committed):
 def test_pages_show_committed_numbers_rounded_once():
     files = sorted(ROOT.glob("results/*/*/table.csv"))
     committed = [list(csv.DictReader(file.open())) for file in files]
-    for head, rows in (table for page in PAGES for table in tables((ROOT / page).read_text())):
+    for head, rows in shown_tables("arm"):
         if COLUMNS.keys() & set(head):
             candidates = [found for each in committed if (found := differing(head, rows, each)) is not None]
             assert [] in candidates, min(candidates, key=len, default="no committed table has these arms")
+
+
+def test_pages_show_the_committed_speed_of_layers_on_a_gpu():
+    committed = {
+        (row["experts"], row["tau"]): row
+        for row in csv.DictReader((ROOT / "results/bench_layer/h200/table.csv").open())
+        if (row["tokens"], row["direction"]) == ("65536", "forward+backward")
+    }
+    pages = shown_tables("FFN experts + others")
+    for head, rows in pages:
+        for experts, *cells in rows:
+            for name, cell in zip(head[1:], cells, strict=True):
+                if not name.startswith("tau"):
+                    continue
+                row = committed[experts.removesuffix(", narrow"), name.removesuffix(" (paper)").removeprefix("tau ")]
+                paper = f"{float(row['paper_speedup']):.2f}" if row["paper_speedup"] else "–"
+                assert cell == f"{float(row['speedup']):.2f} ({paper})"
+    assert len(pages) == 2
 
 
 def test_a_cell_that_was_rounded_twice_is_found():

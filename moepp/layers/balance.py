@@ -107,7 +107,7 @@ def capacity_of_each(counts: ExpertCounts, limits: Mapping[str, int], device: to
     """`expert_capacities` expert by expert, [N]: filled run by run of equal ones, for a tensor made from a list is
     copied from the host, which a CUDA graph cannot replay.
     """
-    runs = [(limit, len(list(run))) for limit, run in groupby(limits[kind] for kind in counts.kinds())]
+    runs = [(limit, len(list(run))) for limit, run in groupby([limits[kind] for kind in counts.kinds()])]
     limit_N = torch.full((counts.total,), runs[-1][0], device=device)
     begin = 0
     for limit, length in runs[:-1]:
