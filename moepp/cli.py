@@ -180,7 +180,7 @@ def train(config: Path | None, dry_run: bool, overrides: Sequence[str]) -> None:
     from moepp.config import compose
     from moepp.training.settings import RunConfig, run_directory
 
-    asked = compose(RunConfig, overrides, base=config)
+    asked = compose(RunConfig, _planned(overrides) if dry_run else overrides, base=config)
     if config and any(word.startswith(("data=", "data.")) for word in overrides):
         asked.data.digest = ""  # of other tokens
     if dry_run:
@@ -205,6 +205,13 @@ def train(config: Path | None, dry_run: bool, overrides: Sequence[str]) -> None:
     with _mirrored(asked, directory):
         record = train(asked, directory)
     print("\n".join(summary(record)))
+
+
+def _planned(overrides: Sequence[str]) -> Sequence[str]:
+    """For several devices and no strategy the plan of the simplest, beside all others: one is chosen from a plan."""
+    several = any(word.startswith(("trainer.devices=", "trainer.num_nodes=")) for word in overrides)
+    chosen = any(word.startswith(("strategy=", "strategy.")) for word in overrides)
+    return [*overrides, "strategy=ddp"] if several and not chosen else overrides
 
 
 def _mirrored(config: "RunConfig", directory: Path) -> AbstractContextManager[None]:

@@ -82,7 +82,7 @@ def gpu_paths(traffic: Traffic) -> Iterator[None]:
         mock.patch.multiple(triton_kernels, **kernels),
         mock.patch.object(grouped, "_row_passes", lambda weights: triton_rows),
         mock.patch.object(triton_experts, "_refuse_unsupported", lambda weights: None),
-        mock.patch.object(experts, "fusible", lambda gate_TK: True),
+        mock.patch.object(experts, "takes_triton", lambda gate_TK: True),
     ):
         yield
 

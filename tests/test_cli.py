@@ -148,6 +148,14 @@ def test_a_dry_run_counts_and_touches_nothing(capsys, tmp_path, monkeypatch):
     assert "at an assumed 30% of the dense bf16 peak" in lines["GPU hours"] and "dolma" in lines["corpus"]
 
 
+def test_a_dry_run_for_several_devices_shows_every_strategy_to_choose_from(capsys):
+    words = ("train", "recipe=s1", "size=7b", "trainer.devices=8", "trainer.num_nodes=8")
+    code, out, _ = cli(capsys, *words, "--dry-run")
+    assert code == 0 and "under strategy=ddp on 64 devices" in out and "too much for 80 GB" in out
+    assert "strategy=expert_parallel strategy.expert_parallel_size=8" in out and "strategy.shard_size=8" in out
+    assert cli(capsys, *words)[0] == 2
+
+
 def test_generate_continues_a_prompt(capsys, tmp_path):
     corpus = tmp_path / "corpus"
     corpus.mkdir()

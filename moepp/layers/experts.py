@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import registry
 from .dispatch import LocalDispatcher, Meanwhile, SlotCounts
 from .initial import draw
-from .kernels.base import Affine, RoutedTokens
+from .kernels.base import Affine, RoutedTokens, takes_triton
 from .router import Routing
 from .settings import Backend, MoEConfig
 
@@ -150,34 +150,6 @@ def module_name(kind: str) -> str:
 
 def one_affine(types: dict[str, AffineExperts], ids: dict[str, range], routing: Routing, terms: list[Terms]) -> Affine:
     """All types as one map; `terms` are those of each, `ids` those of all types but FFN."""
-    return _by_one_kernel(types, ids, routing, terms) or _by_type(types, ids, routing, terms)
-
-
-def _by_one_kernel(
-    types: dict[str, AffineExperts], ids: dict[str, range], routing: Routing, terms: list[Terms]
-) -> Affine | None:
-    """Of the paper's types, where a GPU would wait for the launches of one for each."""
-    of_paper = (ZeroExperts, CopyExperts, ConstantExperts)
-    if not ("constant" in types and all(type(experts) in of_paper for experts in types.values())):
-        return None
-    if not fusible(gate_TK := routing.gate_TK):
-        return None
-    try:
-        from .kernels.triton_affine import AffineIds, AffineSums
-    except ImportError:
-        return None
-    a_TC, b_TC = terms[list(types).index("constant")]
-    chosen = AffineIds(ids.get("copy", range(0)), ids["constant"])
-    sums = AffineSums.apply(gate_TK, routing.expert_TK, a_TC, b_TC, chosen)
-    return Affine(*sums, types["constant"].vectors_CD().to(gate_TK.dtype))
-
-
-def fusible(gate_TK: Tensor) -> bool:
-    """What torch.compile does not fuse itself, on a device that Triton has kernels for."""
-    return gate_TK.is_cuda and gate_TK.dtype == torch.float32 and not torch.compiler.is_compiling()
-
-
-def _by_type(types: dict[str, AffineExperts], ids: dict[str, range], routing: Routing, terms: list[Terms]) -> Affine:
     gates = gates_by_type(routing, ids)
     scales, mixes, vectors = [], [], []
     for (kind, experts), (a, b_TC) in zip(types.items(), terms, strict=True):
@@ -191,6 +163,25 @@ def _by_type(types: dict[str, AffineExperts], ids: dict[str, range], routing: Ro
             vectors.append(experts.vectors_CD().to(gate_TC.dtype))
     scale_T = reduce(torch.add, scales) if scales else routing.gate_TK.new_zeros(len(routing.gate_TK))
     return Affine(scale_T, *((_joined(mixes, 1), _joined(vectors, 0)) if mixes else ()))
+
+
+def fused_affine(types: dict[str, AffineExperts], ids: dict[str, range], routing: Routing, x_TD: Tensor) -> Affine:
+    """The same of the paper's types, where `fusible`."""
+    from .kernels.triton_affine import AffineIds, AffineSums
+
+    chosen, constant = AffineIds(ids.get("copy", range(0)), ids["constant"]), types["constant"]
+    sums = AffineSums.apply(x_TD, constant.w_mix, routing.gate_TK, routing.expert_TK, chosen)
+    return Affine(*sums, constant.vectors_CD().to(routing.gate_TK.dtype))
+
+
+def fusible(types: dict[str, AffineExperts], gate_TK: Tensor) -> bool:
+    """Whether Triton kernels read the slots and the input of all types at once: for the paper's, on a device that they
+    are for, unless torch.compile fuses what is there in their place.
+    """
+    of_paper = (ZeroExperts, CopyExperts, ConstantExperts)
+    if not ("constant" in types and all(type(experts) in of_paper for experts in types.values())):
+        return False
+    return takes_triton(gate_TK)
 
 
 def gates_by_type(routing: Routing, ids: dict[str, range]) -> dict[str, Tensor]:

@@ -30,7 +30,16 @@ from .balance import (
 from .control import build_control
 from .dense import DenseFFN
 from .dispatch import Meanwhile, SlotCounts
-from .experts import AffineExperts, FFNExperts, Terms, add_rows, module_name, one_affine
+from .experts import (
+    AffineExperts,
+    FFNExperts,
+    Terms,
+    add_rows,
+    fused_affine,
+    fusible,
+    module_name,
+    one_affine,
+)
 from .initial import built, draw
 from .kernels.base import Affine, RoutedTokens
 from .regions import region
@@ -195,10 +204,17 @@ class MoELayer(nn.Module):
     def expert_input(self, x_TD: Tensor) -> Tensor:
         return x_TD * self.config.top_k if self.config.multiply_by_top_k else x_TD
 
-    def terms(self, x_TD: Tensor, routing: Routing) -> list[Terms]:
-        """`AffineExperts.terms` of every affine type, in the gates' dtype; the same whichever slots are kept."""
+    def terms(self, x_TD: Tensor, routing: Routing) -> list[Terms] | None:
+        """`AffineExperts.terms` of every affine type, in the gates' dtype; the same whichever slots are kept. None
+        where a kernel makes them of the slots that it needs.
+        """
+        if fusible(self.affine_experts(), routing.gate_TK):
+            return None
         with region("zero_computation"), torch.autocast(x_TD.device.type, enabled=False):
             return [self.of_kind(kind).terms(x_TD, routing.gate_TK.dtype) for kind in self.affine]
+
+    def affine_experts(self) -> dict[str, AffineExperts]:
+        return {kind: self.of_kind(kind) for kind in self.affine}
 
     def expert_forward(
         self, x_TD: Tensor, routing: Routing, counts: SlotCounts | None = None, terms: list[Terms] | None = None
@@ -209,8 +225,9 @@ class MoELayer(nn.Module):
         x_TD = self.expert_input(x_TD)
         others = self.affine_map(x_TD, routing, terms)
         tokens = RoutedTokens(
-            x_TD, routing.expert_TK, routing.gate_TK, others, routing.most_ffn_slots, self.kept_rows(len(x_TD))
-        )
+            x_TD, routing.expert_TK, routing.gate_TK, others, routing.most_ffn_slots, self.kept_rows(len(x_TD)),
+            dtype=x_TD.dtype,
+        )  # fmt: skip
         shared = None if self.shared is None else Meanwhile(partial(self.shared_forward, x_TD))
         y_TD = self.ffn(tokens, counts, shared).to(x_TD.dtype)
         for kind in self.ids.keys() - set(self.affine):
@@ -228,12 +245,14 @@ class MoELayer(nn.Module):
 
     def affine_map(self, x_TD: Tensor, routing: Routing, terms: list[Terms] | None = None) -> Affine | None:
         """What the affine experts add for these tokens, not yet evaluated; None where there are none."""
-        if not (kinds := self.affine):
+        if not (types := self.affine_experts()):
             return None
-        if terms is None:
+        if terms is None and not fusible(types, routing.gate_TK):
             terms = self.terms(x_TD, routing)
         with torch.autocast(x_TD.device.type, enabled=False):
-            return one_affine({kind: self.of_kind(kind) for kind in kinds}, self.ids, routing, terms)
+            if terms is None:
+                return fused_affine(types, self.ids, routing, x_TD)
+            return one_affine(types, self.ids, routing, terms)
 
     def balanced_counts(self, counts: SlotCounts, tokens: int) -> tuple[Tensor, int]:
         """Tokens that chose each expert in the batch that is balanced (`balance.over`), [N], and its tokens."""

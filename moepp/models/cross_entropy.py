@@ -7,8 +7,6 @@ Kernel, arXiv 2410.10989, section 3.2). Both multiply in autocast's dtype and ta
 Shape suffixes: T tokens, C tokens of a chunk, D model width, V vocabulary.
 """
 
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moepp.layers.dispatch import compute_dtype
+from moepp.layers.kernels.base import takes_triton
 
 # Logits that may exist at once: 256 MiB in bfloat16, and 1 GiB more where torch takes their softmax. Every chunk reads
 # and writes the head's float32 gradient, so fewer and larger ones are faster: of 2,048 tokens each (65,536 entries of
@@ -30,7 +29,7 @@ def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> T
     Without gradients `target_scores` does the same for less.
     """
     chunks = chunk_count(x_TD, weight_VD)
-    if chunks == 1 and not fusible(x_TD):
+    if chunks == 1 and not takes_triton(x_TD):
         return F.cross_entropy(widened(F.linear(x_TD, weight_VD)), target_T)
     return ChunkedCrossEntropy.apply(x_TD, weight_VD, target_T, chunks)
 
@@ -55,17 +54,6 @@ def widened(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def fusible(tensor: Tensor) -> bool:
-    """Whether loss and gradient are one Triton kernel (triton_cross_entropy.py): not where torch.compile fuses them."""
-    on_gpu = tensor.is_cuda and tensor.dtype != torch.float64 and not torch.compiler.is_compiling()
-    return on_gpu and has_triton()
-
-
-@cache
-def has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Keeps the gradients of both inputs, where they are wanted, in place of logits. The head's is summed over chunks
     in its own dtype.
@@ -76,7 +64,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         dtype, nats, tokens = compute_dtype(x_TD), [], len(target_T)
         dx_TD = torch.empty_like(x_TD) if ctx.needs_input_grad[0] else None
         dweight_VD = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
-        differentiate = loss_and_gradient_in_place if fusible(x_TD) else loss_and_gradient
+        differentiate = loss_and_gradient_in_place if takes_triton(x_TD) else loss_and_gradient
         with torch.autocast(x_TD.device.type, enabled=False):
             narrow_TD, narrow_VD, size = x_TD.to(dtype), weight_VD.to(dtype), -(-tokens // chunks)
             for chunk in (slice(start, start + size) for start in range(0, tokens, size)):

@@ -87,12 +87,13 @@ def step(kernel):
     torch.autograd.grad(y_TD.sum(), leaves)
 
 
-def affine_step():
-    gate_TK, expert_TK = torch.ones(40, 2, requires_grad=True), torch.zeros(40, 2).long()
-    a_TC, b_TC = torch.ones(40, 2, 2).unbind(-1)
+def affine_step(dtype):
+    gate_TK, expert_TK = torch.ones(40, 2), torch.zeros(40, 2).long()
+    leaves = [torch.ones(40, 768, dtype=dtype), torch.ones(4, 768), gate_TK]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
     ids = triton_affine.AffineIds(range(10, 11), range(8, 10))
-    scale_T, mix_TC = triton_affine.AffineSums.apply(gate_TK, expert_TK, a_TC, b_TC, ids)
-    torch.autograd.grad(scale_T.sum() + mix_TC.sum(), gate_TK)
+    scale_T, mix_TC = triton_affine.AffineSums.apply(*leaves, expert_TK, ids)
+    torch.autograd.grad(scale_T.sum() + mix_TC.sum(), leaves)
 
 
 def loss_step(dtype):
@@ -114,8 +115,8 @@ def main():
     ):  # fmt: skip
         step(triton_experts.dispatch)
         step(grouped.dispatch)
-        affine_step()
         for dtype in (torch.bfloat16, torch.float32):
+            affine_step(dtype)
             loss_step(dtype)
 
 

@@ -162,6 +162,27 @@ def test_values_and_gradients_equal_the_reference(backend, device, dtype, expert
     assert_close(found, reference(case, expert_TK), dtype)
 
 
+@pytest.mark.parametrize(
+    ("backend", "device", "dtype"),
+    kernels(
+        ("grouped", "cpu", (), [torch.bfloat16]),
+        ("grouped by triton", "cpu", interpreted, [torch.bfloat16]),
+        *((backend, "cuda", on_gpu, [torch.bfloat16]) for backend in ("grouped", "triton")),
+    ),
+)
+@pytest.mark.parametrize("kept_rows", [None, 20], ids=["one pass", "two passes"])
+def test_the_sum_may_come_in_the_inputs_dtype_rounded_once(backend, device, dtype, kept_rows):
+    expert_TK = ASSIGNMENTS["random"]
+    case = make_case(expert_TK, "scale and vectors", dtype, device)
+    wide = evaluate(backend, case, expert_TK, kept_rows=kept_rows)
+    narrow = evaluate(backend, case, expert_TK, kept_rows=kept_rows, dtype=dtype)
+    if kept_rows is None:
+        if backend != "grouped by triton":  # the interpreter cuts where a GPU rounds
+            assert torch.equal(narrow[0], wide[0].to(dtype))
+        assert [value.dtype for value in narrow[1:]] == [leaf.dtype for leaf in case]
+    assert_close(narrow, reference(case, expert_TK), dtype)
+
+
 def test_the_backward_pass_frees_z_before_it_needs_room_for_more(monkeypatch):
     seen, alive = [], []
     swiglu_in, combine = grouped.GroupedProducts.swiglu_in, grouped.GroupedProducts.combine
@@ -184,15 +205,18 @@ def test_the_backward_pass_frees_z_before_it_needs_room_for_more(monkeypatch):
 SETS = [ExpertCounts(EXPERTS, zero=1, copy=1, constant=1), ExpertCounts(EXPERTS, zero=1, copy=0, constant=2)]
 
 
-def affine_sums(device, dtype, counts, expert_TK):
-    """c and M of the layer's affine experts, and the gradients of gates and of the constant experts' mixing weights."""
+def affine_sums(device, dtype, counts, expert_TK, dtype_of_x=None):
+    """c and M of the layer's affine experts, and the gradients of gates, x and the constant experts' mixing weights."""
     layer = MoELayer(MoEConfig(dim=DIM, hidden=HIDDEN, experts=counts)).to(device, dtype)
     generator = torch.Generator().manual_seed(0)
     x_TD, gate_TK, w_mix = (
-        torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
+        torch.randn(shape, generator=generator)
         for shape in ((len(expert_TK), DIM), expert_TK.shape, (2 * counts.constant, DIM))
     )
-    layer.zero_computation.w_mix = torch.nn.Parameter(w_mix.detach() / 5)
+    gate_TK[0] = 0  # its slots have a gradient nevertheless
+    x_TD = x_TD.bfloat16().to(device, dtype_of_x or dtype).requires_grad_()
+    gate_TK = gate_TK.to(device, dtype).requires_grad_()
+    layer.zero_computation.w_mix = torch.nn.Parameter(w_mix.to(device, dtype) / 5)
     affine = layer.affine_map(x_TD, Routing(expert_TK.to(device), gate_TK, gate_TK.detach()))
     parts = [affine.scale_T, affine.mix_TC]
     loss = sum(
@@ -203,14 +227,32 @@ def affine_sums(device, dtype, counts, expert_TK):
 
 @pytest.mark.parametrize("counts", SETS, ids=["a copy", "no copy"])
 @pytest.mark.parametrize("assignment", ["random", "top 1", "top 3", "dropped rows", "one token"])
+@pytest.mark.parametrize("dtype_of_x", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "device", [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=on_gpu)]
 )  # fmt: skip
-def test_one_kernel_sums_what_the_affine_experts_add(device, assignment, counts, monkeypatch):
+def test_one_kernel_sums_what_the_affine_experts_add(device, dtype_of_x, assignment, counts, monkeypatch):
     wanted = affine_sums("cpu", torch.float64, counts, ASSIGNMENTS[assignment])
-    monkeypatch.setattr(experts, "_by_type", None)
-    monkeypatch.setattr(experts, "fusible", lambda gate_TK: True)
-    assert_close(affine_sums(device, torch.float32, counts, ASSIGNMENTS[assignment]), wanted, torch.float32)
+    monkeypatch.setattr(MoELayer, "terms", None)
+    monkeypatch.setattr(experts, "takes_triton", lambda gate_TK: True)
+    found = affine_sums(device, torch.float32, counts, ASSIGNMENTS[assignment], dtype_of_x)
+    for value, right in zip(found, wanted, strict=True):
+        assert_close([value], [right], value.dtype)
+    assert found[3].dtype == dtype_of_x and {value.dtype for value in (*found[:3], found[4])} == {torch.float32}
+
+
+def test_rows_are_weighed_over_several_chunks(monkeypatch):
+    if NO_TRITON:
+        pytest.skip("needs the package triton")
+    from moepp.layers.kernels import torch_rows, triton_rows
+
+    monkeypatch.setattr(triton_rows, "CHUNK", 32)
+    device, generator = "cuda" if GPU else "cpu", torch.Generator().manual_seed(0)
+    weight_TC, v_TD = (torch.randn(shape, generator=generator).to(device) for shape in ((75, 3), (75, DIM)))
+    weight_TC[::3] = 0
+    v_TD[::3] = torch.nan  # of a token that nobody asks for
+    wanted = torch_rows.weighted_rows(weight_TC.double(), v_TD.nan_to_num().double())
+    assert_close([triton_rows.weighted_rows(weight_TC, v_TD)], [wanted.cpu()], torch.float32)
 
 
 @pytest.mark.parametrize("assignment", ["dropped rows", "none to an FFN"])
@@ -409,7 +451,7 @@ def test_every_triton_kernel_compiles_for_hopper(tmp_path):
     compiled = [(name, tile, *map(int, numbers)) for name, tile, *numbers in lines]
     products = {name for name, _, tensor_core_instructions, *_ in compiled if tensor_core_instructions}
     assert products == {f"{name}_kernel" for name in ("swiglu_in", "rows_matmul", "rows_outer", "swiglu_out_backward")}
-    assert len({name for name, *_ in compiled}) == 11
+    assert len({name for name, *_ in compiled}) == 14  # matrix products, passes over rows, the affine experts
     assert all(shared <= HOPPER_SHARED_MEMORY for *_, shared, _ in compiled)
     assert {(name, tile) for name, tile, *_, spilled in compiled if spilled} <= {
         ("swiglu_out_backward_kernel", "128x64x64")  # 40 bytes of 1,020 a thread has in registers

@@ -144,7 +144,7 @@ def test_one_kernel_gives_the_loss_and_writes_its_gradient_over_the_logits(devic
 
     monkeypatch.setattr(triton_cross_entropy, "BLOCK", 16)  # the vocabulary takes four, and fills three
     monkeypatch.setattr(cross_entropy, "WHOLE", whole)
-    monkeypatch.setattr(cross_entropy, "fusible", lambda tensor: True)
+    monkeypatch.setattr(cross_entropy, "takes_triton", lambda tensor: True)
     monkeypatch.setattr(cross_entropy, "loss_and_gradient", None)
     x_TD, weight_VD, target_T = (tensor.to(device) for tensor in inputs())
     leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in (4 * x_TD, weight_VD)]

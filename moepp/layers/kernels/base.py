@@ -6,6 +6,8 @@ slots) never reach an FFN expert. Shape suffixes as in experts.py; S = T*K slots
 """
 
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -42,7 +44,7 @@ class RoutedTokens:
     `expert_TK` int64, E or more in slots of no FFN expert; `others` is what the zero-computation experts add. At most
     `most_rows` slots choose FFN experts: known where capacity limits them, else T*K. What rows beyond `kept_rows` need
     for the backward pass is not to be kept. `sizes`, the slots of each FFN expert, spare a kernel that needs them its
-    wait for the device.
+    wait for the device. A kernel may return the sum in `dtype` in place of the gates'.
     """
 
     x_TD: Tensor
@@ -52,6 +54,7 @@ class RoutedTokens:
     most_rows: int | None = None
     kept_rows: int | None = None
     sizes: list[int] | None = None
+    dtype: torch.dtype | None = None
 
     @property
     def rows(self) -> int:
@@ -103,6 +106,18 @@ def plan_slots(tokens: RoutedTokens, experts: int) -> SlotPlan:
     ids = torch.arange(experts, device=expert_S.device, dtype=torch.int32)
     end_E = torch.searchsorted(expert_S, ids, right=True, out_int32=True)
     return SlotPlan(slot_S[: tokens.rows], row_S.view_as(expert_TK), expert_TK < experts, end_E)
+
+
+def takes_triton(tensor: Tensor) -> bool:
+    """Whether Triton kernels are for this tensor: on a GPU, but not inside torch.compile, which fuses plain torch."""
+    on_gpu = tensor.is_cuda and tensor.dtype != torch.float64 and not torch.compiler.is_compiling()
+    return on_gpu and has_triton()
+
+
+@cache
+def has_triton() -> bool:
+    """CUDA builds of torch bring it."""
+    return find_spec("triton") is not None
 
 
 def taken_from(ctx: Any) -> tuple[Tensor | None, ...]:

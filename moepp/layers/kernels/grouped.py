@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import torch_rows
-from .base import BackendError, RoutedTokens, SlotPlan
+from .base import BackendError, RoutedTokens, SlotPlan, takes_triton
 from .planned import planned_experts
 
 
@@ -44,13 +44,10 @@ def _refuse_unsupported(w_out: Tensor) -> None:
 
 
 def _row_passes(weights: Tensor) -> ModuleType:
-    """torch.compile fuses plain passes itself; CUDA builds of torch bring triton."""
-    if torch.compiler.is_compiling() or not weights.is_cuda:
+    if not takes_triton(weights):
         return torch_rows
-    try:
-        from . import triton_rows
-    except ImportError:
-        return torch_rows
+    from . import triton_rows
+
     return triton_rows
 
 
@@ -87,3 +84,6 @@ class GroupedProducts:
 
     def affine_backward(self, grad_TD: Tensor, x_TD: Tensor, vectors_CD: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.passes.affine_backward(grad_TD, x_TD, vectors_CD)
+
+    def weighted_rows(self, weight_TC: Tensor, v_TD: Tensor) -> Tensor:
+        return self.passes.weighted_rows(weight_TC, v_TD)

@@ -53,21 +53,25 @@ class Products(Protocol):
     def affine_backward(self, grad_TD: Tensor, x_TD: Tensor, vectors_CD: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The gradients of scale, <grad, x> [T], and of mix, <grad, V_c> [T, C]; None without vectors."""
 
+    def weighted_rows(self, weight_TC: Tensor, v_TD: Tensor) -> Tensor:
+        """The sum over tokens of weight_tc v_t, [C, D], in the weights' dtype."""
+
 
 class PlannedExperts(torch.autograd.Function):
-    """scale x + mix V + sum over k of gate_k expert_k(x), [T, D] in the gates' dtype."""
+    """scale x + mix V + sum over k of gate_k expert_k(x), [T, D] in `dtype`."""
 
     @staticmethod
     def forward(
         ctx: Any, w_in: Tensor, w_out: Tensor, x_TD: Tensor, gate_TK: Tensor,
         scale_T: Tensor | None, mix_TC: Tensor | None, vectors_CD: Tensor | None, products: Products,
+        dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
         w_in, w_out, x_rows_TD = w_in.contiguous(), w_out.contiguous(), x_TD.to(w_in.dtype).contiguous()
         z_R2F, h_RF = products.swiglu_in(products.gather(x_rows_TD), w_in, keep_z=any(ctx.needs_input_grad))
         y_RD = products.matmul(h_RF, w_out.transpose(1, 2))
         ctx.save_for_backward(w_in, w_out, x_TD, x_rows_TD, gate_TK, scale_T, mix_TC, vectors_CD, z_R2F)
         ctx.products = products
-        return products.combine(y_RD, gate_TK, x_TD, scale_T, mix_TC, vectors_CD, gate_TK.dtype)
+        return products.combine(y_RD, gate_TK, x_TD, scale_T, mix_TC, vectors_CD, dtype)
 
     @staticmethod
     @once_differentiable
@@ -82,8 +86,8 @@ class PlannedExperts(torch.autograd.Function):
         dx_TD = products.combine(dx_RD, None, grad_TD, scale_T, None, None, x_TD.dtype)
         dw_in = products.outer(dz_R2F, products.gather(x_rows_TD), like=w_in, gathered="b")
         dscale_T, dmix_TC = (None, None) if scale_T is None else products.affine_backward(grad_TD, x_TD, vectors_CD)
-        dvectors_CD = None if mix_TC is None else mix_TC.t() @ grad_TD
-        return dw_in, dw_out, dx_TD, dgate_TK, dscale_T, dmix_TC, dvectors_CD, None
+        dvectors_CD = None if mix_TC is None else products.weighted_rows(mix_TC, grad_TD)
+        return dw_in, dw_out, dx_TD, dgate_TK, dscale_T, dmix_TC, dvectors_CD, None, None
 
 
 def planned_experts(
@@ -95,11 +99,12 @@ def planned_experts(
 
     def run(w_in: Tensor, w_out: Tensor, tokens: RoutedTokens) -> Tensor:
         made = products(plan_slots(tokens, len(w_in)))
-        return PlannedExperts.apply(w_in, w_out, tokens.x_TD, tokens.gate_TK, *tokens.affine(), made)
+        dtype = tokens.dtype or tokens.gate_TK.dtype
+        return PlannedExperts.apply(w_in, w_out, tokens.x_TD, tokens.gate_TK, *tokens.affine(), made, dtype)
 
     if tokens.kept_rows is None or tokens.kept_rows >= tokens.rows:
         return run(w_in, w_out, tokens)
-    first, rest = split_rows(tokens, len(w_in), tokens.kept_rows)
+    first, rest = split_rows(replace(tokens, dtype=None), len(w_in), tokens.kept_rows)
     rest_TD = checkpoint(run, w_in, w_out, rest, use_reentrant=False, preserve_rng_state=False)
     return run(w_in, w_out, first) + rest_TD
 

@@ -53,7 +53,13 @@ def combine(
 
 def affine_backward(grad_TD: Tensor, x_TD: Tensor, vectors_CD: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The gradients of scale, <grad, x> [T], and of mix, <grad, V_c> [T, C]; None without vectors."""
+    grad_TD = grad_TD.to(torch.promote_types(grad_TD.dtype, torch.float32))
     return (grad_TD * x_TD).sum(-1), None if vectors_CD is None else grad_TD @ vectors_CD.t()
+
+
+def weighted_rows(weight_TC: Tensor, v_TD: Tensor) -> Tensor:
+    """The sum over tokens of weight_tc v_t, [C, D] in the weights' dtype."""
+    return weight_TC.t() @ v_TD.to(weight_TC.dtype)
 
 
 def served(plan: SlotPlan, rows_RD: Tensor, k: int) -> Tensor:

@@ -136,6 +136,9 @@ class TritonProducts:
     def affine_backward(self, grad_TD: Tensor, x_TD: Tensor, vectors_CD: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.rows.affine_backward(grad_TD, x_TD, vectors_CD)
 
+    def weighted_rows(self, weight_TC: Tensor, v_TD: Tensor) -> Tensor:
+        return self.rows.weighted_rows(weight_TC, v_TD)
+
 
 def _precision() -> str:
     """How float32 operands are multiplied, as torch's own products are; says nothing about 16-bit operands."""

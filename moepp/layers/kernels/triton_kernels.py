@@ -226,45 +226,55 @@ def affine_backward_kernel(
 
 
 @triton.jit
-def gate_of(expert_TK, gate_TK, at, inside, wanted, TOP_K: tl.constexpr):
-    """Each token's gate of one expert, 0 where not chosen."""
-    found = tl.zeros(at.shape, tl.float32)
+def slot_of(expert_TK, gate_TK, at, inside, wanted, TOP_K: tl.constexpr):
+    """Whether each token chose one expert, and its gate there."""
+    chosen, found = tl.zeros(at.shape, tl.int32), tl.zeros(at.shape, tl.float32)
     for k in range(TOP_K):
-        expert = tl.load(expert_TK + at * TOP_K + k, mask=inside, other=-1)
-        gate = tl.load(gate_TK + at * TOP_K + k, mask=inside, other=0)
-        found += tl.where(expert == wanted, gate, 0)
-    return found
+        here = tl.load(expert_TK + at * TOP_K + k, mask=inside, other=-1) == wanted
+        chosen |= here.to(tl.int32)
+        found += tl.where(here, tl.load(gate_TK + at * TOP_K + k, mask=inside, other=0), 0)
+    return chosen != 0, found
 
 
 @triton.jit
 def affine_sums_kernel(
-    expert_TK, gate_TK, a_TC, b_TC, scale_T, mix_TC, T, STRIDE_T, STRIDE_C,
+    expert_TK, gate_TK, x_TD, w_mix, scale_T, mix_TC, a_TC, T, D: tl.constexpr,
     COPY: tl.constexpr, COPIES: tl.constexpr, CONSTANT: tl.constexpr, C: tl.constexpr,
-    TOP_K: tl.constexpr, BLOCK_T: tl.constexpr,
+    TOP_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """scale_t = the gates of copies + the gate times a of each constant expert; mix_tc = its gate times b."""
+    """scale_t = the gates of copies + the gate times a of each constant expert; mix_tc = its gate times 1 - a, where
+    a = sigmoid((w_2c - w_2c+1) x), the first of the softmax of both. x is read of the tokens that chose the expert.
+    """
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     inside = t < T
     at = t.to(tl.int64)
     scale = tl.zeros([BLOCK_T], tl.float32)
     for c in range(COPIES):
-        scale += gate_of(expert_TK, gate_TK, at, inside, COPY + c, TOP_K)
+        scale += slot_of(expert_TK, gate_TK, at, inside, COPY + c, TOP_K)[1]
     for c in range(C):
-        chosen = gate_of(expert_TK, gate_TK, at, inside, CONSTANT + c, TOP_K)
-        scale += chosen * tl.load(a_TC + at * STRIDE_T + c * STRIDE_C, mask=inside, other=0)
-        b = tl.load(b_TC + at * STRIDE_T + c * STRIDE_C, mask=inside, other=0)
-        tl.store(mix_TC + at * C + c, chosen * b, mask=inside)
+        chosen, gate = slot_of(expert_TK, gate_TK, at, inside, CONSTANT + c, TOP_K)
+        logit = tl.zeros([BLOCK_T], tl.float32)
+        for start in range(0, D, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            x = tl.load(x_TD + at[:, None] * D + d, mask=chosen[:, None] & (d < D), other=0).to(tl.float32)
+            first = tl.load(w_mix + 2 * c * D + d, mask=d < D, other=0).to(tl.float32)
+            second = tl.load(w_mix + (2 * c + 1) * D + d, mask=d < D, other=0).to(tl.float32)
+            logit += tl.sum(x * (first - second), 1)
+        a = tl.sigmoid(logit)
+        scale += gate * a
+        tl.store(mix_TC + at * C + c, gate * (1 - a), mask=inside)
+        tl.store(a_TC + at * C + c, a, mask=inside)
     tl.store(scale_T + at, scale, mask=inside)
 
 
 @triton.jit
 def affine_sums_backward_kernel(
-    expert_TK, gate_TK, a_TC, b_TC, dscale_T, dmix_TC, dgate_TK, da_TC, db_TC, T, STRIDE_T, STRIDE_C,
+    expert_TK, gate_TK, a_TC, dscale_T, dmix_TC, dgate_TK, dlogit_TM, T,
     COPY: tl.constexpr, COPIES: tl.constexpr, CONSTANT: tl.constexpr, C: tl.constexpr,
     TOP_K: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """dgate_tk = dscale_t where slot k chose a copy, a dscale_t + b dmix_tc where constant expert c, else 0;
-    da_tc = the gate of c times dscale_t, db_tc = the gate of c times dmix_tc.
+    """dgate_tk = dscale_t where slot k chose a copy, a dscale_t + (1 - a) dmix_tc where constant expert c, else 0;
+    dlogit_t,2c = the gate of c times a (1 - a) (dscale_t - dmix_tc), 0 where not chosen; dlogit_t,2c+1 is -dlogit_t,2c.
     """
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     inside = t < T
@@ -274,16 +284,48 @@ def affine_sums_backward_kernel(
         expert = tl.load(expert_TK + at * TOP_K + k, mask=inside, other=-1)
         c = expert - CONSTANT
         constant = inside & (c >= 0) & (c < C)
-        a = tl.load(a_TC + at * STRIDE_T + c * STRIDE_C, mask=constant, other=0)
-        b = tl.load(b_TC + at * STRIDE_T + c * STRIDE_C, mask=constant, other=0)
+        a = tl.load(a_TC + at * C + c, mask=constant, other=0)
         dmix = tl.load(dmix_TC + at * C + c, mask=constant, other=0)
-        dgate = tl.where((expert >= COPY) & (expert < COPY + COPIES), dscale, a * dscale + b * dmix)
+        copied = (expert >= COPY) & (expert < COPY + COPIES)
+        dgate = tl.where(copied, dscale, tl.where(constant, a * dscale + (1 - a) * dmix, 0))
         tl.store(dgate_TK + at * TOP_K + k, dgate, mask=inside)
     for c in range(C):
-        chosen = gate_of(expert_TK, gate_TK, at, inside, CONSTANT + c, TOP_K)
-        tl.store(da_TC + at * C + c, chosen * dscale, mask=inside)
-        dmix = tl.load(dmix_TC + at * C + c, mask=inside, other=0)
-        tl.store(db_TC + at * C + c, chosen * dmix, mask=inside)
+        chosen, gate = slot_of(expert_TK, gate_TK, at, inside, CONSTANT + c, TOP_K)
+        a = tl.load(a_TC + at * C + c, mask=chosen, other=0)
+        dmix = tl.load(dmix_TC + at * C + c, mask=chosen, other=0)
+        dlogit = gate * a * (1 - a) * (dscale - dmix)
+        tl.store(dlogit_TM + at * 2 * C + 2 * c, dlogit, mask=inside)
+        tl.store(dlogit_TM + at * 2 * C + 2 * c + 1, -dlogit, mask=inside)
+
+
+@triton.jit
+def mixed_rows_kernel(
+    weight_TM, v_MD, out_TD, T, D: tl.constexpr, M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """out_t = the sum over m of weight_tm v_m."""
+    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    out = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    for m in range(M):
+        weight = tl.load(weight_TM + t * M + m, mask=t < T, other=0)
+        out += weight[:, None] * tl.load(v_MD + m * D + d, mask=d < D, other=0).to(tl.float32)
+    tl.store(out_TD + t.to(tl.int64)[:, None] * D + d, out, mask=(t[:, None] < T) & (d < D))
+
+
+@triton.jit
+def weighted_rows_kernel(
+    weight_TM, v_TD, sum_PMD, T, CHUNK, D: tl.constexpr, M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Each chunk's sum over its tokens of weight_tm v_t, for every m; v is read where the weight is not 0."""
+    chunk, m = tl.program_id(1), tl.program_id(2)
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    summed = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(0, CHUNK, BLOCK_T):
+        t = chunk * CHUNK + start + tl.arange(0, BLOCK_T)
+        weight = tl.load(weight_TM + t * M + m, mask=t < T, other=0)
+        v = tl.load(v_TD + t.to(tl.int64)[:, None] * D + d, mask=(weight != 0)[:, None] & (d < D), other=0)
+        summed += tl.sum(weight[:, None] * v.to(tl.float32), 0)
+    tl.store(sum_PMD + (chunk * M + m) * D + d, summed, mask=d < D)
 
 
 @triton.jit

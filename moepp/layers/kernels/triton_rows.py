@@ -12,6 +12,7 @@ from .base import SlotPlan
 
 ROWS = 16  # of a program
 COLUMNS = 256
+CHUNK = 512  # tokens that one program sums
 
 
 def gather(plan: SlotPlan, x_TD: Tensor) -> Tensor:
@@ -66,14 +67,34 @@ def combine(
 def affine_backward(grad_TD: Tensor, x_TD: Tensor, vectors_CD: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The gradients of scale, <grad, x> [T], and of mix, <grad, V_c> [T, C]; None without vectors."""
     tokens, dim = x_TD.shape
-    dscale_T = grad_TD.new_empty(tokens)
-    dmix_TC = None if vectors_CD is None else grad_TD.new_empty(tokens, len(vectors_CD))
+    dscale_T = grad_TD.new_empty(tokens, dtype=torch.float32)
+    dmix_TC = None if vectors_CD is None else dscale_T.new_empty(tokens, len(vectors_CD))
     vectors_CD = None if vectors_CD is None else vectors_CD.contiguous()
     kernels.affine_backward_kernel[_blocks(tokens, ROWS),](
         grad_TD, x_TD.contiguous(), vectors_CD, dscale_T, dmix_TC, tokens, dim,
         C=0 if vectors_CD is None else len(vectors_CD), BLOCK_T=ROWS, BLOCK_D=COLUMNS,
     )  # fmt: skip
     return dscale_T, dmix_TC
+
+
+def weighted_rows(weight_TM: Tensor, v_TD: Tensor) -> Tensor:
+    """The sum over tokens of weight_tm v_t, [M, D] in float32: by chunks, then over them. What weighs 0 is not read."""
+    (tokens, columns), dim = weight_TM.shape, v_TD.shape[1]
+    chunks = _blocks(tokens, CHUNK)
+    sum_PMD = weight_TM.new_empty(chunks, columns, dim)
+    kernels.weighted_rows_kernel[_blocks(dim, COLUMNS), chunks, columns](
+        weight_TM.contiguous(), v_TD.contiguous(), sum_PMD, tokens, CHUNK, dim, columns, BLOCK_T=ROWS, BLOCK_D=COLUMNS
+    )
+    return sum_PMD.sum(0)
+
+
+def mixed_rows(weight_TM: Tensor, v_MD: Tensor, like_TD: Tensor) -> Tensor:
+    """The sum over m of weight_tm v_m, [T, D] as `like_TD` is."""
+    (tokens, dim), out_TD = like_TD.shape, torch.empty_like(like_TD)
+    kernels.mixed_rows_kernel[_blocks(dim, COLUMNS), _blocks(tokens, ROWS)](
+        weight_TM, v_MD, out_TD, tokens, dim, weight_TM.shape[1], BLOCK_T=ROWS, BLOCK_D=COLUMNS
+    )
+    return out_TD
 
 
 def _blocks(size: int, block: int) -> int:
