@@ -100,6 +100,11 @@ class SweepResults:
         estimate = self.estimate(arm, metric)
         return estimate.mean if estimate else None
 
+    @property
+    def timing_scatter(self) -> float:
+        """The largest ratio of an expert forward's median to its fastest call: near 1 where nothing else ran beside."""
+        return max((time.median_ms / time.min_ms for time in self.expert_times.values() if time.min_ms), default=1.0)
+
     def ratio(self, arm: str, routing: str, of: Callable[[ExpertTime], float]) -> float | None:
         """`of(baseline) / of(arm)` under the same routing; None without both times."""
         ours, base = self.expert_times.get((arm, routing)), self.expert_times.get((self.baseline, routing))

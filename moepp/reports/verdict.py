@@ -12,6 +12,7 @@ from moepp.statistics.seeds import POWER, SIGNIFICANCE
 from moepp.statistics.tables import quantity
 
 PAYS = ("does not pay", "pays")
+DISTURBED = 1.5  # median over fastest call, above which other work has had a part in a timing
 DROPS_ALLOWED = 0.03  # of all slots in training, above which a report warns
 TARGET_WITHIN = 0.02  # of all slots: how near to its target an FFN share must be before an arm is judged
 
@@ -205,7 +206,13 @@ def _speed(comparison: Comparison) -> str:
         over = speedup_over_seeds(results, arm)
         interval = f", over seeds {over.low:.2f} to {over.high:.2f}" if over and over.low is not None else ""
         said.append(f"{arm} {measured:.2f}x{interval} (ideal for its FFN compute {ideal:.2f}x{printed})")
-    return f"Expert forward against {results.baseline}, learned routing: {'; '.join(said)}. Fastest: {fastest}."
+    line = f"Expert forward against {results.baseline}, learned routing: {'; '.join(said)}."
+    if results.timing_scatter > DISTURBED:
+        return (
+            f"{line} Other work disturbed this timing (median calls took up to {results.timing_scatter:.1f} times as"
+            " long as the fastest): remove timing.json and call again on an idle machine before quoting a speed."
+        )
+    return f"{line} Fastest: {fastest}."
 
 
 def _wall_clock(comparison: Comparison) -> list[str]:
@@ -225,6 +232,8 @@ def _wall_clock(comparison: Comparison) -> list[str]:
 
 
 def _ahead_in_loss_and_time(comparison: Comparison) -> str:
+    if comparison.results.timing_scatter > DISTURBED:
+        return ""
     speeds = comparison.results.training_speeds
     base = speeds.get(comparison.results.baseline, math.inf)
     lower = [arm for arm, d in comparison.differences.items() if d.significant and d.estimate.mean < 0]

@@ -195,6 +195,19 @@ def test_without_timings_the_columns_are_empty_and_the_report_says_so(tmp_path):
     assert "speedup.svg" not in text
 
 
+def test_a_timing_beside_other_work_is_not_taken_for_a_speed(tmp_path):
+    write_sweep(tmp_path, LOSSES, TIMES)
+    written(TABLE6, tmp_path, tmp_path / "report")
+    timing = json.loads((tmp_path / "timing.json").read_text())
+    timing["expert_forward"][0]["median_ms"] = 1.6 * timing["expert_forward"][0]["min_ms"]
+    write_json(tmp_path / "timing.json", timing)
+    written(TABLE6, tmp_path, tmp_path / "disturbed")
+    for folder, disturbed in (("report", False), ("disturbed", True)):
+        text = (tmp_path / folder / "report.md").read_text()
+        assert ("up to 1.6 times as long" in text) == disturbed
+        assert ("Fastest: " in text) != disturbed
+
+
 def test_times_of_learned_routing_alone_still_make_a_figure(tmp_path):
     write_sweep(tmp_path, LOSSES)
     write_times(tmp_path, TIMES)
