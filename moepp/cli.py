@@ -189,8 +189,10 @@ def train(config: Path | None, dry_run: bool, overrides: Sequence[str]) -> None:
 
         print("\n".join([*estimate(asked), *plan(asked)]))
         return
+    from moepp.data.corpora import refuse_missing_files
     from moepp.process import no_collections
 
+    refuse_missing_files(asked.data)
     with no_collections(), working("loading torch and Lightning"):
         from moepp.training.ranks.rank import Rank
         from moepp.training.run import freeze, train

@@ -15,6 +15,7 @@ import click
 
 from moepp.errors import Interrupted, RunError, UsageError, reason
 from moepp.layers.bounds import taken_apart
+from moepp.layers.registry import PartError
 from moepp.program import missing, program
 from moepp.ranges import whole_range
 from moepp.terminal import painted
@@ -151,15 +152,21 @@ def run_command(group: click.Group, arguments: Sequence[str] | None) -> int:
         return _said(f"error: {error}", error.exit_code)
     except click.ClickException as error:
         return _said(f"error: {' '.join(error.format_message().split())}", error.exit_code)
-    except ModuleNotFoundError as error:
-        if (error.name or "moepp").partition(".")[0] == "moepp":
-            raise
-        return _said(missing(error.name), RunError.exit_code)
-    except OSError as error:  # a folder that is not there, is none, or must not be read or written
-        where = f"cannot read or write {error.filename}: " if error.filename else ""
-        return _said(f"error: {where}{reason(error)}", RunError.exit_code)
     except click.Abort:
         return _said("interrupted; the same command continues", Interrupted.exit_code)
+    except PartError as error:
+        return _said(f"error: {error}", UsageError.exit_code)
+    except Exception as error:
+        from moepp.register import failed
+
+        if said := failed(error):
+            return _said(str(said), said.exit_code)
+        if isinstance(error, ModuleNotFoundError) and (error.name or "moepp").partition(".")[0] != "moepp":
+            return _said(missing(error.name), RunError.exit_code)
+        if isinstance(error, OSError):  # a folder that is not there, is none, or must not be read or written
+            where = f"cannot read or write {error.filename}: " if error.filename else ""
+            return _said(f"error: {where}{reason(error)}", RunError.exit_code)
+        raise
 
 
 def _said(line: str, code: int) -> int:

@@ -86,14 +86,18 @@ def keep(names: Iterable[str], folder: Path) -> None:
             shutil.copyfile(plugin.source, target)
 
 
+def of_module(module: str) -> Plugin | None:
+    """The plugin that a module is, or is a part of."""
+    return next((p for p in _loaded.values() if module == p.module or module.startswith(f"{p.module}.")), None)
+
+
 def owner(module: str) -> str:
     """The name of the plugin that a registered part's module belongs to.
 
     That is the module itself where it was imported by other means. Raises UsageError where a run could not find it.
     """
-    for plugin in _loaded.values():
-        if module == plugin.module or module.startswith(f"{plugin.module}."):
-            return plugin.name
+    if plugin := of_module(module):
+        return plugin.name
     if module == "__main__" or getattr(sys.modules[module], "__file__", None) is None:
         raise UsageError(f"what {module} registers is lost with this process; put it into a file, and set plugins=FILE")
     return module

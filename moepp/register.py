@@ -4,7 +4,10 @@ A registered name is valid wherever a built-in one is. docs/extend.md says what 
 other parameters are its options. Loads no torch.
 """
 
+import traceback
+
 from moepp import plugins
+from moepp.errors import UsageError
 from moepp.layers.registry import Registry, balance, control, expert, gate, router, selection
 
 __all__ = [
@@ -61,3 +64,20 @@ model = Registry(
 ALL = (router, expert, selection, gate, balance, control, corpus, optimizer, callback, logger, model)
 for registry in ALL:
     registry.find_more = plugins.load_installed
+
+
+def failed(error: BaseException) -> UsageError | None:
+    """What to say of an error that a plugin's code raised, or what that called: the plugin's own lines of the
+    traceback, and which part failed. None for others, and for those of a training step: an optimizer's closure is one.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    modules = [frame.f_globals.get("__name__", "") for frame in frames]
+    own = [number for number, module in enumerate(modules) if plugins.of_module(module)]
+    if not own or "moepp.training.module" in modules[own[-1] :]:
+        return None
+    lines = traceback.extract_tb(error.__traceback__)
+    found = [each.described(name) for n in reversed(own) for each in ALL if (name := each.part_in(frames[n]))]
+    named = found[0] if found else f"plugins={plugins.of_module(modules[own[-1]]).name}"
+    said = " ".join(str(error).split())
+    shown = "".join(traceback.format_list([lines[number] for number in own]))
+    return UsageError(f"{shown}error: {named} failed: {type(error).__name__}: {said}")

@@ -94,7 +94,7 @@ def layer_traffic(tau: float | None, backend: str, tokens: int) -> Traffic:
     config = MoEConfig(768, 2048, counts, balance=balance, backend=backend, gating_residual=tau is not None)
     traffic = Traffic()
     with FakeTensorMode(), gpu_paths(traffic):
-        layer = MoELayer(config)
+        layer = MoELayer(config, first=tau is None)
         x_BSD = torch.empty(1, tokens, config.dim, requires_grad=True)
         previous_TN = torch.empty(tokens, counts.total, requires_grad=True) if tau else None
         with traffic:

@@ -100,6 +100,17 @@ def test_wrong_usage_is_one_line_and_exit_code_2(capsys, arguments, message):
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("path", ["", "nothing/*.txt"])
+def test_files_that_are_not_there_are_refused_before_torch_is_loaded(path):
+    script = f"""
+import sys
+from moepp.cli import main
+assert main(["train", "data=text", "data.path={path}"]) == 2
+assert not {{"torch", "lightning"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
 def test_a_corpus_shorter_than_one_sequence(capsys, tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(f"short text {name}")

@@ -7,6 +7,7 @@ import pytest
 from registered import forgotten
 
 from moepp import plugins
+from moepp.cli import main
 from moepp.config import compose, load, save
 from moepp.errors import UsageError
 from moepp.models.budget import Budget
@@ -294,3 +295,105 @@ def test_what_cannot_be_imported_is_refused_in_one_line(tmp_path, text, line):
 def test_what_is_not_there_is_refused_in_one_line(name, line):
     with pytest.raises(UsageError, match=line):
         compose(RunConfig, [f"plugins={name}"])
+
+
+PART_OF_NO_USE = """
+    import torch
+    from torch import nn
+    from moepp import register
+    from moepp.layers import AffineExperts
+
+    class Base(nn.Module):
+        def __init__(self, config, first):
+            super().__init__()
+            self.ffn, self.weight = config.experts.ffn, nn.Parameter(torch.empty(config.experts.total, config.dim))
+
+    @register.router("narrow")
+    class Narrow(Base):
+        def forward(self, x_TD, previous):
+            logits = (x_TD @ self.weight.t())[:, :self.ffn]
+            return logits, logits
+
+    @register.router("lonely")
+    class Lonely(Base):
+        def forward(self, x_TD, previous):
+            return x_TD @ self.weight.t()
+
+    @register.router("raising")
+    class Raising(Base):
+        def forward(self, x_TD, previous):
+            return helper(x_TD)
+
+    def helper(x_TD):
+        return {}["missing"]
+
+    @register.expert("short")
+    class Short(nn.Module):
+        def __init__(self, config, count):
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(count, config.dim))
+
+        def forward(self, x_RD, expert_R):
+            return x_RD[:, :5]
+
+    @register.expert("wide")
+    class Wide(AffineExperts):
+        def terms(self, x_TD, dtype):
+            return x_TD.to(dtype), None
+
+    @register.expert("unlucky")
+    class Unlucky(nn.Module):
+        def __init__(self, config, count):
+            super().__init__()
+            torch.empty(config.dim, "wide")
+
+    @register.corpus("ints")
+    def ints(config):
+        yield from range(1, 100)
+
+    @register.corpus("nothing")
+    def nothing(config):
+        pass
+
+    @register.optimizer("none")
+    def none(module, config):
+        return [module]
+
+    @register.optimizer("unknowing")
+    def unknowing(module, config):
+        return torch.optim.SGD(module.parameters(), learning=3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("word", "line", "own_lines"),
+    [
+        ("model.router=narrow", "router 'narrow' (mine.py) returned logits [256, 4]; [256, 8] is needed", 0),
+        ("model.router=lonely", "router 'lonely' (mine.py) returned Tensor; a pair is needed, logits [256, 8]", 0),
+        ("model.router=raising", "router 'raising' (mine.py) failed: KeyError: 'missing'", 2),
+        ("model.experts.others.short=1", "expert type 'short' (mine.py) gave output [", 0),
+        ("model.experts.others.wide=1", "expert type 'wide' (mine.py) gave term a [256, 32]; [256, 1] is needed", 0),
+        ("model.experts.others.unlucky=1", "expert type 'unlucky' (mine.py) failed: TypeError: empty()", 1),
+        ("data.corpus=ints", "corpus 'ints' (mine.py) yielded int as document 1; it must yield texts", 0),
+        ("data.corpus=nothing", "corpus 'nothing' (mine.py) returned NoneType; it must yield texts", 0),
+        ("optim.name=none", "optimizer 'none' (mine.py) returned list; a torch.optim.Optimizer is needed", 0),
+        ("optim.name=unknowing", "optimizer 'unknowing' (mine.py) failed: TypeError: SGD.__init__() got an", 1),
+        ("trainer.callbacks.EarlyStopping.monitor=val/los", "trainer.callbacks.EarlyStopping: Early stopping", 0),
+    ],
+)
+def test_a_part_of_no_use_is_named_in_the_last_line(overrides, tmp_path, capsys, word, line, own_lines):
+    words = [w for w in overrides if not (word.startswith("data") and w.startswith("data"))]
+    path = plugin(tmp_path, "mine", PART_OF_NO_USE)
+    code = main(["train", *words, f"data.cache={tmp_path / 'cache'}", f"plugins={path}", word])
+    *before, last = capsys.readouterr().err.rstrip().splitlines()
+    assert code == 2
+    assert last.startswith(f"error: {line}")
+    assert [name for name in before if "File" in name] == [name for name in before if f'File "{path}"' in name]
+    assert sum("File" in name for name in before) == own_lines
+
+
+def test_an_error_below_an_optimizers_closure_is_not_the_optimizers(overrides, tmp_path, monkeypatch):
+    path = plugin(tmp_path, "signs", OPTIMIZER)
+    monkeypatch.setattr("moepp.training.module.LanguageModel._count", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["train", *overrides, f"plugins={path}", "optim.name=signs"])

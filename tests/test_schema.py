@@ -69,6 +69,10 @@ def test_every_word_is_a_choice_a_registered_name_or_text():
         ("optim.name=Adam optim.options.betas=[0.9]", "optim.options={'betas': [0.9]}: optimizer Adam refuses this"),
         ("optim.name=Adam optim.options.eps=.nan", "optim.options.eps=nan must be finite"),
         ("model.gate=softmax model.gate_options.scale=0", "model.gate_options.scale=0 must be positive"),
+        (
+            "trainer.callbacks.EarlyStopping.monitor=val_loss",
+            "trainer.callbacks.EarlyStopping.monitor=val_loss: no such metric; choose from val/loss",
+        ),
         ("trainer.callbacks.EarlyStopping={}", "EarlyStopping needs trainer.callbacks.EarlyStopping.monitor"),
         ("trainer.callbacks.Timer.duration=x", "trainer.callbacks.Timer={'duration': 'x'}: callback Timer refuses"),
         ("trainer.accelerator=mps", "trainer.accelerator=mps must be one of 'auto', 'cpu', 'gpu', 'cuda'"),

@@ -23,7 +23,7 @@ class Corpus:
     def __init__(self, config: DataConfig):
         self.config, self.bad = config, BadRows(skip=config.bad_rows == "skip")
 
-    def texts(self) -> Iterator[str]:
+    def texts(self) -> Iterable[str]:
         """The documents, always in the same order."""
         raise NotImplementedError
 
@@ -43,8 +43,8 @@ class FunctionCorpus(Corpus):
     def function(self) -> Callable[..., Iterable[str]]:
         return register.corpus[self.config.corpus]
 
-    def texts(self) -> Iterator[str]:
-        return iter(self.function(self.config, **self.config.corpus_options))
+    def texts(self) -> Iterable[str]:
+        return self.function(self.config, **self.config.corpus_options)
 
     def fingerprint(self) -> dict[str, Any]:
         sources = plugins.digests([plugins.owner(self.function.__module__)])
@@ -155,6 +155,14 @@ def corpus_of(config: DataConfig) -> Corpus:
     """The corpus that `config` names, the package's own or a registered one: a class like those here, or a function."""
     part = register.corpus[config.corpus]
     return part(config, **config.corpus_options) if isinstance(part, type) else FunctionCorpus(config)
+
+
+def refuse_missing_files(config: DataConfig) -> None:
+    """Raises UsageError for a `data.path` that names no file: a command asks before it loads what it needs otherwise.
+    The tokens of a frozen config need no files.
+    """
+    if config.corpus == "text" and not config.digest:
+        Files(config).files()
 
 
 def message_names(config: DataConfig) -> dict[str, str]:

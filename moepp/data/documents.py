@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pyarrow as pa
 from tqdm import tqdm
 
+from moepp import register
 from moepp.data.corpora import Corpus
 from moepp.errors import UsageError
 from moepp.records import fsync, read_json, write_json
@@ -73,8 +74,8 @@ def store(corpus: Corpus, folder: Path, progress: bool) -> Documents:
     """The documents of a corpus, read into the folder unless they have been. Raises UsageError where most are bad."""
     if not (folder / READ).is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        texts = tqdm(corpus.texts(), desc="reading", unit=" documents", disable=not progress)
-        extents = _write_shards(_batches(texts, corpus.config.split_seed), folder)
+        with tqdm(_only_texts(corpus), desc="reading", unit=" documents", disable=not progress) as texts:
+            extents = _write_shards(_batches(texts, corpus.config.split_seed), folder)
         count, bad = sum(extent.count for extent in extents), corpus.bad.count
         if not count:
             raise UsageError(f"data.corpus={corpus.config.corpus} holds no text")
@@ -83,6 +84,17 @@ def store(corpus: Corpus, folder: Path, progress: bool) -> Documents:
         counted = {"shards": len(extents), "count": count, "bad_rows": bad}
         write_json(folder / READ, {**counted, "lowest": lowest, "highest": highest})
     return Documents.open(folder)
+
+
+def _only_texts(corpus: Corpus) -> Iterator[str]:
+    """Raises UsageError for a corpus, somebody's own, that yields anything else."""
+    named, found = register.corpus.described(corpus.config.corpus), corpus.texts()
+    if not isinstance(found, Iterable):
+        raise UsageError(f"{named} returned {type(found).__name__}; it must yield texts")
+    for number, text in enumerate(found, start=1):
+        if not isinstance(text, str):
+            raise UsageError(f"{named} yielded {type(text).__name__} as document {number}; it must yield texts, str")
+        yield text
 
 
 class Extent(NamedTuple):

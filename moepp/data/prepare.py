@@ -33,6 +33,10 @@ def token_digest(config: DataConfig) -> str:
     from moepp.data import corpora
 
     trained = config.tokenizer == "bpe"
+    if trained:  # before the corpus is read, which may take hours
+        from moepp.data.tokenizer import refuse_too_few_ids
+
+        refuse_too_few_ids(config.vocab_size)
     decides = {
         "format": FORMAT,
         "corpus": corpora.corpus_of(config).fingerprint(),
@@ -201,8 +205,8 @@ def _tokenizer(config: DataConfig, found: "Documents", below: int, path: Path, p
     if not path.is_file():
         if config.tokenizer == "bpe":
             texts = found.all_texts(below, held_out=False)
-            bar = tqdm(texts, desc="training the tokenizer", unit=" documents", disable=not progress)
-            made = train_bpe(bar, config.vocab_size)
+            with tqdm(texts, desc="training the tokenizer", unit=" documents", disable=not progress) as shown:
+                made = train_bpe(shown, config.vocab_size)
         else:
             made = load_tokenizer(Path(config.tokenizer).expanduser())
         made.save(str(path.with_suffix(".part")))

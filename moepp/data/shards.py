@@ -91,14 +91,14 @@ class Tokeniser:
                 self.make(shard, progress=False)
 
     def make(self, shard: int, progress: bool) -> None:
-        texts = self.documents.texts(shard, self.below, held_out=self.side == "val")
-        texts = tqdm(texts, desc="tokenising", unit=" documents", disable=not progress)
+        found = self.documents.texts(shard, self.below, held_out=self.side == "val")
         ids, lengths = (_path(self.folder, shard, self.side, kind) for kind in (IDS, LENGTHS))
-        if self.side == "val":
-            counts = self.writer.write_measured(texts, ids, lengths)
-            fsync(lengths)
-        else:
-            counts = self.writer.write(texts, ids)
+        with tqdm(found, desc="tokenising", unit=" documents", disable=not progress) as texts:
+            if self.side == "val":
+                counts = self.writer.write_measured(texts, ids, lengths)
+                fsync(lengths)
+            else:
+                counts = self.writer.write(texts, ids)
         fsync(ids)
         write_json(_counts(self.folder, shard, self.side), asdict(counts))
 

@@ -35,11 +35,17 @@ LLAMA3 = (
 )
 
 
+def refuse_too_few_ids(vocab_size: int) -> None:
+    """Raises UsageError for a vocabulary in which a byte-level BPE has no room for all bytes and the end of a text."""
+    least = len(pre_tokenizers.ByteLevel.alphabet())
+    if vocab_size <= least:
+        raise UsageError(f"a byte-level BPE needs a vocab_size above {least}, not {vocab_size}")
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE of at most `vocab_size` ids, as GPT-2's: every text can be encoded and decoded exactly."""
+    refuse_too_few_ids(vocab_size)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if vocab_size <= len(alphabet):
-        raise UsageError(f"a byte-level BPE needs a vocab_size above {len(alphabet)}, not {vocab_size}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

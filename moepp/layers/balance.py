@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from itertools import groupby
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import registry
@@ -127,10 +128,13 @@ def accepted_counts(count_WKN: Tensor, capacity_N: Tensor) -> Tensor:
 
 
 def accepted_slots(expert_TK: Tensor, accepted_KN: Tensor) -> Tensor:
-    """True for the slots an expert accepts, [T, K]: the first `accepted_KN` of those with one choice and expert."""
-    choices, experts = accepted_KN.shape
+    """True for the slots an expert accepts, [T, K]: the first `accepted_KN` of those with one choice and expert. Slots
+    whose id is N, which no expert has, are never accepted.
+    """
+    accepted_KN = F.pad(accepted_KN, (0, 1))
+    choices, ids = accepted_KN.shape
     choice_K = torch.arange(choices, device=expert_TK.device)
-    sorted_S, order_S = (choice_K * experts + expert_TK).t().reshape(-1).sort(stable=True)
+    sorted_S, order_S = (choice_K * ids + expert_TK).t().reshape(-1).sort(stable=True)
     start_S = torch.searchsorted(sorted_S, sorted_S)
     kept_S = torch.empty_like(order_S, dtype=torch.bool)
     kept_S[order_S] = torch.arange(len(order_S), device=order_S.device) - start_S < accepted_KN.reshape(-1)[sorted_S]
@@ -141,12 +145,12 @@ def accepted_in_runs(expert_TK: Tensor, capacity_N: Tensor, runs: int, score_TK:
     """True for the slots an expert accepts, [T, K], where each of so many equal `runs` of tokens is a batch of its own:
     the first of them, or those with the highest scores.
     """
-    experts, run_T = len(capacity_N), torch.arange(len(expert_TK), device=expert_TK.device) * runs // len(expert_TK)
-    apart_TK = expert_TK + experts * run_T[:, None]  # as if each run had experts of its own
-    apart_N = capacity_N.repeat(runs)
+    ids, run_T = len(capacity_N) + 1, torch.arange(len(expert_TK), device=expert_TK.device) * runs // len(expert_TK)
+    apart_TK = expert_TK + ids * run_T[:, None]  # as if each run had experts of its own, and an id of no expert
+    apart_N = F.pad(capacity_N, (0, 1)).repeat(runs)
     if score_TK is not None:
         return likeliest_slots(apart_TK, score_TK, apart_N)
-    count_RKN = torch.stack([selection_counts(expert_SK, experts) for expert_SK in expert_TK.chunk(runs)])
+    count_RKN = torch.stack([selection_counts(expert_SK, ids) for expert_SK in expert_TK.chunk(runs)])
     count_KN = count_RKN.transpose(0, 1).flatten(1)
     return accepted_slots(apart_TK, accepted_counts(count_KN[None], apart_N)[0])
 

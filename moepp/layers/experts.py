@@ -17,6 +17,7 @@ from . import registry
 from .dispatch import LocalDispatcher, Meanwhile, SlotCounts
 from .initial import draw
 from .kernels.base import Affine, RoutedTokens, takes_triton
+from .registry import PartError
 from .router import Routing
 from .settings import Backend, MoEConfig
 
@@ -154,6 +155,9 @@ def one_affine(types: dict[str, AffineExperts], ids: dict[str, range], routing: 
     scales, mixes, vectors = [], [], []
     for (kind, experts), (a, b_TC) in zip(types.items(), terms, strict=True):
         gate_TC = gates[kind]
+        for name, term in (("a", a), ("b", b_TC)):
+            if isinstance(term, Tensor) and term.ndim:
+                _refuse_others(kind, f"term {name}", term, gate_TC)
         if isinstance(a, Tensor):
             scales.append((gate_TC * a).sum(1))
         elif a:
@@ -193,13 +197,22 @@ def gates_by_type(routing: Routing, ids: dict[str, range]) -> dict[str, Tensor]:
     return dict(zip(ids, gate_TN[:, first:total].split([len(each) for each in ranges], 1), strict=True))
 
 
+def _refuse_others(kind: str, what: str, given: Tensor, like: Tensor) -> None:
+    """Raises PartError where experts, somebody's own, give another shape than `like` has."""
+    if not isinstance(given, Tensor) or given.shape != like.shape:
+        shape = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
+        raise PartError(f"{registry.expert.described(kind)} gave {what} {shape}; {list(like.shape)} is needed")
+
+
 def _joined(parts: list[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-def add_rows(y_TD: Tensor, x_TD: Tensor, routing: Routing, ids: range, experts: nn.Module) -> Tensor:
+def add_rows(y_TD: Tensor, x_TD: Tensor, routing: Routing, ids: range, kind: str, experts: nn.Module) -> Tensor:
     """`y_TD` and the gated outputs of a type that is not affine, computed for the rows of its slots alone."""
     expert_TK = routing.expert_TK
     token_R, slot_R = ((expert_TK >= ids.start) & (expert_TK < ids.stop)).nonzero(as_tuple=True)
-    y_RD = experts(x_TD[token_R], expert_TK[token_R, slot_R] - ids.start)
+    x_RD = x_TD[token_R]
+    y_RD = experts(x_RD, expert_TK[token_R, slot_R] - ids.start)
+    _refuse_others(kind, "output", y_RD, x_RD)
     return y_TD.index_add(0, token_R, (routing.gate_TK[token_R, slot_R, None] * y_RD).to(y_TD.dtype))

@@ -43,7 +43,7 @@ from .experts import (
 from .initial import built, draw
 from .kernels.base import Affine, RoutedTokens
 from .regions import region
-from .registry import Registry
+from .registry import PartError, Registry
 from .router import Routing, route
 from .settings import ExpertCounts, MoEConfig
 
@@ -67,7 +67,8 @@ class MoEStats:
 class MoELayer(nn.Module):
     """Routes every token to `top_k` of N experts (or as `selection` says).
 
-    `first` marks the network's first MoE layer, which has no gating residual. `gru` is the recurrent routers' common
+    `first` marks the network's first MoE layer, or one that stands alone, which has no gating residual; any other gets
+    the `carried` of the layer before. `gru` is the recurrent routers' common
     one, where there is more than this layer. `layout` has the most experts of each type that any of the network's
     layers has: counts are reported, and taken, in its order. Whoever trains on several micro-batches to a step puts the
     step's counts of each expert and its tokens into `step_counts`, for the balance loss.
@@ -76,7 +77,7 @@ class MoELayer(nn.Module):
     def __init__(
         self,
         config: MoEConfig,
-        first: bool = False,
+        first: bool = True,
         gru: nn.GRUCell | None = None,
         layout: ExpertCounts | None = None,
     ):
@@ -124,7 +125,7 @@ class MoELayer(nn.Module):
     def forward(self, x_BSD: Tensor, previous: Tensor | None = None) -> tuple[Tensor, MoEStats]:
         """`previous` is the previous MoE layer's `MoEStats.carried`."""
         x_TD = x_BSD.flatten(0, -2)
-        logits_TN, carried = self.router(x_TD, previous)
+        logits_TN, carried = self.routed(x_TD, previous)
         routing = self.route(logits_TN)
         counts = self.count(routing)
         terms = self.terms(self.expert_input(x_TD), routing)  # before the wait for counts of other devices
@@ -135,6 +136,21 @@ class MoELayer(nn.Module):
         y_TD = self.expert_forward(x_TD, kept, accepted, terms)
         # After the experts: where counts come from other devices, nothing before this needs to wait for them.
         return y_TD.view_as(x_BSD), self.statistics(logits_TN, carried, routing, counts, accepted, sequences)
+
+    def routed(self, x_TD: Tensor, previous: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The router's logits [T, N] and what it hands on. Raises PartError where it, somebody's own, gives others."""
+        given, needed = self.router(x_TD, previous), [len(x_TD), self.config.experts.total]
+        if not (isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], Tensor)):
+            raise PartError(
+                f"{registry.router.described(self.config.router)} returned {type(given).__name__}; a pair is needed, "
+                f"logits {needed} and what the next layer's router receives"
+            )
+        if list(given[0].shape) != needed:
+            raise PartError(
+                f"{registry.router.described(self.config.router)} returned logits {list(given[0].shape)}; "
+                f"{needed} is needed, tokens and experts"
+            )
+        return given
 
     def route(self, logits_TN: Tensor) -> Routing:
         return route(logits_TN, self.config, getattr(self.control, "bias_N", None))
@@ -186,7 +202,7 @@ class MoELayer(nn.Module):
     ) -> tuple[Tensor, SlotCounts]:
         """The same where it is of each of this device's `runs` of tokens."""
         likeliest = self.config.drop_order == "probability"
-        score_TK = routing.probs_TN.detach().gather(1, routing.expert_TK) if likeliest else None
+        score_TK = score_of_slots(routing) if likeliest else None
         kept_TK = accepted_in_runs(routing.expert_TK, limit_N, runs, score_TK)
         kept_ids_TK = routing.expert_TK.masked_fill(~kept_TK, len(limit_N))
         return kept_TK, SlotCounts(selection_counts(kept_ids_TK, len(limit_N))[None], of_others=False)
@@ -195,7 +211,7 @@ class MoELayer(nn.Module):
         """The slots whose scores are the highest of the whole batch's: those of this device that stay [T, K], and the
         counts of all that do, [W, K, N].
         """
-        score_TK = routing.probs_TN.detach().gather(1, routing.expert_TK)
+        score_TK = score_of_slots(routing)
         expert_WTK, score_WTK = (self.ffn.dispatcher.gather(of) for of in (routing.expert_TK, score_TK))
         kept_WTK = likeliest_slots(expert_WTK, score_WTK, limit_N)
         kept_ids_WTK = expert_WTK.masked_fill(~kept_WTK, len(limit_N))
@@ -231,7 +247,7 @@ class MoELayer(nn.Module):
         shared = None if self.shared is None else Meanwhile(partial(self.shared_forward, x_TD))
         y_TD = self.ffn(tokens, counts, shared).to(x_TD.dtype)
         for kind in self.ids.keys() - set(self.affine):
-            y_TD = add_rows(y_TD, x_TD, routing, self.ids[kind], self.of_kind(kind))
+            y_TD = add_rows(y_TD, x_TD, routing, self.ids[kind], kind, self.of_kind(kind))
         return y_TD if shared is None else y_TD + shared()
 
     def shared_forward(self, x_TD: Tensor) -> Tensor:
@@ -324,3 +340,9 @@ class MoELayer(nn.Module):
             router_loss=router_loss,
             carried=carried,
         )
+
+
+def score_of_slots(routing: Routing) -> Tensor:
+    """The router's score for each slot's expert, [T, K], without gradients; anything in slots that are not used."""
+    last = routing.probs_TN.shape[1] - 1
+    return routing.probs_TN.detach().gather(1, routing.expert_TK.clamp(max=last))

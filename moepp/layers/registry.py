@@ -8,13 +8,20 @@ first asked for: what names there are is known without torch. Anyone else's is r
 import difflib
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import PurePath
+from types import FrameType
 from typing import Any, TypeVar
 
 from .bounds import refusals, taken_apart
 
 Part = TypeVar("Part", bound=Callable[..., Any])
 SCALARS = (bool, int, float, str)  # annotations that an option's value is checked against
+
+
+class PartError(Exception):
+    """A part gave what no layer can use; in one line which part, what it gave and what is needed."""
 
 
 class Registry:
@@ -68,6 +75,20 @@ class Registry:
     def module(self, name: str) -> str | None:
         """The module that defines the part; None where no part has that name."""
         return self.defined.get(name) or getattr(self._parts.get(name), "__module__", None)
+
+    def described(self, name: str) -> str:
+        """The part for messages about it: router 'mine' (mine.py)."""
+        file = getattr(sys.modules.get(self.module(name)), "__file__", None)
+        return f"{self.kind} '{name}'" + (f" ({PurePath(file).name})" if file else "")
+
+    def part_in(self, frame: FrameType) -> str | None:
+        """The name of the registered part whose code the frame runs."""
+        module, runs, of = frame.f_globals.get("__name__"), frame.f_code.co_qualname, type(frame.f_locals.get("self"))
+        for name, part in self._parts.items():
+            own = getattr(part, "__qualname__", None)
+            if part is of or (part.__module__ == module and own and (runs == own or runs.startswith(f"{own}."))):
+                return name
+        return None
 
     def check_name(self, name: str) -> None:
         """Raises ValueError, in one line, for a name that no part has."""

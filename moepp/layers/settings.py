@@ -154,10 +154,9 @@ class MoEConfig(Bounded):
     capacity_factor: Positive | None = 1.1  # in training only; null is dropless
     # the batch that an expert's capacity is of: a sequence, a device's micro-batch, or the micro-batch over all devices
     capacity_over: Literal["sequence", "micro_batch", "global_batch"] = "global_batch"
-    drop_order: Literal["position", "probability"] = (
-        "position"  # which slots stay: first choices of all tokens, then the
-    )
-    # batch's order; or those with the highest score (Megatron's default)
+    # which slots stay: first choices of all tokens, then the batch's order; or those with the highest score (Megatron's
+    # default)
+    drop_order: Literal["position", "probability"] = "position"
     # FFN rows per token that a training step keeps for its backward pass; what a batch needs beyond them is computed
     # apart, and again in backward; null keeps all there can be
     ffn_rows: Positive | None = None

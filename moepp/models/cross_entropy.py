@@ -66,10 +66,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         dweight_VD = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
         differentiate = loss_and_gradient_in_place if takes_triton(x_TD) else loss_and_gradient
         with torch.autocast(x_TD.device.type, enabled=False):
-            narrow_TD, narrow_VD, size = x_TD.to(dtype), weight_VD.to(dtype), -(-tokens // chunks)
-            for chunk in (slice(start, start + size) for start in range(0, tokens, size)):
+            narrow_TD, narrow_VD, size = x_TD.to(dtype), weight_VD.to(dtype), max(1, -(-tokens // chunks))
+            for chunk in (slice(start, start + size) for start in range(0, max(1, tokens), size)):
                 x_CD = narrow_TD[chunk]
-                nats_C, dlogits_CV = differentiate(F.linear(x_CD, narrow_VD), target_T[chunk], tokens)
+                nats_C, dlogits_CV = differentiate(F.linear(x_CD, narrow_VD), target_T[chunk])
                 nats.append(nats_C)
                 if dx_TD is not None:
                     dx_TD[chunk] = dlogits_CV @ narrow_VD
@@ -77,27 +77,29 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                     dweight_VD += dlogits_CV.t() @ x_CD
                 del dlogits_CV  # before the next chunk's logits
         ctx.save_for_backward(dx_TD, dweight_VD)
+        ctx.tokens = tokens
         return torch.cat(nats).mean()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dx_TD, dweight_VD = ctx.saved_tensors
-        return (*(None if d is None else d * grad for d in (dx_TD, dweight_VD)), None, None)
+        share = grad / ctx.tokens  # here and not in the logits' gradient: float16 does not hold it for many tokens
+        return (*(None if d is None else d * share for d in (dx_TD, dweight_VD)), None, None)
 
 
-def loss_and_gradient(logits_CV: Tensor, target_C: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """The nats of a chunk's targets, [C], and the gradient of the mean over `tokens`, in the logits' dtype."""
+def loss_and_gradient(logits_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor]:
+    """The nats of a chunk's targets, [C], and the gradient of their sum, in the logits' dtype."""
     wide = torch.promote_types(logits_CV.dtype, torch.float32)
     logp_CV = F.log_softmax(logits_CV, -1, dtype=wide)
     nats_C = -logp_CV.gather(1, target_C[:, None]).squeeze(1)
     dlogits_CV = logp_CV.exp_()
     dlogits_CV.scatter_add_(1, target_C[:, None], dlogits_CV.new_full((len(target_C), 1), -1.0))
-    return nats_C, dlogits_CV.div_(tokens).to(logits_CV.dtype)
+    return nats_C, dlogits_CV.to(logits_CV.dtype)
 
 
-def loss_and_gradient_in_place(logits_CV: Tensor, target_C: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+def loss_and_gradient_in_place(logits_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor]:
     """The same on a GPU; the gradient takes the logits' place."""
     from moepp.models.triton_cross_entropy import loss_and_gradient_
 
-    return loss_and_gradient_(logits_CV, target_C, tokens)
+    return loss_and_gradient_(logits_CV, target_C)

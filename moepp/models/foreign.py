@@ -31,8 +31,8 @@ class RetrofitConfig(Bounded, key="model.retrofit"):
     scaled_copy: bool = False  # copies have a learnt factor
     gating_residual: bool = False  # from each router to the next
     init: Literal["silent", "warm", "zeda"] = "silent"  # how new experts begin
-    share: Annotated[float, Range(0, 1)] = 0.25  # of the slots, which silent experts are calibrated to before the
-    wake_steps: Whole = 0  # first step; and the steps over which they rise to it
+    share: Annotated[float, Range(0, 1)] = 0.25  # of the slots: what silent experts are calibrated to before step 1
+    wake_steps: Whole = 0  # steps over which silent experts rise from none of the slots to their share
     recalibrate_every: Whole = 0  # steps between calibrations that hold this share while routers learn; 0: none
     # new: routers and new experts; experts: the family's too; lora: new, and adapters on what lies outside MoE blocks
     train: Literal["new", "experts", "all", "lora"] = "all"

@@ -12,23 +12,24 @@ from torch import Tensor
 BLOCK = 8192  # logits at a time, of one token
 
 
-def loss_and_gradient_(logits_CV: Tensor, target_C: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """The nats of the targets, [C] in float32, and the gradient of the mean over `tokens`, in the logits' memory."""
+def loss_and_gradient_(logits_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor]:
+    """The nats of the targets, [C] in float32, and the gradient of their sum, in the logits' memory. Every target
+    counts; one that is no id of the vocabulary makes its nats no number.
+    """
     rows, vocabulary = logits_CV.shape
     nats_C = torch.empty(rows, dtype=torch.float32, device=logits_CV.device)
     block = min(BLOCK, triton.next_power_of_2(vocabulary))
-    loss_and_gradient_kernel[(rows,)](
-        logits_CV, target_C.contiguous(), nats_C, 1 / tokens, V=vocabulary, BLOCK=block, num_warps=8
-    )
+    loss_and_gradient_kernel[(rows,)](logits_CV, target_C.contiguous(), nats_C, V=vocabulary, BLOCK=block, num_warps=8)
     return nats_C, logits_CV
 
 
 @triton.jit
-def loss_and_gradient_kernel(logits_CV, target_C, nats_C, SHARE, V: tl.constexpr, BLOCK: tl.constexpr):
-    """nats = log sum exp(logits) - the target's; logits become (softmax(logits) - 1 at the target) SHARE."""
+def loss_and_gradient_kernel(logits_CV, target_C, nats_C, V: tl.constexpr, BLOCK: tl.constexpr):
+    """nats = log sum exp(logits) - the target's; logits become softmax(logits) - 1 at the target."""
     row = tl.program_id(0).to(tl.int64)
     logits_V, target = logits_CV + row * V, tl.load(target_C + row)
-    wanted = tl.load(logits_V + target).to(tl.float32)
+    known = (target >= 0) & (target < V)
+    wanted = tl.load(logits_V + target, mask=known, other=float("nan")).to(tl.float32)
     highest, total = tl.full([], float("-inf"), tl.float32), tl.full([], 0.0, tl.float32)
     for start in range(0, V, BLOCK):
         v = start + tl.arange(0, BLOCK)
@@ -40,5 +41,5 @@ def loss_and_gradient_kernel(logits_CV, target_C, nats_C, SHARE, V: tl.constexpr
     for start in range(0, V, BLOCK):
         v = start + tl.arange(0, BLOCK)
         logits = tl.load(logits_V + v, mask=v < V, other=float("-inf")).to(tl.float32)
-        gradient = (tl.exp(logits - log_total) - tl.where(v == target, 1.0, 0.0)) * SHARE
+        gradient = tl.exp(logits - log_total) - tl.where(v == target, 1.0, 0.0)
         tl.store(logits_V + v, gradient.to(logits_CV.dtype.element_ty), mask=v < V)

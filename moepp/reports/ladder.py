@@ -45,11 +45,11 @@ def rungs_of(results: SweepResults) -> Iterable[Rung]:
 
 
 def laws_of(rungs: Sequence[Rung]) -> tuple[dict[str, PowerLaw], list[str]]:
-    """Of both families, and why one has none."""
+    """Of both families, and why one has none; each with random numbers of its own, for the laws are compared."""
     laws, notes = {}, []
-    for family, name in FAMILIES.items():
+    for seed, (family, name) in enumerate(FAMILIES.items()):
         try:
-            laws[family] = fit_power_law(*_columns(rungs, family))
+            laws[family] = fit_power_law(*_columns(rungs, family), seed=seed)
         except ValueError as error:
             notes.append(f"No law of {name}: {error}.")
     return laws, notes

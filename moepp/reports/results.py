@@ -26,7 +26,7 @@ class Run:
     seed: int
     path: Path  # of its record, whose name is the identity of its config
     final: dict[str, float]
-    budget: dict[str, float]
+    budget: dict[str, float]  # as planned, but for the tokens of a run that a callback stopped early
     size: str  # a file of conf/size, such as `1b`; empty where the record names none
     experts: dict[str, int]  # ffn, zero, copy, constant, shared; empty for a dense model
     target_share: float | None  # of all slots, what the balance aims to send to FFN experts
@@ -37,7 +37,7 @@ class Run:
     last_ms: int
 
     def value(self, metric: str) -> float | None:
-        """`final/<metric>`, else the planned budget of that name; None when it is absent or not finite."""
+        """`final/<metric>`, else the budget of that name; None when it is absent or not finite."""
         value = self.final.get(metric, self.budget.get(metric))
         return value if isinstance(value, int | float) and math.isfinite(value) else None
 
@@ -195,6 +195,8 @@ def _read(path: Path, written_ns: int, arm: str, seed: int) -> Run | None:
     lines = record.metrics()
     budget, config = record.read("budget.json"), record.read("config.yaml")
     model = config.get("model", {})
+    if budget and (stopped := final.get("stopped_at_step")):
+        budget["tokens"] = budget["tokens"] * stopped // config["trainer"]["steps"]
     tokens_per_step = budget.get("tokens", 0) / max(1, lines[-1]["step"])
     return Run(
         arm=arm,

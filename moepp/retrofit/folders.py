@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moepp.errors import UsageError
 from moepp.retrofit import modeling
-from moepp.retrofit.modeling import PlusPlusRouter, blocks, plus_plus, routers
+from moepp.retrofit.modeling import PlusPlusRouter, blocks, family, plus_plus, routers
 from moepp.retrofit.surgery import NEW_OF_ROUTER, require, retrofit
 
 CODE = "modeling_moepp.py"
@@ -32,12 +32,13 @@ def export(model: nn.Module, folder: str | Path, format: Literal["hf", "zeda", "
 
 
 def write_hf(model: nn.Module, folder: Path) -> None:
-    base = type(model).__bases__[1]
+    base = family(type(model))
     model.save_pretrained(folder)
     shutil.copyfile(modeling.__file__, folder / CODE)
     with open(folder / CODE, "a") as code:
         code.write(f"\n\nfrom {base.__module__} import {base.__name__}  # noqa: E402\n\n")
         code.write(f"{type(model).__name__} = plus_plus({base.__name__})\n")
+        code.write(f"{type(model).__name__}.__module__ = __name__  # the file that save_pretrained copies\n")
     edit_config(folder, auto_map={auto_class(base): f"{Path(CODE).stem}.{type(model).__name__}"})
 
 
@@ -87,7 +88,7 @@ def write_longcat(model: nn.Module, folder: Path) -> None:
         if name.endswith((".e_score_correction_bias", ".gate_up_proj")):  # transformers has rows for identities there
             state[name] = torch.cat([value, value.new_zeros(copies, *value.shape[1:])])
     changes = {"zero_expert_num": (model.config.zero_expert_num or 0) + copies, "zero_expert_type": "identity"}
-    write_enlarged(model, folder, state, changes | {"architectures": [type(model).__bases__[1].__name__]})
+    write_enlarged(model, folder, state, changes | {"architectures": [family(type(model)).__name__]})
 
 
 def refuse_what_rows_cannot_hold(model: nn.Module, format: str, others: dict[str, Any]) -> None:

@@ -278,6 +278,15 @@ class PlusPlusModel:
         super().set_use_kernels(use_kernels, *args, **kwargs)
 
     @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """As the family can: transformers reads this and the next off the file that a class is of."""
+        return family(cls)._can_set_attn_implementation()
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return family(cls)._can_set_experts_implementation()
+
+    @classmethod
     def prepare_distribute_model(cls, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:
         given = distributed_config if isinstance(distributed_config, dict) else vars(distributed_config or object)
         if (given.get("ep_size") or 1) > 1 or given.get("enable_expert_parallel"):
@@ -311,6 +320,11 @@ def plus_plus_name(cls: type) -> str:
 def plus_plus(cls: type) -> type:
     """The class whose models are made with the experts and residuals that `config.moepp` names."""
     return mixed(PlusPlusModel, cls, plus_plus_name(cls))
+
+
+def family(cls: type) -> type:
+    """The class that a `plus_plus` one was made of."""
+    return cls.__mro__[cls.__mro__.index(PlusPlusModel) + 1]
 
 
 def blocks(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:

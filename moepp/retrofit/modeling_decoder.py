@@ -234,7 +234,11 @@ class Block(nn.Module):
 
 
 class MoEPlusPlusForCausalLM(PreTrainedModel, GenerationMixin):
-    """With `labels`, the mean cross-entropy of the ids that come next; -100 is left out."""
+    """With `labels`, the cross-entropy of the ids that come next; -100 is left out.
+
+    It is the mean over a batch's ids, and over those of all micro-batches of a step where a trainer that accumulates
+    says how many they are, as `num_items_in_batch`. No balance loss is added to it.
+    """
 
     config_class = MoEPlusPlusConfig
     base_model_prefix = ""
@@ -265,7 +269,7 @@ class MoEPlusPlusForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
-        **_: Any,
+        **options: Any,
     ) -> CausalLMOutputWithPast:
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
@@ -281,7 +285,7 @@ class MoEPlusPlusForCausalLM(PreTrainedModel, GenerationMixin):
         logits_BSV = self.head(self.norm(x_BSD[:, -logits_to_keep:]))
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits_BSV[:, :-1].float().transpose(1, 2), labels[:, 1:])
+            loss = self.loss_function(logits_BSV, labels, self.config.vocab_size, **options)
         return CausalLMOutputWithPast(loss=loss, logits=logits_BSV, cache=cache)
 
 

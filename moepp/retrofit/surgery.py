@@ -18,10 +18,12 @@ from moepp.retrofit.modeling import (
     accept_no_one,
     blocks,
     count_experts,
+    family,
     install,
     own_experts,
     plus_plus,
     routers,
+    stacks,
 )
 from moepp.retrofit.recognise import recognise
 
@@ -53,11 +55,12 @@ def retrofit(
     counts = {"constant": constant, "copy": copy, "zero": zero}
     if init not in ("silent", "warm", "zeda"):
         raise UsageError(f"init={init!r}: must be silent, warm or zeda")
-    if bad := [f"{kind}={count}" for kind, count in counts.items() if count < 0]:
-        raise UsageError(f"{bad[0]} must not be negative")
-    if not any(counts.values()) and not gating_residual:
-        raise UsageError("nothing to add: set zero, copy or constant above 0, or gating_residual=True")
+    if bad := [f"{kind}={count!r}" for kind, count in counts.items() if type(count) is not int or count < 0]:
+        raise UsageError(f"{bad[0]}: must be a whole number, 0 or more")
     chosen = choose_blocks(model, layers)
+    joins = gating_residual and any(len(stack) > 1 for stack in stacks(chosen))
+    if not any(counts.values()) and not joins:
+        raise UsageError("nothing to add: set zero, copy or constant above 0, or gating_residual=True for two blocks")
     form, width = common_form(chosen)
     settings = {**counts, "gating_residual": gating_residual, "scaled_copy": scaled_copy, "layers": list(chosen)}
     model.config.moepp = {**settings, "form": asdict(form), "width": width}
@@ -90,8 +93,10 @@ def choose_blocks(model: nn.Module, layers: Collection[int] | None) -> dict[str,
         raise UsageError(f"{parallel[0]} of {name} runs under transformers' expert parallelism: load it with ep_size=1")
     if layers is None:
         return found
-    if bad := [layer for layer in layers if not 0 <= layer < len(found)]:
-        raise UsageError(f"layers: {bad[0]} is no MoE block of {name}, which has {len(found)}, from 0")
+    if not layers:
+        raise UsageError(f"layers={layers!r} chooses no MoE block of {name}, which has {len(found)}, from 0")
+    if bad := [layer for layer in layers if layer not in range(len(found))]:
+        raise UsageError(f"layers: {bad[0]!r} is no MoE block of {name}, which has {len(found)}, from 0")
     return {path: block for i, (path, block) in enumerate(found.items()) if i in layers}
 
 
@@ -201,7 +206,7 @@ def strip(model: nn.Module) -> nn.Module:
             remove(router, (*NEW_OF_ROUTER, "form", "carry", "first", "last", "own_dtype"))
             remove(experts, (*NEW_OF_EXPERTS, "own", "counts"))
             accept_no_one(experts, False)
-    model.__class__ = type(model).__bases__[1]
+    model.__class__ = family(type(model))
     del model.config.moepp
     count_experts(model, -new)
     if getattr(model, "is_activation_checkpointing", False):
@@ -292,24 +297,25 @@ def fit_copies(model: nn.Module, batches: Iterable[Any], parallel: nn.Module | N
     the sum of x y over that of x x and the gates, y being the sum of the experts by their gates.
     """
     banks = [experts for _, experts in blocks(model).values() if getattr(experts, "copy_scale", None) is not None]
-    sums = {bank: torch.zeros(2, dtype=torch.float64) for bank in banks if (whole(bank.copy_scale) == 1).all()}
+    heard: dict[nn.Module, list[Tensor]] = {bank: [] for bank in banks if (whole(bank.copy_scale) == 1).all()}
 
     def hook(bank: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
         x_TD, _, gate_TK = (given.flatten(0, -2).double() for given in (*args, *kwargs.values())[:3])
-        sums[bank][0] += (x_TD * y.reshape(x_TD.shape)).sum().item()
-        sums[bank][1] += (x_TD.square().sum(1) * gate_TK.sum(1)).sum().item()
+        product_T = (x_TD * y.reshape(x_TD.shape)).sum(1)
+        heard[bank].append(torch.stack([product_T, x_TD.square().sum(1) * gate_TK.sum(1)], 1))
 
-    if not sums:
+    if not heard:
         return
     wake(model, 0.0)
-    hooks = [bank.register_forward_hook(hook, with_kwargs=True) for bank in sums]
-    for _ in passes(model, batches, parallel):
-        pass
+    hooks = [bank.register_forward_hook(hook, with_kwargs=True) for bank in heard]
+    for inputs in passes(model, batches, parallel):
+        leave_padding_out(heard, inputs)
     for handle in hooks:
         handle.remove()
-    for bank, found in sums.items():
+    for bank, sums in heard.items():
+        none = torch.zeros(2, dtype=torch.float64, device=model.device)
+        found = sum((terms_T2.sum(0).to(none.device) for terms_T2 in sums), none)
         if parallel is not None and dist.is_initialized():
-            found = found.to(model.device)
             dist.all_reduce(found)
         product, square = found.tolist()
         if square:
@@ -346,11 +352,16 @@ def listen(model: nn.Module, batches: Iterable[Any], parallel: nn.Module | None)
     biases: dict[nn.Module, tuple[Tensor | None, torch.dtype]] = {}
     with hearing(heard, biases):
         for inputs in passes(model, batches, parallel):
-            mask = inputs.get("attention_mask")
-            if mask is not None and mask.dim() == 2:
-                for logits in filter(None, heard.values()):
-                    logits[-1] = logits[-1][mask.flatten().bool().to(logits[-1].device)]
+            leave_padding_out(heard, inputs)
     return {router: (torch.cat(logits), *biases[router]) for router, logits in heard.items() if logits}
+
+
+def leave_padding_out(heard: dict[nn.Module, list[Tensor]], inputs: dict[str, Any]) -> None:
+    """Keeps, of what each module was heard to say last, [T, ...], the rows of tokens that are text."""
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.dim() == 2:
+        for rows in filter(None, heard.values()):
+            rows[-1] = rows[-1][mask.flatten().bool().to(rows[-1].device)]
 
 
 @contextmanager

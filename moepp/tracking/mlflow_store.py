@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from moepp.addresses import without_user
 from moepp.errors import RunError, UsageError
 from moepp.locks import locked
+from moepp.process import run_until_stopped
 from moepp.program import program
 from moepp.records import read_json, write_json
 from moepp.tracking import pages
@@ -399,8 +400,8 @@ def stored_name(key: str) -> str:
 
 
 def serve(tracking: "TrackingConfig", runs: Path | str, port: int = 5000, sweep: Path | None = None) -> None:
-    """Becomes the MLflow server over the store, for this machine only, and opens the page of `sweep`, else of the
-    newest sweep, where there is a display; Ctrl-C ends it. Does not return, unless the tracker is a server already.
+    """Runs the MLflow server over the store, for this machine only, and opens the page of `sweep`, else of the newest
+    sweep, where there is a display; Ctrl-C and a stop signal end it. Returns at once where the tracker is a server.
 
     Raises UsageError when `sweep` is not in MLflow, RunError when the port is taken.
     """
@@ -424,7 +425,7 @@ def serve(tracking: "TrackingConfig", runs: Path | str, port: int = 5000, sweep:
     os.environ["MLFLOW_BACKEND_STORE_URI"] = uri  # not an argument: other users of the machine can see those
     store = ["--default-artifact-root", artifacts]
     place = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--uvicorn-opts", "--log-level warning"]
-    os.execv(sys.executable, [sys.executable, "-m", "mlflow", "server", *store, *place])
+    run_until_stopped([sys.executable, "-m", "mlflow", "server", *store, *place])
 
 
 def _require_free(port: int) -> None:

@@ -34,6 +34,10 @@ class MetricsReporter(Callback):
     A RecordedTrainer writes them to its loggers at once, under the number of finished steps. Any other gets them by
     `self.log`, counts steps from 0 and writes after checkpoints are saved; a resumed run would lose or shift lines.
     `tokens_per_step` are those of all devices in one optimizer step, in sequences of `seq_len`.
+
+    `perf/tflops` and `perf/mfu` (model FLOPs utilisation) count what the model needs, forward and backward: FFN slots
+    that were computed, not those that capacity dropped. What is computed again is left out, as is the forward pass that
+    counts a step's slots (`balance.over=step` with several micro-batches).
     """
 
     def __init__(self, tokens_per_step: int, seq_len: int):
@@ -57,20 +61,21 @@ class MetricsReporter(Callback):
         if not is_logged(trainer, step) or within_step(trainer):
             return
         raise_if_not_finite(trainer, pl_module)
-        losses = torch.stack(list(pl_module.train_losses.values()))
-        losses = trainer.strategy.reduce(
-            losses, reduce_op="mean"
+        losses = pl_module.mean_losses()
+        values = trainer.strategy.reduce(
+            torch.stack(list(losses.values())), reduce_op="mean"
         ).tolist()  # of all ranks, which have equally many tokens
-        metrics = dict(zip(pl_module.train_losses, losses, strict=True))
+        metrics = dict(zip(losses, values, strict=True))
         # Not by `self.log`, for which Lightning would fetch the loss from the device in every step.
         trainer.progress_bar_metrics["loss"] = metrics["train/loss"]
         if self.grad_norm is not None:
             metrics["train/grad_norm"] = float(self.grad_norm)
         metrics["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         metrics["train/tokens"] = step * self.tokens_per_step
-        routing = {name: float(value) for name, value in pl_module.train_routing.compute().items()}
+        routing = {name: float(value) for name, value in pl_module.step_routing.compute().items()}
         metrics.update({f"router/{name}": value for name, value in routing.items()})
-        flops = 3 * sum(pl_module.model.forward_flops(self.seq_len, routing["ffn_per_token"]).values())
+        computed = routing["ffn_per_token"] * (1 - routing.get("dropped_ffn_share", 0.0))
+        flops = 3 * sum(pl_module.model.forward_flops(self.seq_len, computed).values())
         metrics.update(self._speed(step, pl_module.device, flops, trainer.world_size))
         if isinstance(trainer.strategy, MoEStrategy):
             metrics.update(trainer.strategy.metrics())
@@ -99,7 +104,7 @@ class MetricsReporter(Callback):
         speed = {
             "perf/tokens_per_s": tokens_per_s,
             "perf/step_time_ms": seconds / steps * 1000,
-            "perf/tflops": flops * tokens_per_s / 1e12,  # executed, over all devices
+            "perf/tflops": flops * tokens_per_s / 1e12,  # over all devices
             "perf/peak_mem_gib": peak_memory_gib(device),
         }
         peak = peak_flops(device)
@@ -232,7 +237,7 @@ def raise_if_not_finite(trainer: pl.Trainer, module: LanguageModel) -> None:
 
 def likely_cause(module: LanguageModel, bad: int) -> str:
     """What to change: a rate has done nothing yet before the first update."""
-    losses = {name: bool(loss.isfinite()) for name, loss in module.train_losses.items()}
+    losses = {name: bool(loss.isfinite()) for name, loss in module.mean_losses().items()}
     if bad == 0:
         weights = [name for name, weight in module.model.named_parameters() if not weight.isfinite().all()]
         if weights:

@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from moepp.errors import UsageError
 from moepp.training.settings import CLOZE_CHOICES, ClozeConfig
 from moepp.training.throughput import StepTimer
 
@@ -37,10 +38,17 @@ class Questions:
 
 
 def questions(tokens: "TokenFiles", seq_len: int, count: int) -> Questions:
-    """Places evenly spread over the held-out tokens; the wrong choices are the answers of other questions."""
+    """Places evenly spread over the held-out tokens; the wrong choices are the answers of other questions, of which
+    there must be enough.
+    """
     answer = min(ANSWER, max(1, seq_len // 4))
     length = min(CONTEXT, seq_len - answer) + answer
     count = min(count, len(tokens.val) // length)
+    if count < CLOZE_CHOICES:
+        raise UsageError(
+            f"{len(tokens.val)} held-out tokens are too few for {CLOZE_CHOICES} cloze questions of {length}, whose"
+            " answers are each other's wrong choices: hold out more text, or set cloze.points=0"
+        )
     starts_Q = np.arange(count) * (len(tokens.val) - length) // max(1, count - 1)
     places_QL = starts_Q[:, None] + np.arange(length)
     ids_QL = torch.from_numpy(tokens.val[places_QL].astype(np.int64))

@@ -48,7 +48,7 @@ def finish(
         with working("timing the experts"):
             final |= _expert_times(module, config.trainer, data)
     save_whole(trainer, record, FINAL_WEIGHTS, weights_only=True)
-    if config.trainer.average_checkpoints:
+    if config.trainer.average_checkpoints and _own(trainer, LateAverage).is_whole(trainer.global_step):
         final |= _averaged(trainer, module, data)
     _log(trainer, {f"final/{name}": value for name, value in final.items()})
     if trainer.is_global_zero:

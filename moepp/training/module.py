@@ -20,6 +20,7 @@ from moepp.models.protocol import CausalLM
 from moepp.training.compiled import losses_of
 from moepp.training.loss import LossFunction, training_losses
 from moepp.training.optim import build_optimizer, learning_rate_scale
+from moepp.training.recorded_trainer import within_step
 from moepp.training.routing_stats import RoutingStatistics
 from moepp.training.settings import OptimConfig, RunConfig
 
@@ -54,8 +55,8 @@ class LanguageModel(pl.LightningModule):
     does. `losses` may be a compiled form of `training_losses`, with `cuda_graphs` one whose replays write where those
     before did.
 
-    Logs train/loss, train/balance_loss, router/* and val/loss, val/accuracy, val/bits_per_byte (where bytes are known),
-    val/divergence (of a model that has another beside it).
+    Logs train/loss, train/balance_loss, router/*, each of all micro-batches of a step, and val/loss, val/accuracy,
+    val/bits_per_byte (where bytes are known), val/divergence (of a model that has another beside it).
     """
 
     def __init__(
@@ -79,9 +80,13 @@ class LanguageModel(pl.LightningModule):
         self.val_divergence = MeanMetric()
         self.val_window_nats = CatMetric(nan_strategy="disable")  # means of windows, in the order of their batches
         self.val_routing = RoutingStatistics(self.model.config)
-        # Of the last step only, so that a resumed run logs the same.
+        # Of the last micro-batch.
         self.train_routing = RoutingStatistics(self.model.config)
         self.train_losses: dict[str, Tensor] = {}
+        # Of the last step only, so that a resumed run logs the same: of its micro-batches so far.
+        self.step_routing = RoutingStatistics(self.model.config)
+        self.step_losses: dict[str, Tensor] = {}  # summed
+        self.step_parts = 0
         # Counts of the micro-batches since the last optimizer step. Checkpoints are saved right after a step, where
         # there are none, so these need no buffer.
         self.step_chosen_LN: Tensor | None = None
@@ -116,7 +121,11 @@ class LanguageModel(pl.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Where a step has several micro-batches, the balance loss of each needs the counts of all (`balance.over`)."""
         parts, balance = self.trainer.accumulate_grad_batches, self.model.config.balance
-        if parts > 1 and batch_idx % parts == 0 and balance.over == "step" and balance.beta:
+        if batch_idx % parts:
+            return
+        self.step_routing.reset()
+        self.step_losses, self.step_parts = {}, 0
+        if parts > 1 and balance.over == "step" and balance.beta:
             self._count_step(self._micro_batches())
 
     def _micro_batches(self) -> list[Tensor]:
@@ -156,8 +165,8 @@ class LanguageModel(pl.LightningModule):
         return [module for module in self.model.modules() if hasattr(module, "step_counts")]
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if is_logged(self.trainer, self.global_step):
-            self.log_dict({f"router/{name}": value for name, value in self.train_routing.compute().items()})
+        if is_logged(self.trainer, self.global_step) and not within_step(self.trainer):
+            self.log_dict({f"router/{name}": value for name, value in self.step_routing.compute().items()})
 
     def on_train_start(self) -> None:
         """With CUDA graphs gradients are summed into buffers of their own: else the first would lie where replays
@@ -178,13 +187,25 @@ class LanguageModel(pl.LightningModule):
         loss = cross_entropy + balance
         losses = {"train/loss": cross_entropy, "train/balance_loss": balance}
         self.train_losses = {name: value.detach().clone() for name, value in losses.items()}
-        self.log_dict(self.train_losses)
         self.train_routing.reset()
         self.train_routing.update(output.stats)
+        self._add_to_step(output.stats)
+        self.log_dict(self.mean_losses())
         self._count(output.stats)
         bad = ~torch.isfinite(loss.detach()) & (self.first_bad_step < 0)
         self.first_bad_step = torch.where(bad, self.global_step, self.first_bad_step)
         return loss
+
+    def _add_to_step(self, stats: list[MoEStats]) -> None:
+        """Sums on the device: nothing here waits for it."""
+        before = self.step_losses or dict.fromkeys(self.train_losses, 0)
+        self.step_losses = {name: before[name] + loss for name, loss in self.train_losses.items()}
+        self.step_parts += 1
+        self.step_routing.update(stats)
+
+    def mean_losses(self) -> dict[str, Tensor]:
+        """Those of the step, as far as it came: its gradient is that of the mean over its micro-batches."""
+        return {name: total / self.step_parts for name, total in self.step_losses.items()}
 
     def _count(self, stats: list[MoEStats]) -> None:
         """Adds a micro-batch to the counts of its step: here and not in the layers, which activation checkpointing runs

@@ -40,12 +40,20 @@ def learning_rate_scale(step: int, steps: int, config: OptimConfig) -> float:
 
 
 def build_optimizer(module: nn.Module, config: OptimConfig) -> Optimizer:
-    """The optimizer that the config names. Raises UsageError for options that it refuses."""
+    """The optimizer that the config names. Raises UsageError for options that torch's refuses, and for somebody's own
+    that is none.
+    """
     try:
-        return register.optimizer[config.name](module, config, **config.options)
+        made = register.optimizer[config.name](module, config, **config.options)
     except (TypeError, ValueError) as error:
+        if config.name not in register.optimizer.defined:
+            raise
         said = " ".join(str(error).split())
         raise UsageError(f"optim.options={config.options}: optimizer {config.name} refuses this: {said}") from error
+    if not isinstance(made, Optimizer):
+        named = register.optimizer.described(config.name)
+        raise UsageError(f"{named} returned {type(made).__name__}; a torch.optim.Optimizer is needed")
+    return made
 
 
 def _step_once(name: str, options: Mapping[str, Any]) -> None:

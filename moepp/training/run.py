@@ -28,7 +28,7 @@ from moepp.training.ranks.launch import launch_ranks
 from moepp.training.ranks.rank import Rank, from_rank_zero, is_lost_connection, process_group
 from moepp.training.settings import RunConfig, changed_settings, run_directory, say_changes
 from moepp.training.states import arrived, rewind_to_newest
-from moepp.training.trainer import make_trainer
+from moepp.training.trainer import make_trainer, refused_by_callback
 from moepp.training.weights import weights_to_begin_from
 
 
@@ -107,6 +107,8 @@ def _train_as(rank: Rank, record: RunRecord, config: RunConfig, pruner: Pruner |
     except (UsageError, RunError):
         raise
     except Exception as error:
+        if refused := refused_by_callback(error):
+            raise UsageError(refused) from error
         if rank.started_by and is_lost_connection(error):
             raise PeerLost(f"rank {rank.rank} lost another rank: {str(error).splitlines()[0]}") from error
         raise

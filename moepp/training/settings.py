@@ -13,6 +13,7 @@ from moepp.models.settings import DecoderConfig
 from moepp.records import RunRecord, UnreadableRecord
 from moepp.tracking.settings import TrackingConfig
 
+METRICS = ("train/", "val/", "router/", "perf/", "system/")  # how names begin that a run logs
 CLOZE_CHOICES = 4  # continuations to choose from: the text's own and those of other questions
 
 
@@ -25,7 +26,7 @@ class OptimConfig(Bounded, key="optim"):
     name: str = "adamw"  # or muon (with AdamW beside it), SGD, Adafactor, ... of torch.optim, a registered one
     options: dict[str, Any] = field(default_factory=dict)  # the optimizer's own, beside what follows
     lr: Annotated[float, Range(above=0, most=1000)] = 5e-4  # the highest learning rate, after warm-up
-    final_lr_share: Annotated[float, Range(0, 1)] = 0.1  # of lr, reached at the last step
+    final_lr_share: Annotated[float, Range(0, 1)] = 0.1  # of lr, which one update more would have
     schedule: Literal["cosine", "wsd"] = "cosine"  # after warm-up: a cosine, or warm-up, stable, decay
     warmup_steps: Whole = 100  # in which the rate rises linearly
     decay_share: Share = 0.2  # wsd: share of all steps spent in the linear decay
@@ -88,8 +89,18 @@ class TrainerConfig(Bounded, key="trainer"):
             if not isinstance(options, dict):
                 raise ValueError(f"trainer.callbacks.{name}={options} must be a mapping of options, {{}} for none")
             register.callback.check(name, options)
+            self._refuse_unknown_metric(name, options.get("monitor"))
         if self.cuda_graphs and not self.compile:
             raise ValueError("trainer.cuda_graphs=true records what torch.compile made: set trainer.compile=true")
+
+    def _refuse_unknown_metric(self, name: str, monitor: Any) -> None:
+        """What else is logged only a callback of somebody's own can tell."""
+        own = all(each in register.callback.defined for each in self.callbacks)
+        if own and isinstance(monitor, str) and not monitor.startswith(METRICS):
+            raise ValueError(
+                f"trainer.callbacks.{name}.monitor={monitor}: no such metric; choose from val/loss, val/accuracy, "
+                "val/bits_per_byte, train/loss or others that a run's metrics.jsonl has"
+            )
 
 
 @dataclass
@@ -183,6 +194,11 @@ class RunConfig(Bounded):
             raise ValueError(
                 f"strategy={self.strategy.name} divides this package's own experts, not those of model=hf: choose "
                 "strategy=ddp or fsdp"
+            )
+        if self.model.ffn_rows is not None and self.strategy.name.startswith("expert_parallel"):
+            raise ValueError(
+                f"strategy={self.strategy.name} computes the rows that arrive, however many: leave model.ffn_rows out, or "
+                "choose strategy=ddp or fsdp"
             )
         if self.optim.name == "muon" and self.strategy.name in ("fsdp", "expert_parallel_fsdp"):
             raise ValueError(

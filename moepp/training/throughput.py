@@ -1,4 +1,4 @@
-"""Speed: steps, peak memory, executed FLOPs, and the paper's "expert forward time".
+"""Speed: steps, peak memory, peak FLOPs, and the paper's "expert forward time".
 
 Expert forward time (footnote of Table 3) is FFN plus zero-computation experts; here with dispatch and combine, without
 router and attention, summed over the layers of one forward pass. It is measured on the routing that was learned and on
@@ -29,8 +29,12 @@ from moepp.training.settings import RunConfig
 
 TIMED_TOKENS = 4096  # in one expert-forward measurement
 
-# Dense bf16 matrix-product peaks in FLOP/s, without sparsity (vendors' data sheets), by a piece of the device's name.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+# Dense bf16 matrix-product peaks in FLOP/s, without sparsity (vendors' data sheets), by a piece of the device's name:
+# the first that fits.
+PEAK_FLOPS = {
+    "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12,
+    "L40S": 362e12, "4090": 165e12,
+}  # fmt: skip
 
 
 class StepTimer:

@@ -1,6 +1,7 @@
 """A run's trainer: its strategy, its callbacks, and the callbacks, loggers and profiler that a config names."""
 
 import inspect
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -103,6 +104,17 @@ def make_loggers(config: TrackingConfig, record: RunRecord) -> list[Logger]:
         _made(f"tracking.loggers={name}", register.logger[name], record, **config.logger_options.get(name, {}))
         for name in config.loggers
     ]
+
+
+def refused_by_callback(error: Exception) -> str | None:
+    """What one of Lightning's callbacks that a config names says of its options while it runs, of a `monitor` that
+    nothing logs, say; None where none of them raised this.
+    """
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    name = type(frame.f_locals.get("self")).__name__
+    if name not in register.CALLBACKS or not frame.f_globals["__name__"].startswith(lightning_callbacks.__name__):
+        return None
+    return f"trainer.callbacks.{name}: {' '.join(str(error).split())}"
 
 
 def _made(key: str, part: Any, *given: Any, **options: Any) -> Any:

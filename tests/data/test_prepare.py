@@ -41,6 +41,28 @@ def run_python(code, *arguments):
     )  # fmt: skip
 
 
+def test_a_vocabulary_that_is_too_small_is_refused_before_anything_is_read(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("moepp.data.corpora.Files.files", lambda self: pytest.fail("the corpus was read"))
+    with pytest.raises(UsageError, match="a byte-level BPE needs a vocab_size above 256, not 10"):
+        prepare(text_config(corpus, tmp_path, vocab_size=10))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "where",
+    ["moepp.data.documents._batches", "moepp.data.tokenizer.pieces", "moepp.data.tokenizer.Writer.write_measured"],
+)
+def test_a_bar_is_closed_before_an_error_is_told(corpus, tmp_path, monkeypatch, capsys, where):
+    def refuse(*_):
+        raise UsageError("no")
+
+    monkeypatch.setattr(where, refuse)
+    with pytest.raises(UsageError, match="no") as kept:
+        prepare(text_config(corpus, tmp_path))
+    assert kept.tb is not None  # which keeps the bars from being collected, and closed by that
+    assert capsys.readouterr().err.endswith("\n")
+
+
 def test_token_files_hold_every_document_once_and_in_order(prepared):
     trained = Tokenizer.from_file(str(prepared.path / "tokenizer.json"))
     cut = np.sort([content_hash(text.encode(), 0) for text in texts(20)])[prepared.header.val.documents - 1]

@@ -98,7 +98,7 @@ def affine_step(dtype):
 
 def loss_step(dtype):
     logits_CV, target_C = torch.zeros(2, 65536, dtype=dtype), torch.zeros(2, dtype=torch.int64)
-    triton_cross_entropy.loss_and_gradient_(logits_CV, target_C, 2)
+    triton_cross_entropy.loss_and_gradient_(logits_CV, target_C)
 
 
 def main():

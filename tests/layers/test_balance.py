@@ -3,6 +3,7 @@ import torch
 
 from moepp.layers.balance import (
     accepted_counts,
+    accepted_in_runs,
     accepted_slots,
     capacity_of_each,
     combine_layers,
@@ -77,6 +78,20 @@ def test_capacity_counts_all_assignments():
     of_ffn, of_other = limits["ffn"], limits["zero"]
     assert (of_ffn, of_other) == (165, 220)  # 1.1 * 2000 * (0.75, 1) / 10
     assert 8 * of_ffn + 4 * of_other >= 2000  # Eq. 8 as printed, with T for K*T, would hold 1100
+
+
+UNUSED = 4  # the id of no expert, of four
+
+
+@pytest.mark.parametrize("runs", [1, 2])
+@pytest.mark.parametrize("by_score", [False, True])
+def test_slots_that_are_not_used_take_nobodys_place(runs, by_score):
+    ids_TK = torch.tensor([[0, 4], [1, 4], [4, 0], [4, 0], [2, 0], [3, 0], [1, 0], [2, 4]])
+    score_TK = torch.linspace(1, 0, 16).view(8, 2) if by_score else None
+    kept_TK = accepted_in_runs(ids_TK, torch.full((4,), 10), runs, score_TK)
+    assert torch.equal(kept_TK, ids_TK != UNUSED)
+    few_TK = accepted_in_runs(ids_TK, torch.tensor([2, 1, 1, 1]), runs, score_TK)
+    assert few_TK[ids_TK == 0].sum() == 2 * runs and not few_TK[ids_TK == UNUSED].any()
 
 
 def test_every_expert_has_its_types_capacity():

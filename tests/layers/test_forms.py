@@ -152,7 +152,7 @@ def test_a_detached_residual_carries_no_gradient_and_the_same_logits():
 
 
 def test_a_residual_may_begin_as_the_identity():
-    layer = MoELayer(MoEConfig(dim=DIM, hidden=5, experts=COUNTS, residual_init="identity"))
+    layer = MoELayer(MoEConfig(dim=DIM, hidden=5, experts=COUNTS, residual_init="identity"), first=False)
     assert torch.equal(layer.router.residual, torch.eye(8))
 
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moepp.layers import experts
 from moepp.layers.dispatch import BACKENDS, LocalDispatcher, choose_backend
 from moepp.layers.kernels import grouped, triton_experts
-from moepp.layers.kernels.base import Affine, BackendError, RoutedTokens, plan_slots
+from moepp.layers.kernels.base import Affine, BackendError, RoutedTokens, SlotPlan, plan_slots
 from moepp.layers.kernels.planned import planned_experts
 from moepp.layers.moe import MoELayer
 from moepp.layers.router import Routing
@@ -270,6 +270,50 @@ def test_uninitialised_memory_reaches_no_result(backend, device, dtype, assignme
         torch.use_deterministic_algorithms(False)
 
 
+def test_without_gradients_no_z_is_written(monkeypatch):
+    asked, swiglu_in = [], grouped.GroupedProducts.swiglu_in
+    monkeypatch.setattr(
+        grouped.GroupedProducts, "swiglu_in", lambda *given, keep_z: asked.append(keep_z) or swiglu_in(*given, keep_z)
+    )
+    case, expert_TK = make_case(ASSIGNMENTS["random"], "none", torch.float32), ASSIGNMENTS["random"]
+    tokens = RoutedTokens(case[2], expert_TK, case[3])
+    grouped.dispatch(*case[:2], tokens)
+    with torch.no_grad():
+        grouped.dispatch(*case[:2], tokens)
+    assert asked == [True, False]
+
+
+def test_no_grid_ends_at_a_million_rows(monkeypatch):
+    """CUDA takes at most 65,535 blocks along any axis but the first."""
+    if NO_TRITON:
+        pytest.skip("needs the package triton")
+    from moepp.layers.kernels import triton_kernels, triton_rows
+
+    grids = {}
+
+    class Launch:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            grids[self.name] = grid
+            return lambda *args, **constants: None
+
+    for name in [name for name in vars(triton_kernels) if name.endswith("_kernel")]:
+        monkeypatch.setattr(triton_kernels, name, Launch(name))
+    with torch.device("meta"):
+        rows, dim = 2**21, 768
+        x_TD, expert_TK, scale_T = torch.empty(rows, dim), torch.empty(rows, 1, dtype=torch.int64), torch.empty(rows)
+        plan = SlotPlan(expert_TK[:, 0], expert_TK, expert_TK < 8, torch.empty(8, dtype=torch.int32))
+        triton_rows.gather(plan, x_TD)
+        triton_rows.swiglu_backward(plan, triton_rows.swiglu(plan, x_TD), x_TD, scale_T[:, None])
+        triton_rows.combine(plan, x_TD, None, x_TD, scale_T, None, None, torch.float32)
+        triton_rows.affine_backward(x_TD, x_TD, None)
+        triton_rows.mixed_rows(scale_T[:, None], x_TD[:1], x_TD)
+        triton_rows.weighted_rows(scale_T[:, None], x_TD)
+    assert len(grids) == 7 and all(blocks < 2**16 for grid in grids.values() for blocks in grid[1:])
+
+
 @pytest.mark.parametrize(("backend", "device", "dtype"), KERNELS)
 def test_inference_keeps_nothing_for_a_backward_pass(backend, device, dtype):
     expert_TK = ASSIGNMENTS["random"]
@@ -324,7 +368,7 @@ def test_a_layer_that_drops_rows_trains_alike_with_every_backend():
     for value, wanted in zip(*outcomes, strict=True):
         assert (value is None) == (wanted is None)  # the first layer's gating residual gets no gradient
         if value is not None:
-            torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(value, wanted, rtol=1e-4, atol=2e-5)
 
 
 def test_no_size_or_value_is_read_by_the_host():

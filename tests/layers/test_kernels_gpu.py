@@ -74,7 +74,7 @@ def test_a_replayed_cuda_graph_follows_new_routing(backend, device, dtype):
 
 def layer_step(backend, limit, tokens=2048):
     """A function that does forward and backward of a whole layer, and the batch that it reads."""
-    layer = MoELayer(MoEConfig(dim=64, hidden=96, backend=backend, **LIMITS[limit])).cuda()
+    layer = MoELayer(MoEConfig(dim=64, hidden=96, backend=backend, **LIMITS[limit]), first=False).cuda()
     generator = torch.Generator("cuda").manual_seed(0)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.2, generator=generator)

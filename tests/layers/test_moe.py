@@ -226,3 +226,11 @@ def test_a_layer_asks_other_devices_for_counts_only_where_it_needs_them(over, ca
     monkeypatch.setattr(layer.ffn.dispatcher, "share", lambda count_KN: (asked.append(1), share(count_KN))[1])
     layer(torch.randn(2, 4, DIM, dtype=torch.float64))
     assert bool(asked) == (over in ("global_batch", "step") or capacity_over == "global_batch")
+
+
+def test_a_layer_that_stands_alone_has_no_weight_without_a_gradient():
+    """DDP waits for one that never comes."""
+    layer = MoELayer(MoEConfig(dim=DIM, hidden=5))
+    y, stats = layer(torch.randn(2, TOKENS, DIM))
+    (y.sum() + stats.balance_loss).backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())

@@ -161,13 +161,47 @@ def test_one_kernel_gives_the_loss_and_writes_its_gradient_over_the_logits(devic
 
 
 @pytest.mark.skipif(NO_TRITON, reason="needs the package triton")
+def test_a_target_that_is_no_id_has_no_loss_and_reads_no_other_row():
+    from moepp.models.triton_cross_entropy import loss_and_gradient_
+
+    device = "cuda" if GPU else "cpu"
+    target_C = torch.tensor([-100, 3, VOCABULARY], device=device)
+    nats_C, gradient_CV = loss_and_gradient_(torch.zeros(3, VOCABULARY, device=device), target_C)
+    assert nats_C.isnan().tolist() == [True, False, True]
+    torch.testing.assert_close(gradient_CV[0], torch.full_like(gradient_CV[0], 1 / VOCABULARY))
+
+
+def test_no_tokens_have_a_loss_that_is_no_number(monkeypatch):
+    monkeypatch.setattr(cross_entropy, "takes_triton", lambda tensor: True)
+    monkeypatch.setattr(cross_entropy, "loss_and_gradient_in_place", cross_entropy.loss_and_gradient)
+    x_TD, weight_VD, target_T = inputs(tokens=0)
+    loss = linear_cross_entropy(x_TD, weight_VD, target_T)
+    assert loss.isnan()
+    loss.backward()
+    assert x_TD.grad.shape == (0, DIM)
+
+
+def test_the_gradient_of_many_tokens_is_no_zero_in_float16(monkeypatch):
+    """Each is a share of 1 / tokens, below what float16 can hold."""
+    monkeypatch.setattr(cross_entropy, "WHOLE", 1000 * VOCABULARY)
+    generator = torch.Generator().manual_seed(0)
+    x_TD = torch.randn(50_000, DIM, generator=generator).half().requires_grad_()
+    weight_VD = torch.randn(VOCABULARY, DIM, generator=generator).half().requires_grad_()
+    target_T = torch.randint(0, VOCABULARY, (50_000,), generator=generator)
+    (found,) = torch.autograd.grad(linear_cross_entropy(x_TD, weight_VD, target_T), weight_VD)
+    exact = weight_VD.detach().double().requires_grad_()
+    (wanted,) = torch.autograd.grad(F.cross_entropy(F.linear(x_TD.detach().double(), exact), target_T), exact)
+    assert (found.double() - wanted).norm() <= 5e-3 * wanted.norm()
+
+
+@pytest.mark.skipif(NO_TRITON, reason="needs the package triton")
 def test_a_row_without_a_number_has_no_loss(monkeypatch):
     from moepp.models.triton_cross_entropy import loss_and_gradient_
 
     device = "cuda" if GPU else "cpu"
     logits_CV = torch.zeros(3, VOCABULARY, device=device)
     logits_CV[0, 7], logits_CV[2, 7] = torch.nan, torch.inf
-    nats_C, gradient_CV = loss_and_gradient_(logits_CV, torch.zeros(3, dtype=torch.int64, device=device), 3)
+    nats_C, gradient_CV = loss_and_gradient_(logits_CV, torch.zeros(3, dtype=torch.int64, device=device))
     assert nats_C.isnan().tolist() == [True, False, True]
     assert gradient_CV[[0, 2]].isnan().any(1).all() and gradient_CV[1].isfinite().all()
 

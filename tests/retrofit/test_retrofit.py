@@ -191,6 +191,19 @@ def test_what_cannot_be_done_is_refused_in_one_line():
     assert not hasattr(model.config, "moepp") and type(model).__name__ == "PhimoeForCausalLM"
     with pytest.raises(UsageError, match="LlamaForCausalLM has no MoE block"):
         retrofit(tiny("llama"))
+    for given, said in (
+        ({"zero": "1"}, "zero='1': must be a whole number, 0 or more"),
+        ({"copy": 1.0}, "copy=1.0: must be a whole number"),
+        ({"constant": -1}, "constant=-1: must be a whole number"),
+        ({"layers": []}, "chooses no MoE block of MixtralForCausalLM, which has 3"),
+        ({"layers": ["0"]}, "layers: '0' is no MoE block"),
+        ({"zero": 0, "copy": 0, "constant": 0, "gating_residual": False}, "nothing to add"),
+        ({"zero": 0, "copy": 0, "constant": 0, "layers": [1]}, "nothing to add"),
+    ):
+        model = tiny("mixtral")
+        with pytest.raises(UsageError, match=said):
+            retrofit(model, **given)
+        assert not hasattr(model.config, "moepp") and type(model).__name__ == "MixtralForCausalLM"
     model = retrofit(tiny("mixtral"))
     with pytest.raises(UsageError, match="already"):
         retrofit(model)
@@ -296,6 +309,31 @@ def test_a_scaled_copy_gets_the_factor_nearest_to_what_experts_give():
     banks[0].copy_scale.data.fill_(0.5)
     calibrate(model, [IDS], share=0.3)
     assert banks[0].copy_scale.item() == 0.5  # learnt, or set
+
+
+def test_padding_counts_in_no_statistic():
+    padded = torch.cat([IDS, IDS.new_zeros(2, 64)], 1)
+    batches = [{"input_ids": IDS}, {"input_ids": padded, "attention_mask": (padded > 0).long()}]
+    found = []
+    for batch in batches:
+        model = calibrate(retrofit(tiny("mixtral"), copy=2, scaled_copy=True), [batch], share=0.3)
+        with observe(model) as rows:
+            model(**batch)
+        factors = [experts.copy_scale[0].item() for _, experts in blocks(model).values()]
+        offsets = [router.offset[0].item() for router in routers(model)]
+        found.append([*factors, *offsets, *(number for row in rows.values() for number in row["load"])])
+        found[-1] += [row[name] for row in rows.values() for name in ("entropy", "top_score")]
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+
+
+def test_padding_before_a_prompt_is_not_observed_as_text_goes_on():
+    model, found = tiny("mixtral"), []
+    for padding in (0, 5):
+        ids = torch.nn.functional.pad(IDS[:1], (padding, 0))
+        with observe(model) as rows:
+            model.generate(ids, attention_mask=(ids > 0).long(), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        found.append([row["load"] for row in rows.values()])
+    assert found[0] == found[1]
 
 
 def test_models_with_rows_of_odd_length_run():

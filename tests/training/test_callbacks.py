@@ -1,9 +1,11 @@
 import gc
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from moepp.config import compose
+from moepp.models.budget import forward_flops
 from moepp.records import RunRecord
 from moepp.training import final
 from moepp.training.callbacks import CollectTogether, ResumeCheckpoint
@@ -91,3 +93,14 @@ def test_the_garbage_collector_runs_in_the_same_steps_everywhere(monkeypatch):
         callback.on_train_batch_end(trainer, None)
     callback.on_train_end(trainer, None)
     assert gc.isenabled() and collected == [3, 9]
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_speed_counts_no_slots_that_capacity_dropped(overrides, parts):
+    more = ["model.capacity_factor=0.8", f"trainer.accumulate={parts}"]
+    config = freeze(compose(RunConfig, [*overrides, *more]))
+    lines = [line for line in train(config, run_directory(config)).metrics() if "perf/tflops" in line]
+    for line in lines:
+        chosen, dropped = line["router/ffn_per_token"], line["router/dropped_ffn_share"]
+        per_token = 3 * sum(forward_flops(config.model, config.data.seq_len, chosen * (1 - dropped)).values())
+        assert line["perf/tflops"] == pytest.approx(per_token * line["perf/tokens_per_s"] / 1e12) and dropped > 0.01

@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -61,6 +62,19 @@ def test_scoring_changes_nothing_but_adds_its_metrics(overrides, tmp_path):
     final, seconds = records[1].final(), sum(line["perf/cloze_seconds"] for line in found)
     assert final["cloze_share"] == pytest.approx(seconds / (12 * final["step_time_ms"] / 1000)) and seconds > 0
     assert "cloze_share" not in records[0].final()
+
+
+def test_a_text_with_places_for_fewer_questions_than_choices_is_refused(token_folder):
+    tokens = TokenFiles.open(token_folder)
+
+    def made(held_out):
+        text = SimpleNamespace(val=tokens.val[:held_out], val_lengths=tokens.val_lengths)
+        return questions(text, seq_len=32, count=32).ids_QCL
+
+    choices = made(4 * 32)
+    assert len(choices) == 4 and all(len({tuple(ids.tolist()) for ids in ids_CL}) == 4 for ids_CL in choices)
+    with pytest.raises(UsageError, match=r"^127 held-out tokens are too few for 4 cloze questions of 32, .*points=0$"):
+        made(4 * 32 - 1)
 
 
 KEPT = ("train/loss", "train/grad_norm", "val/loss", "final/val_loss", "final/router_entropy")

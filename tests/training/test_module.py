@@ -66,6 +66,17 @@ def test_a_controlled_run_that_is_killed_continues_to_the_same_losses_and_state(
     assert not all(torch.equal(ours[name], start[name]) for name in ours)
 
 
+def test_logged_are_the_losses_and_routing_of_all_micro_batches_of_a_step(overrides):
+    """Without a capacity, which is of each micro-batch."""
+    runs = [run(overrides, "model.capacity_factor=null", f"trainer.accumulate={parts}") for parts in (1, 4)]
+    whole, parts = ([line for line in record.metrics() if "train/loss" in line] for record in runs)
+    assert len(whole) == len(parts) == 6
+    names = [name for name in whole[0] if name.startswith(("train/", "router/"))]
+    assert {"train/balance_loss", "router/entropy", "router/load_max_over_mean"} <= set(names)
+    for line, others in zip(whole, parts, strict=True):
+        assert {name: others[name] for name in names} == pytest.approx({name: line[name] for name in names}, rel=1e-4)
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
 def test_control_steps_once_per_optimizer_step_on_the_tokens_of_its_micro_batches(

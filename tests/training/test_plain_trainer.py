@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from moepp.layers.settings import MoEConfig
+from moepp.layers.settings import BalanceConfig, MoEConfig
 from moepp.models.decoder import Decoder
 from moepp.models.protocol import CausalLM, ModelOutput
 from moepp.models.settings import DecoderConfig
@@ -24,8 +24,8 @@ IDS = torch.randint(0, 61, (32, 9), generator=torch.Generator().manual_seed(0))
 FAST = OptimConfig(warmup_steps=1, lr=1e-2)
 
 
-def decoder():
-    return Decoder(DecoderConfig(dim=16, hidden=8, layers=2, heads=2, vocab_size=61))
+def decoder(**options):
+    return Decoder(DecoderConfig(dim=16, hidden=8, layers=2, heads=2, vocab_size=61, **options))
 
 
 def fit(tmp_path, module, *callbacks, **options):
@@ -46,6 +46,26 @@ def test_metrics_reach_callbacks_and_loggers(tmp_path):
     with open(table) as file:
         rows = list(csv.DictReader(file))
     assert len([row for row in rows if row["train/loss"]]) == 6 and len([row for row in rows if row["val/loss"]]) == 3
+
+
+def test_a_plain_trainer_logs_the_losses_and_routing_of_all_micro_batches_of_a_step(tmp_path):
+    class Kept(LanguageModel):
+        def training_step(self, tokens):
+            loss = super().training_step(tokens)
+            self.kept.append((float(self.train_losses["train/loss"]), int(self.train_routing.chosen_LN[:, :8].sum())))
+            return loss
+
+    module = Kept(decoder(balance=BalanceConfig(over="micro_batch")), FAST)
+    module.kept = []
+    fit(tmp_path, module, enable_checkpointing=False, accumulate_grad_batches=2)
+    [table] = tmp_path.rglob("metrics.csv")
+    with open(table) as file:
+        rows = [row for row in csv.DictReader(file) if row["train/loss"]]
+    assert len(rows) == 3 and len(module.kept) == 12  # steps 2, 4 and 6, of two micro-batches
+    for row, parts in zip(rows, (module.kept[2:4], module.kept[6:8], module.kept[10:12]), strict=True):
+        (first, ffn), (second, more_ffn) = parts
+        assert float(row["train/loss"]) == pytest.approx((first + second) / 2) and first != second
+        assert float(row["router/ffn_per_token"]) == pytest.approx((ffn + more_ffn) / (2 * 2 * 64))
 
 
 def test_bytes_give_bits_per_byte(tmp_path):
@@ -81,7 +101,8 @@ def test_a_loss_that_is_not_finite_stops_a_plain_trainer_too(tmp_path):
 def test_the_likely_cause_of_a_loss_that_is_not_finite_is_named(spoiled, message):
     module = LanguageModel(decoder(), FAST)
     nan, fine = torch.tensor(float("nan")), torch.tensor(1.0)
-    module.train_losses = {"train/loss": nan if spoiled == "loss" else fine, "train/balance_loss": nan}
+    module.step_losses = {"train/loss": nan if spoiled == "loss" else fine, "train/balance_loss": nan}
+    module.step_parts = 1
     if spoiled == "weight":
         next(module.model.parameters()).data.fill_(float("inf"))
     assert re.match(message, likely_cause(module, bad=0 if spoiled == "weight" else 3))

@@ -119,6 +119,10 @@ def test_of_all_processes_one_keeps_the_record(monkeypatch):
         (["trainer.devices=0"], "trainer.devices=0 must be at least 1"),
         (["strategy=ddp", "trainer.devices=3"], "data.batch_size=4 cannot be divided among 3 devices"),
         (["strategy=ddp", "trainer.num_nodes=2", "trainer.accumulate=4"], "use a multiple of 8"),
+        (
+            ["strategy=expert_parallel", "model.ffn_rows=1.4"],
+            "computes the rows that arrive, however many: leave model.ffn_rows",
+        ),
         (["strategy=dpp"], "strategy=dpp: no such fragment; choose from"),
         (["strategy.timeout=3"], "unknown key strategy.timeout; did you mean strategy.timeout_s?"),
     ],

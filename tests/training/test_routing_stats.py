@@ -3,9 +3,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from moepp.config import compose
 from moepp.layers.moe import MoEStats
 from moepp.layers.settings import ExpertCounts, MoEConfig
+from moepp.models.decoder import Decoder
 from moepp.training.routing_stats import RoutingStatistics
+from moepp.training.settings import RunConfig
 
 CONFIG = MoEConfig(experts=ExpertCounts(ffn=2, zero=1, copy=1, constant=0))
 
@@ -49,3 +52,35 @@ def test_slots_beyond_the_kept_rows_are_counted_where_rows_are_limited():
     statistics.update([layer([5, 5, 4, 6], recomputed=5), layer([10, 8, 1, 1], recomputed=13)])
     assert statistics.compute()["recomputed_share"] == pytest.approx(18 / 28)  # of the slots of FFN experts
     assert "recomputed_share" not in RoutingStatistics(CONFIG).compute()
+
+
+TAUS = "model.per_layer={balance: {tau: [0.1, 0.5, 0.75, 1.0]}}"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [["model=vanilla"], ["model=vanilla", "model.capacity_over=sequence"], [], ["model.capacity_factor=0.8"], [TAUS]],
+    ids=str,
+)
+def test_dropped_ffn_slots_are_those_that_experts_do_not_compute(more):
+    """Of two batches, by the rows that the FFN experts get."""
+    config = compose(RunConfig, ["size=tiny", *more]).model
+    model, statistics, rows = Decoder(config, seed=0), RoutingStatistics(config), []
+    for layer in model.moe_layers():
+        layer.ffn.register_forward_pre_hook(
+            lambda ffn, inputs: rows.append(int((inputs[0].expert_TK < config.experts.ffn).sum()))
+        )
+    for ids_BS in torch.randint(0, 2048, (2, 4, 128), generator=torch.Generator().manual_seed(0)):
+        statistics.update(model(ids_BS).stats)
+    found = statistics.compute()
+    computed = found["ffn_per_token"] * (1 - found["dropped_ffn_share"])
+    assert float(computed) == pytest.approx(sum(rows) / (4 * 2 * 512)) and found["dropped_ffn_share"] > 0.01
+    if "model=vanilla" in more:
+        assert found["dropped_ffn_share"] == found["dropped_share"]
+
+
+def test_what_is_limited_by_sequence_drops_no_more_ffn_slots_than_slots():
+    statistics = RoutingStatistics(replace(CONFIG, capacity_over="sequence"))
+    statistics.update([layer([5, 5, 5, 5], dropped=4)])  # nothing is over in all sequences together
+    assert statistics.compute()["dropped_ffn_share"] == pytest.approx(4 * 0.5 / 10)
+    assert "dropped_ffn_share" not in RoutingStatistics(replace(CONFIG, capacity_factor=None)).compute()

@@ -12,6 +12,7 @@ from moepp.training.throughput import (
     autocast_of,
     balanced_routing,
     expert_forward_times,
+    peak_flops,
     training_batch,
     training_times,
 )
@@ -84,6 +85,22 @@ def test_a_training_batch_is_that_of_one_device():
         train = np.arange(100, dtype=np.uint16)
 
     assert training_batch(Tokens, config).tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H200", 989),
+        ("Unknown", None),
+    ],
+)
+def test_forms_of_a_gpu_have_peaks_of_their_own(name, tflops, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == (tflops and tflops * 1e12)
+    assert peak_flops(torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)])

@@ -4,10 +4,11 @@ import pytest
 
 from moepp.config import compose
 from moepp.errors import UsageError
+from moepp.reports.results import _finished
 from moepp.training import callbacks
 from moepp.training.run import freeze, train
 from moepp.training.settings import RunConfig, run_directory
-from moepp.training.totals import phase_of
+from moepp.training.totals import phases
 
 TIGHT = ["model.capacity_factor=0.8", "trainer.log_every=1"]
 
@@ -18,8 +19,8 @@ def run(overrides, *more):
 
 
 def test_phases_are_tenths_of_the_steps():
-    assert [phase_of(step, 20) for step in (1, 2, 3, 18, 19, 20)] == [0, 0, 1, 1, 2, 2]
-    assert [phase_of(step, 8) for step in (1, 2, 8)] == [0, 1, 2]
+    assert phases(20) == {"early": slice(0, 2), "late": slice(18, 20)}
+    assert phases(8) == {"early": slice(0, 1), "late": slice(7, 8)}
 
 
 def test_drops_and_the_online_loss_are_those_of_all_steps_also_of_a_run_that_was_killed(overrides, monkeypatch):
@@ -54,6 +55,16 @@ def test_drops_and_the_online_loss_are_those_of_all_steps_also_of_a_run_that_was
     assert {name: again[name] for name in kept} == {name: final[name] for name in kept}
     assert again["averaged_val_loss"] != again["val_loss"]
     assert abs(again["averaged_val_loss"] - again["val_loss"]) < 0.1
+
+
+def test_a_run_that_ended_early_has_no_late_drops_and_counts_the_tokens_it_saw(overrides):
+    stop = "trainer.callbacks.EarlyStopping"
+    record = run(overrides, *TIGHT, f"{stop}.monitor=val/loss", f"{stop}.divergence_threshold=0.0")
+    final, found = record.final(), _finished(record, "zero", 0)
+    assert final["stopped_at_step"] == 5 and final["train_dropped_share_early"] > 0
+    assert "train_dropped_share_late" not in final
+    assert found.value("tokens") == 5 * 8 * 32 and [tokens for tokens, _ in found.curve] == [5 * 8 * 32]
+    assert record.read("budget.json")["tokens"] == 12 * 8 * 32
 
 
 def test_the_last_validation_may_take_the_whole_split_and_tells_every_window(overrides):

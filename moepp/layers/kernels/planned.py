@@ -64,10 +64,12 @@ class PlannedExperts(torch.autograd.Function):
     def forward(
         ctx: Any, w_in: Tensor, w_out: Tensor, x_TD: Tensor, gate_TK: Tensor,
         scale_T: Tensor | None, mix_TC: Tensor | None, vectors_CD: Tensor | None, products: Products,
-        dtype: torch.dtype,
+        dtype: torch.dtype, with_backward: bool,
     ) -> Tensor:  # fmt: skip
         w_in, w_out, x_rows_TD = w_in.contiguous(), w_out.contiguous(), x_TD.to(w_in.dtype).contiguous()
-        z_R2F, h_RF = products.swiglu_in(products.gather(x_rows_TD), w_in, keep_z=any(ctx.needs_input_grad))
+        z_R2F, h_RF = products.swiglu_in(
+            products.gather(x_rows_TD), w_in, keep_z=with_backward and any(ctx.needs_input_grad)
+        )
         y_RD = products.matmul(h_RF, w_out.transpose(1, 2))
         ctx.save_for_backward(w_in, w_out, x_TD, x_rows_TD, gate_TK, scale_T, mix_TC, vectors_CD, z_R2F)
         ctx.products = products
@@ -87,7 +89,7 @@ class PlannedExperts(torch.autograd.Function):
         dw_in = products.outer(dz_R2F, products.gather(x_rows_TD), like=w_in, gathered="b")
         dscale_T, dmix_TC = (None, None) if scale_T is None else products.affine_backward(grad_TD, x_TD, vectors_CD)
         dvectors_CD = None if mix_TC is None else products.weighted_rows(mix_TC, grad_TD)
-        return dw_in, dw_out, dx_TD, dgate_TK, dscale_T, dmix_TC, dvectors_CD, None, None
+        return dw_in, dw_out, dx_TD, dgate_TK, dscale_T, dmix_TC, dvectors_CD, None, None, None
 
 
 def planned_experts(
@@ -100,7 +102,9 @@ def planned_experts(
     def run(w_in: Tensor, w_out: Tensor, tokens: RoutedTokens) -> Tensor:
         made = products(plan_slots(tokens, len(w_in)))
         dtype = tokens.dtype or tokens.gate_TK.dtype
-        return PlannedExperts.apply(w_in, w_out, tokens.x_TD, tokens.gate_TK, *tokens.affine(), made, dtype)
+        with_backward = torch.is_grad_enabled()  # which autograd does not tell its functions
+        inputs = w_in, w_out, tokens.x_TD, tokens.gate_TK, *tokens.affine()
+        return PlannedExperts.apply(*inputs, made, dtype, with_backward)
 
     if tokens.kept_rows is None or tokens.kept_rows >= tokens.rows:
         return run(w_in, w_out, tokens)

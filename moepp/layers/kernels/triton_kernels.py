@@ -103,17 +103,27 @@ def rows_matmul_kernel(
 
 
 @triton.jit
+def block_of(WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's block of rows and its block of columns, which varies fastest. Both lie along the grid's first
+    axis: the others end at 65,535, which is a million rows.
+    """
+    columns = tl.cdiv(WIDTH, BLOCK)
+    return tl.program_id(0) // columns, tl.program_id(0) % columns
+
+
+@triton.jit
 def gather_kernel(
     x_TD, slot_R, end_E, x_RD, D: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """x_RD[r] = x of row r's token."""
     rows = tl.load(end_E + EXPERTS - 1)
-    start = tl.program_id(1) * BLOCK_R
+    block, column = block_of(D, BLOCK_D)
+    start = block * BLOCK_R
     if start >= rows:
         return
     row = start + tl.arange(0, BLOCK_R)
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    d = column * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = (row < rows)[:, None] & (d < D)
     token = tl.load(slot_R + row, mask=row < rows, other=0) // TOP_K
     x = tl.load(x_TD + token[:, None] * D + d, mask=inside, other=0)
@@ -126,11 +136,12 @@ def swiglu_kernel(
 ):
     """h = silu(gate) * up with z = [gate, up]."""
     rows = tl.load(end_E + EXPERTS - 1)
-    start = tl.program_id(1) * BLOCK_R
+    block, column = block_of(F, BLOCK_F)
+    start = block * BLOCK_R
     if start >= rows:
         return
     row = (start + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
-    f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    f = column * BLOCK_F + tl.arange(0, BLOCK_F)
     inside = (row < rows) & (f < F)
     gate = tl.load(z_R2F + row * 2 * F + f, mask=inside, other=0).to(tl.float32)
     up = tl.load(z_R2F + row * 2 * F + F + f, mask=inside, other=0).to(tl.float32)
@@ -180,8 +191,9 @@ def combine_kernel(
     Rows at or past end_E[-1] were computed by no FFN expert and are not read. Without GATED all gates are 1; without
     SCALED the first term is absent; C = 0 leaves out the second.
     """
-    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    block, column = block_of(D, BLOCK_D)
+    t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    d = column * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = (t[:, None] < T) & (d < D)
     at = t.to(tl.int64)[:, None] * D + d
     out = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
@@ -303,8 +315,9 @@ def mixed_rows_kernel(
     weight_TM, v_MD, out_TD, T, D: tl.constexpr, M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """out_t = the sum over m of weight_tm v_m."""
-    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    block, column = block_of(D, BLOCK_D)
+    t = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    d = column * BLOCK_D + tl.arange(0, BLOCK_D)
     out = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     for m in range(M):
         weight = tl.load(weight_TM + t * M + m, mask=t < T, other=0)

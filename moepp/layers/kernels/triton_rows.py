@@ -20,7 +20,7 @@ def gather(plan: SlotPlan, x_TD: Tensor) -> Tensor:
     x_TD = x_TD.contiguous()
     rows, dim = len(plan.slot_R), x_TD.shape[1]
     x_RD = x_TD.new_empty(rows, dim)
-    kernels.gather_kernel[_blocks(dim, COLUMNS), _blocks(rows, ROWS)](
+    kernels.gather_kernel[(_blocks(dim, COLUMNS) * _blocks(rows, ROWS),)](
         x_TD, plan.slot_R, plan.end_E, x_RD, dim, EXPERTS=len(plan.end_E), TOP_K=plan.top_k,
         BLOCK_R=ROWS, BLOCK_D=COLUMNS,
     )  # fmt: skip
@@ -31,7 +31,7 @@ def swiglu(plan: SlotPlan, z_R2F: Tensor) -> Tensor:
     """h = silu(gate) * up of z = [gate, up], [R, F]."""
     rows, hidden = len(z_R2F), z_R2F.shape[1] // 2
     h_RF = z_R2F.new_empty(rows, hidden)
-    kernels.swiglu_kernel[_blocks(hidden, COLUMNS), _blocks(rows, ROWS)](
+    kernels.swiglu_kernel[(_blocks(hidden, COLUMNS) * _blocks(rows, ROWS),)](
         z_R2F, plan.end_E, h_RF, hidden, EXPERTS=len(plan.end_E), BLOCK_R=ROWS, BLOCK_F=COLUMNS
     )
     return h_RF
@@ -56,7 +56,7 @@ def combine(
     tokens, dim = x_TD.shape
     out_TD = x_TD.new_empty(tokens, dim, dtype=dtype)
     inputs = [None if t is None else t.contiguous() for t in (gate_TK, x_TD, scale_T, mix_TC, vectors_CD)]
-    kernels.combine_kernel[_blocks(dim, COLUMNS), _blocks(tokens, ROWS)](
+    kernels.combine_kernel[(_blocks(dim, COLUMNS) * _blocks(tokens, ROWS),)](
         y_RD, plan.row_TK, plan.end_E, *inputs, out_TD, tokens, dim,
         EXPERTS=len(plan.end_E), TOP_K=plan.top_k, C=0 if mix_TC is None else mix_TC.shape[1],
         GATED=gate_TK is not None, SCALED=scale_T is not None, BLOCK_T=ROWS, BLOCK_D=COLUMNS,
@@ -91,7 +91,7 @@ def weighted_rows(weight_TM: Tensor, v_TD: Tensor) -> Tensor:
 def mixed_rows(weight_TM: Tensor, v_MD: Tensor, like_TD: Tensor) -> Tensor:
     """The sum over m of weight_tm v_m, [T, D] as `like_TD` is."""
     (tokens, dim), out_TD = like_TD.shape, torch.empty_like(like_TD)
-    kernels.mixed_rows_kernel[_blocks(dim, COLUMNS), _blocks(tokens, ROWS)](
+    kernels.mixed_rows_kernel[(_blocks(dim, COLUMNS) * _blocks(tokens, ROWS),)](
         weight_TM, v_MD, out_TD, tokens, dim, weight_TM.shape[1], BLOCK_T=ROWS, BLOCK_D=COLUMNS
     )
     return out_TD
