@@ -7,9 +7,8 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from moepp.errors import RunError, reason
@@ -73,34 +72,6 @@ def start(
             )
         except OSError as error:
             raise RunError(f"cannot start {command[0]}: {reason(error)}") from error
-
-
-def run_until_stopped(command: Sequence[str], grace: float = 5.0) -> None:
-    """Runs what starts processes of its own and does not end them: Ctrl-C and a stop signal to this process alone end
-    all of them, after `grace` seconds by SIGKILL. Raises RunError where the command ends by itself with an error.
-    """
-    with stop_requests() as stop:
-        process = subprocess.Popen(command, start_new_session=True)
-        try:
-            while process.poll() is None and not stop.wait(0.1):
-                pass
-        finally:
-            deadline = time.monotonic() + grace
-            while _signalled(process.pid, signal.SIGTERM) and time.monotonic() < deadline:
-                process.poll()
-                time.sleep(0.1)
-            _signalled(process.pid, signal.SIGKILL)
-            process.wait()
-    if process.returncode and not stop.is_set():
-        raise RunError(f"{Path(command[0]).name} {' '.join(command[1:4])} ended with exit code {process.returncode}")
-
-
-def _signalled(group: int, number: int) -> bool:
-    """Whether there is a process of the group, which gets the signal."""
-    with suppress(ProcessLookupError):
-        os.killpg(group, number)
-        return True
-    return False
 
 
 @contextmanager

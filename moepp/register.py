@@ -77,7 +77,8 @@ def failed(error: BaseException) -> UsageError | None:
         return None
     lines = traceback.extract_tb(error.__traceback__)
     found = [each.described(name) for n in reversed(own) for each in ALL if (name := each.part_in(frames[n]))]
-    named = found[0] if found else f"plugins={plugins.of_module(modules[own[-1]]).name}"
+    plugin = plugins.of_module(modules[own[-1]])
+    named = found[0] if found else f"plugins={plugin.name if plugin else modules[own[-1]]}"
     said = " ".join(str(error).split())
     shown = "".join(traceback.format_list([lines[number] for number in own]))
     return UsageError(f"{shown}error: {named} failed: {type(error).__name__}: {said}")

@@ -80,7 +80,7 @@ class LayerBenchmark:
             "implementations": ["moepp", "floor", "loop", "transformers_grouped_mm"], "repeats": 3,
         },
         "smoke": ON_GPU | {
-            "tokens": [64, 32], "dim": 16, "hidden": 32, "fine_hidden": 16, "ffn": [8, 64], "repeats": 2,
+            "tokens": [64], "dim": 16, "hidden": 32, "fine_hidden": 16, "ffn": [8, 64], "taus": [[0.75]], "repeats": 2,
         },
         "gpu": ON_GPU | {"tokens": [65536, 16384, 4096], "ffn": [8, 16, 32, 64], "repeats": 7, "warmup": 2},
     }  # fmt: skip

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 from moepp.addresses import without_user
 from moepp.errors import RunError, UsageError
 from moepp.locks import locked
-from moepp.process import run_until_stopped
 from moepp.program import program
 from moepp.records import read_json, write_json
 from moepp.tracking import pages
@@ -400,8 +399,8 @@ def stored_name(key: str) -> str:
 
 
 def serve(tracking: "TrackingConfig", runs: Path | str, port: int = 5000, sweep: Path | None = None) -> None:
-    """Runs the MLflow server over the store, for this machine only, and opens the page of `sweep`, else of the newest
-    sweep, where there is a display; Ctrl-C and a stop signal end it. Returns at once where the tracker is a server.
+    """Becomes the MLflow server over the store, for this machine only, and opens the page of `sweep`, else of the
+    newest sweep, where there is a display; Ctrl-C ends it. Does not return, unless the tracker is a server already.
 
     Raises UsageError when `sweep` is not in MLflow, RunError when the port is taken.
     """
@@ -425,7 +424,7 @@ def serve(tracking: "TrackingConfig", runs: Path | str, port: int = 5000, sweep:
     os.environ["MLFLOW_BACKEND_STORE_URI"] = uri  # not an argument: other users of the machine can see those
     store = ["--default-artifact-root", artifacts]
     place = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--uvicorn-opts", "--log-level warning"]
-    run_until_stopped([sys.executable, "-m", "mlflow", "server", *store, *place])
+    os.execv(sys.executable, [sys.executable, "-m", "mlflow", "server", *store, *place])
 
 
 def _require_free(port: int) -> None:

@@ -197,8 +197,8 @@ class RunConfig(Bounded):
             )
         if self.model.ffn_rows is not None and self.strategy.name.startswith("expert_parallel"):
             raise ValueError(
-                f"strategy={self.strategy.name} computes the rows that arrive, however many: leave model.ffn_rows out, or "
-                "choose strategy=ddp or fsdp"
+                f"strategy={self.strategy.name} computes the rows that arrive, however many: leave model.ffn_rows out, "
+                "or choose strategy=ddp or fsdp"
             )
         if self.optim.name == "muon" and self.strategy.name in ("fsdp", "expert_parallel_fsdp"):
             raise ValueError(

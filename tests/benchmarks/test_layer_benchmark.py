@@ -69,7 +69,7 @@ def test_a_benchmark_writes_a_table_whose_ratios_are_those_of_its_times(tmp_path
 
 def test_the_smoke_scale_has_all_of_the_gpu_scales_parts(tmp_path):
     smoke, gpu = (at_scale("layer", scale, {}) for scale in ("smoke", "gpu"))
-    assert smoke.implementations == gpu.implementations and smoke.trace and smoke.taus == gpu.taus
+    assert smoke.implementations == gpu.implementations and smoke.trace and smoke.passes == gpu.passes
     benchmark = replace(smoke, tokens=[32], taus=[[0.75]], ffn=[64])
     run_benchmark(benchmark, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {

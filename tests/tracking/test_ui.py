@@ -46,7 +46,7 @@ def test_views_of_a_thousand_arms_fit_into_tags():
 def test_the_server_is_for_this_machine_only(runs, monkeypatch, capsys):
     commands = []
     monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", "")  # and removed at the end
-    monkeypatch.setattr(mlflow_store, "run_until_stopped", commands.append)
+    monkeypatch.setattr(os, "execv", lambda path, arguments: commands.append(arguments))
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -64,7 +64,7 @@ def test_the_server_is_for_this_machine_only(runs, monkeypatch, capsys):
 
 def test_the_ui_opens_at_a_sweep(runs, monkeypatch, capsys):
     directory = make_sweep(runs, "sweep-to-open")
-    monkeypatch.setattr(mlflow_store, "run_until_stopped", lambda command: None)
+    monkeypatch.setattr(os, "execv", lambda path, arguments: None)
     with pytest.raises(UsageError, match=r"run\.py sync"):
         mlflow_store.serve(TrackingConfig(), runs, 0, directory)
     FolderMirror(directory, TrackingConfig(), runs).sync()
@@ -80,7 +80,7 @@ def test_the_ui_opens_at_a_sweep(runs, monkeypatch, capsys):
 
 
 def test_without_a_name_the_ui_opens_at_the_newest_sweep_that_is_in_the_store(runs, monkeypatch, capsys):
-    monkeypatch.setattr(mlflow_store, "run_until_stopped", lambda command: None)
+    monkeypatch.setattr(os, "execv", lambda path, arguments: None)
     ids, now = [], time.time()
     for age, name in enumerate(("sweep-newest", "sweep-older")):
         directory = make_sweep(runs, name)
