@@ -75,10 +75,7 @@ def _compute_as_released(layer: MoELayer) -> None:
 
 def _ffn_per_token(layer: MoELayer, stats: MoEStats) -> float:
     """Without the slots that were dropped, which cost nothing."""
-    routing = layer.route(stats.logits_TN)
-    if layer.config.capacity_factor is not None:
-        routing, _ = layer.drop_over_capacity(routing, layer.count(routing))
-    return int((routing.expert_TK < layer.config.experts.ffn).sum()) / len(stats.logits_TN)
+    return int(stats.chosen_N[: layer.layout.ffn].sum() - stats.dropped_ffn) / len(stats.logits_TN)
 
 
 def mixtral(config: RunConfig, device: torch.device) -> Subject:

@@ -58,6 +58,7 @@ class MoEStats:
     balance_loss: Tensor  # Eq. 7, before beta; with the f of all devices, so that its mean over them is the batch's
     chosen_N: Tensor  # tokens that chose each expert, before any were dropped
     dropped: Tensor  # slots over capacity
+    dropped_ffn: Tensor  # those of them that had chosen FFN experts
     recomputed: Tensor | None  # FFN slots beyond the rows that `ffn_rows` keeps; None where it limits nothing
     entropy: Tensor  # of the router's distribution, mean over tokens, in nats
     router_loss: Tensor | None  # z-loss and entropy loss, weighted; None where neither has a weight
@@ -68,10 +69,10 @@ class MoELayer(nn.Module):
     """Routes every token to `top_k` of N experts (or as `selection` says).
 
     `first` marks the network's first MoE layer, or one that stands alone, which has no gating residual; any other gets
-    the `carried` of the layer before. `gru` is the recurrent routers' common
-    one, where there is more than this layer. `layout` has the most experts of each type that any of the network's
-    layers has: counts are reported, and taken, in its order. Whoever trains on several micro-batches to a step puts the
-    step's counts of each expert and its tokens into `step_counts`, for the balance loss.
+    the `carried` of the layer before. `gru` is the recurrent routers' common one, where there is more than this layer.
+    `layout` has the most experts of each type that any of the network's layers has: counts are reported, and taken, in
+    its order. Whoever trains on several micro-batches to a step puts the step's counts of each expert and its tokens
+    into `step_counts`, for the balance loss.
     """
 
     def __init__(
@@ -118,9 +119,10 @@ class MoELayer(nn.Module):
         return getattr(self, module_name(kind))
 
     @property
-    def affine(self) -> list[str]:
+    def affine(self) -> dict[str, AffineExperts]:
         """The types whose experts are affine maps of the input."""
-        return [kind for kind in self.ids if isinstance(self.of_kind(kind), AffineExperts)]
+        parts = {kind: self.of_kind(kind) for kind in self.ids}
+        return {kind: experts for kind, experts in parts.items() if isinstance(experts, AffineExperts)}
 
     def forward(self, x_BSD: Tensor, previous: Tensor | None = None) -> tuple[Tensor, MoEStats]:
         """`previous` is the previous MoE layer's `MoEStats.carried`."""
@@ -224,13 +226,11 @@ class MoELayer(nn.Module):
         """`AffineExperts.terms` of every affine type, in the gates' dtype; the same whichever slots are kept. None
         where a kernel makes them of the slots that it needs.
         """
-        if fusible(self.affine_experts(), routing.gate_TK):
+        types = self.affine
+        if fusible(types, routing.gate_TK):
             return None
         with region("zero_computation"), torch.autocast(x_TD.device.type, enabled=False):
-            return [self.of_kind(kind).terms(x_TD, routing.gate_TK.dtype) for kind in self.affine]
-
-    def affine_experts(self) -> dict[str, AffineExperts]:
-        return {kind: self.of_kind(kind) for kind in self.affine}
+            return [experts.terms(x_TD, routing.gate_TK.dtype) for experts in types.values()]
 
     def expert_forward(
         self, x_TD: Tensor, routing: Routing, counts: SlotCounts | None = None, terms: list[Terms] | None = None
@@ -246,7 +246,7 @@ class MoELayer(nn.Module):
         )  # fmt: skip
         shared = None if self.shared is None else Meanwhile(partial(self.shared_forward, x_TD))
         y_TD = self.ffn(tokens, counts, shared).to(x_TD.dtype)
-        for kind in self.ids.keys() - set(self.affine):
+        for kind in self.ids.keys() - self.affine.keys():
             y_TD = add_rows(y_TD, x_TD, routing, self.ids[kind], kind, self.of_kind(kind))
         return y_TD if shared is None else y_TD + shared()
 
@@ -261,9 +261,9 @@ class MoELayer(nn.Module):
 
     def affine_map(self, x_TD: Tensor, routing: Routing, terms: list[Terms] | None = None) -> Affine | None:
         """What the affine experts add for these tokens, not yet evaluated; None where there are none."""
-        if not (types := self.affine_experts()):
+        if not (types := self.affine):
             return None
-        if terms is None and not fusible(types, routing.gate_TK):
+        if terms is None:
             terms = self.terms(x_TD, routing)
         with torch.autocast(x_TD.device.type, enabled=False):
             if terms is None:
@@ -328,13 +328,14 @@ class MoELayer(nn.Module):
             probs_TN = F.normalize(probs_TN, p=1, dim=-1)
         entropy = torch.special.entr(probs_TN.detach()).sum(-1).mean()
         chosen_N, accepted_N = (c.wait()[c.device].sum(0) for c in (counts, accepted))
-        kept_rows = self.kept_rows(len(probs_TN))
+        dropped_N, kept_rows = chosen_N - accepted_N, self.kept_rows(len(probs_TN))
         recomputed = None if kept_rows is None else (accepted_N[: config.experts.ffn].sum() - kept_rows).clamp(min=0)
         return MoEStats(
             logits_TN,
             loss,
             self.reported_counts(chosen_N),
-            dropped=(chosen_N - accepted_N).sum(),
+            dropped=dropped_N.sum(),
+            dropped_ffn=dropped_N[: config.experts.ffn].sum(),
             recomputed=recomputed,
             entropy=entropy,
             router_loss=router_loss,

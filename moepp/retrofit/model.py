@@ -73,6 +73,7 @@ class LayerWatch(nn.Module):
             balance_loss=load_balance_loss(probs_TN, *counts, config.experts, balance),
             chosen_N=chosen_N,
             dropped=chosen_N.new_zeros(()),
+            dropped_ffn=chosen_N.new_zeros(()),
             recomputed=None,
             entropy=torch.special.entr(probs_TN.detach()).sum(-1).mean(),
             router_loss=router_losses(logits_TN, probs_TN, balance) if weighted else None,

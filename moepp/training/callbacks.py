@@ -72,7 +72,7 @@ class MetricsReporter(Callback):
             metrics["train/grad_norm"] = float(self.grad_norm)
         metrics["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         metrics["train/tokens"] = step * self.tokens_per_step
-        routing = {name: float(value) for name, value in pl_module.step_routing.compute().items()}
+        routing = {name: float(value) for name, value in pl_module.train_routing.compute().items()}
         metrics.update({f"router/{name}": value for name, value in routing.items()})
         computed = routing["ffn_per_token"] * (1 - routing.get("dropped_ffn_share", 0.0))
         flops = 3 * sum(pl_module.model.forward_flops(self.seq_len, computed).values())

@@ -80,11 +80,9 @@ class LanguageModel(pl.LightningModule):
         self.val_divergence = MeanMetric()
         self.val_window_nats = CatMetric(nan_strategy="disable")  # means of windows, in the order of their batches
         self.val_routing = RoutingStatistics(self.model.config)
-        # Of the last micro-batch.
-        self.train_routing = RoutingStatistics(self.model.config)
-        self.train_losses: dict[str, Tensor] = {}
+        self.train_losses: dict[str, Tensor] = {}  # of the last micro-batch
         # Of the last step only, so that a resumed run logs the same: of its micro-batches so far.
-        self.step_routing = RoutingStatistics(self.model.config)
+        self.train_routing = RoutingStatistics(self.model.config)
         self.step_losses: dict[str, Tensor] = {}  # summed
         self.step_parts = 0
         # Counts of the micro-batches since the last optimizer step. Checkpoints are saved right after a step, where
@@ -123,7 +121,7 @@ class LanguageModel(pl.LightningModule):
         parts, balance = self.trainer.accumulate_grad_batches, self.model.config.balance
         if batch_idx % parts:
             return
-        self.step_routing.reset()
+        self.train_routing.reset()
         self.step_losses, self.step_parts = {}, 0
         if parts > 1 and balance.over == "step" and balance.beta:
             self._count_step(self._micro_batches())
@@ -166,7 +164,7 @@ class LanguageModel(pl.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if is_logged(self.trainer, self.global_step) and not within_step(self.trainer):
-            self.log_dict({f"router/{name}": value for name, value in self.step_routing.compute().items()})
+            self.log_dict({f"router/{name}": value for name, value in self.train_routing.compute().items()})
 
     def on_train_start(self) -> None:
         """With CUDA graphs gradients are summed into buffers of their own: else the first would lie where replays
@@ -187,8 +185,6 @@ class LanguageModel(pl.LightningModule):
         loss = cross_entropy + balance
         losses = {"train/loss": cross_entropy, "train/balance_loss": balance}
         self.train_losses = {name: value.detach().clone() for name, value in losses.items()}
-        self.train_routing.reset()
-        self.train_routing.update(output.stats)
         self._add_to_step(output.stats)
         self.log_dict(self.mean_losses())
         self._count(output.stats)
@@ -201,7 +197,7 @@ class LanguageModel(pl.LightningModule):
         before = self.step_losses or dict.fromkeys(self.train_losses, 0)
         self.step_losses = {name: before[name] + loss for name, loss in self.train_losses.items()}
         self.step_parts += 1
-        self.step_routing.update(stats)
+        self.train_routing.update(stats)
 
     def mean_losses(self) -> dict[str, Tensor]:
         """Those of the step, as far as it came: its gradient is that of the mean over its micro-batches."""

@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from moepp.layers.balance import capacity_of_each, expert_capacities
 from moepp.layers.moe import MoEStats
 from moepp.layers.settings import MoEConfig
-from moepp.models.settings import DecoderConfig
 
 
 class RoutingStatistics(Metric):
@@ -20,12 +18,10 @@ class RoutingStatistics(Metric):
         super().__init__()
         self.experts, self.kinds, self.limited = config.experts, config.experts.kinds(), config.ffn_rows is not None
         self.drops = config.capacity_factor is not None
-        apart = isinstance(config, DecoderConfig) and config.per_layer
-        self.layers = config.moe_configs if apart else [config]  # one for all where they are the same
         self.add_state("chosen_LN", torch.zeros(0, config.experts.total, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("dropped_L", torch.zeros(0, dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("dropped_ffn", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("dropped_ffn", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("recomputed", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         # Mean over layers, summed over tokens: batches of devices need not be equal.
         self.add_state("entropy", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
@@ -42,28 +38,10 @@ class RoutingStatistics(Metric):
         self.dropped_L = dropped_L if first else self.dropped_L + dropped_L
         self.tokens += len(stats[0].logits_TN)
         if self.drops:
-            self.dropped_ffn += self._dropped_ffn(chosen_LN, dropped_L, len(stats[0].logits_TN))
+            self.dropped_ffn += torch.stack([layer.dropped_ffn for layer in stats]).sum()
         if self.limited:
             self.recomputed += torch.stack([layer.recomputed for layer in stats]).sum()
         self.entropy += torch.stack([layer.entropy for layer in stats]).mean() * len(stats[0].logits_TN)
-
-    def _dropped_ffn(self, chosen_LN: Tensor, dropped_L: Tensor, tokens: int) -> Tensor:
-        """FFN slots among the dropped: in each layer the FFN experts' part of all that is over the capacity (Eq. 8) of
-        these tokens. That is exact where capacity is of this device's micro-batch (on one device `global_batch` is) or
-        all experts are FFN experts. Over sequences or several devices the part is an estimate, and that of the chosen
-        slots where nothing is over.
-        """
-        limit_LN = torch.stack([
-            capacity_of_each(
-                self.experts,
-                expert_capacities(own.experts, own.balance, own.top_k * tokens, own.capacity_factor),
-                chosen_LN.device,
-            )
-            for own in self.layers
-        ])  # fmt: skip
-        over_LN = (chosen_LN - limit_LN).clamp(min=0)
-        over_LN = torch.where(over_LN.any(1, keepdim=True), over_LN, chosen_LN)
-        return (dropped_L * over_LN[:, : self.experts.ffn].sum(1).double() / over_LN.sum(1).clamp(min=1)).sum()
 
     def share_LN(self) -> Tensor:
         """Share of a layer's routed slots that each expert got; a row sums to 1, or to 0 where no slot was used."""
@@ -88,7 +66,7 @@ class RoutingStatistics(Metric):
         metrics["dropped_share"] = self.dropped_L.sum() / self.chosen_LN.sum().clamp(min=1)
         chosen_ffn = self.chosen_LN[:, :ffn].sum().clamp(min=1)
         if self.drops:
-            metrics["dropped_ffn_share"] = (self.dropped_ffn / chosen_ffn).float()
+            metrics["dropped_ffn_share"] = self.dropped_ffn / chosen_ffn
         if self.limited:
             metrics["recomputed_share"] = self.recomputed / chosen_ffn
         return metrics

@@ -47,8 +47,8 @@ class TrainingTotals(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LanguageModel, *_: Any) -> None:
         step = trainer.global_step + within_step(trainer)  # the one that this micro-batch is part of
-        routing = pl_module.train_routing
-        if len(routing.chosen_LN):
+        routing = pl_module.train_routing  # of the whole step, at its last micro-batch
+        if len(routing.chosen_LN) and not within_step(trainer):
             self._count(step, torch.stack([routing.chosen_LN.sum(1), routing.dropped_L]))
         if self.epoch_steps is None or step <= self.epoch_steps:
             loss = pl_module.train_losses["train/loss"].double()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "scripts/layer_traffic.py"
-MOST = {"grouped": (102, 122), "triton": (114, 134)}  # launches of vanilla MoE and of MoE++
+MOST = {"grouped": (103, 123), "triton": (115, 135)}  # launches of vanilla MoE and of MoE++
 
 
 @pytest.fixture(scope="module")

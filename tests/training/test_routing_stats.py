@@ -13,9 +13,9 @@ from moepp.training.settings import RunConfig
 CONFIG = MoEConfig(experts=ExpertCounts(ffn=2, zero=1, copy=1, constant=0))
 
 
-def layer(chosen, tokens=10, dropped=0, recomputed=0):
+def layer(chosen, tokens=10, dropped=0, dropped_ffn=0, recomputed=0):
     zero, logits = torch.zeros(()), torch.zeros(tokens, 4)
-    counts = (torch.tensor(value) for value in (chosen, dropped, recomputed))
+    counts = (torch.tensor(value) for value in (chosen, dropped, dropped_ffn, recomputed))
     return MoEStats(logits, zero, *counts, torch.tensor(0.5), zero, logits)
 
 
@@ -59,7 +59,10 @@ TAUS = "model.per_layer={balance: {tau: [0.1, 0.5, 0.75, 1.0]}}"
 
 @pytest.mark.parametrize(
     "more",
-    [["model=vanilla"], ["model=vanilla", "model.capacity_over=sequence"], [], ["model.capacity_factor=0.8"], [TAUS]],
+    [
+        ["model=vanilla"], ["model=vanilla", "model.capacity_over=sequence"], [], ["model.capacity_over=sequence"],
+        ["model.capacity_factor=0.8"], [TAUS],
+    ],
     ids=str,
 )
 def test_dropped_ffn_slots_are_those_that_experts_do_not_compute(more):
@@ -79,8 +82,8 @@ def test_dropped_ffn_slots_are_those_that_experts_do_not_compute(more):
         assert found["dropped_ffn_share"] == found["dropped_share"]
 
 
-def test_what_is_limited_by_sequence_drops_no_more_ffn_slots_than_slots():
-    statistics = RoutingStatistics(replace(CONFIG, capacity_over="sequence"))
-    statistics.update([layer([5, 5, 5, 5], dropped=4)])  # nothing is over in all sequences together
+def test_dropped_ffn_slots_are_a_share_of_the_ffn_slots_and_absent_without_a_capacity():
+    statistics = RoutingStatistics(CONFIG)
+    statistics.update([layer([5, 5, 5, 5], dropped=4, dropped_ffn=2)])
     assert statistics.compute()["dropped_ffn_share"] == pytest.approx(4 * 0.5 / 10)
     assert "dropped_ffn_share" not in RoutingStatistics(replace(CONFIG, capacity_factor=None)).compute()
