@@ -9,7 +9,7 @@ from reports.synthetic_sweep import write_run, write_sweep
 from moepp.experiments import ladder
 from moepp.records import read_json, write_json
 from moepp.reports.experiment import Context
-from moepp.reports.ladder import FAMILIES
+from moepp.reports.ladder import FAMILIES, Rung, laws_of
 from moepp.reports.report import write_report
 from moepp.statistics import power_law
 from moepp.statistics.style import styled
@@ -48,6 +48,19 @@ def records(tmp_path, monkeypatch):
 
 def rows(found, name):
     return next(table.rows for table in found.tables if table.name == name)
+
+
+def test_the_laws_of_both_families_are_drawn_apart():
+    """Else what is said of their ratio would be of one draw, not of two."""
+    rungs = [
+        Rung(family, rung, size, SHORTEST * length, 1e6, {0: loss + 0.002, 1: loss - 0.002})
+        for family in FAMILIES
+        for rung, size in SIZES.items()
+        for length in LENGTHS
+        for loss in [loss_of("vanilla", size, SHORTEST * length)]
+    ]
+    one, other = laws_of(rungs)[0].values()
+    assert (one.fits_FP[0] == other.fits_FP[0]).all() and (one.fits_FP[1:] != other.fits_FP[1:]).any(1).all()
 
 
 def test_laws_foretell_the_largest_size_and_the_speed_up(records, tmp_path):

@@ -60,8 +60,12 @@ TAUS = "model.per_layer={balance: {tau: [0.1, 0.5, 0.75, 1.0]}}"
 @pytest.mark.parametrize(
     "more",
     [
-        ["model=vanilla"], ["model=vanilla", "model.capacity_over=sequence"], [], ["model.capacity_over=sequence"],
-        ["model.capacity_factor=0.8"], [TAUS],
+        ["model=vanilla"],
+        ["model=vanilla", "model.capacity_over=sequence"],
+        [],
+        ["model.capacity_over=sequence"],
+        ["model.capacity_factor=0.8"],
+        [TAUS],
     ],
     ids=str,
 )

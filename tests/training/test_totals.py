@@ -57,6 +57,14 @@ def test_drops_and_the_online_loss_are_those_of_all_steps_also_of_a_run_that_was
     assert abs(again["averaged_val_loss"] - again["val_loss"]) < 0.1
 
 
+def test_a_step_of_several_micro_batches_counts_each_once(overrides):
+    record = run(overrides, *TIGHT, "trainer.accumulate=4")
+    steps = [line for line in record.metrics() if "train/loss" in line]
+    final = record.final()
+    assert final["train_dropped_share"] == pytest.approx(sum(line["router/dropped_share"] for line in steps) / 12)
+    assert final["online_loss"] == pytest.approx(sum(line["train/loss"] for line in steps) / 12)
+
+
 def test_a_run_that_ended_early_has_no_late_drops_and_counts_the_tokens_it_saw(overrides):
     stop = "trainer.callbacks.EarlyStopping"
     record = run(overrides, *TIGHT, f"{stop}.monitor=val/loss", f"{stop}.divergence_threshold=0.0")
