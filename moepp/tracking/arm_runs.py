@@ -15,7 +15,7 @@ from typing import Any
 from moepp.addresses import without_user
 from moepp.records import read_json
 from moepp.statistics.style import looks
-from moepp.tracking.mlflow_store import METRICS_PER_CALL, MirroredRun, find_run, store_uri, stored_name
+from moepp.tracking.mlflow_store import METRICS_PER_CALL, MirroredRun, connect, find_run, store_uri, stored_name
 from moepp.tracking.mlflow_views import ARMS, ARMS_OF, DIFFERENCE, INTERVAL, TAG, arms_view, view_key
 from moepp.tracking.settings import TrackingConfig
 
@@ -36,7 +36,7 @@ def log_arms(directory: Path, tracking: TrackingConfig, runs: Path | str, arms: 
     """
     sweep = read_json(directory / "sweep.json")
     try:
-        parent = MirroredRun(directory, tracking, runs, directory.name)
+        parent = MirroredRun(directory, connect(tracking, runs), runs, directory.name)
         known, colours = parent.state.setdefault("arms", {}), colours_of(sweep)
         about = {ARMS_OF: parent.run_id, "sweep": directory.name, "baseline": sweep["baseline"]}
         for place, (arm, found) in enumerate(arms.items()):

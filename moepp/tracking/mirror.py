@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from moepp.program import program
 from moepp.records import MetricsTail, RunRecord, UnreadableRecord, read_json, write_json
 from moepp.statistics.markup import code, escaped
 from moepp.tracking.arm_runs import COLOUR, colours_of
-from moepp.tracking.mlflow_store import DeletedRun, MirroredRun, store_lock, store_uri
+from moepp.tracking.mlflow_store import NOTE, DeletedRun, MirroredRun, connect, store_lock, store_uri
 from moepp.tracking.mlflow_views import ARMS, TAG, saved_views, view_key
 from moepp.tracking.models import put_model
 from moepp.tracking.settings import TrackingConfig
@@ -52,12 +52,13 @@ class Mirror:
     """One run record in MLflow. Several processes may mirror the same record."""
 
     def __init__(self, record: RunRecord, tracking: TrackingConfig, runs: Path | str, parent_run_id: str | None = None):
-        self.record, self.tracking, self.runs, self.parent_run_id = record, tracking, runs, parent_run_id
+        self.record, self.runs, self.parent_run_id = record, runs, parent_run_id
         self.uri = without_user(store_uri(tracking, runs))
         self.complete = False
         self.varied: set[str] = set()  # keys beyond the axes that are params too; a sweep's trials share them
         self.known: set[str] = set()  # those that the store has
         self.colours: Mapping[str, str] = {}  # arm -> `#rrggbb`
+        self.connect = partial(connect, tracking, runs)  # of a folder's records one asks for all, in each pass
         self._tail = MetricsTail(record)
         self._pending: list[dict[str, float]] = []
         self._run: MirroredRun | None = None
@@ -77,7 +78,8 @@ class Mirror:
         opened = self._run is None  # what the store has in it is known then
         if opened:
             start = self._pending[0]["time"] if self._pending else None
-            self._run = MirroredRun(self.record.path, self.tracking, self.runs, self._name(), start)
+            tags = self._tags(provenance) | {NOTE: self._note()}
+            self._run = MirroredRun(self.record.path, self.connect(), self.runs, self._name(), start, tags)
         try:
             complete = self._run.state.get("complete") and self.varied <= self.known
             if not complete or not self._run.is_below(self.parent_run_id):
@@ -99,11 +101,11 @@ class Mirror:
 
     def _put(self, run: MirroredRun, provenance: Mapping[str, Any], status: str, ended: bool) -> None:
         tags, params = self._tags(provenance), axes(self.config, self.record.read("budget.json"), self.varied)
+        run.put_texts(self._texts(status))  # MLflow asks for all that is in the run to know where these go
         run.put(tags | run.missing_note(self._note()), params, self._pending)
         run.put_data(self.config.get("data", {}).get("corpus", "data"), provenance.get("data", {}))
         end = int(self._pending[-1]["time"]) if self._pending else None
         run.put_status(self._status(status, ended), end)
-        run.put_texts(self._texts(status))
         if status in ("done", "pruned"):
             run.put_files([self.record.path / "tables"])
             run.state["complete"] = True
@@ -222,7 +224,9 @@ class FolderMirror:
         for path in paths:  # all, before the first is put: what one trial is known to differ in is a param of each
             if path not in self._mirrors:
                 failures += _tried(lambda path=path: self._add(path, parent_run_id))
+        connected = cache(partial(connect, self.tracking, self.runs))
         for mirror in list(self._mirrors.values()):
+            mirror.connect = connected
             failures += _tried(lambda mirror=mirror: mirror.sync(ended))
         return failures
 
@@ -395,7 +399,7 @@ def log_report(
 
 
 def _open_parent(directory: Path, sweep: Mapping[str, Any], tracking: TrackingConfig, runs: Path | str) -> MirroredRun:
-    run = MirroredRun(directory, tracking, runs, directory.name)
+    run = MirroredRun(directory, connect(tracking, runs), runs, directory.name)
     tags = {"sweep": directory.name, "experiment": sweep["name"], "paper_table": sweep.get("paper", "")}
     tags |= {key: sweep[key] for key in ("baseline", "scale", "match")}
     run.put(tags | run.missing_note(escaped(sweep["question"])))

@@ -17,7 +17,7 @@ from copy import deepcopy
 from importlib.metadata import entry_points
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moepp.addresses import without_user
 from moepp.errors import RunError, UsageError
@@ -56,6 +56,13 @@ class DeletedRun(Exception):
     """Somebody has deleted the run in the store since it was opened here."""
 
 
+class Store(NamedTuple):
+    """Where runs are put; see `connect`."""
+
+    client: "MlflowClient"
+    experiment_id: str
+
+
 def store_uri(tracking: "TrackingConfig", runs: Path | str) -> str:
     """`tracking.uri`, else MLFLOW_TRACKING_URI, else the SQLite file in the runs folder.
 
@@ -86,7 +93,7 @@ def _scheme(uri: str) -> str:
     return uri.partition(":")[0].partition("+")[0].lower()
 
 
-def connect(tracking: "TrackingConfig", runs: Path | str) -> tuple["MlflowClient", str]:
+def connect(tracking: "TrackingConfig", runs: Path | str) -> Store:
     """A client of the store and the id of the experiment, which is created on first use."""
     uri = store_uri(tracking, runs)
     # Set before mlflow reads them: report to nobody but the user's tracker, and fail within seconds when that is
@@ -107,11 +114,12 @@ def connect(tracking: "TrackingConfig", runs: Path | str) -> tuple["MlflowClient
         if found is not None:
             if found.lifecycle_stage != "active":
                 _restore(client, found)
-            return client, found.experiment_id
+            return Store(client, found.experiment_id)
         # A server knows where its artifacts go; a database alone would put them into the working directory.
         artifacts = None if is_server(uri) else (Path(runs).resolve() / "mlartifacts").as_uri()
         kind = {"mlflow.experimentKind": "custom_model_development"}  # which pages MLflow opens it with
-        return client, client.create_experiment(tracking.experiment, artifact_location=artifacts, tags=kind)
+        made = client.create_experiment(tracking.experiment, artifact_location=artifacts, tags=kind)
+        return Store(client, made)
 
 
 def _create_whole(uri: str) -> None:
@@ -168,16 +176,25 @@ class MirroredRun:
     """
 
     def __init__(
-        self, directory: Path, tracking: "TrackingConfig", runs: Path | str, name: str, start_ms: float | None = None
+        self,
+        directory: Path,
+        store: Store,
+        runs: Path | str,
+        name: str,
+        start_ms: float | None = None,
+        tags: Mapping[str, str] | None = None,
     ):
-        self.client, experiment_id = connect(tracking, runs)
-        self._path, self._of_server = directory / "mlflow.json", is_server(store_uri(tracking, runs))
+        """Where the store has no run of `directory` yet, it makes one: with `tags`, which spares a request."""
+        self.client, experiment_id = store
+        self._path, self._of_server = directory / "mlflow.json", is_server(self.client.tracking_uri)
         with store_lock(runs):
             self.state: dict[str, Any] = read_json(self._path) or {}
             self._saved = deepcopy(self.state)
             run = find_run(self.client, self.state.get("run_id"))
             if run is None:  # never mirrored, deleted, or into a store that has been deleted since
-                run = self._create(experiment_id, name, start_ms)
+                # MLflow's databases check no names here; what they may not like is left to `put`.
+                plain = {key: value for key, value in stored_tags(tags or {}).items() if not REFUSED.search(key)}
+                run = self._create(experiment_id, name, start_ms, plain)
                 self.state |= {"run_id": run.info.run_id, "experiment_id": run.info.experiment_id}
                 self.save()
             elif "experiment_id" not in self.state:  # the addresses of MLflow's pages need it
@@ -187,17 +204,24 @@ class MirroredRun:
         self.start_ms: int = run.info.start_time
         self._know(run)
 
-    def _create(self, experiment_id: str, name: str, start_ms: float | None) -> "Run":
+    def _create(self, experiment_id: str, name: str, start_ms: float | None, tags: Mapping[str, str]) -> "Run":
         """A new run, or the one whose id was lost with the store's answer. Its key is on the disk before the store is
-        asked for the run.
+        asked for the run. Where the store refuses a tag, `put` finds which.
         """
+        from mlflow.exceptions import MlflowException
+
         if "run_id" in self.state or "key" not in self.state:
             self.state = {"key": secrets.token_hex(8)}
             self.save()
         elif made := self._with_key(experiment_id):
             return made[0]
-        start, tags = None if start_ms is None else int(start_ms), {KEY: self.state["key"]}
-        return self.client.create_run(experiment_id, start_time=start, run_name=name, tags=tags)
+        start, key = None if start_ms is None else int(start_ms), {KEY: self.state["key"]}
+        try:
+            return self.client.create_run(experiment_id, start_time=start, run_name=name, tags={**tags, **key})
+        except MlflowException as error:
+            if error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
+        return self.client.create_run(experiment_id, start_time=start, run_name=name, tags=key)
 
     def _with_key(self, experiment_id: str) -> "list[Run]":
         found = self.client.search_runs([experiment_id], f"tags.{KEY} = '{self.state['key']}'")

@@ -236,3 +236,25 @@ def test_a_finished_run_takes_few_requests(record, runs, monkeypatch):
     # What it holds in one batch; MLflow asks for the run to know where its artifacts go.
     assert sorted(asked) == ["create_run", "get_run", "log_batch", "log_inputs", "set_terminated"]
     assert steps_in_store(record, runs) == list(range(1, 31))
+
+
+def test_a_new_run_is_made_with_its_tags(record, runs, monkeypatch):
+    """Put afterwards they would cost a transaction."""
+    batches = []
+    real = MlflowClient.log_batch
+    monkeypatch.setattr(MlflowClient, "log_batch", lambda *a, **values: (batches.append(values), real(*a, **values))[1])
+    log(record, 1, 1)
+    Mirror(record, TrackingConfig(), runs).sync()
+    (batch,) = batches
+    assert batch["metrics"] and batch["params"] and not batch["tags"]
+    assert {"git_sha", "mlflow.note.content", "record_key"} <= run_of(record, runs).data.tags.keys()
+
+
+def test_a_tag_that_mlflow_refuses_costs_itself_alone(record, runs, capsys):
+    """The run's name has a tag of its own."""
+    config = record.path / "config.yaml"
+    config.write_text(config.read_text().replace("tags: {", "tags: {mlflow.runName: other, "))
+    log(record, 1, 1)
+    Mirror(record, TrackingConfig(), runs).sync()
+    assert run_of(record, runs).data.tags["sweep"] == "toy-smoke"
+    assert steps_in_store(record, runs) == [1]

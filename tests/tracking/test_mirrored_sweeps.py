@@ -4,6 +4,8 @@ import pytest
 from mirrored import artifacts, log, make_sweep, run_of, steps_in_store, store
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 
 from moepp.records import RunRecord, read_json
 from moepp.tracking import mirror as tracking
@@ -72,6 +74,35 @@ def test_what_is_complete_is_not_asked_for_run_by_run(runs, monkeypatch):
     FolderMirror(directory, TrackingConfig(), runs).sync()
     assert asked == [directory, directory, directory / "aaaa"]
     assert steps_in_store(RunRecord(directory / "aaaa"), runs) == [1, 2]
+
+
+@pytest.fixture
+def statements():
+    seen = []
+
+    def see(connection, cursor, text, *rest):
+        seen.append(text)
+
+    event.listen(Engine, "before_cursor_execute", see)
+    yield seen
+    event.remove(Engine, "before_cursor_execute", see)
+
+
+def test_the_runs_of_a_first_sync_take_few_statements(runs, statements, monkeypatch):
+    """A thousand of them are waited for. What does not depend on the run is asked once."""
+    directory = make_sweep(runs, "sweep-counted")
+    put, each = Mirror.sync, []
+
+    def counted(mirror, ended):
+        statements.clear()
+        put(mirror, ended)
+        each.append([text for text in statements if not text.startswith("PRAGMA")])
+
+    monkeypatch.setattr(Mirror, "sync", counted)
+    FolderMirror(directory, TrackingConfig(), runs).sync()
+    second = each[1]
+    assert len(second) <= 30 and not any("FROM experiments WHERE experiments.name" in text for text in second)
+    assert sum(text.startswith(("INSERT", "UPDATE")) for text in second) == 8
 
 
 def test_a_run_that_somebody_deletes_is_made_anew_and_holds_up_no_other(runs):
