@@ -87,6 +87,7 @@ class Command(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         words, values = self._sorted(args)
+        _refuse_contradictions(values)
         rest = super().parse_args(ctx, words)
         if values and "overrides" not in ctx.params:
             ctx.fail(f"unrecognized arguments: {' '.join(values)}")
@@ -117,6 +118,15 @@ class Command(click.Command):
             with formatter.section("Examples"):
                 for example in self.examples:
                     formatter.write(f"  {program()} {self.name} {example}".rstrip() + "\n")
+
+
+def _refuse_contradictions(values: Sequence[str]) -> None:
+    """Of a key that is written twice one value would be lost in silence."""
+    said: dict[str, str] = {}
+    for word in values:
+        key = word.partition("=")[0]
+        if said.setdefault(key, word) != word:
+            raise UsageError(f"{said[key]} and {word} stand on one command line: give {key} once")
 
 
 def _listed(rest: deque[str]) -> Iterator[str]:

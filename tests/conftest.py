@@ -11,6 +11,14 @@ from moepp.data.token_files import FORMAT, Counts, Header
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by whichever test or library
 torch.set_num_threads(1)  # the models are tiny, and other processes may want the cores
+os.fsync = lambda descriptor: None  # what tests write need not outlive a loss of power, and a disk takes its time
+
+
+def pytest_configure(config):
+    """Several workers take the files in their order: xdist would begin with those of most tests, and end with long ones
+    of a single test, while other workers have nothing left.
+    """
+    config.option.loadscopereorder = False
 
 
 @pytest.fixture(scope="session")

@@ -76,6 +76,16 @@ def test_run_py_is_the_same_entry_point():
         (["train", "model=vanilla", "model.top_k=9"], "model.top_k=9 must lie between 1 and the 8 experts"),
         (["train", "data=text", "data.path=nothing/*.txt"], "data.path=nothing/*.txt: no file matches"),
         (["train", "data=text"], "data.corpus=text needs data.path"),
+        (["train", "seed=1", "seed=2"], "seed=1 and seed=2 stand on one command line: give seed once"),
+        (["keys", "size=tiny", "lr", "size=mini"], "size=tiny and size=mini stand on one command line"),
+        (
+            ["train", "data.path=x.txt"],
+            "data.path=x.txt has no effect: data.corpus=sotu does not read data.path; leave it out, or choose a corpus "
+            "that does, data=text data.path=x.txt",
+        ),
+        (["train", "data=sotu", "data.hub.id=x", "--dry-run"], "data.hub.id=x has no effect: data.corpus=sotu"),
+        (["prepare", "data.text_column=body"], "data.text_column=body has no effect: data.corpus=sotu"),
+        (["sweep", "plan", "tau", "data.path=x.txt"], "data.path=x.txt has no effect: data.corpus=sotu"),
         (["train", "trainer.devices=2"], "strategy=single trains on one device, not on trainer.devices=2"),
         (["train", "size=huge"], "size=huge: no such fragment; choose from 0.6b, 1b, 2b, 7b, mini,"),
         (["reproduce", "table55"], "no experiment and no sweep 'table55'; choose from"),
@@ -124,7 +134,8 @@ def test_a_corpus_shorter_than_one_sequence(capsys, tmp_path):
 
 def test_a_run_directory_that_cannot_be_written(capsys, overrides, tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    code, _, err = cli(capsys, "train", *overrides, f"runs={tmp_path}/file")
+    words = [word for word in overrides if not word.startswith("runs=")]
+    code, _, err = cli(capsys, "train", *words, f"runs={tmp_path}/file")
     assert code == 1
     assert err.startswith("error: cannot write the run record") and err.count("\n") == 1
 

@@ -100,3 +100,9 @@ def test_an_interrupted_command_says_how_to_go_on(group, capsys):
 
     assert run_command(group, ["stop"]) == 130
     assert capsys.readouterr().err.endswith("interrupted; the same command continues\n")
+
+
+def test_a_key_that_is_written_twice_is_refused_unless_it_says_the_same(group, capsys):
+    assert run_command(group, ["show", "a.b=1", "c=1", "a.b=2"]) == 2
+    assert capsys.readouterr().err == "error: a.b=1 and a.b=2 stand on one command line: give a.b once\n"
+    assert run_command(group, ["show", "a.b=1", "a.b=1", "a.b.c=2", "b=3"]) == 0

@@ -378,7 +378,7 @@ PART_OF_NO_USE = """
         ("data.corpus=nothing", "corpus 'nothing' (mine.py) returned NoneType; it must yield texts", 0),
         ("optim.name=none", "optimizer 'none' (mine.py) returned list; a torch.optim.Optimizer is needed", 0),
         ("optim.name=unknowing", "optimizer 'unknowing' (mine.py) failed: TypeError: SGD.__init__() got an", 1),
-        ("trainer.callbacks.EarlyStopping.monitor=val/los", "trainer.callbacks.EarlyStopping: Early stopping", 0),
+        ("trainer.callbacks.EarlyStopping.monitor=perf/mfu", "trainer.callbacks.EarlyStopping: Early stopping", 0),
     ],
 )
 def test_a_part_of_no_use_is_named_in_the_last_line(overrides, tmp_path, capsys, word, line, own_lines):

@@ -73,6 +73,8 @@ def test_every_word_is_a_choice_a_registered_name_or_text():
             "trainer.callbacks.EarlyStopping.monitor=val_loss",
             "trainer.callbacks.EarlyStopping.monitor=val_loss: no such metric; choose from val/loss",
         ),
+        ("trainer.callbacks.EarlyStopping.monitor=val/los", "monitor=val/los: no such metric; choose from val/loss"),
+        ("trainer.callbacks.ModelCheckpoint.monitor=router/fnn_share", "did you mean router/ffn_share?"),
         ("trainer.callbacks.EarlyStopping={}", "EarlyStopping needs trainer.callbacks.EarlyStopping.monitor"),
         ("trainer.callbacks.Timer.duration=x", "trainer.callbacks.Timer={'duration': 'x'}: callback Timer refuses"),
         ("trainer.accelerator=mps", "trainer.accelerator=mps must be one of 'auto', 'cpu', 'gpu', 'cuda'"),

@@ -1,9 +1,11 @@
 """What data can be told: where text comes from, how it becomes batches. Read without torch, as layers/settings.py."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from moepp import register
+from moepp.errors import UsageError
 from moepp.layers.bounds import Bounded, Count, Positive, Range, Seed, Whole
 
 
@@ -62,3 +64,39 @@ class DataConfig(Bounded, key="data"):
     def __post_init__(self) -> None:
         super().__post_init__()
         register.corpus.check(self.corpus, self.corpus_options)
+
+
+CHOSEN_BY = {
+    "sotu": "data=sotu", "text": "data=text", "hub": "data=hub", "mixture": "data.corpus=mixture",
+    "tokens": "data=tokens",
+}  # fmt: skip
+READ_BY = {  # corpora that read what not all do
+    "path": ("text", "tokens", "mixture"),
+    "separator": ("text",),
+    "text_column": ("text", "hub"),
+    "hub": ("hub",),
+    "sources": ("mixture",),
+    **dict.fromkeys(
+        ("bad_rows", "tokenizer", "end_of_text", "val_share", "split_seed"), ("sotu", "text", "hub", "mixture")
+    ),
+}
+
+
+def refuse_unread(words: Iterable[str], configs: Iterable[DataConfig]) -> None:
+    """Raises UsageError for `data.key=value` among a command's words where no corpus that it makes or opens reads it. A
+    registered corpus may read everything. Of presets, sweep files and records nothing is refused: what they say is for
+    the corpus that they choose, if the command chooses no other.
+    """
+    words, corpora = list(words), {config.corpus for config in configs}
+    if not corpora <= CHOSEN_BY.keys():
+        return
+    for word in words:
+        key = word.partition("=")[0]
+        section, _, name = key.partition(".")
+        readers = READ_BY.get(name.partition(".")[0]) if section == "data" else None
+        referred_to = any(f"${{{key}}}" in other for other in words)
+        if readers and corpora.isdisjoint(readers) and not referred_to:
+            raise UsageError(
+                f"{word} has no effect: data.corpus={', '.join(sorted(corpora))} does not read {key}; leave it out, or"
+                f" choose a corpus that does, {CHOSEN_BY[readers[0]]} {word}"
+            )

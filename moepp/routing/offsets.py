@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from moepp.config import compose
+from moepp.data.settings import refuse_unread
 from moepp.errors import UsageError
 from moepp.retrofit.model import TransformersModel
 from moepp.retrofit.modeling import SILENT, routers
@@ -28,7 +29,9 @@ def route_by_offsets(
     """The table and where the knee is; written with the figure to `out`, else to the model's folder. `overrides` are of
     a run's config, whose data are measured. Raises UsageError for a model without new experts.
     """
-    config = completed(compose(RunConfig, ["model=hf", f"model.path={folder}", *overrides]))
+    asked = compose(RunConfig, ["model=hf", f"model.path={folder}", *overrides])
+    refuse_unread(overrides, [asked.data])
+    config = completed(asked)
     model = TransformersModel(config.model).eval()
     if not any(len(router.new_rows) for router in routers(model)):
         raise UsageError(f"{folder} holds a model without new experts: retrofit and calibrate it first")

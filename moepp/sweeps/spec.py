@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moepp.config import compose, flatten, load
+from moepp.data.settings import refuse_unread
 from moepp.errors import UsageError
 from moepp.layers.bounds import Bounded, Count, Positive, Seed, Whole, refusals
 from moepp.names import check as check_names
@@ -168,6 +169,7 @@ class Sweep(Bounded):
         # To compose takes tens of milliseconds, which a copy for each seed does not.
         arms = self.arms_at(scale)
         configs = {arm: self._compose(arm, _layers(changes), scale, extra) for arm, changes in arms.items()}
+        refuse_unread(extra, [config.data for config in configs.values()])
         self._check_axis(configs)
         groups = {arm: "space" if arm in pruned and arm != self.baseline else "" for arm in configs}
         trials = [Trial(a, s, _seeded(config, s), groups[a]) for s in seeds for a, config in configs.items()]

@@ -6,14 +6,22 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from moepp import names, plugins, register
-from moepp.config import differences, identity
+from moepp.config import differences, identity, nearest
 from moepp.data.settings import DataConfig
 from moepp.layers.bounds import LARGEST, Bounded, Count, NotNegative, Range, Seconds, Seed, Share, Whole
 from moepp.models.settings import DecoderConfig
 from moepp.records import RunRecord, UnreadableRecord
 from moepp.tracking.settings import TrackingConfig
 
-METRICS = ("train/", "val/", "router/", "perf/", "system/")  # how names begin that a run logs
+METRICS = {  # that callbacks of a run see, by group; router/ has a share of each expert type beside these
+    "train": ("loss", "balance_loss", "grad_norm", "lr", "tokens"),
+    "val": ("loss", "accuracy", "bits_per_byte", "divergence"),
+    "router": (
+        "ffn_per_token", "load_max_over_mean", "entropy", "dropped_share", "dropped_ffn_share", "recomputed_share",
+    ),
+    "perf": ("tokens_per_s", "step_time_ms", "tflops", "mfu", "peak_mem_gib"),
+    "system": ("cpu_percent", "memory_gib", "gpu_percent", "gpu_memory_gib"),
+}  # fmt: skip
 CLOZE_CHOICES = 4  # continuations to choose from: the text's own and those of other questions
 
 
@@ -89,18 +97,8 @@ class TrainerConfig(Bounded, key="trainer"):
             if not isinstance(options, dict):
                 raise ValueError(f"trainer.callbacks.{name}={options} must be a mapping of options, {{}} for none")
             register.callback.check(name, options)
-            self._refuse_unknown_metric(name, options.get("monitor"))
         if self.cuda_graphs and not self.compile:
             raise ValueError("trainer.cuda_graphs=true records what torch.compile made: set trainer.compile=true")
-
-    def _refuse_unknown_metric(self, name: str, monitor: Any) -> None:
-        """What else is logged only a callback of somebody's own can tell."""
-        own = all(each in register.callback.defined for each in self.callbacks)
-        if own and isinstance(monitor, str) and not monitor.startswith(METRICS):
-            raise ValueError(
-                f"trainer.callbacks.{name}.monitor={monitor}: no such metric; choose from val/loss, val/accuracy, "
-                "val/bits_per_byte, train/loss or others that a run's metrics.jsonl has"
-            )
 
 
 @dataclass
@@ -224,7 +222,7 @@ class RunConfig(Bounded):
 
     def check_new(self) -> None:
         """What is asked of a run that is to begin, beyond one that is read. Raises ValueError, in one line."""
-        for hopeless, reason in _hopeless(self):
+        for hopeless, reason in (*_hopeless(self), *_never_logged(self)):
             if hopeless:
                 raise ValueError(reason)
 
@@ -252,6 +250,24 @@ def _hopeless(config: RunConfig) -> list[tuple[bool, str]]:
             f"trainer.keep_at={decaying and decaying[0]}: no run of another length may begin there, for the rate falls"
             f" already; with optim.schedule=wsd it falls after step {optim.decay_start(steps)} of {steps}",
         ),
+    ]
+
+
+def _never_logged(config: RunConfig) -> list[tuple[bool, str]]:
+    """What callbacks would look for in vain: whether it is asked for, and what to choose from. What callbacks of
+    somebody's own log only they can tell.
+    """
+    callbacks, shares = config.trainer.callbacks, [f"router/{kind}_share" for kind in config.model.experts.by_kind()]
+    known = [*(f"{group}/{name}" for group, names in METRICS.items() for name in names), *shares]
+    foreign = any(name not in register.callback.defined for name in callbacks)
+    asked = {name: options["monitor"] for name, options in callbacks.items() if options.get("monitor")}
+    return [
+        (
+            not foreign and monitor not in known,
+            f"trainer.callbacks.{name}.monitor={monitor}: no such metric; choose from val/loss, val/accuracy, "
+            f"val/bits_per_byte, train/loss or others that a run's metrics.jsonl has{nearest(str(monitor), known)}",
+        )
+        for name, monitor in asked.items()
     ]
 
 

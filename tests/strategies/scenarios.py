@@ -1,9 +1,8 @@
-"""Training runs that any number of devices must repeat; also the program that makes them."""
+"""Training runs that any number of devices must repeat, and the processes that make them."""
 
 import json
 import os
 import socket
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -317,7 +316,7 @@ def run_rank(rank: int, processes: int, port: int, tokens: str, folder: Path, sc
             (folder / f"{scenario.name}.json").write_text(json.dumps(result))
 
 
-def main(tokens: str, root: Path) -> None:
+def in_processes(tokens: str, root: Path) -> None:
     """All scenarios of two processes, then all of four, which find everything loaded when they are forked."""
     for folder, processes, scenarios in (("two", 2, TWO_DEVICES), ("four", 4, FOUR_DEVICES)):
         with socket.socket() as unused:
@@ -325,7 +324,3 @@ def main(tokens: str, root: Path) -> None:
             port = unused.getsockname()[1]
         arguments = (processes, port, tokens, root / folder, scenarios)
         torch.multiprocessing.start_processes(run_rank, arguments, processes, start_method="fork")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))

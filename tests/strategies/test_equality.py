@@ -3,9 +3,7 @@ four; their references are made in this process.
 """
 
 import json
-import os
-import subprocess
-import sys
+import multiprocessing
 from collections import Counter
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from scenarios import (
     TWO_DEVICES,
     Scenario,
     after,
+    in_processes,
     run_scenario,
 )
 
@@ -75,15 +74,15 @@ def results(token_folder, tmp_path_factory):
 
     for begun in BEGUN:
         here(begun)
-    program = [sys.executable, str(Path(__file__).with_name("scenarios.py")), str(token_folder), str(root)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    ) as running:
+    others = multiprocessing.get_context("fork").Process(target=in_processes, args=(str(token_folder), root))
+    others.start()
+    try:
         for _, scenario in RUNS:
             here(scenario.reference)
-        output, _ = running.communicate(timeout=600)  # three minutes on two busy cores
-    assert running.returncode == 0, output[-4000:]
+        others.join(600)  # three minutes on two busy cores
+    finally:
+        others.kill()
+    assert others.exitcode == 0
     for scenario in ONE_DEVICE:
         here(scenario)
     return Results(root)

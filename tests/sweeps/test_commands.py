@@ -32,8 +32,8 @@ def toy(tmp_path):
     return path
 
 
-def sweep(capsys, action, path, *arguments):
-    code = main(["sweep", action, str(path), "--scale", "smoke", f"runs={path.parent}/runs", *arguments])
+def sweep(capsys, action, path, *arguments, runs=None):
+    code = main(["sweep", action, str(path), "--scale", "smoke", f"runs={runs or path.parent / 'runs'}", *arguments])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
@@ -156,7 +156,7 @@ def test_a_trial_that_will_be_tried_again_has_not_failed(capsys, toy):
 
 @pytest.mark.parametrize("action", ["plan", "status", "retry"])
 def test_a_folder_that_cannot_be_is_one_line(capsys, toy, action):
-    code, _, err = sweep(capsys, action, toy, f"runs={toy}/below")
+    code, _, err = sweep(capsys, action, toy, runs=toy / "below")
     assert code == 1
     assert err == f"error: cannot read or write {toy}/below/toy-smoke/sweep.json: Not a directory\n"
 

@@ -1,5 +1,6 @@
 from unittest import mock
 
+import forked_ranks
 import pytest
 
 from moepp.config import compose
@@ -11,6 +12,7 @@ from moepp.sweeps.pruning import SuccessiveHalving, SweepPruner, parse
 from moepp.sweeps.spec import Trial
 from moepp.sweeps.status import read_status
 from moepp.training.pruning import Pruning
+from moepp.training.ranks import launch
 from moepp.training.run import freeze, train
 from moepp.training.settings import RunConfig, run_directory
 
@@ -115,7 +117,8 @@ def test_a_run_that_falls_behind_stops_at_its_rung(plan):
     assert (status.state, status.step) == ("pruned", 10) and "number 2 of 2" in status.note
 
 
-def test_ranks_stop_at_the_same_rung_by_the_verdict_of_one(plan, overrides):
+def test_ranks_stop_at_the_same_rung_by_the_verdict_of_one(plan, overrides, monkeypatch):
+    monkeypatch.setattr(launch, "start", forked_ranks.start)
     _, directory, rival = plan
     rival("better_later", {5: 99.0, 10: 0.0})
     config = freeze(compose(RunConfig, [*overrides, "strategy=ddp", "trainer.devices=2", "strategy.timeout_s=20"]))

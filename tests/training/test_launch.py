@@ -1,19 +1,22 @@
+import multiprocessing
 import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+import forked_ranks
 import pytest
+from torch.distributed.launcher import LaunchConfig, elastic_launch
 
 from moepp.cli import main
-from moepp.config import CONF, compose, save
+from moepp.config import compose, load, save
 from moepp.errors import Interrupted, RunError, UsageError
 from moepp.records import RunRecord
+from moepp.training.module import LanguageModel
 from moepp.training.ranks import launch as launching
 from moepp.training.ranks.launch import launch_ranks
 from moepp.training.run import freeze, train
@@ -31,8 +34,9 @@ def children() -> list[int]:
             arguments = (stat.parent / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        if int(parent) == os.getpid() and state != "Z" and b"trial" in arguments:
-            found.append(int(stat.parent.name))
+        number = int(stat.parent.name)
+        if int(parent) == os.getpid() and state != "Z" and (b"trial" in arguments or number in forked_ranks.started):
+            found.append(number)
     return found
 
 
@@ -76,25 +80,12 @@ def test_two_devices_train_what_one_does_and_write_one_record(overrides, whole, 
     assert shown.count("val_loss") == 1 and errors == ""
 
 
-KILLED_ONCE = """
-import os, pathlib, sys
-from moepp.cli import main
-from moepp.training.module import LanguageModel
-
-step = LanguageModel.training_step
-def dying_step(module, tokens):
-    if (os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]) == ("0", "1"):
-        pathlib.Path(__file__).with_name("died").touch()
-        os.kill(os.getpid(), 9)
-    return step(module, tokens)
-LanguageModel.training_step = dying_step
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-def test_a_stopped_launch_saves_and_continues_under_torchrun_which_restarts_it(overrides, whole, tmp_path):
-    long = ["trainer.checkpoint_every=1000", "trainer.val_every=5"]
-    config, directory = frozen(overrides, "name=stopped", *TWO, *long)
+def test_a_stopped_launch_saves_and_continues_under_torchrun_which_restarts_it(
+    overrides, whole, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr(launching, "start", forked_ranks.start)
+    words = [*(w for w in overrides if "checkpoint_every" not in w), "trainer.checkpoint_every=1000", "name=stopped"]
+    config, directory = frozen(words, *TWO)
     record = RunRecord(directory)
     at_step(record, 4, lambda: os.kill(children()[-1], signal.SIGTERM))  # one rank alone: the others join it
     with pytest.raises(Interrupted, match="stopped; the same command continues from step"):
@@ -102,49 +93,54 @@ def test_a_stopped_launch_saves_and_continues_under_torchrun_which_restarts_it(o
     assert record.status == "started" and not children()
     (saved,) = record.checkpoints.iterdir()
     assert 4 <= int(saved.stem.removeprefix("step-")) < 12
-    (tmp_path / "killed.py").write_text(KILLED_ONCE)
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1",
-        str(tmp_path / "killed.py"), "train", *overrides, "name=stopped", "strategy=ddp", *long,
-        "strategy.timeout_s=20",
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(CONF.parent)}
-    done = subprocess.run(command, cwd=CONF.parent, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    step = LanguageModel.training_step
+
+    def dying_step(module, tokens):
+        if (os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]) == ("0", "1"):
+            (tmp_path / "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(module, tokens)
+
+    monkeypatch.setattr(LanguageModel, "training_step", dying_step)
+    capfd.readouterr()
+    # What torchrun does with a command it does with a function, which its ranks, then forks, need not load.
+    elastic_launch(
+        LaunchConfig(
+            1, 1, nproc_per_node=2, max_restarts=1, run_id="stopped", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+            start_method="fork",
+        ),
+        lambda: sys.exit(main(["train", *words, "strategy=ddp", "strategy.timeout_s=20"])),
+    )()  # fmt: skip
     assert (tmp_path / "died").exists()
-    assert done.stdout.count("run record:") == 2 and record.status == "done"  # one of each attempt's rank 0
+    # One of each attempt's rank 0.
+    assert capfd.readouterr().out.count("run record:") == 2 and record.status == "done"
     for ours, theirs in zip(losses(record), losses(whole), strict=True):
         assert ours == pytest.approx(theirs, abs=2e-5)
 
 
-DYING_RANK = """
-import os, sys
-from moepp.cli import main
-from moepp.training.module import LanguageModel
-
-step = LanguageModel.training_step
-def dying_step(module, tokens):
-    if module.global_step == 6 and os.environ["RANK"] == "1":
-        {death}
-    return step(module, tokens)
-LanguageModel.training_step = dying_step
-sys.exit(main(sys.argv[1:]))
-"""
+def raise_a_bug():
+    raise ValueError("a bug")
 
 
 @pytest.mark.parametrize(
-    ("strategy", "death", "message"),
+    ("strategy", "die", "message"),
     [
-        ("ddp", "os.kill(os.getpid(), 9)", "ended: killed by SIGKILL"),
-        ("expert_parallel", "raise ValueError('a bug')", r"ended: exit code 1; (\[rank1\]: )?ValueError: a bug"),
-        ("expert_parallel", "os._exit(0)", "left before the run was done, with exit code 0"),
+        ("ddp", lambda: os.kill(os.getpid(), signal.SIGKILL), "ended: killed by SIGKILL"),
+        ("expert_parallel", raise_a_bug, r"ended: exit code 1; (\[rank1\]: )?ValueError: a bug"),
+        ("expert_parallel", lambda: os._exit(0), "left before the run was done, with exit code 0"),
     ],
+    ids=["killed", "a_bug", "left"],
 )
-def test_a_rank_that_dies_while_training_ends_the_run_with_its_name(
-    overrides, monkeypatch, tmp_path, strategy, death, message
-):
-    (tmp_path / "rank.py").write_text(DYING_RANK.format(death=death))
-    monkeypatch.setattr(launching, "RANK_COMMAND", (sys.executable, str(tmp_path / "rank.py"), "trial"))
+def test_a_rank_that_dies_while_training_ends_the_run_with_its_name(overrides, monkeypatch, strategy, die, message):
+    step = LanguageModel.training_step
+
+    def dying_step(module, tokens):
+        if module.global_step == 6 and os.environ["RANK"] == "1":
+            die()
+        return step(module, tokens)
+
+    monkeypatch.setattr(LanguageModel, "training_step", dying_step)
+    monkeypatch.setattr(launching, "start", forked_ranks.start)
     more = ["trainer.steps=100000", "trainer.val_every=100000"]
     config, directory = frozen(overrides, *TWO, f"strategy={strategy}", *more)
     record, times = RunRecord(directory), []
@@ -171,6 +167,7 @@ def pretended(overrides, monkeypatch, tmp_path):
     """Launches two ranks that run the given lines of Python, with RANK, LOG and DONE set."""
     monkeypatch.setattr(launching, "SECONDS_TO_FOLLOW", 0.5)
     monkeypatch.setattr(launching, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(launching, "SECONDS_TO_LOOK", 0.2)
     config, directory = frozen(overrides, *TWO)
     directory.mkdir(parents=True)
     save(config, directory / "config.yaml")
@@ -260,19 +257,18 @@ if RANK == FAILING:
     sys.exit("ValueError: a bug")
 time.sleep(60)
 """
-OTHER_NODE = """
-import sys
-from pathlib import Path
-from moepp.config import load
-from moepp.records import RunRecord
-from moepp.training.ranks import launch
-from moepp.training.settings import RunConfig
 
-rank, config = sys.argv[1:]
-launch.RANK_COMMAND, launch.SECONDS_TO_FOLLOW = (sys.executable, rank, "trial"), 0.1
-loaded = load(RunConfig, Path(config))
-launch.launch_ranks(RunRecord(Path(config).parent), loaded.trainer, loaded.strategy.timeout_s)
-"""
+
+def other_node(script, config, said):
+    """The starter of the second node, which `two_nodes` has told where the first is."""
+    os.environ["NODE_RANK"] = "1"
+    launching.RANK_COMMAND = (sys.executable, str(script), "trial")
+    launching.SECONDS_TO_FOLLOW, launching.SECONDS_TO_LOOK = 0.1, 0.2
+    loaded = load(RunConfig, config)
+    try:
+        launch_ranks(RunRecord(config.parent), loaded.trainer, loaded.strategy.timeout_s)
+    except RunError as error:
+        said.put(str(error))
 
 
 @pytest.mark.parametrize("failing", [0, 1])
@@ -282,12 +278,13 @@ def test_a_failure_on_one_node_arrives_on_the_other_with_its_reason(
     two_nodes(monkeypatch, 0)
     config, directory = frozen(overrides, "strategy=ddp", "trainer.num_nodes=2")
     save(config, directory / "config.yaml")
-    command = [sys.executable, "-c", OTHER_NODE, str(tmp_path / "rank.py"), str(directory / "config.yaml")]
-    environment = {**os.environ, "NODE_RANK": "1", "PYTHONPATH": str(CONF.parent)}
-    other = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    forks = multiprocessing.get_context("fork")
+    said = forks.SimpleQueue()
+    other = forks.Process(target=other_node, args=(tmp_path / "rank.py", directory / "config.yaml", said))
+    other.start()
     reason = rf"rank {failing} of 2 ended: exit code 1; ValueError: a bug .*begins anew$"
     with pytest.raises(RunError, match=rf"^node 1: {reason}" if failing else f"^{reason}"):
         pretended(f"FAILING = {failing}\n{TOGETHER}", config)
-    _, errors = other.communicate(timeout=30)
-    assert other.returncode == 1
-    assert re.search(reason if failing else f"RunError: node 0: {reason}", errors.strip())
+    other.join(30)
+    assert other.exitcode == 0
+    assert re.search(f"^{reason}" if failing else f"^node 0: {reason}", said.get())
