@@ -1,5 +1,6 @@
 """One group of the layer benchmark: all implementations on all its cases, in one process and in turn."""
 
+import gc
 import statistics
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ from torch import nn
 
 from moepp.benchmarks.cases import Case, Draw, Inputs, RoutingSource
 from moepp.benchmarks.failures import DeviceLost, attempt, describe_failure
-from moepp.benchmarks.memory import peak_bytes
+from moepp.benchmarks.memory import counts_pages, peak_bytes, resident_bytes
 from moepp.benchmarks.peers import IMPLEMENTATIONS, Forward
 from moepp.benchmarks.tables import Row
 from moepp.layers.moe import MoELayer
@@ -63,6 +64,7 @@ class Contest:
         self.forwards: dict[Contender, Forward] = {}
         self.failures: dict[Contender, str] = {}
         self.gib: dict[Contender, float] = {}  # most memory that a call held above what stood there before it
+        self.resident_gib: dict[Contender, float] = {}  # by how much the process grew, on CPUs whose system tells
         # Random numbers: with constant ones a product takes less power, and so runs at higher clocks.
         shape, dtype = (sizes.tokens * MoEConfig.top_k, sizes.dim), getattr(torch, sizes.dtype)
         self.x_SD, self.gradient_SD = (
@@ -103,6 +105,11 @@ class Contest:
         for draws in (self._draws() for _ in range(rounds)):
             for key in self.keys:
                 self.gib[key] = peak_bytes(self._call(key, draws[key[0]]), self.device) / 2**30
+        if self.device.type == "cpu" and counts_pages():
+            draws = self._draws()
+            gc.collect()
+            for key in self.keys:
+                self.resident_gib[key] = resident_bytes(self._call(key, draws[key[0]])) / 2**30
 
     def _call(self, key: Contender, draw: Draw) -> Call:
         return partial(self._guarded, key, self._inputs(draw))
@@ -133,11 +140,14 @@ class Contest:
     def _row(self, key: Contender, times: list[float], of_device: list[float], draws: list[Draw]) -> Row:
         case, name = key
         failure = self.failures.get(key)
-        measured = {"ms": statistics.median(times), "min_ms": min(times)} if times and not failure else {}
+        measured: Row = {}
+        if times and not failure:
+            measured = {"ms": statistics.median(times), "min_ms": min(times), "calls_ms": [round(t, 3) for t in times]}
         if of_device and not failure:
             measured["device_ms"] = statistics.median(of_device)
         work = self._work(draws) if draws else {}
-        return asdict(case) | {"implementation": name, "failure": failure, "gib": self.gib.get(key)} | measured | work
+        memory = {"gib": self.gib.get(key), "resident_gib": self.resident_gib.get(key)}
+        return asdict(case) | {"implementation": name, "failure": failure} | memory | measured | work
 
     def _work(self, draws: list[Draw]) -> Row:
         """The FFN experts' share of all slots, and the TFLOP of their products in one call, on average."""

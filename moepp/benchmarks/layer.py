@@ -1,4 +1,4 @@
-"""Times the expert layer against its floor and its peers, with routing that changes at every call."""
+"""Times the expert layer against its floors and its peers, with routing that changes at every call."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -74,10 +74,10 @@ class LayerBenchmark:
             "ffn": [8], "taus": [[0.75]], "passes": [("float32", "forward"), ("bfloat16", "forward+backward")],
             "routings": ["learned"], "repeats": 3,
         },
-        "cpu": {  # a quarter of an hour on one thread
+        "cpu": {  # half an hour on one thread
             "tokens": [512, 1024, 4096], "ffn": [8, 16, 32, 64], "taus": [[0.10, 0.25, 0.75, 1.0]],
             "passes": [("float32", "forward"), ("float32", "forward+backward")], "routings": ["learned"],
-            "implementations": ["moepp", "floor", "loop", "transformers_grouped_mm"], "repeats": 3,
+            "implementations": ["moepp", "expert_floor", "loop", "transformers_grouped_mm"], "repeats": 5,
         },
         "smoke": ON_GPU | {
             "tokens": [64], "dim": 16, "hidden": 32, "fine_hidden": 16, "ffn": [8, 64], "taus": [[0.75]], "repeats": 2,

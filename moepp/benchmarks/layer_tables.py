@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from moepp.benchmarks.cases import SETS, Case
 from moepp.benchmarks.tables import Columns, Row, markdown_table, ratio
 from moepp.layers.settings import ffn_share
+from moepp.statistics.seeds import ratio_interval
 
 # Expert forward of MoE++ over vanilla MoE in the paper's Table 3 (0.6B, 1B, 2B), by the FFN experts of the set.
 PAPER = {
@@ -14,8 +15,9 @@ PAPER = {
 }
 NAMES = {
     "moepp": "ours", "triton": "triton", "grouped": "grouped", "sorted": "sorted", "floor": "GEMM floor",
-    "zero_computation": "zero-comp. part", "loop": "released loop", "transformers_eager": "transformers eager",
-    "transformers_grouped_mm": "transformers grouped_mm", "whole_layer": "with router",
+    "expert_floor": "floor by expert", "zero_computation": "zero-comp. part", "loop": "released loop",
+    "transformers_eager": "transformers eager", "transformers_grouped_mm": "transformers grouped_mm",
+    "whole_layer": "with router",
 }  # fmt: skip
 LAYER: Columns = {
     "tokens": ("tokens", ""), "experts": ("experts", ""), "tau": ("tau", ""), "routing": ("routing", ""),
@@ -23,7 +25,9 @@ LAYER: Columns = {
 }  # fmt: skip
 RATIOS: Columns = {
     "tflops": ("ours, TFLOP/s", ".3g"), "over_floor": ("ours / floor", ".2f"),
+    "over_expert_floor": ("ours / floor by expert", ".2f"),
     "zero_computation_share": ("zero-comp. part / ours", ".2f"), "loop_over_moepp": ("released loop / ours", ".2f"),
+    "loop_over_moepp_low": ("from", ".2f"), "loop_over_moepp_high": ("to", ".2f"),
     "best_transformers_over_moepp": ("best transformers / ours", ".2f"), "speedup": ("over vanilla", ".2f"),
     "device_speedup": ("over vanilla, device", ".2f"), "floor_speedup": ("floor's", ".2f"),
     "ideal_speedup": ("ideal", ".2f"), "paper_speedup": ("paper", ".2f"),
@@ -34,10 +38,12 @@ FLOOR = (
     " times its weights, which few rows to an expert do not repay: the more experts and the fewer tokens, the farther"
     " from it is everybody."
 )
+EXPERT_FLOOR = "Floor by expert: the products of every expert, one after the other, on rows that are sorted already."
 
-ON_A_GPU = (  # the suffix of a column, what the table says, and how it is written
+MORE = (  # where it was measured: the suffix of a column, what the table says, and how it is written
     ("_device_ms", "Milliseconds of the device alone, once the host has queued the call:", ",.4g"),
     ("_gib", "GiB above what stood there before the call:", ".3g"),
+    ("_resident_gib", "GiB by which the process grew, with what libraries need for themselves and holes:", ".3g"),
 )
 
 
@@ -73,10 +79,13 @@ def _row(found: dict[str, Row], vanilla: dict[str, Row]) -> Row:
         **{f"{name}_min_ms": row.get("min_ms") for name, row in found.items()},
         **{f"{name}_device_ms": row.get("device_ms") for name, row in found.items()},
         **{f"{name}_gib": row["gib"] for name, row in found.items()},
+        **{f"{name}_resident_gib": row.get("resident_gib") for name, row in found.items()},
         "tflops": ratio(_known(found, "tflop"), ms.get("moepp") and ms["moepp"] / 1000),
         "over_floor": ratio(ms.get("moepp"), ms.get("floor")),
+        "over_expert_floor": ratio(ms.get("moepp"), ms.get("expert_floor")),
         "zero_computation_share": ratio(ms.get("zero_computation"), ms.get("moepp")) if case.tau is not None else None,
         "loop_over_moepp": ratio(ms.get("loop"), ms.get("moepp")),
+        **_scatter(found, "loop", "moepp"),
         "best_transformers_over_moepp": ratio(min(transformers, default=None), ms.get("moepp")),
         "ideal_speedup": ratio(_known(vanilla, "ffn_share"), share),
         "floor_speedup": ratio(vanilla_ms.get("floor"), ms.get("floor")),
@@ -84,6 +93,15 @@ def _row(found: dict[str, Row], vanilla: dict[str, Row]) -> Row:
         "device_speedup": ratio(_device_ms(vanilla), _device_ms(found)),
         "paper_speedup": PAPER.get(case.ffn, {}).get(case.tau),
     }
+
+
+def _scatter(found: dict[str, Row], name: str, other: str) -> Row:
+    """The 95 % interval of the ratio of two that were timed in turn, call by call on the same routing."""
+    calls = [found.get(each, {}).get("calls_ms") or [] for each in (name, other)]
+    if len(calls[0]) != len(calls[1]) or len(calls[0]) < 2:
+        return {}
+    found = ratio_interval(*calls)
+    return {f"{name}_over_{other}_low": found.low, f"{name}_over_{other}_high": found.high}
 
 
 def _known(found: dict[str, Row], key: str) -> float | None:
@@ -106,16 +124,31 @@ def layer_report(rows: list[Row]) -> Iterator[str]:
         yield from markdown_table(part, layer | {f"{name}_ms": (title, ",.4g") for name, title in names.items()})
         yield from ("", "Ratios:", "")
         yield from markdown_table(part, layer | RATIOS)
-        for suffix, title, spec in ON_A_GPU:
+        for suffix, title, spec in MORE:
             columns = {f"{name}{suffix}": (column, spec) for name, column in names.items()}
             if any(row.get(key) is not None for row in part for key in columns):
                 yield from ("", title, "")
                 yield from markdown_table(part, layer | columns)
         yield ""
-    if any(row["implementation"] == "floor" for row in rows):
-        yield from (FLOOR, "")
+    yield from _against_the_loop(table)
+    for name, text in (("floor", FLOOR), ("expert_floor", EXPERT_FLOOR)):
+        if any(row["implementation"] == name for row in rows):
+            yield from (text, "")
     for name, reason in failures.items():
         yield f"Not measured: {NAMES[name]} ({reason})."
+
+
+def _against_the_loop(table: list[Row]) -> Iterator[str]:
+    """How often the whole interval lies on one side."""
+    judged = [row for row in table if row.get("loop_over_moepp_low") is not None]
+    if judged:
+        ahead = sum(row["loop_over_moepp_low"] > 1 for row in judged)
+        behind = sum(row["loop_over_moepp_high"] < 1 for row in judged)
+        yield (
+            f"Of {len(judged)} layers ours is faster than the released loop, beyond the scatter of the calls, in "
+            f"{ahead}, and slower in {behind}; between equals chance alone gives some {len(judged) / 40:.0f} of each."
+        )
+        yield ""
 
 
 def _nowhere(rows: list[Row]) -> dict[str, str]:

@@ -1,6 +1,8 @@
 """The most memory that a call held above what stood there before it."""
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +11,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from moepp.training.allocator import give_back_freed_memory
 from moepp.training.interleaved import Call
+
+FORGET = Path("/proc/self/clear_refs")
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:
@@ -29,6 +34,36 @@ def _on_cpu(call: Call) -> int:
     with Storages() as storages:
         call()
     return storages.peak
+
+
+def counts_pages() -> bool:
+    """Whether this system tells how large the process was at most since it was last asked: Linux does."""
+    return os.access(FORGET, os.W_OK)
+
+
+def resident_bytes(call: Call) -> int:
+    """By how much the process grew during the call, at most, once it has given back what it had freed: with the holes
+    that its allocator leaves and what libraries need for themselves.
+    """
+    before = resident_before()
+    call()
+    return grown_since(before)
+
+
+def resident_before() -> int:
+    """The size of the process, from which on the largest is watched."""
+    give_back_freed_memory()
+    FORGET.write_text("5")  # proc(5): VmHWM is VmRSS from here on
+    return _status("VmRSS")
+
+
+def grown_since(before: int) -> int:
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 class Storages(TorchDispatchMode):

@@ -7,6 +7,7 @@ Shape suffixes as in cases.py; E FFN experts, F their hidden width.
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -148,6 +149,48 @@ def gemm_floor(layer: MoELayer) -> Forward:
     return lambda inputs: GemmFloor.apply(inputs.x_RD, w_in, w_out)
 
 
+class ExpertFloor(torch.autograd.Function):
+    """`GemmFloor` of every expert with weights of its own, on rows that are already sorted."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, w_in: Tensor, w_out: Tensor, sizes: list[int]) -> Tensor:
+        z_R2F = x_RD.new_empty(len(x_RD), w_in.shape[1])
+        y_RD = torch.empty_like(x_RD)
+        for into, out, x, z, y in zip(w_in, w_out, *(rows.split(sizes) for rows in (x_RD, z_R2F, y_RD)), strict=True):
+            torch.mm(x, into.t(), out=z)
+            torch.mm(z[:, : out.shape[1]], out.t(), out=y)
+        ctx.save_for_backward(x_RD, w_in, w_out, z_R2F)
+        ctx.sizes = sizes
+        return y_RD
+
+    @staticmethod
+    def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor, None, None, None]:
+        x_RD, w_in, w_out, z_R2F = ctx.saved_tensors
+        dw_in, dw_out, dx_RD = (torch.empty_like(of) for of in (w_in, w_out, x_RD))
+        rows = (of_R.split(ctx.sizes) for of_R in (x_RD, z_R2F, dy_RD, dx_RD))
+        for into, out, dinto, dout, x, z, dy, dx in zip(w_in, w_out, dw_in, dw_out, *rows, strict=True):
+            torch.mm(dy, out)
+            torch.mm(dy.t(), z[:, : out.shape[1]], out=dout)
+            torch.mm(z.t(), x, out=dinto)
+            torch.mm(z, into, out=dx)
+        return dx_RD, None, None, None
+
+
+def expert_floor(layer: MoELayer) -> Forward:
+    """The least that the products of E experts take where each is one by itself: a loop over them and nothing else.
+    Waits for the device to learn their shares of the rows.
+    """
+    w_in, w_out = layer.ffn.w_in.detach(), layer.ffn.w_out.detach()
+
+    def forward(inputs: Inputs) -> Tensor:
+        load_E = torch.bincount(inputs.routing.expert_TK.reshape(-1), minlength=len(w_in))[: len(w_in)]
+        ends = [round(end * len(inputs.x_RD)) for end in (load_E.cumsum(0) / load_E.sum().clamp(min=1)).tolist()]
+        sizes = [end - start for start, end in pairwise([0, *ends[:-1], len(inputs.x_RD)])]
+        return ExpertFloor.apply(inputs.x_RD, w_in, w_out, sizes)
+
+    return forward
+
+
 def zero_computation_pass(layer: MoELayer) -> Forward:
     """The part of our layer that the zero-computation experts cost."""
 
@@ -162,6 +205,7 @@ IMPLEMENTATIONS: dict[str, Callable[[MoELayer], Forward]] = {
     "moepp": ours("auto"),
     **{backend: ours(backend) for backend in ("triton", "grouped", "sorted")},
     "floor": gemm_floor,
+    "expert_floor": expert_floor,
     "zero_computation": zero_computation_pass,
     "loop": ReleasedLoop,
     "transformers_eager": transformers_experts("eager"),

@@ -23,24 +23,25 @@ from moepp.training.throughput import autocast_of
 
 @dataclass
 class Subject:
-    """A model in training mode, the loss of tokens [B, S+1], its optimizer, and how many routed FFN experts a token
-    passes in a layer.
+    """A model in training mode, what it minimises of tokens [B, S+1] and the cross-entropy in it, its optimizer, and
+    how many routed FFN experts a token passes in a layer.
     """
 
     model: nn.Module
-    loss: Callable[[Tensor], Tensor]
+    losses: Callable[[Tensor], tuple[Tensor, Tensor]]
     optimizer: torch.optim.Optimizer
     ffn_per_token: Callable[[Tensor], float]
     precision: Callable[[], AbstractContextManager]
 
-    def step(self, tokens: Tensor, grad_clip: float) -> None:
-        """One optimizer step."""
+    def step(self, tokens: Tensor, grad_clip: float) -> Tensor:
+        """One optimizer step; the cross-entropy before it."""
         with self.precision():
-            loss = self.loss(tokens)
+            loss, cross_entropy = self.losses(tokens)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        return cross_entropy.detach()
 
 
 def decoder(config: RunConfig, device: torch.device, released: bool = False) -> Subject:
@@ -51,18 +52,18 @@ def decoder(config: RunConfig, device: torch.device, released: bool = False) -> 
         model = Decoder(config.model, config.seed)
     for layer in model.moe_layers() if released else ():
         _compute_as_released(layer)
-    losses, precision = losses_of(config), autocast_of(config.trainer.precision, device)
+    parts, precision = losses_of(config), autocast_of(config.trainer.precision, device)
 
-    def loss(tokens: Tensor) -> Tensor:
-        cross_entropy, balance, _ = losses(model, tokens)
-        return cross_entropy + balance
+    def losses(tokens: Tensor) -> tuple[Tensor, Tensor]:
+        cross_entropy, balance, _ = parts(model, tokens)
+        return cross_entropy + balance, cross_entropy
 
     def measured(tokens: Tensor) -> float:
         with torch.no_grad(), precision():
             stats = training_losses(model, tokens)[2].stats
             return statistics.fmean(map(_ffn_per_token, model.moe_layers(), stats))
 
-    return Subject(model, loss, build_optimizer(model, config.optim), measured, precision)
+    return Subject(model, losses, build_optimizer(model, config.optim), measured, precision)
 
 
 def _compute_as_released(layer: MoELayer) -> None:
@@ -107,7 +108,8 @@ def _same_sizes(config: RunConfig) -> dict[str, Any]:
         vocab_size=sizes.vocab_size, hidden_size=sizes.dim, num_hidden_layers=sizes.layers,
         num_attention_heads=sizes.heads, num_key_value_heads=sizes.num_kv_heads, num_experts_per_tok=sizes.top_k,
         tie_word_embeddings=sizes.tie_embeddings, max_position_embeddings=config.data.seq_len,
-        output_router_logits=True, use_cache=False, router_aux_loss_coef=sizes.balance.beta,
+        initializer_range=sizes.init_std, output_router_logits=True, use_cache=False,
+        router_aux_loss_coef=sizes.balance.beta,
     )  # fmt: skip
 
 
@@ -132,8 +134,9 @@ def _in_a_bare_loop(kind: Any, described: Any, config: RunConfig, device: torch.
         model.parameters(), optim.lr, (optim.beta1, optim.beta2), optim.eps, optim.weight_decay, fused=True
     )
 
-    def loss(tokens: Tensor) -> Tensor:
+    def losses(tokens: Tensor) -> tuple[Tensor, Tensor]:
         ids_BS = tokens[:, :-1].contiguous()  # the model shifts the labels itself
-        return called(input_ids=ids_BS, labels=ids_BS).loss
+        output = called(input_ids=ids_BS, labels=ids_BS)
+        return output.loss, output.loss - described.router_aux_loss_coef * output.aux_loss
 
-    return Subject(model, loss, optimizer, lambda _: float(config.model.top_k), nullcontext)
+    return Subject(model, losses, optimizer, lambda _: float(config.model.top_k), nullcontext)

@@ -7,12 +7,15 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 
 from moepp.benchmarks.failures import DeviceLost, attempt, describe_failure
+from moepp.benchmarks.memory import counts_pages, grown_since, resident_before
+from moepp.benchmarks.race import SMOOTHED, Race, steps_to_loss
 from moepp.benchmarks.subjects import Subject, decoder, mixtral, qwen3_moe
 from moepp.benchmarks.tables import Columns, Row, markdown_table, ratio
 from moepp.config import compose
@@ -29,9 +32,10 @@ EAGER = [(MIXTRAL, False), ("moepp", False), ("vanilla", False)]
 COLUMNS: Columns = {
     "size": ("size", ""), "model": ("model", ""), "compiled": ("compiled", ""),
     "batch": ("tokens per step", ""), "step_ms": ("step, ms", ",.1f"), "tokens_per_s": ("tokens/s", ",.0f"),
-    "mfu": ("MFU", ".1%"), "gib": ("peak, GiB", ".1f"), "ffn_per_token": ("FFN experts per token", ".2f"),
+    "mfu": ("MFU", ".1%"), "gib": ("peak, GiB", ".2f"), "ffn_per_token": ("FFN experts per token", ".2f"),
     "over_vanilla": ("over vanilla", ".2f"), "over_released": ("over the released layer", ".2f"),
-    "over_transformers": ("over transformers", ".2f"),
+    "over_transformers": ("over transformers", ".2f"), "steps_to_loss": ("steps to the loss", ",.0f"),
+    "seconds_to_loss": ("seconds to it", ",.1f"),
 }  # fmt: skip
 
 
@@ -42,6 +46,7 @@ class TrainingGroup:
     size: str
     model: str
     compiled: bool
+    overrides: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"size={self.size}, {self.model}, {'compiled' if self.compiled else 'eager'}"
@@ -49,7 +54,7 @@ class TrainingGroup:
     def config(self) -> RunConfig:
         arm = "vanilla" if self.model in TRANSFORMERS else self.model.removesuffix(RELEASED)
         compiled = f"trainer.compile={str(self.compiled).lower()}"
-        return compose(RunConfig, [f"size={self.size}", f"model={arm}", "tracking=jsonl", compiled])
+        return compose(RunConfig, [f"size={self.size}", f"model={arm}", "tracking=jsonl", compiled, *self.overrides])
 
     def subject(self, config: RunConfig, device: torch.device) -> Subject:
         build = TRANSFORMERS.get(self.model) or partial(decoder, released=self.model.endswith(RELEASED))
@@ -64,6 +69,8 @@ class TrainingBenchmark:
     # A fragment of conf/model, with or without RELEASED, or one of TRANSFORMERS; and whether it is compiled.
     models: list[tuple[str, bool]] = field(default_factory=lambda: [*EAGER, *OURS_COMPILED, (MIXTRAL, True)])
     most_tokens: int = 65_536  # of a step, where the size's batch has more
+    overrides: list[str] = field(default_factory=list)  # of every config
+    races: dict[str, Race] = field(default_factory=dict)  # by size
     repeats: int = 10
     warmup: int = 3
     seed: int = 0
@@ -80,13 +87,18 @@ class TrainingBenchmark:
         "cpu": {  # minutes on one thread
             "models": [(name, False) for arm in ("moepp", "vanilla") for name in (arm, f"{arm}{RELEASED}")]
             + [(name, False) for name in TRANSFORMERS],
+            "sizes": ["tiny", "mini", "small"],
+            "most_tokens": 2048,
+            "overrides": ["recipe=tuned", "trainer.precision=32-true"],
+            "races": {"tiny": Race(loss=5.0, seeds=3)},
+            "repeats": 7,
         },
         "gpu": {"sizes": ["small", "0.6b"]},
     }
 
     def groups(self) -> list[TrainingGroup]:
         """All eager ones first: a compilation takes up to a minute."""
-        groups = [TrainingGroup(size, *model) for size in self.sizes for model in self.models]
+        groups = [TrainingGroup(size, *model, tuple(self.overrides)) for size in self.sizes for model in self.models]
         return sorted(groups, key=lambda group: group.compiled)
 
     def measure(self, group: TrainingGroup, before: list[Row], device: torch.device, out: Path) -> list[Row]:
@@ -115,6 +127,7 @@ class TrainingBenchmark:
 
     def _steps(self, config: RunConfig, group: TrainingGroup, sequences: int, device: torch.device) -> Row:
         _free(device)
+        before = resident_before() if device.type == "cpu" and counts_pages() else None
         subject = group.subject(config, device)
         shape, generator = (sequences, config.data.seq_len + 1), torch.Generator(device).manual_seed(self.seed)
 
@@ -126,8 +139,20 @@ class TrainingBenchmark:
             lambda *_: partial(subject.step, draw(), config.optim.grad_clip),
             device, self.repeats, self.warmup, self.seed,
         )[group]  # fmt: skip
-        gib = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-        return self._row(config, subject, sequences * config.data.seq_len, times, draw(), device) | {"gib": gib}
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else before and grown_since(before)
+        row = self._row(config, subject, sequences * config.data.seq_len, times, draw(), device)
+        return row | {"gib": peak and peak / 2**30} | self._race(group, config, row["step_ms"], device)
+
+    def _race(self, group: TrainingGroup, config: RunConfig, step_ms: float, device: torch.device) -> Row:
+        """The median over seeds, of which those count as slowest that do not get there."""
+        race = self.races.get(group.size)
+        if race is None:
+            return {}
+        build = partial(group.subject, device=device)
+        steps = [steps_to_loss(build, config, race.loss, seed) for seed in range(race.seeds)]
+        row: Row = {"steps_of_seeds": " ".join(map(str, steps))}
+        median = statistics.median(inf if each is None else each for each in steps)
+        return row if median == inf else row | {"steps_to_loss": median, "seconds_to_loss": median * step_ms / 1000}
 
     def _row(
         self, config: RunConfig, subject: Subject, batch: int, times: list[float], tokens: torch.Tensor,
@@ -154,6 +179,13 @@ class TrainingBenchmark:
             "tokens, and no more than fit into memory. MFU: three times the forward FLOPs, with the measured FFN "
             "experts per token, over the device's dense bfloat16 peak. Where ours runs under autocast, "
             "Mixtral's weights and moments are bfloat16 (its grouped products ignore autocast), so its steps move less."
+            " On a CPU the peak is by how much the process grew."
+            + (f" All with {' '.join(self.overrides)}." if self.overrides else "")
+            + "".join(
+                f" To the loss at {size}: until the mean cross-entropy of {SMOOTHED} steps on the size's own text is "
+                f"{race.loss}, the median of {race.seeds} seeds, at the time that a step takes here."
+                for size, race in self.races.items()
+            )
         )
 
     def table(self, rows: list[Row]) -> list[Row]:

@@ -15,6 +15,8 @@ from moepp.data.token_files import TokenFiles
 from moepp.data.windows import epoch_order, evenly_spread, gather_windows, window_count
 from moepp.errors import UsageError
 
+VALIDATED_TOKENS = 4096  # at least, in a forward pass: of fewer, most of the time goes to calls
+
 
 class TrainWindows(Dataset):
     """Windows of S + 1 tokens, S apart: each token is a target once per epoch. Indexed by a whole batch of windows."""
@@ -79,8 +81,9 @@ class TokenDataModule(pl.LightningDataModule):
 
     Training batches are tokens [B, S + 1], without end, beginning at the trainer's finished optimizer step, so that a
     resumed run goes on where it stopped; B is `batch_size` divided among devices and micro-batches. Validation batches
-    are (tokens [B, S + 1], bytes of each target [B, S]), the same windows in the same order every time. The trainer
-    needs `use_distributed_sampler=False`. Raises UsageError for a batch that cannot be divided evenly.
+    are (tokens [B, S + 1], bytes of each target [B, S]), the same windows in the same order every time, as many as a
+    micro-batch has, or those of VALIDATED_TOKENS where that is more. The trainer needs `use_distributed_sampler=False`.
+    Raises UsageError for a batch that cannot be divided evenly.
     """
 
     def __init__(self, config: DataConfig, seed: int, accumulate: int = 1):
@@ -123,7 +126,8 @@ class TokenDataModule(pl.LightningDataModule):
         All ranks get equally many batches, since they meet in every one; the last holds a window more on some ranks.
         """
         chosen, world = self.validated_windows(), self.trainer.world_size
-        mine, least, size = chosen[self.trainer.global_rank :: world], len(chosen) // world, self.micro_batch_size
+        mine, least = chosen[self.trainer.global_rank :: world], len(chosen) // world
+        size = max(self.micro_batch_size, VALIDATED_TOKENS // self.config.seq_len)
         batches = np.split(mine, np.arange(size, least, size))
         return self._loader(ValWindows(self.files, self.config.seq_len), batches)
 

@@ -20,6 +20,12 @@ def keep_freed_memory() -> None:
         _kept = bool(libc.mallopt(MMAP_MAX, 0) and libc.mallopt(TRIM_THRESHOLD, -1))
 
 
+def give_back_freed_memory() -> None:
+    """To the system, what this process has freed and glibc holds."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def allocator() -> str | None:
     """What provenance says: what was preloaded, and whether freed memory is kept; None where neither."""
     return ", ".join([*filter(None, [os.environ.get("LD_PRELOAD", "").strip()]), *([KEPT] if _kept else [])]) or None

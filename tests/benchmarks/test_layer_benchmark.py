@@ -40,7 +40,7 @@ def failing(error):
 
 
 def test_a_benchmark_writes_a_table_whose_ratios_are_those_of_its_times(tmp_path):
-    here = ["moepp", "floor", "zero_computation", "loop"]
+    here = ["moepp", "floor", "expert_floor", "zero_computation", "loop"]
     benchmark = LayerBenchmark(tokens=[64], ffn=[8], taus=[[0.25, 1.0]], implementations=here, **TINY)
     run_benchmark(benchmark, tmp_path)
     rows = table_of(tmp_path)
@@ -52,6 +52,10 @@ def test_a_benchmark_writes_a_table_whose_ratios_are_those_of_its_times(tmp_path
         )  # fmt: skip
         assert isclose(number(row, "speedup"), number(vanilla, "moepp_ms") / number(row, "moepp_ms"), rel_tol=1e-4)
         assert isclose(number(row, "over_floor"), number(row, "moepp_ms") / number(row, "floor_ms"), rel_tol=1e-4)
+        by_expert = number(row, "moepp_ms") / number(row, "expert_floor_ms")
+        assert isclose(number(row, "over_expert_floor"), by_expert, rel_tol=1e-4)
+        assert number(row, "loop_over_moepp_low") <= number(row, "loop_over_moepp_high")
+        assert number(row, "moepp_resident_gib") >= 0
         assert number(row, "moepp_min_ms") <= number(row, "moepp_ms")
         assert (row["zero_computation_share"] == "") == (row["tau"] == "vanilla")
         assert isclose(number(row, "ideal_speedup"), 1 / number(row, "ffn_share"), rel_tol=1e-4)
@@ -63,7 +67,7 @@ def test_a_benchmark_writes_a_table_whose_ratios_are_those_of_its_times(tmp_path
     provenance = json.loads((tmp_path / "provenance.json").read_text())
     assert provenance["benchmark"]["tokens"] == [64] and provenance["hardware"]["cores"]
     report = (tmp_path / "report.md").read_text()
-    assert report.count("\n## ") == 4 and report.count("\n| 8+4 | 0.25 ") == 3 * 4 * 2  # times, ratios, memory
+    assert report.count("\n## ") == 4 and report.count("\n| 8+4 | 0.25 ") == 4 * 4 * 2  # times, ratios, memory twice
     assert [row["paper_speedup"] for row in rows[:3]] == ["", "1.927", "1.191"]
 
 
@@ -110,6 +114,29 @@ def test_the_devices_own_time_has_a_table_and_a_speed_up_where_it_was_measured()
     assert any("Milliseconds of the device alone" in line for line in layer_report(rows))
     on_a_cpu = [{**line, "device_ms": None, "gib": None} for line in rows]
     assert not any("device alone" in line for line in layer_report(on_a_cpu))
+
+
+def test_the_released_loop_is_judged_call_by_call():
+    """Its routing differs from call to call more than the two do."""
+    shared = {
+        "tokens": 64, "dtype": "float32", "direction": "forward", "group": "g", "ffn": 8, "routing": "learned",
+        "failure": None, "min_ms": 1.0, "gib": None, "tflop": 1.0, "ffn_share": 1.0,
+    }  # fmt: skip
+
+    def rows(tau, ours, loop):
+        each = {"moepp": ours, "loop": loop}
+        return [
+            shared | {"tau": tau, "implementation": name, "ms": sorted(calls)[1], "calls_ms": calls}
+            for name, calls in each.items()
+        ]
+
+    faster, slower = rows(None, [1.0, 2.0, 4.0], [1.2, 2.3, 4.9]), rows(0.75, [1.0, 2.0, 4.0], [0.9, 1.7, 3.5])
+    tied = rows(0.25, [1.0, 2.0, 4.0], [1.1, 1.9, 4.0])
+    table = layer_table([*faster, *slower, *tied])
+    assert [row["loop_over_moepp_low"] > 1 for row in table] == [True, False, False]
+    assert [row["loop_over_moepp_high"] < 1 for row in table] == [False, True, False]
+    lines = list(layer_report([*faster, *slower, *tied]))
+    assert any(line.startswith("Of 3 layers") and "in 1, and slower in 1;" in line for line in lines)
 
 
 def test_an_implementation_that_fails_is_a_cell(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
+import pytest
 import torch
 
-from moepp.benchmarks.memory import peak_bytes
+from moepp.benchmarks.memory import counts_pages, peak_bytes, resident_bytes
 
 
 def test_the_peak_counts_what_a_call_holds_at_once_and_frees():
@@ -22,3 +23,12 @@ def test_what_was_there_before_a_call_counts_for_nothing():
 
 def test_what_is_on_no_device_takes_no_memory():
     assert peak_bytes(lambda: torch.empty(2**20, device="meta"), torch.device("cpu")) == 0
+
+
+@pytest.mark.skipif(not counts_pages(), reason="needs Linux's count of pages")
+def test_a_process_grows_by_what_a_call_touches_and_not_by_what_was_freed_before():
+    torch.ones(2**24)  # 64 MiB, freed
+    kept = torch.ones(2**23)
+    grown = resident_bytes(lambda: [torch.ones(2**23) for _ in range(3)])
+    assert 96 * 2**20 <= grown < 104 * 2**20
+    assert resident_bytes(lambda: kept.mul_(2)) < 4 * 2**20

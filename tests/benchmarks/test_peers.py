@@ -85,10 +85,11 @@ def flops(compute, inputs, weights):
     return forward.get_total_flops(), backward.get_total_flops()
 
 
-def test_the_floor_has_the_flops_of_the_layers_products():
+@pytest.mark.parametrize("name", ["floor", "expert_floor"])
+def test_a_floor_has_the_flops_of_the_layers_products(name):
     layer = make_layer(VANILLA, torch.float32)
     inputs = make_inputs(layer, tokens=320, backward=True)
-    found = flops(IMPLEMENTATIONS["floor"](layer), inputs, [])
+    found = flops(IMPLEMENTATIONS[name](layer), inputs, [])
     assert found == flops(IMPLEMENTATIONS["sorted"](layer), inputs, [layer.ffn.w_in, layer.ffn.w_out])
     assert found == (6 * 640 * 16 * 24, 12 * 640 * 16 * 24)
 
@@ -98,7 +99,7 @@ def test_the_floor_multiplies_the_rows_that_reach_ffn_experts():
     inputs = make_inputs(layer, tokens=640)
     rows = int((inputs.routing.expert_TK < 8).sum())
     assert 0 <= abs(len(inputs.x_RD) - rows) <= 32 and len(inputs.x_RD) % 64 == 0
-    assert len(computed("floor", layer, inputs)) == len(inputs.x_RD)
+    assert all(len(computed(name, layer, inputs)) == len(inputs.x_RD) for name in ("floor", "expert_floor"))
 
 
 def test_the_floor_never_asks_the_device():

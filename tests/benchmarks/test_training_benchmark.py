@@ -4,12 +4,14 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from moepp.benchmarks import training
+from moepp.benchmarks import race, training
 from moepp.benchmarks.commands import at_scale
 from moepp.benchmarks.folder import run_benchmark
 from moepp.benchmarks.subjects import decoder, mixtral, qwen3_moe
 from moepp.benchmarks.training import MIXTRAL, QWEN, RELEASED, TrainingBenchmark, TrainingGroup
+from moepp.config import compose
 from moepp.models.budget import forward_flops, parameters
+from moepp.training.settings import RunConfig
 
 CPU = torch.device("cpu")
 needs_transformers = pytest.mark.skipif(find_spec("transformers") is None, reason="needs the package transformers")
@@ -47,6 +49,34 @@ def test_a_step_updates_the_weights():
     assert all(changed)
 
 
+def test_a_race_ends_with_the_step_whose_mean_loss_is_low_enough(corpus_config):
+    losses, seen, rates = iter([5.0, 3.0, 2.0, 1.0, 0.5]), [], []
+
+    class Falling:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+
+        def step(self, tokens, grad_clip):
+            seen.append(tokens)
+            rates.append(self.optimizer.param_groups[0]["lr"])
+            return torch.tensor(next(losses))
+
+    corpus_config.optim.warmup_steps, corpus_config.trainer.steps = 4, 5
+    assert race.steps_to_loss(lambda config: Falling(), corpus_config, 2.0, seed=1) == 4  # 3, 2 and 1
+    assert rates == [0.25, 0.5, 0.75, 1.0] and not torch.equal(seen[0], seen[1])
+    losses = iter([5.0] * 5)
+    assert race.steps_to_loss(lambda config: Falling(), corpus_config, 2.0, seed=1) is None
+
+
+@pytest.fixture
+def corpus_config(monkeypatch, tmp_path):
+    monkeypatch.setattr(race, "SMOOTHED", 3)
+    for file in range(20):
+        lines = (f"{i} and {i * i}, so to speak. " for i in range(200 * file, 200 * file + 200))
+        (tmp_path / f"{file}.txt").write_text("".join(lines))
+    words = ["size=smoke", "data=text", f"data.path={tmp_path}/*.txt", f"data.cache={tmp_path}/cache"]
+    return compose(RunConfig, [*words, "tracking=jsonl"])
+
+
 def test_ffn_experts_per_token_are_those_that_were_not_dropped():
     config = TrainingGroup("smoke", "vanilla", False).config()
     config.model.capacity_factor = 0.5
@@ -59,7 +89,7 @@ def test_the_released_layer_in_our_decoder_computes_the_same_with_weights_of_eac
     tokens = torch.randint(512, (2, 33), generator=torch.Generator().manual_seed(0))
     group = TrainingGroup("smoke", f"{arm}{RELEASED}", False)
     ours, theirs = decoder(group.config(), CPU), group.subject(group.config(), CPU)
-    torch.testing.assert_close(theirs.loss(tokens), ours.loss(tokens), rtol=0, atol=1e-5)
+    torch.testing.assert_close(theirs.losses(tokens), ours.losses(tokens), rtol=0, atol=1e-5)
     sizes = [sum(weight.numel() for weight in subject.model.parameters()) for subject in (ours, theirs)]
     assert sizes[0] == sizes[1] and theirs.ffn_per_token(tokens) == ours.ffn_per_token(tokens)
     theirs.step(tokens, 1.0)
@@ -121,7 +151,9 @@ def test_qwen3_moe_has_them_too_but_for_the_norms_of_queries_and_keys():
 def test_mixtral_learns():
     subject = mixtral(TrainingGroup("smoke", MIXTRAL, False).config(), CPU)
     tokens = torch.randint(512, (8, 33), generator=torch.Generator().manual_seed(0))
-    before = subject.loss(tokens).item()
+    before = subject.step(tokens, 1.0).item()
     for _ in range(10):
-        subject.step(tokens, 1.0)
-    assert subject.loss(tokens).item() < before - 0.5
+        after = subject.step(tokens, 1.0).item()
+    assert after < before - 0.5
+    whole, cross_entropy = subject.losses(tokens)
+    assert 0 < (whole - cross_entropy).item() < 1  # the balance loss

@@ -142,7 +142,8 @@ def test_a_resumed_fit_sees_the_batches_of_an_uninterrupted_one(config, tmp_path
     assert torch.equal(resumed.weight, whole.weight)
 
 
-def test_validation_reads_every_window_with_the_bytes_of_its_targets(config):
+def test_validation_reads_every_window_with_the_bytes_of_its_targets(config, monkeypatch):
+    monkeypatch.setattr("moepp.data.batches.VALIDATED_TOKENS", 1)
     batches = list(set_up(config).val_dataloader())
     tokens, lengths = (torch.cat(parts) for parts in zip(*batches, strict=True))
     assert [len(batch[0]) for batch in batches] == [4, 3]
@@ -156,8 +157,18 @@ def test_limited_validation_is_spread_over_the_split(config):
     assert ((tokens[:, 0] - 10_000) // SEQ_LEN).tolist() == [0, 2, 4]
 
 
+@pytest.mark.parametrize(("together", "sizes"), [(1, [1] * 7), (4, [4, 3]), (9, [7])])
+def test_small_micro_batches_are_validated_together(config, monkeypatch, together, sizes):
+    monkeypatch.setattr("moepp.data.batches.VALIDATED_TOKENS", together * SEQ_LEN + 1)
+    config.batch_size = 1
+    found = [tokens for tokens, _ in set_up(config).val_dataloader()]
+    assert [len(tokens) for tokens in found] == sizes
+    assert torch.cat([tokens[:, 1:].flatten() for tokens in found]).tolist() == list(range(10_001, 10_029))
+
+
 @pytest.mark.parametrize(("world", "batch_size"), [(2, 2), (2, 4), (4, 4), (5, 10), (7, 7)])
-def test_validation_sees_the_same_windows_on_any_number_of_devices(config, world, batch_size):
+def test_validation_sees_the_same_windows_on_any_number_of_devices(config, monkeypatch, world, batch_size):
+    monkeypatch.setattr("moepp.data.batches.VALIDATED_TOKENS", 1)
     config.batch_size = batch_size
     ranks = [[tokens for tokens, _ in set_up(config, rank, world).val_dataloader()] for rank in range(world)]
     assert len({len(batches) for batches in ranks}) == 1 and min(len(b) for batches in ranks for b in batches) > 0

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moepp.models import cross_entropy
-from moepp.models.cross_entropy import linear_cross_entropy, target_scores
+from moepp.models.cross_entropy import is_largest, linear_cross_entropy, target_scores
 from moepp.models.decoder import Decoder
 from moepp.models.settings import DecoderConfig
 
@@ -244,3 +244,10 @@ def test_on_a_gpu_chunks_take_less_memory_than_float32_logits_and_have_the_same_
     assert peak < 4 * tokens * vocabulary < whole
     for value, reference in zip(found, wanted, strict=True):
         torch.testing.assert_close(value, reference, rtol=2e-2, atol=2e-2 * float(reference.abs().max()))
+
+
+def test_of_equal_logits_the_first_is_the_largest():
+    logits_CV = torch.tensor([[0.0, 2.0, 2.0], [2.0, 0.0, 2.0], [1.0, 3.0, 2.0], [-1.0, -2.0, -1.0]])
+    for target in range(3):
+        target_C = torch.full((4,), target)
+        assert torch.equal(is_largest(logits_CV, target_C), logits_CV.argmax(-1) == target_C)

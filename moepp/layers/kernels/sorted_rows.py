@@ -1,6 +1,7 @@
 """Rows sorted once by expert and multiplied in contiguous slices, one expert after the other. Runs everywhere.
 
-The default on CPUs, and the reference for the other kernels. Shape suffixes as in experts.py; S = T*K slots.
+The default on CPUs, and the reference for the other kernels. Shape suffixes as in experts.py; S = T*K slots, R rows, B
+rows of a block.
 """
 
 from collections.abc import Iterator
@@ -25,6 +26,18 @@ BLOCK_NUMBERS = 2**18
 
 
 @dataclass
+class Block:
+    """Consecutive experts, their rows, and how many each of them has."""
+
+    experts: slice
+    rows: slice
+    sizes: list[int]
+
+    def __len__(self) -> int:
+        return self.rows.stop - self.rows.start
+
+
+@dataclass
 class RowPlan:
     """FFN slots sorted by expert: expert e owns `sizes[e]` consecutive entries of `slot_R`.
 
@@ -34,14 +47,14 @@ class RowPlan:
     slot_R: Tensor
     sizes: list[int]
 
-    def blocks(self, most_rows: int) -> Iterator[tuple[slice, slice, list[int]]]:
-        """Consecutive experts with at most `most_rows` rows, or one with more: the rows, the experts, their sizes."""
+    def blocks(self, most_rows: int) -> Iterator[Block]:
+        """Consecutive experts with at most `most_rows` rows, or one with more."""
         expert = row = 0
         while expert < len(self.sizes):
             last, rows = expert + 1, self.sizes[expert]
             while last < len(self.sizes) and rows + self.sizes[last] <= most_rows:
                 rows, last = rows + self.sizes[last], last + 1
-            yield slice(row, row + rows), slice(expert, last), self.sizes[expert:last]
+            yield Block(slice(expert, last), slice(row, row + rows), self.sizes[expert:last])
             expert, row = last, row + rows
 
 
@@ -77,66 +90,75 @@ def dispatch(w_in: Tensor, w_out: Tensor, tokens: RoutedTokens) -> Tensor:
 
 
 class SortedExperts(torch.autograd.Function):
-    """Adds each token's gated experts to `y_TD`, in place. Kept for the backward pass are z = [gate, up] and y of every
-    row: inputs are gathered and h = silu(gate) * up computed again, and the gradient of each expert's weights goes
-    straight to its place in the stack.
+    """Adds each token's gated experts to `y_TD`, in place. Kept for the backward pass is z = [gate, up] of every row:
+    inputs are gathered and h = silu(gate) * up computed again, the gradient of a row's weight, <grad, w_out h>, is
+    <w_out^T grad, h>, and that of each expert's weights goes straight to its place in the stack.
     """
 
     @staticmethod
     def forward(
         ctx: Any, y_TD: Tensor, x_TD: Tensor, gate_TK: Tensor, w_in: Tensor, w_out: Tensor, plan: RowPlan, keep: bool
     ) -> Tensor:
+        _, dim, hidden = w_out.shape
         token_R = (plan.slot_R // gate_TK.shape[1]).remainder(len(x_TD))  # padding rows read token 0
         gate_R1 = F.pad(gate_TK.reshape(-1), (0, 1))[plan.slot_R, None]  # padding rows weigh 0
-        ctx.blocks = list(plan.blocks(BLOCK_NUMBERS // w_in.shape[1]))
-        kept = []
-        for rows, experts, sizes in ctx.blocks:
-            z_R2F = multiply(x_TD.index_select(0, token_R[rows]), w_in[experts].mT, sizes)
-            y_RD = multiply(swiglu(z_R2F), w_out[experts].mT, sizes)
-            y_TD.index_add_(0, token_R[rows], y_RD * gate_R1[rows])
-            if keep:
-                kept += [z_R2F, y_RD]
+        ctx.blocks = list(plan.blocks(BLOCK_NUMBERS // (2 * hidden)))
+        z_R2F = w_in.new_empty(len(token_R), 2 * hidden) if keep else None
+        for block, (z_B2F, h_BF, row_BD) in with_scratch(ctx.blocks, w_in, 0 if keep else 2 * hidden, hidden, dim):
+            token_B, z_B2F = token_R[block.rows], z_B2F if z_R2F is None else z_R2F[block.rows]
+            torch.index_select(x_TD, 0, token_B, out=row_BD)
+            multiply(row_BD, w_in[block.experts].mT, block, out=z_B2F)
+            multiply(swiglu(z_B2F, out=h_BF), w_out[block.experts].mT, block, out=row_BD)
+            y_TD.index_add_(0, token_B, row_BD * gate_R1[block.rows])
         ctx.mark_dirty(y_TD)
-        ctx.save_for_backward(x_TD, gate_TK, w_in, w_out, plan.slot_R, token_R, gate_R1, *kept)
+        ctx.save_for_backward(x_TD, gate_TK, w_in, w_out, plan.slot_R, token_R, gate_R1, z_R2F)
         return y_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, gate_TK, w_in, w_out, slot_R, token_R, gate_R1, *kept = taken_from(ctx)
-        kept.reverse()
+        x_TD, gate_TK, w_in, w_out, slot_R, token_R, gate_R1, z_R2F = taken_from(ctx)
+        _, dim, hidden = w_out.shape
         dw_in, dw_out = (
             torch.empty_like(w) if needed else None
             for w, needed in zip((w_in, w_out), ctx.needs_input_grad[3:5], strict=True)
         )
-        dx_TD, dgate_R1 = torch.zeros_like(x_TD), torch.empty_like(gate_R1)
-        for rows, experts, sizes in ctx.blocks:
-            z_R2F, y_RD = kept.pop(), kept.pop()  # freed with the block
-            grad_RD = grad_TD.index_select(0, token_R[rows])
-            dgate_R1[rows] = (grad_RD * y_RD).sum(1, keepdim=True)
-            dy_RD = (grad_RD * gate_R1[rows]).to(w_in.dtype)
-            h_RF, dz_R2F = swiglu_backward(z_R2F, multiply(dy_RD, w_out[experts], sizes))
+        dy_TD, dx_TD, dgate_R1 = grad_TD.to(w_in.dtype), torch.zeros_like(x_TD), torch.empty_like(gate_R1)
+        widths = 2 * hidden, hidden, hidden, dim
+        for block, (dz_B2F, dh_BF, h_BF, row_BD) in with_scratch(ctx.blocks, w_in, *widths):
+            experts, token_B = block.experts, token_R[block.rows]
+            torch.index_select(dy_TD, 0, token_B, out=row_BD)
+            multiply(row_BD, w_out[experts], block, out=dh_BF)
+            dgate_R1[block.rows] = swiglu_backward(z_R2F[block.rows], dh_BF, gate_R1[block.rows], h_BF, dz_B2F)
             if dw_out is not None:
-                outer(dy_RD, h_RF, sizes, out=dw_out[experts])
+                outer(row_BD, h_BF, block, out=dw_out[experts])
             if dw_in is not None:
-                outer(dz_R2F, x_TD.index_select(0, token_R[rows]), sizes, out=dw_in[experts])
-            dx_TD.index_add_(0, token_R[rows], multiply(dz_R2F, w_in[experts], sizes))
+                outer(dz_B2F, torch.index_select(x_TD, 0, token_B, out=row_BD), block, out=dw_in[experts])
+            multiply(dz_B2F, w_in[experts], block, out=row_BD)
+            dx_TD.index_add_(0, token_B, row_BD)
         dgate_S = F.pad(torch.zeros_like(gate_TK).reshape(-1), (0, 1)).index_copy_(0, slot_R, dgate_R1[:, 0])
         return grad_TD, dx_TD, dgate_S[:-1].view_as(gate_TK), dw_in, dw_out, None, None
 
 
-def multiply(a_RK: Tensor, b_EKN: Tensor, sizes: list[int]) -> Tensor:
-    """a[r] b[e] for every row r of every expert e, [R, N]."""
-    y_RN = a_RK.new_empty(len(a_RK), b_EKN.shape[2])
-    for a, b, y in zip(a_RK.split(sizes), b_EKN.unbind(0), y_RN.split(sizes), strict=True):
+def with_scratch(blocks: list[Block], like: Tensor, *widths: int) -> Iterator[tuple[Block, list[Tensor]]]:
+    """Each block, with tensors of its rows and of these widths. All blocks write to the same memory: new memory for
+    each, of a new size, would leave the allocator with as many holes.
+    """
+    scratch = [like.new_empty(max(map(len, blocks), default=0), width) for width in widths]
+    for block in blocks:
+        yield block, [memory[: len(block)] for memory in scratch]
+
+
+def multiply(a_BK: Tensor, b_EKN: Tensor, block: Block, out: Tensor) -> None:
+    """a[r] b[e] for every row r of every expert e, into `out` [B, N]."""
+    for a, b, y in zip(a_BK.split(block.sizes), b_EKN.unbind(0), out.split(block.sizes), strict=True):
         product(a, b, out=y)
-    return y_RN
 
 
-def outer(a_RM: Tensor, b_RN: Tensor, sizes: list[int], out: Tensor) -> None:
+def outer(a_BM: Tensor, b_BN: Tensor, block: Block, out: Tensor) -> None:
     """Each expert's sum over its rows of a^T b into `out` [E, M, N]; 0 for an expert without rows."""
-    for a, b, dw in zip(a_RM.split(sizes), b_RN.split(sizes), out.unbind(0), strict=True):
-        product(a.t(), b, out=dw)
+    for a, b, dw in zip(a_BM.t().split(block.sizes, 1), b_BN.split(block.sizes), out.unbind(0), strict=True):
+        product(a, b, out=dw)
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -147,17 +169,22 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.mm(a, b, out=out)
 
 
-def swiglu(z_R2F: Tensor) -> Tensor:
-    """h = silu(gate) * up of z = [gate, up]."""
-    gate_RF, up_RF = z_R2F.chunk(2, -1)
-    return F.silu(gate_RF).mul_(up_RF)
+def swiglu(z_B2F: Tensor, out: Tensor) -> Tensor:
+    """h = silu(gate) * up of z = [gate, up], into `out` [B, F]."""
+    gate_BF, up_BF = z_B2F.chunk(2, -1)
+    return torch.ops.aten.silu.out(gate_BF, out=out).mul_(up_BF)
 
 
-def swiglu_backward(z_R2F: Tensor, dh_RF: Tensor) -> tuple[Tensor, Tensor]:
-    """h, and the gradient of z; overwrites that of h."""
-    gate_RF, up_RF = z_R2F.chunk(2, -1)
-    silu_RF, dz_R2F = F.silu(gate_RF), torch.empty_like(z_R2F)
-    dgate_RF, dup_RF = dz_R2F.chunk(2, -1)
-    torch.mul(dh_RF, silu_RF, out=dup_RF)
-    torch.ops.aten.silu_backward.grad_input(dh_RF.mul_(up_RF), gate_RF, grad_input=dgate_RF)
-    return silu_RF.mul_(up_RF), dz_R2F
+def swiglu_backward(z_B2F: Tensor, dh_BF: Tensor, weight_B1: Tensor, h_BF: Tensor, dz_B2F: Tensor) -> Tensor:
+    """The gradient of the rows' weights, [B, 1], from w_out^T grad, which is overwritten; writes h times its weight and
+    the gradient of z.
+    """
+    gate_BF, up_BF = z_B2F.chunk(2, -1)
+    dgate_BF, dup_BF = dz_B2F.chunk(2, -1)
+    silu_BF = torch.ops.aten.silu.out(gate_BF, out=dup_BF)
+    torch.mul(silu_BF, up_BF, out=h_BF)
+    dweight_B1 = torch.mul(dh_BF, h_BF, out=dgate_BF).sum(1, keepdim=True, dtype=weight_B1.dtype)
+    dup_BF.mul_(dh_BF.mul_(weight_B1))
+    torch.ops.aten.silu_backward.grad_input(dh_BF.mul_(up_BF), gate_BF, grad_input=dgate_BF)
+    h_BF.mul_(weight_B1)
+    return dweight_B1
