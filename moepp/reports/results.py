@@ -44,8 +44,8 @@ class Run:
 
 @dataclass(frozen=True)
 class ExpertTime:
-    """Expert-layer forward time of one arm, in ms, summed over layers; `ffn_width` is the hidden FFN units that a token
-    of the timed batch passes in a layer.
+    """Expert-layer forward time of one arm, in ms; `ffn_width` is the hidden FFN units that a token of the timed batch
+    passes. Both are summed over the MoE layers.
     """
 
     median_ms: float

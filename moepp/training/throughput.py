@@ -115,7 +115,7 @@ def expert_forward_times(
     """Expert forward times of several models, interleaved in shuffled order in this process.
 
     One row per model and routing (`learned`, `balanced`): median_ms and min_ms of one pass over all layers at B*S
-    tokens, the ffn_share of all slots reached, and ffn_width, the hidden FFN units that a token passes in a layer. A
+    tokens, the ffn_share of all slots reached, and ffn_width, the hidden FFN units that a token passes in them. A
     model without MoE layers is timed on its dense FFNs. `precision()` is the autocast context of the runs.
     """
     cases = {}
@@ -136,7 +136,7 @@ def expert_forward_times(
             "routing": routing,
             **times[name, routing],
             "ffn_share": _mean(cases[name, routing], _ffn_share),
-            "ffn_width": _mean(cases[name, routing], _ffn_width),
+            "ffn_width": sum(_ffn_width(*layer) for layer in cases[name, routing]),
         }
         for name, routing in cases
     ]
