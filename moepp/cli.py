@@ -177,12 +177,9 @@ def report(experiment: str | None, everything: bool, runs: str, out: Path | None
 @overrides
 def train(config: Path | None, dry_run: bool, overrides: Sequence[str]) -> None:
     """Train one model, or continue it."""
-    from moepp.config import compose
-    from moepp.data.settings import refuse_unread
-    from moepp.training.settings import RunConfig, run_directory
+    from moepp.training.settings import asked_for, run_directory
 
-    asked = compose(RunConfig, _planned(overrides) if dry_run else overrides, base=config)
-    refuse_unread(overrides, [asked.data])
+    asked = asked_for(_planned(overrides) if dry_run else overrides, config)
     if config and any(word.startswith(("data=", "data.")) for word in overrides):
         asked.data.digest = ""  # of other tokens
     if dry_run:
@@ -247,15 +244,11 @@ def keys(prefix: str | None, overrides: Sequence[str]) -> None:
 @overrides
 def prepare(overrides: Sequence[str]) -> None:
     """Tokenise a corpus and print the folder of token files."""
-    from moepp.config import compose
     from moepp.data.prepare import prepare
-    from moepp.data.settings import refuse_unread
     from moepp.training.foreign import completed
-    from moepp.training.settings import RunConfig
+    from moepp.training.settings import asked_for
 
-    asked = compose(RunConfig, overrides)
-    refuse_unread(overrides, [asked.data])
-    tokens = prepare(completed(asked).data)
+    tokens = prepare(completed(asked_for(overrides)).data)
     train, val = tokens.header.train, tokens.header.val
     print(f"{tokens.path}: {train.tokens:,} training tokens, {val.tokens:,} held out, {train.documents:,} documents")
 

@@ -100,8 +100,8 @@ def _scatter(found: dict[str, Row], name: str, other: str) -> Row:
     calls = [found.get(each, {}).get("calls_ms") or [] for each in (name, other)]
     if len(calls[0]) != len(calls[1]) or len(calls[0]) < 2:
         return {}
-    found = ratio_interval(*calls)
-    return {f"{name}_over_{other}_low": found.low, f"{name}_over_{other}_high": found.high}
+    interval = ratio_interval(*calls)
+    return {f"{name}_over_{other}_low": interval.low, f"{name}_over_{other}_high": interval.high}
 
 
 def _known(found: dict[str, Row], key: str) -> float | None:

@@ -48,8 +48,11 @@ def target_scores(x_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> tuple[Te
 
 def is_largest(logits_CV: Tensor, target_C: Tensor) -> Tensor:
     """Whether the target's logit is the largest, the first of equal ones. A CPU finds the value of the largest in a
-    tenth of the time that its place takes, so the place is looked for only where the target has that value.
+    tenth of the time that its place takes, so the place is looked for only where the target has that value; a GPU would
+    have to wait to learn where.
     """
+    if not logits_CV.is_cpu:
+        return logits_CV.argmax(-1) == target_C
     right_C = logits_CV.gather(1, target_C[:, None]).squeeze(1) == logits_CV.amax(-1)
     reached_R = right_C.nonzero().squeeze(1)
     right_C[reached_R] = logits_CV[reached_R].argmax(-1) == target_C[reached_R]

@@ -11,14 +11,12 @@ from typing import Any
 
 import torch
 
-from moepp.config import compose
-from moepp.data.settings import refuse_unread
 from moepp.errors import UsageError
 from moepp.retrofit.model import TransformersModel
 from moepp.retrofit.modeling import SILENT, routers
 from moepp.routing.dial import curve, held_out_batches, loss_and_compute, write_figure
 from moepp.training.foreign import completed
-from moepp.training.settings import RunConfig
+from moepp.training.settings import asked_for
 
 OFFSETS = (-4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0)
 
@@ -29,9 +27,7 @@ def route_by_offsets(
     """The table and where the knee is; written with the figure to `out`, else to the model's folder. `overrides` are of
     a run's config, whose data are measured. Raises UsageError for a model without new experts.
     """
-    asked = compose(RunConfig, ["model=hf", f"model.path={folder}", *overrides])
-    refuse_unread(overrides, [asked.data])
-    config = completed(asked)
+    config = completed(asked_for(["model=hf", f"model.path={folder}", *overrides]))
     model = TransformersModel(config.model).eval()
     if not any(len(router.new_rows) for router in routers(model)):
         raise UsageError(f"{folder} holds a model without new experts: retrofit and calibrate it first")

@@ -1,13 +1,14 @@
 """The schema of one training run: every component's own dataclass, joined."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from moepp import names, plugins, register
-from moepp.config import differences, identity, nearest
-from moepp.data.settings import DataConfig
+from moepp.config import compose, differences, identity, nearest
+from moepp.data.settings import DataConfig, refuse_unread
 from moepp.layers.bounds import LARGEST, Bounded, Count, NotNegative, Range, Seconds, Seed, Share, Whole
 from moepp.models.settings import DecoderConfig
 from moepp.records import RunRecord, UnreadableRecord
@@ -353,6 +354,15 @@ NOT_IDENTITY = (
     "trainer.progress",
     "trainer.profiler", "strategy",
 )  # fmt: skip
+
+
+def asked_for(words: Sequence[str], base: Path | None = None) -> RunConfig:
+    """The config that a command's words ask for, over `base`, a run's config, if there is one. Raises UsageError for
+    words that make none and for words in vain.
+    """
+    config = compose(RunConfig, words, base=base)
+    refuse_unread(words, [config.data])
+    return config
 
 
 def run_directory(config: RunConfig) -> Path:
