@@ -21,6 +21,13 @@ def pytest_configure(config):
     config.option.loadscopereorder = False
 
 
+def pytest_make_parametrize_id(val, argname):
+    """Bytes do not name a test: what a compressor writes, the time for one, differs from worker to worker, and xdist
+    runs nothing where two collect other names.
+    """
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture(scope="session")
 def token_folder(tmp_path_factory):
     """Prepared tokens with something to learn: id + 1 follows id three times in four, over 64 ids; each id is one byte,

@@ -65,7 +65,7 @@ def test_compressed_text_and_json_lines(tmp_path, suffix, compress):
     assert read(tmp_path, corpus="text", path=f"{tmp_path}/*{suffix}", text_column="body") == ["déjà", "x", "y"]
 
 
-CUT_GZIP = gzip.compress(bytes(range(256)) * 9)[:40] + bytes(range(40))
+CUT_GZIP = gzip.compress(bytes(range(256)) * 9, mtime=0)[:40] + bytes(range(40))
 
 
 @pytest.mark.parametrize(
