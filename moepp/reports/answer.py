@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field, replace
 from moepp.records import RunRecord
 from moepp.reports.comparison import Comparison, Difference
 from moepp.reports.results import Run, SweepResults
-from moepp.statistics.seeds import SIGNIFICANCE, holm
 from moepp.sweeps.spec import Contrast, Exclusions, Primary
 
 
@@ -61,14 +60,14 @@ def answer(
     found, before = _judged(kept, primary.contrast), _judged(whole, primary.contrast)
     secondary = _secondary(kept, primary.contrast, contrast)
     if opening in secondary:
-        difference, p = secondary.pop(opening)
-        first = f"{_sentence(design.contrasts[opening], difference, kept.results, primary.smallest, p)} Secondary."
+        difference = secondary.pop(opening)
+        first = f"{_sentence(design.contrasts[opening], difference, kept.results, primary.smallest, True)} Secondary."
         others = (_said("Primary", primary.contrast, found),) if found else ()
     else:
         first, others = _sentence(contrast, found, kept.results, primary.smallest), ()
     if excluded and before:
         first += f" With the {len(excluded)} runs that a rule excludes: {_numbers(before)}."
-    others += tuple(_said("Secondary", name, *judged) for name, judged in secondary.items())
+    others += tuple(_said("Secondary", name, difference, True) for name, difference in secondary.items())
     return Answer(first, others, excluded)
 
 
@@ -76,22 +75,20 @@ def _judged(comparison: Comparison, name: str) -> Difference | None:
     return comparison.contrasts.get(name) or comparison.differences.get(name)
 
 
-def _secondary(comparison: Comparison, primary: str, contrast: Contrast) -> dict[str, tuple[Difference, float]]:
-    """All others, each with its p after Holm's correction over all of them."""
+def _secondary(comparison: Comparison, primary: str, contrast: Contrast) -> dict[str, Difference]:
+    """All others that are tested."""
     sides, baseline = comparison.design.contrasts, comparison.results.baseline
     found = {f"{arm} minus {baseline}": d for arm, d in comparison.differences.items() if arm != primary}
     if contrast.minus == [baseline] and len(contrast.arms) == 1:
         found.pop(f"{contrast.arms[0]} minus {baseline}", None)
     found |= {n: d for n, d in comparison.contrasts.items() if n != primary and sides[n] != contrast}
-    tested = {name: d for name, d in found.items() if d.p_alone is not None}
-    corrected = holm([d.p_alone for d in tested.values()])
-    return {name: (d, p) for (name, d), p in zip(tested.items(), corrected, strict=True)}
+    return {name: d for name, d in found.items() if d.p_holm is not None}
 
 
-def _said(rank: str, name: str, difference: Difference, p_holm: float | None = None) -> str:
-    p = difference.p_alone if p_holm is None else p_holm
-    verdict = "" if p is None else f"; {'beyond noise' if p < SIGNIFICANCE else 'not distinguishable from none'}"
-    return f"{rank}, {name}: {_numbers(difference, p_holm)}{verdict}."
+def _said(rank: str, name: str, difference: Difference, corrected: bool = False) -> str:
+    verdict = "beyond noise" if difference.significant else "not distinguishable from none"
+    told = "" if difference.p_holm is None else f"; {verdict}"
+    return f"{rank}, {name}: {_numbers(difference, corrected)}{told}."
 
 
 def _interval(difference: Difference) -> tuple[float, float | None, float | None]:
@@ -100,7 +97,7 @@ def _interval(difference: Difference) -> tuple[float, float | None, float | None
     return (robust.median, robust.low, robust.high) if robust else (estimate.mean, estimate.low, estimate.high)
 
 
-def _numbers(difference: Difference, p_holm: float | None = None) -> str:
+def _numbers(difference: Difference, corrected: bool = False) -> str:
     centre, low, high = _interval(difference)
     what = "median " if difference.robust else ""
     level = f"{difference.robust.level:.0%}" if difference.robust else "95 %"
@@ -108,8 +105,8 @@ def _numbers(difference: Difference, p_holm: float | None = None) -> str:
     if low is not None:
         said += f" ({level} interval {low:+.4f} to {high:+.4f})"
     n = f"n = {difference.estimate.n} paired seed{'s' if difference.estimate.n > 1 else ''}"
-    p = difference.p_alone if p_holm is None else p_holm
-    return f"{said}, {n}" + ("" if p is None else f", p = {p:.2g}{' after Holm' if p_holm is not None else ''}")
+    p = difference.p_holm
+    return f"{said}, {n}" + ("" if p is None else f", p = {p:.2g}{' after Holm' if corrected else ''}")
 
 
 def _sentence(
@@ -117,22 +114,20 @@ def _sentence(
     found: Difference | None,
     results: SweepResults,
     smallest: float | None,
-    p_holm: float | None = None,
+    corrected: bool = False,
 ) -> str:
     on, off = (_side(side) for side in (contrast.arms, contrast.minus))
     if found is None:
         return f"No answer yet: {on} and {off} share no finished seed."
     centre, *_ = _interval(found)
-    p = found.p_alone if p_holm is None else p_holm
-    beyond = p is not None and p < SIGNIFICANCE
-    if found.p_alone is None:
+    if found.p_holm is None:
         said = f"No answer yet: {on} ends {_apart(centre)} {off} on one seed"
-    elif beyond:
+    elif found.significant:
         said = f"{on} ends {_apart(centre)} {off}, beyond noise"
     else:
         said = f"{on} and {off} cannot be told apart here"
-    weighed = f", {_weighed(found, smallest, beyond)}" if smallest else ""
-    return f"{said}{weighed}: {_numbers(found, p_holm)}{_costs(contrast, results)}."
+    weighed = f", {_weighed(found, smallest, found.significant)}" if smallest else ""
+    return f"{said}{weighed}: {_numbers(found, corrected)}{_costs(contrast, results)}."
 
 
 def _side(arms: Sequence[str]) -> str:

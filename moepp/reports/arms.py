@@ -12,11 +12,12 @@ from typing import Any
 
 from moepp.records import read_json
 from moepp.reports.answer import answer, exclude
-from moepp.reports.comparison import Design, compare
+from moepp.reports.comparison import Design, Family, compare
 from moepp.reports.experiment import Context, Experiment, Findings, Runs
 from moepp.reports.paper import PaperScores
 from moepp.reports.recipe import keys_of_interest
 from moepp.reports.search_report import SearchReport
+from moepp.sweeps.registration import judged
 from moepp.sweeps.space import search_space
 from moepp.sweeps.spec import Contrast, Exclusions, Primary, Scale, Sweep, Trend, read_sweep
 
@@ -74,8 +75,18 @@ def _experiment(
     design = Design(arms, contrasts, sweep.trend, paper, keys_of_interest(sweep))
     about |= {"paper": (paper.table(),) if paper else (), **declared, "notes": notes}
     chosen = {name: tuple(scale.arms) for name, scale in sweep.scales.items() if scale.arms}
-    measure = ArmReport(word, design, sweep.primary, sweep.exclusions, chosen, opening)
+    measure = ArmReport(word, design, sweep.primary, sweep.exclusions, chosen, _families(sweep), opening)
     return Experiment(**about, measure=measure, runs=(Runs(word, timed=True),), options=TASKS)
+
+
+def _families(sweep: Sweep) -> dict[str, Family]:
+    """What each scale compares; a scale without the primary contrast has none."""
+    found, primary = {}, sweep.primary
+    for scale in sweep.scales if primary else ():
+        if primary.contrast in {*sweep.arms_at(scale), *sweep.contrasts_at(scale)}:
+            first, others = judged(sweep, scale)
+            found[scale] = Family(first, tuple(others.values()))
+    return found
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,7 @@ class ArmReport:
     primary: Primary | None = None
     exclusions: Exclusions = field(default_factory=Exclusions)
     chosen: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # scale -> its choice of arms
+    families: Mapping[str, Family] = field(default_factory=dict)  # scale -> all that its sweep compares
     opening: str = ""  # the contrast of the first line, where it is not the primary one
 
     def __call__(self, context: Context) -> Findings:
@@ -103,4 +115,4 @@ class ArmReport:
     def _design_at(self, scale: str) -> Design:
         arms = tuple(arm for arm in self.design.arms if arm in self.chosen.get(scale, self.design.arms))
         contrasts = {name: c for name, c in self.design.contrasts.items() if {*c.arms, *c.minus} <= set(arms)}
-        return replace(self.design, arms=arms, contrasts=contrasts)
+        return replace(self.design, arms=arms, contrasts=contrasts, family=self.families.get(scale))

@@ -37,12 +37,26 @@ BUDGETS = {
     "active_params": "activated parameters",
     "flops_per_token": "forward FLOPs per token",
     "tokens": "training tokens",
-    "train_seconds": "seconds of training",
+    "train_seconds": "seconds of training and validation",
 }
 EQUAL_WITHIN = 0.01  # relative
 
 Losses = Mapping[str, Mapping[int, float]]  # arm -> seed -> validation loss
 Name = TypeVar("Name", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Family:
+    """The contrasts of a sweep with a primary one, whichever of its arms a report shows: the primary one is judged
+    alone, the others after Holm's correction over all of them.
+    """
+
+    primary: Contrast
+    secondary: tuple[Contrast, ...]
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        return tuple(arm for contrast in (self.primary, *self.secondary) for arm in (*contrast.arms, *contrast.minus))
 
 
 @dataclass(frozen=True)
@@ -56,11 +70,13 @@ class Design:
     trend: Trend | None = None
     paper: PaperScores | None = None
     about: frozenset[str] = frozenset()  # keys that the arms are meant to differ in
+    family: Family | None = None  # without one, differences to the baseline are a family, and contrasts another
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A paired difference in validation loss. `p_holm` is corrected within its family; None when one pair exists.
+    """A paired difference in validation loss. `p_holm` is corrected within its family, that of a primary contrast its
+    own; None when one pair exists.
 
     `confounds` are keys of a recipe in which the sides differ although the sweep is not about them. Where an arm of it
     is unstable the t-interval is no guide, and `robust` stands beside it: the median over seeds,
@@ -92,7 +108,7 @@ class NoiseFloor:
     std: float | None
     difference_std: float | None = None  # of differences to the baseline, paired by seed
     detectable: float | None = None  # judged alone, at 5 %
-    detectable_corrected: float | None = None  # as the smallest p-value of the whole family
+    detectable_corrected: float | None = None  # as the smallest p-value of its family
 
 
 @dataclass(frozen=True)
@@ -147,22 +163,56 @@ def compare(design: Design, results: SweepResults) -> Comparison:
     from moepp.reports.held_out import text_error  # these need numpy, for which listing experiments does not wait
     from moepp.statistics.stability import unstable_arms
 
-    loss = {arm: results.by_seed(arm, OBJECTIVE) for arm in arms}
+    judged = dict.fromkeys([*arms, *(design.family.arms if design.family else ())])
+    loss = {arm: results.by_seed(arm, OBJECTIVE) for arm in judged}
     against = {arm: Contrast([arm], [results.baseline]) for arm in arms if arm != results.baseline}
     unstable = unstable_arms({arm: list(by_seed.values()) for arm, by_seed in loss.items()})
     effects = partial(_differences, loss=loss, unstable=unstable, shared=partial(text_error, results))
-    differences = _with_confounds(effects(against), against, design, results)
+    differences, contrasts = _families(design, against, effects)
+    differences = _with_confounds(differences, against, design, results)
+    tests = {arm: _tests(design, contrast) for arm, contrast in against.items()}
     return Comparison(
         design=replace(design, paper=paper),
         results=results,
         differences=differences,
-        contrasts=_with_confounds(effects(design.contrasts), design.contrasts, design, results),
+        contrasts=_with_confounds(contrasts, design.contrasts, design, results),
         second={name: found for name in SECOND if (found := _second(results, against, unstable, name))},
-        noise={arm: _noise(by_seed, differences.get(arm), len(differences)) for arm, by_seed in loss.items()},
-        unstable=unstable,
+        noise={arm: _noise(loss[arm], differences.get(arm), tests.get(arm) or len(differences)) for arm in arms},
+        unstable={arm: why for arm, why in unstable.items() if arm in arms},
         ordering=_ordering(paper, effects) if paper else None,
         budgets={name: budget for name in BUDGETS if (budget := _budget(arms, results, name))},
     )
+
+
+def _families(
+    design: Design,
+    against: Mapping[str, Contrast],
+    effects: Callable[[Mapping[Name, Contrast]], dict[Name, Difference]],
+) -> tuple[dict[str, Difference], dict[str, Difference]]:
+    """Differences to the baseline, and contrasts: each with the one p that it has in all reports of its sweep."""
+    shown = effects(against), effects(design.contrasts)
+    if design.family is None:
+        return shown
+    p = {}
+    for contrasts in ([design.family.primary], design.family.secondary):
+        found = effects(dict(enumerate(contrasts)))
+        p |= {_sides(contrasts[number]): difference.p_holm for number, difference in found.items()}
+    named = against, design.contrasts
+    return tuple(
+        {name: replace(difference, p_holm=p[_sides(sides[name])]) for name, difference in found.items()}
+        for found, sides in zip(shown, named, strict=True)
+    )
+
+
+def _sides(contrast: Contrast) -> tuple[frozenset[str], frozenset[str]]:
+    return frozenset(contrast.arms), frozenset(contrast.minus)
+
+
+def _tests(design: Design, contrast: Contrast) -> int | None:
+    """Over how many a contrast is corrected; None where that is up to the runs there are."""
+    if design.family is None:
+        return None
+    return 1 if _sides(contrast) == _sides(design.family.primary) else len(design.family.secondary)
 
 
 def _with_confounds(

@@ -46,12 +46,14 @@ class Clock:
 
 
 def parts_of(record: RunRecord) -> Counter[str]:
-    """The seconds of a finished trial. A validation takes the time since the line of the step that it follows."""
+    """The seconds of a finished trial. A validation takes the time since the line of the step that it follows; the
+    run's own clock counts it as training.
+    """
     lines = record.metrics()
     follows = [(before, line) for before, line in pairwise(lines) if before["step"] == line["step"]]
     validation = sum(line["time"] - before["time"] for before, line in follows if "val/loss" in line) / 1000
     last = (lines[-1]["time"] - lines[-2]["time"]) / 1000 if len(lines) > 1 else 0.0
-    training = record.final().get("train_seconds", 0.0)
+    training = record.final().get("train_seconds", 0.0) - validation
     start = ended(record) - started(record) - training - validation - last
     return Counter(dict(zip(PARTS, (max(0.0, start), training, validation, last), strict=True)))
 

@@ -19,20 +19,23 @@ from moepp.reports.verdict import held_equal, missing_runs, noise_floor, verdict
 from moepp.statistics.tables import NONE, Table
 from moepp.sweeps.spec import Exclusions, Primary
 
+OVER_ROWS = "over all rows of its table"
+OVER_CONTRASTS = "over all contrasts of the sweep but the primary one, which is judged alone"
 HOW_TO_READ = f"""\
 `±` is the half width of a 95 % t-interval over seeds, n the number of finished seeds. Losses are in nats per token,
 lower is better. Differences are paired: both sides share the seed. `{ALONE}`: the interval of this difference
-alone excludes 0. `{CORRECTED}`: it still differs at 5 % after Holm's correction over all rows of its table;
+alone excludes 0. `{CORRECTED}`: it still differs at 5 % after Holm's correction {{family}};
 only this counts as beyond noise. The error of the held-out text is in the intervals of differences, where the records
 tell it. `{UNSTABLE}`: of an arm whose seeds scatter too unevenly for a t-interval; p is then that of the sign test, and
 the typical seed is the median over seeds with an interval that any distribution allows, at the level it attains.
 `{CONFOUNDED}`: the two sides differ in capacity, balance weight, warm-up, rate or the like as well, which the sweep is
 not about. `{NONE}`: no value."""
 
-SECOND = """\
+SECOND = f"""\
 The same differences in other measures. The training loss of the first epoch is the mean over its steps, of windows that
 the model had not seen yet, the same for both sides; it counts how fast an arm learns and costs nothing. A mean of late
-weights (`trainer.average_checkpoints`) loses less to the noise of the last steps. Neither decides anything here."""
+weights (`trainer.average_checkpoints`) loses less to the noise of the last steps. Neither decides anything here.
+`{CORRECTED}` is here after Holm's correction over the arms of a measure."""
 
 EFFECTIVE = """\
 How much longer the baseline trains until it ends as low as the arm: in tokens, and, times the arm's training speed over
@@ -59,9 +62,10 @@ def findings(comparison: Comparison, answer: Answer | None = None) -> Findings:
     """Everything that the report of a comparison says, but for the answer's first line: that is `with_answer`'s."""
     results, paper = comparison.results, comparison.design.paper
     tasks = task_tables(results, comparison.design.arms)
+    how_to_read = HOW_TO_READ.format(family=OVER_CONTRASTS if comparison.design.family else OVER_ROWS)
     beside = [BESIDE.format(size=paper.size.upper())] if paper else []
     sections = {
-        "Quality": (tables.quality_table(comparison), HOW_TO_READ, *beside),
+        "Quality": (tables.quality_table(comparison), how_to_read, *beside),
         **({"Second measures": (tables.second_table(comparison), SECOND)} if comparison.second else {}),
         **({"Effects": (tables.effects_table(comparison),)} if comparison.design.contrasts else {}),
         **({"Downstream tasks": _tasks(tasks, paper)} if tasks else {}),

@@ -83,12 +83,13 @@ def missing_runs(comparison: Comparison) -> list[str]:
 def noise_floor(comparison: Comparison) -> list[str]:
     if all(noise.difference_std is None for noise in comparison.noise.values()):
         return ["Fewer than two seeds are shared with the baseline: the noise of a difference is unknown."]
-    tests = sum(d.p_holm is not None for d in comparison.differences.values())
+    family, differences = comparison.design.family, comparison.differences.values()
+    tests = len(family.secondary) if family else sum(d.p_holm is not None for d in differences)
     text = {arm: d.estimate.shared.error for arm, d in comparison.differences.items() if d.estimate.shared.error}
     said = [
         f"Seen: the smallest true difference to {comparison.results.baseline} that as many pairs would show with"
-        f" {POWER:.0%} probability, alone at {SIGNIFICANCE:.0%} and as the clearest of {tests} after correction. Each"
-        " arm by its own scatter, in nats per token.",
+        f" {POWER:.0%} probability, alone at {SIGNIFICANCE:.0%} and as the clearest of {tests} after correction"
+        f"{', which a primary one needs not' if family else ''}. Each arm by its own scatter, in nats per token.",
     ]
     if not text:
         return [*said, "The error of the held-out text is not known of these records, and not in the intervals."]

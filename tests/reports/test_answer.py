@@ -1,6 +1,7 @@
 """The first line of a report, secondary contrasts after Holm, what a rule excludes, and what deviates from a plan."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -89,6 +90,17 @@ def test_a_report_may_open_with_a_secondary_contrast_after_its_correction(record
     assert told.verdict[0].startswith("Primary, one: -0.1015") and told.verdict[0].endswith("; beyond noise.")
     secondary = [line for line in told.verdict if line.startswith("Secondary")]
     assert [line.partition(": ")[0] for line in secondary] == ["Secondary, two minus plain"]
+
+
+def test_a_contrast_has_one_p_in_sentences_and_tables_whatever_else_a_report_shows(records):
+    """Over both secondary contrasts of the sweep, whether a report shows all arms or two."""
+    measure, context = of_sweep("mine.yaml").measure, Context("laptop", {"mine.yaml": records})
+    part = replace(measure, design=replace(measure.design, arms=("plain", "two"), contrasts={}))
+    for findings in (measure(context), part(context)):
+        quality, how_to_read = findings.sections["Quality"]
+        assert {row[0]: row[4] for row in quality.rows}["two"] == "0.006"
+        assert "over all contrasts of the sweep but the primary one" in " ".join(how_to_read.split())
+    assert "p = 0.0065 after Holm" in measure(context).verdict[0] and len(quality.rows) == 2
 
 
 def test_an_interval_beyond_what_matters_is_no_difference_where_the_test_says_none():

@@ -29,7 +29,7 @@ def trial(path, began):
         (18, 1, {"train/loss": 2}), (21, 1, {"val/loss": 2}), (31, 2, {"train/loss": 1}), (36, 2, {"val/loss": 1}),
         (40, 2, {"final/val_loss": 1}),
     ]  # fmt: skip
-    return finished(path, began, began + 40, lines, 20.0)
+    return finished(path, began, began + 40, lines, 28.0)
 
 
 def test_the_parts_of_a_trial_are_read_from_its_record(tmp_path):
