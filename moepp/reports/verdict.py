@@ -89,7 +89,7 @@ def noise_floor(comparison: Comparison) -> list[str]:
     said = [
         f"Seen: the smallest true difference to {comparison.results.baseline} that as many pairs would show with"
         f" {POWER:.0%} probability, alone at {SIGNIFICANCE:.0%} and as the clearest of {tests} after correction"
-        f"{', which a primary one needs not' if family else ''}. Each arm by its own scatter, in nats per token.",
+        f"{' (a primary contrast needs none)' if family else ''}. Each arm by its own scatter, in nats per token.",
     ]
     if not text:
         return [*said, "The error of the held-out text is not known of these records, and not in the intervals."]
