@@ -2,13 +2,12 @@
 the same training tokens on the same held-out windows, and their tasks beside chance.
 """
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moepp.errors import UsageError
 from moepp.evaluation.results import TaskResult, load_task_results
@@ -20,14 +19,18 @@ if TYPE_CHECKING:  # numpy comes with these, and listing experiments does not wa
     from moepp.data.token_files import TokenFiles
 
 MOST_TOKENS = 2**27  # that are counted: beyond these the trigrams of a corpus take minutes and gigabytes
+DECIDE = (  # which tokens are counted, and on which they are judged
+    "data.digest", "data.seq_len", "data.batch_size", "data.order", "data.val_sequences", "data.final_val_sequences",
+    "trainer.steps", "seed",
+)  # fmt: skip
 STANDARD_ERRORS = 2  # over examples, above chance
 
 
 @dataclass(frozen=True)
 class Standing:
     """`losses` are means over seeds by arm. `references` are of the tokens that one run of the baseline has seen; empty
-    where these are not on this machine, or too many to count. `tasks`: whether the runs together answer more of them
-    right than chance would.
+    where their tokens were never counted and are not on this machine, or are too many. `tasks`: whether the runs
+    together answer more of them right than chance would.
     """
 
     losses: Mapping[str, float]
@@ -81,34 +84,43 @@ def standing(results: SweepResults, arms: Sequence[str] = ()) -> Standing:
 def references_of(run: Run) -> tuple[dict[str, float], int]:
     """Nats per token of n-grams of what the run has seen, on its held-out windows, and how many tokens that were.
 
-    Counted once and kept beside the token files, where these can be written.
+    Counted once and kept in the record: it may be read where its tokens are not.
     """
+    kept = run.path / "ngrams.json"
+    asked = {key: run.config.get(key) for key in DECIDE}
+    known = read_json(kept) or {}
+    if known.get("asked") != asked:
+        counted = _counted(run.config)
+        if counted is None:
+            return {}, 0
+        known = {"asked": asked, **counted}
+        with suppress(OSError):
+            write_json(kept, known)
+    return known["nats"], known["tokens"]
+
+
+def _counted(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """`nats` by n-gram and `tokens`; None where the tokens are not here, or too many."""
     from moepp.data.windows import evenly_spread, gather_windows, visited, window_count
     from moepp.statistics.ngrams import NAMES, witten_bell
 
-    files = _token_files(run.config)
-    if files is None or "data.batch_size" not in run.config:
-        return {}, 0
-    length, seed = run.config["data.seq_len"], run.config.get("seed", 0)
-    sequences = run.config["trainer.steps"] * run.config["data.batch_size"]
+    files = _token_files(config)
+    if files is None or "data.batch_size" not in config:
+        return None
+    length, seed = config["data.seq_len"], config.get("seed", 0)
+    sequences = config["trainer.steps"] * config["data.batch_size"]
     windows = window_count(files.header.train.tokens, length)
     seen = min(windows, sequences)
     if seen * length > MOST_TOKENS:
-        return {}, 0
-    last = run.config.get("data.final_val_sequences")
-    sequences_held = run.config["data.val_sequences"] if last is None else last
+        return None
+    last = config.get("data.final_val_sequences")
+    sequences_held = config["data.val_sequences"] if last is None else last
     held = evenly_spread(window_count(files.header.val.tokens, length), sequences_held)
-    kind = run.config.get("data.order", "permuted")
-    order = ("" if kind == "permuted" else f"{kind} ") + f"seed {seed}" if seen < windows else "all"
-    asked = hashlib.sha256(f"{files.header.digest} {order} {seen}x{length} {len(held)}".encode()).hexdigest()[:16]
-    path = files.path / "ngrams" / f"{asked}.json"
-    found = read_json(path)
-    if found is None:
-        train_WS = gather_windows(files.train, visited(windows, sequences, seed, kind), length)
-        found = witten_bell(train_WS, gather_windows(files.val, held, length), files.header.vocab_size)
-        with suppress(OSError):
-            write_json(path, found)
-    return {name: found[name] for name in NAMES}, seen * length
+    order = visited(windows, sequences, seed, config.get("data.order", "permuted"))
+    found = witten_bell(
+        gather_windows(files.train, order, length), gather_windows(files.val, held, length), files.header.vocab_size
+    )
+    return {"nats": {name: found[name] for name in NAMES}, "tokens": seen * length}
 
 
 def _token_files(config: Mapping[str, object]) -> "TokenFiles | None":
@@ -127,7 +139,8 @@ def _tasks(runs: Iterable[Run]) -> dict[str, bool]:
     scores: dict[str, list[TaskResult]] = {}
     for run in runs:
         for task, result in load_task_results(run.path).items():
-            scores.setdefault(task, []).append(result)
+            if result.accuracy_metric:
+                scores.setdefault(task, []).append(result)
     return {task: _above_chance(results) for task, results in scores.items()}
 
 

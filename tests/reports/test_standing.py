@@ -13,7 +13,7 @@ REFERENCES = {"unigram": 6.37, "bigram": 4.54, "trigram": 4.33}
 MADE = {"command": "x", "scale": "laptop", "hardware": {}}
 
 
-def test_ngrams_are_of_what_the_run_has_seen_and_kept_beside_the_tokens(token_folder, tmp_path):
+def test_ngrams_are_of_what_the_run_has_seen_and_kept_in_its_record(token_folder, tmp_path):
     run = load_sweep_results(write_sweep(tmp_path, {"vanilla": {0: 3.0}})).runs["vanilla"][0]
     config = {
         "data.corpus": "tokens", "data.path": str(token_folder), "data.digest": "feedfacefeedface", "data.seq_len": 32,
@@ -21,7 +21,7 @@ def test_ngrams_are_of_what_the_run_has_seen_and_kept_beside_the_tokens(token_fo
     }  # fmt: skip
     found, tokens = references_of(replace(run, config=config))
     assert tokens == 8 * 12 * 32 and found["bigram"] < found["unigram"]
-    assert references_of(replace(run, config=config)) == (found, tokens)
+    assert references_of(replace(run, config=config | {"data.path": "elsewhere"})) == (found, tokens)  # as packed
     assert references_of(replace(run, config=config | {"data.digest": "another"})) == ({}, 0)
     of_few = references_of(replace(run, config=config | {"data.val_sequences": 4}))
     assert of_few != (found, tokens)  # on the windows of the last validation
