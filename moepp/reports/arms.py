@@ -12,7 +12,7 @@ from typing import Any
 
 from moepp.records import read_json
 from moepp.reports.answer import answer, exclude
-from moepp.reports.comparison import Design, Family, compare
+from moepp.reports.comparison import Design, ContrastFamily, compare
 from moepp.reports.experiment import Context, Experiment, Findings, Runs
 from moepp.reports.paper import PaperScores
 from moepp.reports.recipe import keys_of_interest
@@ -79,13 +79,13 @@ def _experiment(
     return Experiment(**about, measure=measure, runs=(Runs(word, timed=True),), options=TASKS)
 
 
-def _families(sweep: Sweep) -> dict[str, Family]:
+def _families(sweep: Sweep) -> dict[str, ContrastFamily]:
     """What each scale compares; a scale without the primary contrast has none."""
     found, primary = {}, sweep.primary
     for scale in sweep.scales if primary else ():
         if primary.contrast in {*sweep.arms_at(scale), *sweep.contrasts_at(scale)}:
             first, others = judged(sweep, scale)
-            found[scale] = Family(first, tuple(others.values()))
+            found[scale] = ContrastFamily(first, tuple(others.values()))
     return found
 
 
@@ -98,7 +98,7 @@ class ArmReport:
     primary: Primary | None = None
     exclusions: Exclusions = field(default_factory=Exclusions)
     chosen: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # scale -> its choice of arms
-    families: Mapping[str, Family] = field(default_factory=dict)  # scale -> all that its sweep compares
+    families: Mapping[str, ContrastFamily] = field(default_factory=dict)  # scale -> all that its sweep compares
     opening: str = ""  # the contrast of the first line, where it is not the primary one
 
     def __call__(self, context: Context) -> Findings:

@@ -46,7 +46,7 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
-class Family:
+class ContrastFamily:
     """The contrasts of a sweep with a primary one, whichever of its arms a report shows: the primary one is judged
     alone, the others after Holm's correction over all of them.
     """
@@ -70,7 +70,7 @@ class Design:
     trend: Trend | None = None
     paper: PaperScores | None = None
     about: frozenset[str] = frozenset()  # keys that the arms are meant to differ in
-    family: Family | None = None  # without one, differences to the baseline are a family, and contrasts another
+    family: ContrastFamily | None = None  # without one, differences to the baseline are a family, and contrasts another
 
 
 @dataclass(frozen=True)
