@@ -12,7 +12,7 @@ from typing import Any
 
 from moepp.records import read_json
 from moepp.reports.answer import answer, exclude
-from moepp.reports.comparison import Design, ContrastFamily, compare
+from moepp.reports.comparison import ContrastFamily, Design, compare
 from moepp.reports.experiment import Context, Experiment, Findings, Runs
 from moepp.reports.paper import PaperScores
 from moepp.reports.recipe import keys_of_interest
