@@ -40,6 +40,7 @@ AVERAGES = {
     "Sheared-LLaMA-2.7B": 56.7, "OpenMoE-8B/32E": None, "LLaMA-MoE-3.0B": 56.6, MOEPP: 56.2,
 }  # fmt: skip
 PAPER = dict(zip(TASKS, PUBLISHED[MOEPP][1], strict=True))
+BITS = "bits per byte"
 METRICS = ("acc", "acc_norm", "exact_match")
 MARGIN = 2.0  # points within which a score counts as the paper's
 
@@ -59,10 +60,11 @@ def measure(context: Context) -> Findings:
     results = list(scored(weights, *asked))
     found = means(results)
     rows, averages = [_row(result) for result in results], []
-    for suffix in [name.removeprefix("accuracy") for name in found if name.startswith("accuracy")]:
+    for suffix in [name.removeprefix(BITS) for name in found if name.startswith(BITS)]:
         printed = [row[4] for row in rows if not (suffix and row[0] == "boolq")]
         paper = None if None in printed else statistics.fmean(printed)
-        accuracy, bits = 100 * found[f"accuracy{suffix}"], found[f"bits per byte{suffix}"]
+        accuracy, bits = found.get(f"accuracy{suffix}"), found[f"{BITS}{suffix}"]
+        accuracy = None if accuracy is None else 100 * accuracy
         averages.append((f"mean{suffix}", None, None, None, paper, accuracy, None, None, None, bits))
     columns = ("task", "shots", "n", "prompts cut", "paper, %", "acc, %", "acc_norm, %", "exact match, %",
                "standard error", "gold bits per byte")  # fmt: skip
@@ -75,7 +77,7 @@ def measure(context: Context) -> Findings:
 def _row(result) -> tuple:
     about, scores = result.about, result.scores()
     shown = [100 * scores[name].value if name in scores else None for name in METRICS]
-    error = scores[result.accuracy_metric].error
+    error = scores[result.accuracy_metric].error if result.accuracy_metric else None
     return (
         about.task, about.shots, len(result.examples), about.cut, PAPER.get(about.task), *shown,
         None if error is None else 100 * error, scores["gold_bits_per_byte"].value,

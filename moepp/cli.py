@@ -11,7 +11,7 @@ import click
 
 from moepp import __version__
 from moepp.errors import Interrupted, RunError, UsageError
-from moepp.grammar import CommandGroup, Number, Several, Word, run_command
+from moepp.grammar import CommandGroup, Number, Several, Unicode, Word, run_command
 from moepp.layers.bounds import Count, NotNegative, Range, Seed
 from moepp.options import DIRECTORY, limit, minutes, out, overrides, scale, seeds, tasks, tasks_dir, wide, workers
 from moepp.program import program
@@ -145,11 +145,11 @@ def _call(
 @click.option(
     "--all", "everything", is_flag=True, help="Write results/index.html, a front page, and a page for each experiment."
 )
-@click.option("--runs", default="runs", help="Folder of the run records.")
+@click.option("--runs", type=DIRECTORY, default="runs", metavar="DIR", help="Folder of the run records.")
 @out
 @wide
 @scale
-def report(experiment: str | None, everything: bool, runs: str, out: Path | None, scale: str) -> None:
+def report(experiment: str | None, everything: bool, runs: Path, out: Path | None, scale: str) -> None:
     """Rebuild a report from the run records, without training.
 
     EXPERIMENT is an experiment, a sweep, the path of a sweep file, or a folder of its records.
@@ -255,7 +255,7 @@ def prepare(overrides: Sequence[str]) -> None:
 
 @commands.command(examples=["runs/train/<hash> --prompt 'The union' --temperature 0"])
 @click.argument("run", type=DIRECTORY)
-@click.option("--prompt", default="The state of the Union", help="Text to continue.")
+@click.option("--prompt", type=Unicode(), default="The state of the Union", help="Text to continue.")
 @click.option("--tokens", type=Number(Count), default=64, help="How many tokens to add.")
 @click.option("--temperature", type=Number(NotNegative), default=0.8, help="0 is greedy.")
 @click.option("--seed", type=Number(Seed), default=0, help="Of the sampling.")
@@ -278,7 +278,7 @@ def generate(run: Path, prompt: str, tokens: int, temperature: float, seed: int)
 @limit
 @click.option("--batch-tokens", type=Number(Count), default=4096, help="Padded tokens per batch.")
 @wide
-def evaluate(checkpoint: Path, tasks: str, tasks_dir: str | None, limit: int | None, batch_tokens: int) -> None:
+def evaluate(checkpoint: Path, tasks: str, tasks_dir: Path | None, limit: int | None, batch_tokens: int) -> None:
     """Score a trained run or a released checkpoint on the paper's tasks or others.
 
     CHECKPOINT is a run directory, a *.ckpt file, or a folder in the released layout.
@@ -286,7 +286,7 @@ def evaluate(checkpoint: Path, tasks: str, tasks_dir: str | None, limit: int | N
     with working("loading lm-evaluation-harness"):
         from moepp.evaluation.commands import evaluate_checkpoint
 
-    print(evaluate_checkpoint(checkpoint, tasks, Path(tasks_dir) if tasks_dir else None, limit, batch_tokens))
+    print(evaluate_checkpoint(checkpoint, tasks, tasks_dir, limit, batch_tokens))
 
 
 @commands.command(examples=["runs/train/<hash>", "runs/train/<hash> --biases -2 0 2"])
@@ -460,9 +460,8 @@ def bench(what: str, scale: str | None, minutes: float | None, out: Path | None,
 
     WHAT is card, layer, training, scoring, or parallel: what experts on several devices send.
     """
-    with working("loading torch"):
-        from moepp.benchmarks.commands import bench
-        from moepp.statistics.tables import on_terminal
+    from moepp.benchmarks.commands import bench
+    from moepp.statistics.tables import on_terminal
 
     out = out or Path(f"results/bench_{what}/latest")
     lines, missing = bench(what, scale, out, minutes, given)

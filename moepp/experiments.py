@@ -25,7 +25,7 @@ def discover() -> dict[str, Any]:
 def _declares(name: str) -> bool:
     """Whether the file holds an experiment. Other programs of a user's folder are not run merely to list ours."""
     path = first_file(map(Path, __path__), f"{name}.py")
-    return path is not None and DECLARES.search(path.read_text()) is not None
+    return path is not None and DECLARES.search(path.read_text("utf-8")) is not None
 
 
 def _load(name: str) -> Any:

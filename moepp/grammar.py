@@ -5,6 +5,8 @@ words may stand anywhere.
 """
 
 import difflib
+import io
+import os
 import re
 import sys
 from collections import deque
@@ -60,6 +62,19 @@ class Several(click.ParamType):
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
         return f"{self.each.get_metavar(param, ctx) or self.each.name.upper()}..."
+
+
+class Unicode(click.ParamType):
+    """What a person writes; a file in another encoding, pasted by a shell, is none."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            self.fail(f"{ascii(value)[:80]} is no UTF-8 text", param, ctx)
+        return value
 
 
 class Word(click.Choice):
@@ -156,13 +171,16 @@ class CommandGroup(click.Group):
 
 def run_command(group: click.Group, arguments: Sequence[str] | None) -> int:
     """Runs one command; returns the exit code, and says in one line why it is not 0."""
+    _open_streams()
     try:
         return group.main(arguments, prog_name=program(), standalone_mode=False) or 0
     except (UsageError, RunError) as error:
         return _said(f"error: {error}", error.exit_code)
     except click.ClickException as error:
         return _said(f"error: {' '.join(error.format_message().split())}", error.exit_code)
-    except click.Abort:
+    except click.Abort as abort:
+        if isinstance(abort.__cause__, EOFError):  # which click takes for the end of what a person types
+            return _said(f"error: a file ends too early: {abort.__cause__}", RunError.exit_code)
         return _said("interrupted; the same command continues", Interrupted.exit_code)
     except PartError as error:
         return _said(f"error: {error}", UsageError.exit_code)
@@ -177,6 +195,16 @@ def run_command(group: click.Group, arguments: Sequence[str] | None) -> int:
             where = f"cannot read or write {error.filename}: " if error.filename else ""
             return _said(f"error: {where}{reason(error)}", RunError.exit_code)
         raise
+
+
+def _open_streams() -> None:
+    """What is said is lost where a stream is closed, and spelled out where its encoding lacks a character."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _said(line: str, code: int) -> int:

@@ -1,7 +1,9 @@
 """Options that several commands share, alike in each."""
 
+import os
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -9,7 +11,15 @@ from moepp.grammar import Number, Several
 from moepp.layers.bounds import Count, NotNegative, Seed, Whole
 from moepp.terminal import WIDE
 
-DIRECTORY = click.Path(path_type=Path)
+
+class Place(click.Path):
+    """A path in which `~` is the home folder, also where no shell has said so: as in `--out=~/results`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(os.path.expanduser(value), param, ctx)
+
+
+DIRECTORY = Place(path_type=Path)
 
 out = click.option("--out", type=DIRECTORY, metavar="DIR", help="Write DIR/<name>/<scale>/; else beside the records.")
 overrides = click.argument("overrides", nargs=-1, metavar="[key=value]...")
@@ -27,7 +37,9 @@ seeds = click.option(
 )
 minutes = partial(click.option, "--minutes", type=Number(NotNegative))
 tasks = partial(click.option, "--tasks", help="`paper`: the paper's eleven; or names, as sciq,piqa,boolq:0.")
-tasks_dir = click.option("--tasks-dir", metavar="DIR", help="Local task data, <task>.jsonl[.gz]; else the hub's.")
+tasks_dir = click.option(
+    "--tasks-dir", type=DIRECTORY, metavar="DIR", help="Local task data, <task>.jsonl[.gz]; else the hub's."
+)
 wide = click.option(
     "--wide",
     is_flag=True,

@@ -28,6 +28,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # other machines have the same process ids
     mode = 0o600 if is_private(text) else 0o666
     try:
-        with open(temporary, "w", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+        opener = partial(os.open, mode=mode)
+        with open(temporary, "w", encoding="utf-8", opener=opener) as file:
             file.write(without_user(text))
             file.flush()
             os.fsync(file.fileno())

@@ -48,6 +48,22 @@ assert not heavy, heavy
     assert "reproduce" in done.stdout or "table5" in done.stdout or "key=value" in done.stdout
 
 
+def test_what_is_read_and_said_does_not_hang_on_the_locale(tmp_path):
+    """Files are UTF-8 wherever they are read; a stream that lacks a character has it spelled out."""
+    script = f"""
+import sys
+from pathlib import Path
+from moepp.cli import main
+from moepp.records import write_text
+write_text(Path({str(tmp_path)!r}) / "a.txt", "\\u00b1 \\u2013")
+sys.exit(main(["reproduce", "--list"]) or main(["sweep", "status", "\\u2013"]) - 2)
+"""
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "unknown sweep '\\u2013'" in done.stderr, done.stderr
+    assert (tmp_path / "a.txt").read_text("utf-8") == "\u00b1 \u2013"
+
+
 def test_help_takes_less_than_half_a_second():
     process = subprocess.Popen([sys.executable, "run.py", "--help"], cwd=ROOT, stdout=subprocess.DEVNULL)
     _, status, used = os.wait4(process.pid, 0)

@@ -1,10 +1,17 @@
 """The words of a command line, sorted by one small command."""
 
+import gzip
+import io
+import os
+import sys
+
 import click
 import pytest
 
-from moepp.grammar import CommandGroup, Number, Several, Word, run_command
+from moepp.grammar import CommandGroup, Number, Several, Unicode, Word, run_command
 from moepp.layers.bounds import Count, NotNegative
+from moepp.options import DIRECTORY
+from moepp.terminal import painted
 
 
 @pytest.fixture
@@ -100,6 +107,59 @@ def test_an_interrupted_command_says_how_to_go_on(group, capsys):
 
     assert run_command(group, ["stop"]) == 130
     assert capsys.readouterr().err.endswith("interrupted; the same command continues\n")
+
+
+def test_text_in_another_encoding_is_refused(group, capsys):
+    @group.command()
+    @click.option("--prompt", type=Unicode())
+    def say(prompt):
+        print(prompt)
+
+    assert (
+        run_command(group, ["say", "--prompt", "d\u00e9j\u00e0"]) == 0 and capsys.readouterr().out == "d\u00e9j\u00e0\n"
+    )
+    assert run_command(group, ["say", "--prompt", os.fsdecode(b"d\xe9j")]) == 2
+    assert capsys.readouterr().err == "error: Invalid value for '--prompt': 'd\\udce9j' is no UTF-8 text\n"
+
+
+def test_words_come_out_of_closed_streams_and_in_every_encoding(group, monkeypatch):
+    @group.command()
+    def say():
+        print("\u00b1 1", painted("bold", bold=True))
+        print("aside", sys.stderr.isatty(), file=sys.stderr)
+
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert run_command(group, ["say"]) == 0
+    out.flush()
+    assert out.buffer.getvalue() == b"\\xb1 1 bold\n"
+    monkeypatch.setattr(sys, "stdout", None)
+    assert run_command(group, ["say"]) == 0
+    sys.stdout.close()
+    sys.stderr.close()
+
+
+def test_a_tilde_is_the_home_folder_where_no_shell_says_so(group, monkeypatch, capsys):
+    @group.command()
+    @click.option("--out", type=DIRECTORY)
+    def write(out):
+        print(out)
+
+    monkeypatch.setenv("HOME", "/home/me")
+    for words in (["--out=~/a"], ["--out", "~/a"], ["out=~/a"]):
+        run_command(group, ["write", *words])
+        assert capsys.readouterr().out == "/home/me/a\n"
+
+
+def test_a_file_that_ends_too_early_is_no_interrupt(group, capsys):
+    @group.command()
+    def read():
+        with gzip.open(io.BytesIO(gzip.compress(b"text")[:-4])) as file:
+            file.read()
+
+    assert run_command(group, ["read"]) == 1
+    assert "error: a file ends too early: Compressed file ended before" in capsys.readouterr().err
 
 
 def test_a_key_that_is_written_twice_is_refused_unless_it_says_the_same(group, capsys):

@@ -1,21 +1,13 @@
 """`run.py bench`: which benchmark, at which scale, and what the command line changes of it."""
 
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from moepp.benchmarks.card import CardBenchmark
-from moepp.benchmarks.folder import run_benchmark
-from moepp.benchmarks.layer import LayerBenchmark
-from moepp.benchmarks.parallel import ParallelBenchmark, run_parallel, traffic_table
-from moepp.benchmarks.scoring import ScoringBenchmark
-from moepp.benchmarks.training import TrainingBenchmark
 from moepp.errors import UsageError
+from moepp.terminal import working
 
-KINDS = {
-    "card": CardBenchmark, "layer": LayerBenchmark, "training": TrainingBenchmark, "scoring": ScoringBenchmark,
-    "parallel": ParallelBenchmark,
-}  # fmt: skip
 FLAGS = {"routings": "routing"}  # fields that are called otherwise on the command line
 
 
@@ -27,16 +19,21 @@ def bench(
     `given` are fields of the benchmark, None where the scale's own value holds.
     """
     benchmark = at_scale(what, scale, {name: value for name, value in given.items() if value is not None})
-    if not isinstance(benchmark, ParallelBenchmark):
+    if what != "parallel":
+        from moepp.benchmarks.folder import run_benchmark
+
         return run_benchmark(benchmark, out, minutes)
     if minutes is not None:
         raise UsageError("bench parallel takes no --minutes")
+    from moepp.benchmarks.parallel import run_parallel, traffic_table
+
     return list(traffic_table(run_parallel(benchmark, out))), 0
 
 
 def at_scale(what: str, scale: str | None, given: dict[str, Any]) -> Any:
     """Raises UsageError for a scale or a flag that the benchmark does not know."""
-    kind = KINDS[what]
+    with working("loading torch"):  # and nothing that another benchmark needs: Lightning takes seconds
+        kind = getattr(import_module(f"moepp.benchmarks.{what}"), f"{what.title()}Benchmark")
     if scale is not None and scale not in kind.SCALES:
         known = f"; choose from {', '.join(kind.SCALES)}" if kind.SCALES else ""
         raise UsageError(f"bench {what} has no scale {scale}{known}")

@@ -9,7 +9,6 @@ from functools import partial
 import torch
 
 from moepp.benchmarks.subjects import Subject
-from moepp.data.batches import StepSampler, TrainWindows
 from moepp.data.prepare import prepare
 from moepp.training.optim import learning_rate_scale
 from moepp.training.settings import RunConfig
@@ -27,6 +26,8 @@ class Race:
 
 def steps_to_loss(build: Callable[[RunConfig], Subject], config: RunConfig, loss: float, seed: int) -> int | None:
     """With the run's batches, rate and schedule; None where its steps do not suffice."""
+    from moepp.data.batches import StepSampler, TrainWindows  # imports Lightning, which other timings do without
+
     config = replace(config, seed=seed)
     torch.manual_seed(seed)
     subject, windows = build(config), TrainWindows(prepare(config.data, progress=False), config.data.seq_len)

@@ -24,7 +24,7 @@ def evaluate_checkpoint(source: Path, tasks: str, folder: Path | None, limit: in
     results = list(scored(source, tasks, folder, limit, batch_tokens))
     run = ScoreStore.of(source).run
     if run is not None:
-        _mirror(run.path.parent)
+        _mirror(run.path)
     return "\n".join(score_lines(results))
 
 
@@ -49,6 +49,7 @@ def scored(
         task = load_task(request, folder, limit)
         result = store.find(about(task, store.checkpoint))
         if result is None:
+            store.refuse_no_place()
             model = model or MoEPlusPlus(source, batch_tokens=batch_tokens, progress=_terminal())
             result = evaluate_task(model, task, store.checkpoint)
             store.keep(result)
@@ -64,7 +65,8 @@ def evaluate_sweep(directory: Path, tasks: str, folder: Path | None, limit: int 
     runs = [record.path for record in records if record.status == "done"]
     done = score_runs(runs, requests, folder, limit)
     list(tqdm(done, "scoring trials", len(runs), file=_terminal(), disable=_terminal() is None))
-    _mirror(directory)
+    for run in runs[:1]:
+        _mirror(run)
 
 
 def score_lines(results: Sequence[TaskResult]) -> list[str]:
@@ -104,13 +106,13 @@ def _terminal() -> TextIO | None:
     return sys.stderr if sys.stderr.isatty() else None
 
 
-def _mirror(directory: Path) -> None:
-    """Brings MLflow up to the records of `runs/<name>`, where they are tracked there."""
+def _mirror(run: Path) -> None:
+    """Brings MLflow up to the records of the `runs/<name>` that a run lies in, where it is tracked there."""
     from moepp.config import load
     from moepp.tracking.mirror import FolderMirror, follow
     from moepp.training.settings import RunConfig
 
-    config = load(RunConfig, next(directory.glob("*/config.yaml")))
+    config, folder = load(RunConfig, run / "config.yaml"), run.parent
     if config.tracking.backend == "mlflow":
-        with follow(FolderMirror(directory, config.tracking, directory.parent)):
+        with follow(FolderMirror(folder, config.tracking, folder.parent)):
             pass  # the last pass comes at the end of the block; a tracker that is away costs one line

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from moepp.evaluation.harness import MoEPlusPlus
 
 FEWSHOT_SEED = 1234  # the harness's default
+WHOLE_TEXT = "bits_per_byte"  # the harness's score of a whole text: nats and bytes
 
 
 def about(loaded: LoadedTask, checkpoint: str = "") -> About:
@@ -77,21 +78,26 @@ def _examples(model: "MoEPlusPlus", task: "Task", samples: list[dict[str, Any]],
     kept = {name for name, aggregate in task.aggregation().items() if aggregate is mean}
     first = samples[0]["filter"] if samples else None
     samples = sorted((s for s in samples if s["filter"] == first), key=lambda sample: sample["doc_id"])
-    for sample, (nats, gold, text) in zip(samples, _gold(model, task, samples), strict=True):
+    for sample, (nats, gold, size) in zip(samples, _gold(model, task, samples), strict=True):
         yield Example(
             id=f"{prefix}{sample['doc_id']}",
             gold_nats=nats,
-            gold_bytes=len(text.encode()),
+            gold_bytes=size,
             metrics={name: float(sample[name]) for name in sample["metrics"] if name in kept},
             choices=tuple(nats for nats, _ in sample["filtered_resps"]) if gold is not None else (),
             gold=gold,
         )
 
 
-def _gold(model: "MoEPlusPlus", task: "Task", samples: list[dict[str, Any]]) -> Iterator[tuple[float, int | None, str]]:
-    """Of every sample the gold answer's log-likelihood, its index among the choices, and its text as scored."""
+def _gold(model: "MoEPlusPlus", task: "Task", samples: list[dict[str, Any]]) -> Iterator[tuple[float, int | None, int]]:
+    """Of every sample the gold answer's log-likelihood, its index among the choices, and its bytes as scored. A text
+    scored as a whole is its own gold answer, and has the bytes that the harness counts.
+    """
     if task.OUTPUT_TYPE == "generate_until":
         yield from _generated_gold(model, task, samples)
+        return
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":
+        yield from ((nats, None, size) for nats, size in (sample[WHOLE_TEXT] for sample in samples))
         return
     for sample in samples:
         gold = None
@@ -99,7 +105,7 @@ def _gold(model: "MoEPlusPlus", task: "Task", samples: list[dict[str, Any]]) -> 
             # With several inputs (WinoGrande) the choice is in the context, and the text names the right one.
             gold = task.doc_to_text(sample["doc"]) if task.multiple_input else _index(task, sample)
         response, arguments = sample["filtered_resps"][gold or 0], sample["arguments"][gold or 0]
-        yield response[0], gold, arguments[1]
+        yield response[0], gold, len(arguments[1].encode())
 
 
 def _index(task: "Task", sample: dict[str, Any]) -> int:
@@ -109,7 +115,7 @@ def _index(task: "Task", sample: dict[str, Any]) -> int:
 
 def _generated_gold(
     model: "MoEPlusPlus", task: "Task", samples: list[dict[str, Any]]
-) -> Iterator[tuple[float, int | None, str]]:
+) -> Iterator[tuple[float, int | None, int]]:
     """Where an answer is generated, the first reference answer is scored after the same prompt."""
     from lm_eval.api.instance import Instance
 
@@ -122,7 +128,7 @@ def _generated_gold(
     ])  # fmt: skip
     model.cut = cut
     for (nats, _), answer in zip(scored, answers, strict=True):
-        yield nats, None, answer
+        yield nats, None, len(answer.encode())
 
 
 def _first(target: Any) -> str:

@@ -71,7 +71,9 @@ class MoEPlusPlus(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **options: object
     ) -> list[tuple[float, bool]]:
-        return self._score([(context + scored, len(scored)) for _, context, scored in requests])
+        whole = [(context + scored, len(scored)) for _, context, scored in requests]
+        self.cut += sum(len(tokens) > self.checkpoint.context + 1 for tokens, _ in whole)
+        return self._score(whole)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Of whole texts: each token has at least half a context of the text before it, or all of it."""
@@ -108,11 +110,14 @@ class MoEPlusPlus(TemplateLM):
         return [found[number] for number in range(len(requests))]
 
     def _score(self, requests: list[tuple[list[int], int]]) -> list[tuple[float, bool]]:
-        context = self.checkpoint.context
-        self.cut += sum(len(tokens) > context + 1 for tokens, _ in requests)
         with tqdm(desc="scoring", unit=" windows", file=self.progress, disable=self.progress is None) as bar:
             found = log_likelihoods(
-                self.checkpoint, requests, context, self.batch_tokens, self.checkpoint.device, bar.update
+                self.checkpoint,
+                requests,
+                self.checkpoint.context,
+                self.batch_tokens,
+                self.checkpoint.device,
+                bar.update,
             )
         return [(likelihood.nats, likelihood.greedy) for likelihood in found]
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 ANSWERS, FIELDS = ("doc_to_target", "doc_to_choice"), ("doc_to_text", "doc_to_target", "doc_to_choice")
 
 
-def check_rows(file: Path, task: Mapping[str, Any]) -> int:
-    """How many rows a file has. Raises UsageError, with row and column, for what the task's templates cannot read.
+def check_rows(file: Path, task: Mapping[str, Any]) -> None:
+    """Raises UsageError, with row and column, for what the task's templates cannot read.
 
     `task` is the harness's file. Where it makes other columns of these first (process_docs), only that rows are alike
     is known.
@@ -32,7 +33,6 @@ def check_rows(file: Path, task: Mapping[str, Any]) -> int:
             raise UsageError(f"{file} row {number} has no '{missing[0]}', which the task needs; it has {has}")
         if empty := [name for name, is_answer in needed.items() if is_answer and row[name] in ("", [])]:
             raise UsageError(f"{file} row {number}: '{empty[0]}', an answer, is empty")
-    return len(rows)
 
 
 def check_questions(docs: Iterable[Mapping[str, Any]], task: "ConfigurableTask", file: Path) -> None:
@@ -43,6 +43,19 @@ def check_questions(docs: Iterable[Mapping[str, Any]], task: "ConfigurableTask",
         except Exception as error:  # whatever templates and the task's own functions raise
             said = " ".join(str(error).split())
             raise UsageError(f"{file} row {number} is none of task {task.config.task}: {said}") from error
+
+
+def check_examples(task: "ConfigurableTask", source: Path | str, asked: str) -> None:
+    """Raises UsageError where a prompt needs more examples than `source` has of the task, without those that are the
+    question itself. `asked` is the task's name, or that of all tasks whose rows the source holds.
+    """
+    if not (shots := task.config.num_fewshot):
+        return
+    docs = [json.dumps(doc, sort_keys=True, default=str) for doc in task.fewshot_docs()]
+    itself = max(Counter(docs).values()) if task.fewshot_cfg.split == task.config.test_split else 0
+    if shots > (others := len(docs) - itself):
+        part = "" if task.config.task == asked else f" of {task.config.task}"
+        raise UsageError(f"{source} has {others} examples{part} for prompts with {shots}; ask for {asked}:{others}")
 
 
 def _refuse_no_question(task: "ConfigurableTask", doc: Mapping[str, Any]) -> None:
@@ -87,14 +100,18 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 
 
 def columns(template: Any) -> set[str]:
-    """The columns that a field of a task names: in a template, or by itself."""
-    from jinja2 import Environment, TemplateError, meta
+    """The columns that a field of a task names: in a template, or by itself. None of a template that asks which columns
+    there are, as `answer if answer is defined else target` does.
+    """
+    from jinja2 import Environment, TemplateError, meta, nodes
 
     if not isinstance(template, str):
         return set()
     if "{{" not in template and "{%" not in template:
         return {template} if template.isidentifier() else set()
     try:
-        return meta.find_undeclared_variables(Environment().parse(template))
+        parsed = Environment().parse(template)
+        asks = any(test.name in ("defined", "undefined") for test in parsed.find_all(nodes.Test))
+        return set() if asks else meta.find_undeclared_variables(parsed)
     except TemplateError:
         return set()

@@ -77,7 +77,9 @@ class TaskResult:
 
     @property
     def accuracy_metric(self) -> str:
-        """The metric the paper reports: acc, or exact_match where an answer is generated."""
+        """The metric the paper reports: acc, or exact_match where an answer is generated; "" of whole texts, whose only
+        score is bits per byte.
+        """
         names = self.examples[0].metrics
         return next((name for name in ACCURACIES if name in names), min(names, default=""))
 
@@ -138,7 +140,7 @@ def find_task_result(folder: Path, wanted: About) -> TaskResult | None:
 def read_task_result(path: Path) -> TaskResult:
     """Raises RunError for a file that is no such result."""
     try:
-        about, *examples = (json.loads(line) for line in path.read_text().splitlines())
+        about, *examples = (json.loads(line) for line in path.read_text("utf-8").splitlines())
         found = tuple(Example(**{**line, "choices": tuple(line["choices"])}) for line in examples)
         if not found:
             raise ValueError("it holds no example")
@@ -155,8 +157,10 @@ def load_task_results(run: Path | str) -> dict[str, TaskResult]:
 def means(results: Iterable[TaskResult]) -> dict[str, float]:
     """Unweighted means over tasks, with and without BoolQ: of the paper's accuracy and of bits per byte."""
     found, results = {}, list(results)
-    for suffix, kept in (("", results), (" without BoolQ", [r for r in results if r.about.task != NOISY_TASK])):
+    others = [result for result in results if result.about.task != NOISY_TASK]
+    for suffix, kept in (("", results), (" without BoolQ", others if len(others) < len(results) else [])):
+        if accuracies := [r.scores()[r.accuracy_metric].value for r in kept if r.accuracy_metric]:
+            found[f"accuracy{suffix}"] = statistics.fmean(accuracies)
         if kept:
-            found[f"accuracy{suffix}"] = statistics.fmean(r.scores()[r.accuracy_metric].value for r in kept)
             found[f"bits per byte{suffix}"] = statistics.fmean(r.scores()[GOLD].value for r in kept)
     return found

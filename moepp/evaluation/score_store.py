@@ -1,9 +1,11 @@
 """Where the scores of a checkpoint are kept: no task is scored twice, and an interrupted call loses one at most."""
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from moepp.errors import RunError
 from moepp.evaluation.checkpoints import answering_files, default_device, is_run, released_dtype
 from moepp.evaluation.results import FOLDER, About, TaskResult, final_metrics, find_task_result, write_task_result
 from moepp.records import RunRecord, digest_of
@@ -42,6 +44,13 @@ class ScoreStore:
 
     def find(self, wanted: About) -> TaskResult | None:
         return find_task_result(self.folder, wanted)
+
+    def refuse_no_place(self) -> None:
+        """Raises RunError where scores could not be kept, before they cost anything."""
+        place = self.folder if self.run is None else self.run.path
+        nearest = next(path for path in (place, *place.parents) if path.exists())
+        if not os.access(nearest, os.W_OK):
+            raise RunError(f"cannot write {place}, where its scores are kept; score a copy of it")
 
     def keep(self, result: TaskResult) -> None:
         """Raises RunError where it cannot be written."""

@@ -3,20 +3,19 @@ local data.
 """
 
 import difflib
-import gzip
 import json
 import logging
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moepp.errors import RunError, UsageError
-from moepp.evaluation.local_rows import check_questions, check_rows
+from moepp.evaluation.local_rows import check_examples, check_questions, check_rows, read_rows
 from moepp.records import digest_of
 
 if TYPE_CHECKING:
@@ -35,6 +34,7 @@ FOLDERS = {
 }  # fmt: skip
 EVALUATED, EXAMPLES = ("", "_test", "_validation"), ("_train", "_dev")  # endings of local files' names, best first
 WORD = re.compile(r"""[^\s"',:\[\]]+""")
+OWN_EXAMPLES = "the harness's task file"
 SUBJECT = "subject"  # the column that divides a local file of MMLU into its 57 tasks
 
 
@@ -127,6 +127,7 @@ def load_task(request: TaskRequest, folder: Path | None, limit: int | None = Non
         for task in tasks.values():
             task.set_config("num_fewshot", (task.config.num_fewshot or 0) if request.shots is None else request.shots)
     if folder is not None:
+        examples_from = _own_examples(tasks.values()) or examples_from
         _check_questions(tasks, request.name, folder)
     else:
         data = f"hub:{next(iter(tasks.values())).config.dataset_path}"
@@ -136,13 +137,25 @@ def load_task(request: TaskRequest, folder: Path | None, limit: int | None = Non
     return loaded if loaded.shots else replace(loaded, examples_from="")
 
 
+def _own_examples(tasks: "Iterable[ConfigurableTask]") -> str:
+    """Gives tasks whose file spells out the examples of its prompts these, as they have them on hub data; returns what
+    they are, empty where data are the only source.
+    """
+    for task in (own := [task for task in tasks if task.fewshot_cfg.samples]):
+        task.fewshot_cfg.split = None
+        task.sampler.replace_df(list(task.fewshot_docs()))
+    return OWN_EXAMPLES if own else ""
+
+
 def _check_questions(tasks: "Mapping[str, ConfigurableTask]", name: str, folder: Path) -> None:
     """Of local files, those of the evaluated one first."""
-    examples = _find(folder, name, EXAMPLES)
+    evaluated, examples = _find(folder, name, EVALUATED), _find(folder, name, EXAMPLES)
     for task in tasks.values():
-        check_questions(task.eval_docs, task, _find(folder, name, EVALUATED))
-        if examples and task.config.num_fewshot:
+        check_questions(task.eval_docs, task, evaluated)
+        of_data = task.fewshot_cfg.split is not None
+        if examples and of_data and task.config.num_fewshot:
             check_questions(task.fewshot_docs(), task, examples)
+        check_examples(task, (examples or evaluated) if of_data else OWN_EXAMPLES, name)
 
 
 def shared_out(sizes: Mapping[str, int], limit: int | None) -> dict[str, int]:
@@ -175,7 +188,8 @@ def _local(request: TaskRequest, manager: "TaskManager", folder: Path, scratch: 
     examples = _find(folder, request.name, EXAMPLES)
     files = {"test": evaluated} | ({"examples": examples} if examples else {})
     entry = manager.task_index[request.name]
-    _check_local(request, files, entry.cfg or {})
+    for file in files.values():
+        check_rows(file, entry.cfg or {})
     if entry.yaml_path is not None and isinstance(entry.cfg.get("task"), str):
         specs = [_write_task(scratch, request.name, entry.yaml_path, files)]
     else:
@@ -184,41 +198,30 @@ def _local(request: TaskRequest, manager: "TaskManager", folder: Path, scratch: 
     return specs, data, examples.name if examples else f"{evaluated.name}, without the question itself"
 
 
-def _check_local(request: TaskRequest, files: Mapping[str, Path], task: Mapping[str, Any]) -> None:
-    """Raises UsageError for rows that the task cannot read, and for fewer of them than its prompts need."""
-    rows = {split: check_rows(file, task) for split, file in files.items()}
-    others = rows["examples"] if "examples" in rows else rows["test"] - 1
-    if (request.shots or 0) > others:
-        file = files.get("examples", files["test"])
-        raise UsageError(
-            f"{file} has {others} examples for prompts with {request.shots}; ask for {request.name}:{others}"
-        )
-
-
 def _write_subjects(request: TaskRequest, manager: "TaskManager", files: dict[str, Path], scratch: Path) -> list[str]:
     """One task file for each subject in the data: `mmlu` stands for `mmlu_<subject>`."""
-    parts: dict[str, dict[str, Path]] = defaultdict(dict)
+    parts: dict[str, dict[str, list[str]]] = defaultdict(dict)
     for split, file in files.items():
         for subject, lines in _by_subject(file).items():
-            parts[subject][split] = scratch / f"{request.name}_{subject}_{split}.jsonl"
-            parts[subject][split].write_text("".join(lines))
+            parts[subject][split] = lines
     specs = []
     for subject, by_split in sorted(parts.items()):
         name = f"{request.name}_{subject}"
         if name not in manager.task_index or "test" not in by_split:
             raise UsageError(f"{files['test']}: there is no task {name} with questions to evaluate")
-        specs.append(_write_task(scratch, name, manager.task_index[name].yaml_path, by_split))
+        paths = {split: scratch / f"{name}_{split}.jsonl" for split in by_split}
+        for split, path in paths.items():
+            path.write_text("".join(by_split[split]))
+        specs.append(_write_task(scratch, name, manager.task_index[name].yaml_path, paths))
     return specs
 
 
 def _by_subject(file: Path) -> dict[str, list[str]]:
     found: dict[str, list[str]] = defaultdict(list)
-    try:
-        with gzip.open(file, "rt") if file.suffix == ".gz" else open(file) as lines:
-            for line in lines:
-                found[json.loads(line)[SUBJECT]].append(line)
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"{file} is no JSONL file with a column '{SUBJECT}': {_line(error)}") from None
+    for number, row in enumerate(read_rows(file), start=1):
+        if not isinstance(row.get(SUBJECT), str):
+            raise UsageError(f"{file} row {number} has no '{SUBJECT}', the task that it belongs to, in text")
+        found[row[SUBJECT]].append(json.dumps(row) + "\n")
     return found
 
 

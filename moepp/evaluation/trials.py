@@ -62,6 +62,8 @@ def _missing(run: Path, asked: Asked) -> list[LoadedTask]:
 
 def _score(run: Path, asked: Asked) -> Path:
     store, missing = ScoreStore.of(run), _missing(run, asked)
+    if missing:
+        store.refuse_no_place()
     model = MoEPlusPlus(run) if missing else None
     for task in missing:
         store.keep(evaluate_task(model, task, store.checkpoint))

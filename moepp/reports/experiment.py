@@ -59,15 +59,17 @@ class Context:
             raise UsageError(f"{directory} holds no finished run of arm {arm}; `reproduce` trains it")
         return done
 
-    def check(self) -> None:
-        """Raises UsageError for options that can be seen to be wrong before anything is trained."""
+    def check(self, least: int = 1) -> None:
+        """Raises UsageError for options that can be seen to be wrong before anything is trained: amounts below `least`
+        among them.
+        """
         for option, value in self.options.items():
             if option == "tasks_dir" and not Path(value).expanduser().is_dir():
                 raise UsageError(f"{option}={value} is no folder")
             if option in PATHS:
                 self.path(option)
-            elif option in AMOUNTS and not (value.isdecimal() and int(value)):
-                raise UsageError(f"{option}={value} must be a whole number of at least 1")
+            elif option in AMOUNTS and not (value.isdecimal() and int(value) >= least):
+                raise UsageError(f"{option}={value} must be a whole number of at least {least}")
 
     def path(self, option: str) -> Path | None:
         """The file or folder that an option names; None without one. Raises UsageError when it is not there."""

@@ -41,7 +41,7 @@ class Report:
 
     @classmethod
     def read(cls, folder: Path) -> "Report":
-        head, *parts = re.split(r"^## ", (folder / "report.md").read_text(), flags=re.MULTILINE)
+        head, *parts = re.split(r"^## ", (folder / "report.md").read_text("utf-8"), flags=re.MULTILINE)
         title, _, about = head.removeprefix("# ").partition("\n")
         sections = {name: text.strip() for name, _, text in (part.partition("\n") for part in parts)}
         return cls(folder, title.strip(), about.strip(), sections)
@@ -95,11 +95,11 @@ def one_report(folder: Path) -> str:
 
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    path.write_text(text, "utf-8")
 
 
 def _page(title: str, body: str) -> str:
-    return Template(TEMPLATE.read_text()).substitute(title=html.escape(title), body=body)
+    return Template(TEMPLATE.read_text("utf-8")).substitute(title=html.escape(title), body=body)
 
 
 def _front_page(cards: Sequence[str], missing: Sequence[str]) -> str:
@@ -252,7 +252,7 @@ def _figure(folder: Path, source: str, caption: str, beside: str) -> str:
     if path is None:
         return f'<img alt="{caption}" src="">'
     kind = IMAGES[path.suffix.lower()]
-    speaks = kind == IMAGES[".svg"] and not ACTIVE.search(svg := path.read_text())
+    speaks = kind == IMAGES[".svg"] and not ACTIVE.search(svg := path.read_text("utf-8"))
     place = html.escape(f"{beside}{quote(unquote(source))}")
     if beside:
         seen = f'<object type="{kind}" data="{place}" aria-label="{caption}"></object>'

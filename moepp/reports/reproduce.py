@@ -31,6 +31,10 @@ def find(what: str) -> Experiment:
         return experiments[what]
     if what in sweeps or what.endswith(YAML):
         return of_sweep(what)
+    if Path(what).is_dir():
+        raise UsageError(f"{what} holds no sweep.json, as the folder of a sweep's records does: runs/<sweep>-<scale>")
+    if Path(what).parent != Path():
+        raise UsageError(f"there is no file and no folder {what}")
     known = [*experiments, *sweeps]
     nearest = difflib.get_close_matches(what, known, n=1, cutoff=0.5)
     hint = f"; did you mean {nearest[0]}?" if nearest else ""
@@ -91,8 +95,9 @@ def reproduce(
     options, overrides = _own_options(experiment, arguments, flags or {})
     score = _asks_for_tasks(experiment, options)
     needed = () if options.get("weights") else experiment.runs  # a checkpoint takes the place of trained runs
-    if needed:
-        Context(scale, options=options).check()
+    if overrides and not needed:
+        raise UsageError(f"{overrides[0]} is of trained runs, and weights= takes their place: leave one of them out")
+    Context(scale, options=options).check(least=2 if experiment.of_routing else 1)
     directories = {runs.sweep: _train(runs, scale, workers, overrides, seeds) for runs in needed}
     with clock.phase("timing"):
         for runs in needed:
@@ -105,7 +110,7 @@ def reproduce(
     print("\n".join(clock.told(directories.values())))
 
 
-def report(what: str, scale: str, runs: Path | str = RUNS, out: Path | None = None) -> None:
+def report(what: str, scale: str, runs: Path = RUNS, out: Path | None = None) -> None:
     """The report of runs that are there already, without training. Arguments and errors as of `reproduce`."""
     if plan := _records(what):
         experiment, scale = of_records(Path(what)), plan["scale"]
@@ -113,7 +118,7 @@ def report(what: str, scale: str, runs: Path | str = RUNS, out: Path | None = No
     else:
         experiment = find(what)
         scale = _scale(experiment, scale)
-        directories = {needed.sweep: Path(runs) / f"{_sweep_name(needed)}-{scale}" for needed in experiment.runs}
+        directories = {needed.sweep: runs / f"{_sweep_name(needed)}-{scale}" for needed in experiment.runs}
     _publish(experiment, Context(scale, directories), out)
 
 

@@ -178,6 +178,8 @@ def _unfinished(record: RunRecord) -> str | None:
         return f"pruned ({record.read('pruned.json')['reason']})"
     if record.status != "done":
         return "not finished" if record.status == "started" else "not started"
+    if not (record.path / "config.yaml").is_file():
+        return f"damaged ({record.path} has no config.yaml; restore it, or remove the folder to train it again)"
     return None
 
 

@@ -108,7 +108,8 @@ class TaskTables:
         left_out = (missing,) if self.left_out else ()
         if not self.tasks:
             return left_out
-        return (*left_out, self.setup, self.accuracy, self.accuracy_differences, self.gold, HOW_TO_READ)
+        accuracy = (self.accuracy, self.accuracy_differences) if self.accuracy.rows else ()
+        return (*left_out, self.setup, *accuracy, self.gold, HOW_TO_READ)
 
 
 def task_tables(results: SweepResults, arms: Sequence[str]) -> TaskTables | None:
@@ -123,30 +124,32 @@ def task_tables(results: SweepResults, arms: Sequence[str]) -> TaskTables | None
         return None
     tasks = tuple(task for task in named if _asked_alike(runs, task))
     others = [arm for arm in arms if arm != results.baseline]
-    values = {measure.name: _values(measure, scores, tasks) for measure in MEASURES}
-    found = {measure.name: _differences(measure, scores, tasks, results.baseline, others) for measure in MEASURES}
     accuracy, gold = MEASURES
+    answered = tuple(task for task in tasks if runs[0][task].accuracy_metric)  # the others are whole texts
+    measured = {accuracy: answered, gold: tasks}
+    values = {measure.name: _values(measure, scores, of) for measure, of in measured.items()}
+    base = results.baseline
+    found = {measure.name: _differences(measure, scores, of, base, others) for measure, of in measured.items()}
     return TaskTables(
         tasks=tasks,
         left_out=tuple(task for task in named if task not in tasks),
-        baseline=results.baseline,
+        baseline=base,
         asked={task: _asked(runs, task) for task in tasks},
         setup=shown(_setup(runs, tasks), ASKED),
         accuracy=shown(
-            _with_chance(_value_rows(accuracy, values["accuracy"], arms, tasks), runs[0]),
+            _with_chance(_value_rows(accuracy, values["accuracy"], arms, answered), runs[0]),
             "Accuracy in % (exact match for NQ):",
         ),
         accuracy_differences=shown(
-            _difference_rows(accuracy, found["accuracy"], others, tasks),
-            f"Accuracy minus {results.baseline}, in points:",
+            _difference_rows(accuracy, found["accuracy"], others, answered),
+            f"Accuracy minus {base}, in points:",
         ),
         gold=shown(
             _join(
-                _value_rows(gold, values[GOLD], [results.baseline], tasks),
+                _value_rows(gold, values[GOLD], [base], tasks),
                 _difference_rows(gold, found[GOLD], others, tasks),
             ),
-            f"Bits per byte of the gold answer, of {results.baseline} and of the other arms minus {results.baseline};"
-            " lower is better:",
+            f"Bits per byte of the gold answer, of {base} and of the other arms minus {base}; lower is better:",
         ),
         full=_full(values, found, arms, tasks),
     )
@@ -257,7 +260,7 @@ def _of_mean(errors: Sequence[SharedError]) -> SharedError:
     """Of the mean over tasks, whose examples are independent."""
     total = math.fsum(error.error**2 for error in errors)
     parts = math.fsum(error.error**4 / error.freedom for error in errors)
-    freedom = int(total**2 / parts) if parts else 1
+    freedom = max(1, int(total**2 / parts)) if parts else 1  # rounding may leave a little less than 1
     return SharedError(math.sqrt(total) / len(errors), freedom)
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from moepp.errors import UsageError
 from moepp.retrofit import modeling
-from moepp.retrofit.modeling import PlusPlusRouter, blocks, family, plus_plus, routers
-from moepp.retrofit.surgery import NEW_OF_ROUTER, require, retrofit
+from moepp.retrofit.modeling import NEW_OF_ROUTER, PlusPlusRouter, blocks, family, plus_plus, plus_plus_name, routers
+from moepp.retrofit.surgery import require, retrofit
 
 CODE = "modeling_moepp.py"
 
@@ -32,18 +32,33 @@ def export(model: nn.Module, folder: str | Path, format: Literal["hf", "zeda", "
 
 
 def write_hf(model: nn.Module, folder: Path) -> None:
-    base = family(type(model))
     model.save_pretrained(folder)
+    heads = auto_classes(model)
     shutil.copyfile(modeling.__file__, folder / CODE)
     with open(folder / CODE, "a") as code:
-        code.write(f"\n\nfrom {base.__module__} import {base.__name__}  # noqa: E402\n\n")
-        code.write(f"{type(model).__name__} = plus_plus({base.__name__})\n")
-        code.write(f"{type(model).__name__}.__module__ = __name__  # the file that save_pretrained copies\n")
-    edit_config(folder, auto_map={auto_class(base): f"{Path(CODE).stem}.{type(model).__name__}"})
+        for cls in dict.fromkeys(heads.values()):
+            name = plus_plus_name(cls)
+            code.write(f"\n\nfrom {cls.__module__} import {cls.__name__}  # noqa: E402\n\n")
+            code.write(f"{name} = plus_plus({cls.__name__})\n")
+            code.write(f"{name}.__module__ = __name__  # the file that save_pretrained copies\n")
+    edit_config(folder, auto_map={auto: f"{Path(CODE).stem}.{plus_plus_name(cls)}" for auto, cls in heads.items()})
 
 
-def auto_class(base: type) -> str:
-    return "AutoModelForCausalLM" if base.__name__.endswith("ForCausalLM") else "AutoModel"
+def auto_classes(model: nn.Module) -> dict[str, type]:
+    """What each of transformers' auto classes makes of this config, with the model's own class first: a folder is also
+    loaded without a head, or with another one.
+    """
+    import transformers
+
+    own, config, found = family(type(model)), type(model.config), {}
+    for name in sorted(transformers.__all__):
+        mapping = getattr(getattr(transformers, name), "_model_mapping", {}) if name.startswith("AutoModel") else {}
+        if config in mapping:
+            made = mapping[config]
+            found[name] = made[0] if isinstance(made, tuple) else made
+    if own not in found.values():
+        return {"AutoModel": own}
+    return dict(sorted(found.items(), key=lambda item: item[1] is not own))
 
 
 def edit_config(folder: Path, **changes: Any) -> None:

@@ -28,9 +28,9 @@ from moepp.models.protocol import ModelOutput
 from moepp.models.sampling import continue_ids
 from moepp.models.settings import DecoderConfig
 from moepp.retrofit.folders import load as load_folder
-from moepp.retrofit.modeling import blocks, experts_hidden, own_experts, plus_plus
+from moepp.retrofit.modeling import NEW_OF_EXPERTS, blocks, experts_hidden, own_experts, plus_plus
 from moepp.retrofit.recognise import recognise
-from moepp.retrofit.surgery import NEW_OF_EXPERTS, calibrate, retrofit, router_width, wake
+from moepp.retrofit.surgery import calibrate, retrofit, router_width, wake
 from moepp.retrofit.upcycle import aligned, upcycle
 
 

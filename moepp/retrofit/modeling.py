@@ -21,6 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 SILENT = -1e4  # the offset at which a new expert is never chosen and takes no probability: float32 rounds it to 0
 ROUTER_NAMES = ("gate", "router")
+NEW_OF_ROUTER = ("new_rows", "offset", "calibrated", "residual")
+NEW_OF_EXPERTS = ("w_mix", "vectors", "copy_scale")
+ROWS = 0.01  # standard deviation of new rows, as a share of the old ones': enough to tell two equal experts apart
 SKIPPING = ("grouped_mm", "deepgemm", "sonicmoe")  # experts implementations that never multiply the rows of id E
 
 
@@ -157,7 +160,20 @@ class Carry:
                 self.previous = kept
 
 
-class PlusPlusRouter:
+class Generated:
+    """Of a class that no module holds: pickled as what it is made of."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return remake, (*type(self).__bases__, type(self).__name__), self.__getstate__()
+
+
+def remake(mixin: type, cls: type, name: str) -> Any:
+    """An instance without its state."""
+    made = mixed(mixin, cls, name)
+    return made.__new__(made)
+
+
+class PlusPlusRouter(Generated):
     """Mixed into a family's router: its own logits, those of the new experts, the gating residual."""
 
     def plus_plus(self, form: Form, counts: dict[str, int], width: int, residual: bool, carry: Carry) -> None:
@@ -169,6 +185,27 @@ class PlusPlusRouter:
         self.register_buffer("offset", own.new_full((new,), SILENT, dtype=torch.float32))
         self.register_buffer("calibrated", own.new_zeros(new, dtype=torch.float32))
         self.residual = nn.Parameter(own.new_zeros(total, total)) if residual else None
+
+    def begin(self) -> None:
+        """Silent, and rows that tell two equal experts apart, but for what a checkpoint gave."""
+        from transformers import initialization
+
+        own = next(p for name, p in self.named_parameters() if p.dim() == 2 and name not in NEW_OF_ROUTER)
+        if own.is_meta:
+            return
+        initialization.normal_(self.new_rows, std=ROWS * own.float().std().item())
+        initialization.constant_(self.offset, SILENT)
+        for begins_at_0 in (self.calibrated, self.residual):
+            if begins_at_0 is not None:
+                initialization.zeros_(begins_at_0)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "PlusPlusRouter":
+        """Offsets stay in float32 whatever the weights are cast to: rounded ones would turn tokens' choices."""
+        kept = self.offset, self.calibrated
+        super()._apply(*args, **kwargs)
+        if self.offset.dtype != torch.float32:
+            self.offset, self.calibrated = (buffer.to(self.offset.device) for buffer in kept)
+        return self
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [T, N] with the offsets that softmaxes see, gates and ids [T, K]."""
@@ -204,7 +241,7 @@ class PlusPlusRouter:
         return getattr(self.get_submodule(".".join(path)), leaf).reshape(-1)
 
 
-class PlusPlusExperts:
+class PlusPlusExperts(Generated):
     """Mixed into a family's experts: its own for their slots, and one affine map a x + b V for all the others."""
 
     no_weight_decay = ("vectors", "copy_scale")
@@ -217,6 +254,16 @@ class PlusPlusExperts:
         self.vectors = nn.Parameter(down.new_empty(constant, width)) if constant else None
         self.copy_scale = nn.Parameter(down.new_ones(copy)) if copy and scaled_copy else None
 
+    def begin(self) -> None:
+        """Random constants, but for what a checkpoint gave."""
+        from transformers import initialization
+
+        if self.w_mix is not None:
+            initialization.normal_(self.w_mix, std=0.02)
+            initialization.normal_(self.vectors, std=0.02)
+        if self.copy_scale is not None:
+            initialization.ones_(self.copy_scale)
+
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`(x [T, D], ids [T, K], gates [T, K])`, by position or by the family's own names."""
         expert_TK, gate_TK, *_ = *args, *kwargs.values()
@@ -226,9 +273,7 @@ class PlusPlusExperts:
     def own_forward(self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor) -> Tensor:
         """Slots of new experts are never multiplied: skipped by implementations that can, left out for the others."""
         new_TK = expert_TK >= self.own
-        implementation = getattr(getattr(self, "config", None), "_experts_implementation", None)
-        decorated = hasattr(self, "_is_expert_parallel")
-        if not decorated or implementation in SKIPPING or torch.compiler.is_compiling():
+        if self.takes_no_one():
             return super().forward(x_TD, expert_TK.clamp(max=self.own), gate_TK.masked_fill(new_TK, 0))
         if not new_TK.any():
             return super().forward(x_TD, expert_TK, gate_TK)
@@ -237,6 +282,14 @@ class PlusPlusExperts:
             return torch.zeros_like(x_TD)
         y_RD = super().forward(x_TD[token_R], expert_TK[token_R, slot_R, None], gate_TK[token_R, slot_R, None])
         return torch.zeros_like(x_TD, dtype=y_RD.dtype).index_add(0, token_R, y_RD)
+
+    def takes_no_one(self) -> bool:
+        """Whether the family's own forward is handed slots of id E, with a gate of 0."""
+        if hasattr(self, "total_experts"):  # LongCat's, where such an id is one more identity expert
+            return True
+        implementation = getattr(getattr(self, "config", None), "_experts_implementation", None)
+        skips = implementation in SKIPPING or torch.compiler.is_compiling()
+        return skips and hasattr(self, "_is_expert_parallel")
 
     def affine(self, x_TD: Tensor, expert_TK: Tensor, gate_TK: Tensor) -> Tensor:
         """Constant experts (Eq. 5), copies (Eq. 4) and zeros (Eq. 3) by their gates, in float32."""
@@ -256,12 +309,18 @@ class PlusPlusExperts:
             return torch.addmm(scale_T[:, None] * x_TD, constant_TC * mix_TC2[..., 1], self.vectors.float())
 
 
-class PlusPlusModel:
+class PlusPlusModel(Generated):
     """Mixed into a family's model: installs what `config.moepp` says, and refuses what would go around it."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         install(self, config.moepp)
+        begin_silent(self)
+
+    def initialize_weights(self) -> None:
+        """Of what a checkpoint lacks."""
+        super().initialize_weights()
+        begin_silent(self)
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **options: Any
@@ -276,6 +335,11 @@ class PlusPlusModel:
         if use_kernels:
             raise ValueError("use_kernels=True replaces MoE blocks whole, their new experts included: set it to False")
         super().set_use_kernels(use_kernels, *args, **kwargs)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """As the family is, whose checkpoints transformers renames and stacks as it reads them."""
+        return family(cls).is_custom_code()
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -319,12 +383,27 @@ def plus_plus_name(cls: type) -> str:
 
 def plus_plus(cls: type) -> type:
     """The class whose models are made with the experts and residuals that `config.moepp` names."""
-    return mixed(PlusPlusModel, cls, plus_plus_name(cls))
+    name = plus_plus_name(cls)
+    introduce(name, cls.__name__)
+    return mixed(PlusPlusModel, cls, name)
+
+
+def introduce(name: str, known: str) -> None:
+    """To transformers, which goes by names: its checkpoints are laid out as those of `known`, and what is said of its
+    labels (the Trainer shifts a causal model's where it smoothes them) and of its use (pipelines) is said of it too.
+    """
+    from transformers import conversion_mapping
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if (layout := conversion_mapping.get_checkpoint_conversion_mapping(known)) is not None:
+        conversion_mapping.register_checkpoint_conversion_mapping(name, layout, overwrite=True)
+    if known in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name] = name
 
 
 def family(cls: type) -> type:
     """The class that a `plus_plus` one was made of."""
-    return cls.__mro__[cls.__mro__.index(PlusPlusModel) + 1]
+    return cls.__mro__[cls.__mro__.index(Generated) + 1]
 
 
 def blocks(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
@@ -370,10 +449,12 @@ def stacks(found: dict[str, tuple[nn.Module, nn.Module]]) -> list[list[tuple[nn.
 
 
 def install(model: nn.Module, settings: dict[str, Any]) -> None:
-    """The class swaps and new members; initial values are whoever's who calls it, or a checkpoint's."""
+    """The class swaps and new members, without initial values."""
     form = Form(**settings["form"] | {"groups": settings["form"]["groups"] and tuple(settings["form"]["groups"])})
     counts = {kind: settings[kind] for kind in ("constant", "copy", "zero")}
-    chosen = {path: block for path, block in blocks(model).items() if path in settings["layers"]}
+    whole = model.base_model_prefix  # a family's other models hold its base model there, or are it
+    named = {*settings["layers"], *(path.removeprefix(f"{whole}.") for path in settings["layers"])}
+    chosen = {path: block for path, block in blocks(model).items() if path.removeprefix(f"{whole}.") in named}
     for stack in stacks(chosen):
         carry = Carry()
         previous = None
@@ -390,11 +471,19 @@ def install(model: nn.Module, settings: dict[str, Any]) -> None:
     count_experts(model, sum(counts.values()))
 
 
+@torch.no_grad()
+def begin_silent(model: nn.Module) -> None:
+    """Initial values of all new members."""
+    for module in model.modules():
+        if isinstance(module, (PlusPlusRouter, PlusPlusExperts)):
+            module.begin()
+
+
 def accept_no_one(experts: nn.Module, accept: bool) -> None:
-    """Whether the family's own forward takes slots of id E, which it does not multiply."""
+    """Whether the family's own forward knows slots of id E."""
     if hasattr(experts, "_is_expert_parallel"):
         experts._is_expert_parallel = accept
-    else:  # LongCat's, where such an id is one more identity expert
+    elif hasattr(experts, "total_experts"):
         experts.total_experts += 1 if accept else -1
 
 

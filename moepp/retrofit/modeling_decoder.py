@@ -10,8 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel, initialization
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 class MoEPlusPlusConfig(PreTrainedConfig):
@@ -211,7 +213,7 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], -1) * sin
 
 
-class Block(nn.Module):
+class Block(GradientCheckpointingLayer):
     def __init__(self, config: MoEPlusPlusConfig, layer: int):
         super().__init__()
         kinds = config.layers[layer]
@@ -223,7 +225,7 @@ class Block(nn.Module):
         self.ffn = DenseFFN(config.hidden_size, kinds["dense"]) if dense else MoELayer(config, kinds, first)
 
     def forward(
-        self, x_BSD: Tensor, rotary: Tensor, mask: Tensor | None, cache: Cache | None, previous_TN: Tensor | None
+        self, x_BSD: Tensor, rotary: Tensor, mask: Tensor | None, previous_TN: Tensor | None, cache: Cache | None
     ) -> tuple[Tensor, Tensor | None]:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotary, mask, cache)
         h_BSD = self.ffn_norm(x_BSD)
@@ -231,6 +233,10 @@ class Block(nn.Module):
             return x_BSD + self.ffn(h_BSD), previous_TN
         y_TD, logits_TN = self.ffn(h_BSD.flatten(0, 1), previous_TN)
         return x_BSD + y_TD.view_as(x_BSD), logits_TN
+
+
+# The Trainer smoothes shifted labels, and pipelines generate, for those named here.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MoEPlusPlusConfig.model_type] = "MoEPlusPlusForCausalLM"
 
 
 class MoEPlusPlusForCausalLM(PreTrainedModel, GenerationMixin):
@@ -245,6 +251,7 @@ class MoEPlusPlusForCausalLM(PreTrainedModel, GenerationMixin):
     _no_split_modules = ["Block"]  # noqa: RUF012
     _tied_weights_keys = {"head.weight": "embedding.weight"}  # noqa: RUF012
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: MoEPlusPlusConfig):
         super().__init__(config)
@@ -254,11 +261,24 @@ class MoEPlusPlusForCausalLM(PreTrainedModel, GenerationMixin):
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def _init_weights(self, module: nn.Module) -> None:
+        """Parameters that are no layer's of torch, as its linear layers' are; gating residuals begin at 0."""
+        super()._init_weights(module)
+        if isinstance(module, (Router, FFNExperts, ConstantExperts)):
+            for name, parameter in module.named_parameters(recurse=False):
+                initialization.normal_(parameter, std=0.0 if name == "residual" else 0.02)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.embedding
 
+    def set_input_embeddings(self, embedding: nn.Module) -> None:
+        self.embedding = embedding
+
     def get_output_embeddings(self) -> nn.Module:
         return self.head
+
+    def set_output_embeddings(self, head: nn.Module) -> None:
+        self.head = head
 
     def forward(
         self,
@@ -278,10 +298,11 @@ class MoEPlusPlusForCausalLM(PreTrainedModel, GenerationMixin):
             position_ids = torch.arange(cached, cached + new, device=input_ids.device)[None]
         head_dim = self.config.hidden_size // self.config.num_attention_heads
         rotary = rotary_table(position_ids, head_dim, self.config.rope_theta)
-        mask = visible(attention_mask, cached, new, input_ids.device)
+        length = cache.get_mask_sizes(new, 0)[0] if cache is not None else new
+        mask = visible(attention_mask, cached, new, length, input_ids.device)
         x_BSD, previous_TN = self.embedding(input_ids), None
         for block in self.blocks:
-            x_BSD, previous_TN = block(x_BSD, rotary, mask, cache, previous_TN)
+            x_BSD, previous_TN = block(x_BSD, rotary, mask, previous_TN, cache=cache)
         logits_BSV = self.head(self.norm(x_BSD[:, -logits_to_keep:]))
         loss = None
         if labels is not None:
@@ -289,13 +310,18 @@ class MoEPlusPlusForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits_BSV, cache=cache)
 
 
-def visible(attention_mask: Tensor | None, cached: int, new: int, device: torch.device) -> Tensor | None:
-    """True where a new token may look, [B, 1, S, P]; None where each sees all that stand before it."""
+def visible(attention_mask: Tensor | None, cached: int, new: int, length: int, device: torch.device) -> Tensor | None:
+    """True where a new token may look, [B, 1, S, P]; None where each sees all that stand before it. P is the cache's
+    `length`, which one of a fixed size has before it is full; for such a one `generate` brings the whole mask.
+    """
+    if attention_mask is not None and attention_mask.dim() == 4:
+        return attention_mask
     padded = attention_mask is not None and not attention_mask.all()
-    if not cached and not padded:
+    if length == new and not padded:
         return None
-    mask = torch.ones(new, cached + new, dtype=torch.bool, device=device).tril(cached)[None, None]
+    position_S1, place_P = torch.arange(new, device=device)[:, None] + cached, torch.arange(length, device=device)
+    mask = (place_P <= position_S1)[None, None]
     if padded:
-        itself = torch.eye(new, cached + new, dtype=torch.bool, device=device).roll(cached, 1)
-        mask = (mask & attention_mask[:, None, None].bool()) | itself  # padding sees itself, else a softmax of nothing
+        kept_BP = F.pad(attention_mask.bool(), (0, length - attention_mask.shape[1]))
+        mask = mask & kept_BP[:, None, None] | (place_P == position_S1)  # padding sees itself: no softmax of nothing
     return mask

@@ -75,6 +75,8 @@ def observe(model: nn.Module, record: RunRecord | None = None, step: int = 0) ->
     """Gives a dict that has, after the block, each layer's loads, entropy and top score by its path; with a run record
     they are logged there as `router/*`, from where MLflow shows them. The model's `attention_mask` leaves padding out.
     """
+    if hasattr(model, "get_base_model"):  # adapters' forward names no arguments
+        model = model.get_base_model()
     found = blocks(model)
     if not found:
         raise UsageError(f"{type(model).__name__} has no MoE block of a router and stacked experts")

@@ -63,13 +63,13 @@ def sample_with(router: nn.Module, width: int, dtype: torch.dtype, of_weights: t
     extra = tuple(torch.randn(own_experts(router), generator=generator) * BIAS for _ in range(arguments(router)))
     with torch.no_grad():
         try:
-            logits, gates, ids = copy(x_1TD[0].clone(), *extra)
+            answer = copy(x_1TD[0].clone(), *extra)
         except ValueError:  # some unpack batch, sequence and width
-            logits, gates, ids = copy(x_1TD.clone(), *extra)
+            answer = copy(x_1TD.clone(), *extra)
     shapes = [(TOKENS, own_experts(router)), (TOKENS, router.top_k), (TOKENS, router.top_k)]
-    if ids.is_floating_point() or [tuple(found.shape) for found in (logits, gates, ids)] != shapes:
+    if [tuple(found.shape) for found in answer] != shapes or answer[2].is_floating_point():
         raise ValueError("it does not answer with logits, gates and ids")
-    return logits, gates, ids, dtype, copy, extra
+    return *answer, dtype, copy, extra
 
 
 def arguments(router: nn.Module) -> int:

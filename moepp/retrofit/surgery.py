@@ -12,6 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from moepp.errors import UsageError
 from moepp.retrofit.modeling import (
+    NEW_OF_EXPERTS,
+    NEW_OF_ROUTER,
     SILENT,
     PlusPlusModel,
     PlusPlusRouter,
@@ -25,11 +27,8 @@ from moepp.retrofit.modeling import (
     routers,
     stacks,
 )
-from moepp.retrofit.recognise import recognise
+from moepp.retrofit.recognise import recognise, unknown
 
-ROWS = 0.01  # standard deviation of new rows, as a share of the old ones': enough to tell two equal experts apart
-NEW_OF_ROUTER = ("new_rows", "offset", "calibrated", "residual")
-NEW_OF_EXPERTS = ("w_mix", "vectors", "copy_scale")
 FAR = 64.0  # beyond which no offset is looked for
 BISECTIONS = 32
 
@@ -81,14 +80,13 @@ def choose_blocks(model: nn.Module, layers: Collection[int] | None) -> dict[str,
     refuse_others(model)
     if isinstance(model, PlusPlusModel):
         raise UsageError(f"{name} has its new experts already: strip(model) first")
+    if getattr(model, "is_quantized", False):
+        raise UsageError(f"{name} is quantized, and new experts are not: load it in float32, bfloat16 or float16")
     if getattr(model, "use_kernels", False):
         raise UsageError(f"{name} was loaded with use_kernels=True, which replaces MoE blocks whole: load it without")
     found = blocks(model)
     if not found:
-        raise UsageError(
-            f"{name} has no MoE block of a router and stacked experts: experts that lie otherwise get no new ones, and"
-            " a dense model is to be upcycled first"
-        )
+        raise UsageError(f"{name} has no MoE block of a router and stacked experts: {instead_of_blocks(model)}")
     if parallel := [path for path, (_, experts) in found.items() if getattr(experts, "_is_expert_parallel", False)]:
         raise UsageError(f"{parallel[0]} of {name} runs under transformers' expert parallelism: load it with ep_size=1")
     if layers is None:
@@ -98,6 +96,14 @@ def choose_blocks(model: nn.Module, layers: Collection[int] | None) -> dict[str,
     if bad := [layer for layer in layers if layer not in range(len(found))]:
         raise UsageError(f"layers: {bad[0]!r} is no MoE block of {name}, which has {len(found)}, from 0")
     return {path: block for i, (path, block) in enumerate(found.items()) if i in layers}
+
+
+def instead_of_blocks(model: nn.Module) -> str:
+    """What lies where a MoE block would, and what is to be done about it."""
+    lying = ((path, m) for path, m in model.named_modules() if path and (own_experts(m) or hasattr(m, "experts")))
+    if found := next(lying, None):
+        return f"{type(found[1]).__name__} at {found[0]} holds its experts otherwise, and gets no new ones"
+    return "a dense model is to be upcycled first"
 
 
 def refuse_others(model: nn.Module) -> None:
@@ -123,29 +129,28 @@ def common_form(chosen: dict[str, tuple[nn.Module, nn.Module]]) -> tuple[Any, in
 
 def router_width(router: nn.Module) -> int:
     """D, from the one matrix with a row per expert."""
-    matrices = [p for p in router.parameters() if p.dim() == 2 and p.shape[0] == own_experts(router)]
+    experts = own_experts(router)
+    if experts is None:
+        raise unknown(router, "it says neither num_experts nor n_routed_experts")
+    matrices = [p for p in router.parameters() if p.dim() == 2 and p.shape[0] == experts]
     if len(matrices) != 1:
-        raise UsageError(
-            f"{type(router).__name__} is a router of unknown form: {len(matrices)} matrices with a row per expert"
+        raise unknown(
+            router, f"{len(matrices) or 'none'} of its matrices has a row for each of {experts} experts alone"
         )
     return matrices[0].shape[1]
 
 
+@torch.no_grad()
 def begin_new(router: nn.Module, experts: nn.Module, init: str) -> None:
     """Initial values of one block's new parameters."""
-    matrix = next(p for name, p in router.named_parameters() if p.dim() == 2 and name not in NEW_OF_ROUTER)
-    if matrix.is_meta:
-        return
-    with torch.no_grad():
-        if init == "zeda":
-            mean_D, std_D = matrix.float().mean(0), matrix.float().std(0)
-            router.new_rows.copy_(mean_D + std_D * torch.randn_like(router.new_rows, dtype=torch.float32))
-            router.offset.zero_()
-        else:
-            router.new_rows.normal_(std=ROWS * matrix.float().std().item())
-        for parameter in (experts.w_mix, experts.vectors):
-            if parameter is not None:
-                parameter.normal_(std=0.02)
+    if init == "zeda":
+        matrix = next(p for name, p in router.named_parameters() if p.dim() == 2 and name not in NEW_OF_ROUTER)
+        mean_D, std_D = matrix.float().mean(0), matrix.float().std(0)
+        router.new_rows.copy_(mean_D + std_D * torch.randn_like(router.new_rows, dtype=torch.float32))
+        router.offset.zero_()
+    else:
+        router.begin()
+    experts.begin()
 
 
 def probe(router: nn.Module) -> tuple[Tensor, ...]:
@@ -222,8 +227,11 @@ def remove(module: nn.Module, names: Iterable[str]) -> None:
 
 
 def require(model: nn.Module) -> None:
-    if not isinstance(model, PlusPlusModel):
-        raise UsageError(f"{type(model).__name__} has no new experts: retrofit(model) first")
+    if isinstance(model, PlusPlusModel):
+        return
+    inside = any(isinstance(module, PlusPlusModel) for module in model.modules())
+    hint = "pass the model that it wraps, adapters merged for an export" if inside else "retrofit(model) first"
+    raise UsageError(f"{type(model).__name__} has no new experts of its own: {hint}")
 
 
 def calibrate(

@@ -98,6 +98,6 @@ def curve(rows: Sequence[tuple[float, float, float]], name: str, moved: str, mea
 def write_figure(figure: Figure, folder: Path) -> str:
     """The table in lines; it and the figure are written to the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{figure.data.name}.csv").write_text(as_csv(figure.data))
+    (folder / f"{figure.data.name}.csv").write_text(as_csv(figure.data), "utf-8")
     save_figure(figure, folder)
     return "\n".join(as_lines(figure.data))

@@ -10,7 +10,7 @@ nothing or D.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy.stats import rankdata
@@ -203,7 +203,14 @@ def ease_and_zero_within_tasks(load: ExpertLoad, seed: int = 0) -> Effect:
         of_examples = moments(rankdata(ease), rankdata(zero))
         correlations.append(correlation_of_moments(of_examples.sum(0)))
         drawn.append(correlation_of_moments(bootstrap_sums(of_examples, seed=(seed, index))))
-    return Effect.of(float(np.nanmean(correlations)), np.nanmean(drawn, axis=0))
+    return Effect.of(float(_mean_of_defined(correlations)), _mean_of_defined(drawn))
+
+
+def _mean_of_defined(values: Sequence[np.ndarray]) -> np.ndarray:
+    """Over the first axis; NaN where none is defined, as of tasks whose examples are all alike."""
+    defined = np.isfinite(values)
+    with np.errstate(invalid="ignore"):
+        return np.where(defined, values, 0.0).sum(0) / defined.sum(0)
 
 
 def ffn_difference(load: ExpertLoad, group: str, other: str, layers: slice, seed: int = 0) -> Effect:

@@ -7,7 +7,6 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from moepp.data.tokenizer import encode, token_bytes
-from moepp.errors import UsageError
 from moepp.evaluation.checkpoints import Checkpoint, load_checkpoint
 from moepp.reports.experiment import Context
 from moepp.routing import sources
@@ -80,10 +79,7 @@ def _task_texts(context: Context, checkpoint: Checkpoint) -> tuple[list[Text], s
 
 
 def _amount(context: Context, option: str, by_scale: dict[str, int]) -> int:
-    given = context.options.get(option, "")
-    if given and not (given.isdecimal() and int(given) > 1):
-        raise UsageError(f"{option}={given} must be a whole number of at least 2")
-    return int(given) if given else by_scale[context.scale]
+    return int(context.options.get(option) or by_scale[context.scale])
 
 
 def _labelled(checkpoint: Checkpoint, tagged: list[TaggedText]) -> tuple[list[Text], dict[str, np.ndarray]]:

@@ -4,6 +4,7 @@ Intervals are over texts, since the tokens of a text are not independent.
 Shape suffixes: T tokens, X texts, G labels, D draws.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -83,7 +84,7 @@ def difference(use: TokenUse, one_T: np.ndarray, other_T: np.ndarray) -> Effect:
         with np.errstate(invalid="ignore", divide="ignore"):
             return sums[..., 0] / sums[..., 1] - sums[..., 2] / sums[..., 3]
 
-    return Effect.of(float(statistic(columns_X4.sum(0))), statistic(bootstrap_sums(columns_X4)))
+    return _over_texts(statistic, columns_X4)
 
 
 def frequency_class(string_T: np.ndarray, classes: int = FREQUENCY_CLASSES) -> np.ndarray:
@@ -111,7 +112,13 @@ def loss_correlation(use: TokenUse, within_string: bool = False) -> Effect:
         ranks = [_within(rank, np.unique(use.string_T, return_inverse=True)[1]) for rank in ranks]
     text_T, moments_TM = np.unique(use.text_T, return_inverse=True)[1], moments(*ranks)
     sums_XM = np.stack([np.bincount(text_T, weights=column) for column in moments_TM.T], axis=1)
-    return Effect.of(float(correlation_of_moments(sums_XM.sum(0))), correlation_of_moments(bootstrap_sums(sums_XM)))
+    return _over_texts(correlation_of_moments, sums_XM)
+
+
+def _over_texts(statistic: Callable[[np.ndarray], np.ndarray], sums_XM: np.ndarray) -> Effect:
+    """A single text has no scatter: nothing is known of other texts."""
+    drawn_DM = bootstrap_sums(sums_XM) if len(sums_XM) > 1 else np.full_like(sums_XM, np.nan)
+    return Effect.of(float(statistic(sums_XM.sum(0))), statistic(drawn_DM))
 
 
 def _within(value_T: np.ndarray, code_T: np.ndarray) -> np.ndarray:

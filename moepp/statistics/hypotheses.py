@@ -75,18 +75,17 @@ def decide(tests: Sequence[tuple[Hypothesis, Sequence[Effect]]]) -> tuple[Claim,
 
 def _claim(hypothesis: Hypothesis, models: int, interval: Interval, p: float, p_holm: float) -> Claim:
     verdict = judge(interval.low, interval.high, above=hypothesis.above, below=hypothesis.below)
-    units = f"t-interval over {models} models" if models > 1 else "one model, interval over its examples"
+    known, over = np.isfinite(interval.low), "interval over its examples"
+    units = f"t-interval over {models} models" if models > 1 else f"one model, {over if known else 'no ' + over}"
     claim = Claim(
         statement=hypothesis.statement,
         verdict=verdict if p_holm < SIGNIFICANCE else "undecided",
         effect=interval.value,
-        low=interval.low,
-        high=interval.high,
+        low=interval.low if known else None,
+        high=interval.high if known else None,
         unit=hypothesis.unit,
         p=p_holm,
         paper=hypothesis.paper,
         note="; ".join(filter(None, [hypothesis.note, units])),
     )
-    return (
-        claim if np.isfinite(interval.value) else replace(claim, verdict="undecided", effect=None, low=None, high=None)
-    )
+    return claim if np.isfinite(interval.value) else replace(claim, verdict="undecided", effect=None)

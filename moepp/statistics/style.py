@@ -187,7 +187,7 @@ def save_figure(figure: Figure, folder: Path) -> list[Path]:
     svg, png = (folder / f"{figure.data.name}{suffix}" for suffix in (".svg", ".png"))
     with styled():
         canvas = figure.draw()
-        svg.write_text(as_svg(canvas))
+        svg.write_text(as_svg(canvas), "utf-8")
         canvas.savefig(png, dpi=150, metadata={"Software": None})
     return [svg, png]
 

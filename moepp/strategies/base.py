@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ from moepp.strategies.dispatch import AllToAllDispatcher, SharedBatchDispatcher
 from moepp.strategies.groups import CopyGroups
 from moepp.strategies.sharding import Sharding, broadcast_first, expert_banks, local, slice_experts
 from moepp.strategies.traffic import Traffic
+
+AVERAGING = (StochasticWeightAveraging, WeightAveraging)  # and EMAWeightAveraging, one of the latter
 
 
 class MoEStrategy:
@@ -151,8 +154,18 @@ class MoEStrategy:
         for child in absent:
             child.to_empty(device=self.root_device)
         self.sharding = Sharding(module, self.groups, self.root_device)
+        self._refuse_averages(module)
         if absent:
             self._load((f"{of}.{name}", value) for of, state in module.initial.items() for name, value in state.items())
+
+    def _refuse_averages(self, module: nn.Module) -> None:
+        """Lightning's callbacks copy the module before it is divided, and fail when they first meet its parts."""
+        averaging = [c for c in self.lightning_module.trainer.callbacks if isinstance(c, AVERAGING)]
+        if averaging and any(self.sharding.is_sharded(parameter) for parameter in module.parameters()):
+            raise UsageError(
+                f"{type(averaging[0]).__name__} averages whole weights, and {type(self).__name__} divides them: leave"
+                " it out, or choose strategy=moe_ddp"
+            )
 
     restore_checkpoint_after_setup = True  # into the parts that devices then hold
     lightning_restore_optimizer = True

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from moepp.errors import UsageError
-from moepp.statistics.tables import Table, as_lines
+from moepp.statistics.tables import Table, as_lines, quantity
 from moepp.sweeps.allocations import Allocation, allocate, threads
 from moepp.sweeps.probe import give_equal_seconds, step_seconds
 
@@ -69,16 +69,17 @@ def relative_spread(values: Sequence[float]) -> float:
 
 
 def require_match(match: str, arms: Mapping[str, "Budget"], seconds: Mapping[str, float] | None = None) -> None:
-    """Raises UsageError, with the table of budgets, when the arms differ in what `match` declares equal."""
+    """Raises UsageError, with the value of every arm, when the arms differ in what `match` declares equal."""
     if match == "none":
         return
-    values = seconds.values() if match == "wallclock" else [getattr(budget, match) for budget in arms.values()]
-    difference = relative_spread(list(values))
+    values = seconds if match == "wallclock" else {arm: getattr(budget, match) for arm, budget in arms.items()}
+    difference = relative_spread(list(values.values()))
     if difference > WITHIN:
+        ends = [choose(values, key=values.get) for choose in (min, max)]
+        least, most = (f"{quantity(values[arm])} of {arm}" for arm in ends)
         raise UsageError(
-            f"the arms differ by {difference:.1%} in {match}, which the sweep declares equal within {WITHIN:.0%};"
-            f" change the arms{', train more steps' if seconds else ''}, or state match: none\n"
-            + "\n".join(table(arms, seconds))
+            f"the arms differ by {difference:.1%} in {match} ({least} to {most}), which the sweep declares equal within"
+            f" {WITHIN:.0%}; change the arms{', train more steps' if seconds else ''}, or state match: none"
         )
 
 

@@ -9,7 +9,7 @@ from moepp.errors import UsageError
 from moepp.records import RunRecord
 from moepp.sweeps.hints import sweep_command
 from moepp.sweeps.launchers.call import SweepCall
-from moepp.sweeps.plan import edits, read_plan
+from moepp.sweeps.plan import edits, read_plan, refuse_another_sweep
 from moepp.sweeps.status import STATES, SweepStatus, TrialStatus, read_status
 from moepp.terminal import painted
 
@@ -25,6 +25,7 @@ def plan(call: SweepCall, register: str | None = None) -> None:
     from moepp.sweeps.allocations import threads
     from moepp.sweeps.budgets import match_trials, require_match, table
     from moepp.sweeps.probe import step_seconds
+    from moepp.sweeps.search import proposed, searched
 
     sweep = call.load()
     matched = match_trials(sweep, call.scale, call.overrides, call.seeds, call.workers)
@@ -44,7 +45,10 @@ def plan(call: SweepCall, register: str | None = None) -> None:
     require_match(sweep.match, matched.arms, matched.seconds)
     print("\nnothing is declared equal" if sweep.match == "none" else f"\nequal as declared: {sweep.match}")
     directory = sweep.folder(call.scale, call.overrides)
-    if edited := edits(directory, trials):
+    begun = read_plan(directory) or {"trials": []}
+    refuse_another_sweep(directory, begun, sweep, searched(sweep, call.scale, call.seeds) if search else {})
+    known = proposed(begun, sweep, call.scale, call.overrides, call.seeds) if search else trials
+    if edited := edits(directory, known):
         changes = "; ".join(f"{arm} ({change})" for arm, change in edited.items())
         raise UsageError(
             f"{directory} was begun before these arms were edited, and `sweep run` will refuse them: {changes}; start"

@@ -3,6 +3,7 @@ from it on another machine, and reports are rebuilt from it.
 """
 
 import io
+import lzma
 import os
 import shutil
 import tarfile
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moepp.errors import UsageError
+from moepp.lfs import refuse_pointer
 from moepp.records import RunRecord, digest_of, link_or_copy
 from moepp.sweeps.plan import read_plan
 
@@ -49,12 +51,14 @@ def unpack(archive: Path, directory: Path) -> tuple[int, int]:
     """
     if not archive.is_file():
         raise UsageError(f"there is no archive {archive}; `sweep pack` writes it where the trials are")
+    refuse_pointer(archive)
     directory.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".unpack-", dir=directory))
     try:
-        with tarfile.open(archive) as tar:
-            tar.extractall(scratch, filter="data")
+        _extract(archive, scratch)
         records = sorted(path.parent for name in ("done", "pruned.json") for path in scratch.rglob(name))
+        if not records:
+            raise UsageError(f"{archive} holds no finished trial; `sweep pack` writes one that does")
         new = [record for record in records if _move(record, directory / record.relative_to(scratch))]
         for name in OF_THE_SWEEP:
             if (scratch / name).exists() and not (directory / name).exists():
@@ -62,6 +66,15 @@ def unpack(archive: Path, directory: Path) -> tuple[int, int]:
         return len(new), len(records)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _extract(archive: Path, scratch: Path) -> None:
+    try:
+        with tarfile.open(archive) as tar:
+            tar.extractall(scratch, filter="data")
+    except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
+        said = str(error).strip().partition("\n")[0].rstrip(":")
+        raise UsageError(f"{archive} is no whole archive of `sweep pack` ({said}); pack or copy it again") from None
 
 
 def _status(path: Path) -> str:

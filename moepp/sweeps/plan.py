@@ -68,14 +68,7 @@ def _merged(
     search: Mapping[str, Any],
 ) -> tuple[Any, Any]:
     known, defaults = read_plan(directory) or {"trials": []}, _defaults()
-    if known["trials"] and known.get("search") != search.get("search"):
-        raise UsageError(
-            f"{directory} holds a search through another space or at other seeds, or no search; start afresh under"
-            " another name or with runs=FOLDER, or remove that folder"
-        )
-    if known["trials"]:
-        begun = {trial["group"] if search else trial.get("of_arm", trial["arm"]) for trial in known["trials"]}
-        _refuse_another_sweep(directory, known, sweep, begun)
+    refuse_another_sweep(directory, known, sweep, search)
     promised = {(trial["arm"], trial["seed"]): trial for trial in known["trials"]}
     for trial in trials:
         path, key = trial.directory.name, (trial.arm, trial.seed)
@@ -115,7 +108,22 @@ def edits(directory: Path, trials: Sequence[Trial]) -> dict[str, str]:
     return found
 
 
-def _refuse_another_sweep(directory: Path, known: Mapping[str, Any], sweep: Sweep, begun: Set[str]) -> None:
+def refuse_another_sweep(directory: Path, known: Mapping[str, Any], sweep: Sweep, search: Mapping[str, Any]) -> None:
+    """Raises UsageError where `known`, the plan of that directory, is of another sweep of the same name, or of a search
+    through another space.
+    """
+    if not known["trials"]:
+        return
+    if known.get("search") != search.get("search"):
+        raise UsageError(
+            f"{directory} holds a search through another space or at other seeds, or no search; start afresh under"
+            " another name or with runs=FOLDER, or remove that folder"
+        )
+    begun = {trial["group"] if search else trial.get("of_arm", trial["arm"]) for trial in known["trials"]}
+    _refuse_other_arms(directory, known, sweep, begun)
+
+
+def _refuse_other_arms(directory: Path, known: Mapping[str, Any], sweep: Sweep, begun: Set[str]) -> None:
     """Two files may use one name, and most sweeps share an arm or two, so an equal arm does not make them one sweep. A
     question may be worded anew as long as no arm is renamed with it. `begun` are the arms that are known.
     """

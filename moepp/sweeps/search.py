@@ -12,7 +12,7 @@ import difflib
 import json
 import statistics
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moepp.errors import RunError, UsageError
@@ -82,13 +82,10 @@ class Search:
             return trials
 
     def _about(self) -> dict[str, Any]:
-        seeds = list(self.sweep.chosen_seeds(self.scale, self.seeds))
-        axes = {key: json.loads(json.dumps(vars(axis))) for key, axis in self.space.axes.items()}  # tuples to lists
-        return {"planned": self.planned, "search": {"seeds": seeds, "keys": axes}}
+        return {"planned": self.planned, **searched(self.sweep, self.scale, self.seeds)}
 
     def _entries(self) -> list[dict[str, Any]]:
-        """Those of sweep.json, without what was proposed for an arm that has since been renamed or removed."""
-        return [trial for trial in read_plan(self.directory)["trials"] if trial["group"] in self.sweep.arms]
+        return _entries(read_plan(self.directory), self.sweep)
 
     def _proposals(self) -> dict[str, dict[str, list[dict[str, Any]]]]:
         """By arm and name, in the order they were asked for: the entries of sweep.json, one for each seed."""
@@ -164,6 +161,25 @@ class Search:
                     study.tell(frozen.number, statistics.fmean(values))
             except UnreadableRecord:  # it says nothing any more, and the search does without
                 study.tell(frozen.number, state=optuna.trial.TrialState.FAIL)
+
+
+def searched(sweep: Sweep, scale: str, seeds: Sequence[int] | None) -> dict[str, Any]:
+    """What a search goes through, as sweep.json keeps it: with lists for tuples."""
+    axes = {key: vars(axis) for key, axis in sweep.search(scale).axes.items()}
+    return {"search": {"seeds": list(sweep.chosen_seeds(scale, seeds)), "keys": json.loads(json.dumps(axes))}}
+
+
+def proposed(
+    plan: Mapping[str, Any], sweep: Sweep, scale: str, extra: Sequence[str], seeds: Sequence[int] | None
+) -> list[Trial]:
+    """The trials of all that a plan holds, as the sweep would train them now."""
+    by_name = {trial["arm"]: (trial["group"], trial["arm"], trial["point"]) for trial in _entries(plan, sweep)}
+    return [trial for what in by_name.values() for trial in sweep.proposal(*what, scale, extra, seeds)]
+
+
+def _entries(plan: Mapping[str, Any], sweep: Sweep) -> list[dict[str, Any]]:
+    """Without what was proposed for an arm that has since been renamed or removed."""
+    return [trial for trial in plan["trials"] if trial["group"] in sweep.arms]
 
 
 def objective(record: RunRecord, name: str) -> float:

@@ -214,15 +214,17 @@ class Sweep(Bounded):
         return [Trial(name, s, _seeded(config, s), arm, point) for s in self.chosen_seeds(scale, seeds)]
 
     def extremes(self, scale: str, extra: Sequence[str] = ()) -> list["Trial"]:
-        """Every arm of a search at the ends of each axis: what fits there fits in between."""
-        seeds = self.chosen_seeds(scale)[:1]
-        return [
-            trial
-            for arm in self.arms
-            for key, axis in self.search(scale).of(arm).items()
-            for value in axis.extremes
-            for trial in self.proposal(arm, f"{arm}, {key}={value}", {key: value}, scale, extra, seeds)
-        ]
+        """Every arm of a search at the ends of each axis: what fits there fits in between. Raises UsageError for an
+        axis along which nothing changes, such as that of the seed.
+        """
+        seeds, found = self.chosen_seeds(scale)[:1], []
+        for arm in self.arms:
+            for key, axis in self.search(scale).of(arm).items():
+                points = {f"{arm}, {key}={value}": {key: value} for value in axis.extremes}
+                ends = [t for name in points for t in self.proposal(arm, name, points[name], scale, extra, seeds)]
+                _refuse_equal_arms(ends)
+                found += ends
+        return found
 
     def _compose(self, arm: str, layers: Sequence[Any], scale: str, extra: Iterable[str]) -> "RunConfig":
         from moepp.training.settings import RunConfig
@@ -398,6 +400,7 @@ def _check_report_keys(path: Path, sweep: Sweep, searched: bool) -> None:
     for key, text in ((key, text) for key, texts in labels.items() for text in texts):
         with _refused(path):
             check_label(key, text)
+    repeated = {key: arms for key, arms in named.items() if len(set(arms)) < max(1, len(arms))}
     if sweep.primary:
         named["primary"] = _check_primary(path, sweep, sweep.primary)
     if searched and named:
@@ -408,6 +411,8 @@ def _check_report_keys(path: Path, sweep: Sweep, searched: bool) -> None:
     for name, sides in sweep.contrasts.items():
         if not sides.arms or not sides.minus or set(sides.arms) & set(sides.minus):
             raise UsageError(f"{path}: contrasts: {name}: needs arms, and others to take off as minus")
+    for key, arms in repeated.items():
+        raise UsageError(f"{path}: {key}: name arms, each of them once, not {', '.join(arms) or 'none'}")
 
 
 def _check_primary(path: Path, sweep: Sweep, primary: Primary) -> list[str]:
@@ -455,6 +460,8 @@ def _layers(changes: Any) -> list[Any]:
 def _at_length(trial: "Trial", length: float) -> "Trial":
     config = copy.deepcopy(trial.config)
     config.trainer.steps = max(1, round(length * config.trainer.steps))
+    for refusal in refusals(Count, config.trainer.steps, f"lengths: {length:g} times the steps of {trial.arm}"):
+        raise UsageError(refusal)
     name = f"{trial.arm}@{length:g}"
     config.tags |= {"arm": name, "length": f"{length:g}"}
     return replace(trial, arm=name, config=config, group="", length=length, of_arm=trial.arm)

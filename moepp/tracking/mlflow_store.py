@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from moepp.addresses import without_user
 from moepp.errors import RunError, UsageError
 from moepp.locks import locked
+from moepp.process import python_path
 from moepp.program import program
 from moepp.records import read_json, write_json
 from moepp.tracking import pages
@@ -48,6 +49,11 @@ RUNS_PER_CALL = 1000
 NOTE = "mlflow.note.content"  # the tag that its pages show as the description, in markdown
 NAME_LENGTH, PARAM_LENGTH, VALUE_LENGTH = 250, 6000, 8000  # characters of a name, a param, a tag; MLflow refuses more
 DATABASES, SERVERS = ("sqlite", "postgresql", "mysql", "mssql"), ("http", "https", "databricks")
+PLACES = {  # of an address, what follows its colon, and an example
+    "sqlite": (r"///[^?#]", "sqlite:///mlflow.db"),
+    "http": (r"//[^/?#]", "http://tracker:5000"),
+    "https": (r"//[^/?#]", "https://tracker"),
+}
 KEY = "record_key"  # the tag by which a run is found whose id never arrived
 REFUSED = re.compile(r"[^\w./ -]", re.ASCII)  # what MLflow does not take in a name
 
@@ -81,6 +87,9 @@ def store_uri(tracking: "TrackingConfig", runs: Path | str) -> str:
             f"tracking.uri={uri} is no address of a tracker: it begins with one of {', '.join(known)}, and is no longer"
             " a folder; use tracking.uri=sqlite:///mlflow.db"
         )
+    place, example = PLACES.get(_scheme(uri), ("", ""))
+    if not re.match(place, uri.partition(":")[2]):
+        raise UsageError(f"tracking.uri={without_user(uri)} names no place; write it as {example}")
     return uri
 
 
@@ -448,7 +457,8 @@ def serve(tracking: "TrackingConfig", runs: Path | str, port: int = 5000, sweep:
     os.environ["MLFLOW_BACKEND_STORE_URI"] = uri  # not an argument: other users of the machine can see those
     store = ["--default-artifact-root", artifacts]
     place = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--uvicorn-opts", "--log-level warning"]
-    os.execv(sys.executable, [sys.executable, "-m", "mlflow", "server", *store, *place])
+    os.environ["PYTHONPATH"] = python_path()
+    os.execv(sys.executable, [sys.executable, "-m", "moepp.tracking.server", "server", *store, *place])
 
 
 def _require_free(port: int) -> None:

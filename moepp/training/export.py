@@ -45,10 +45,11 @@ Needs transformers 5.24 or newer; the one file of code beside the weights needs 
 
 def export_run(source: Path, format: str = "hf", out: Path | None = None) -> Path:
     """The folder written: `out`, else `export-<format>` in the run's own. Raises UsageError for a run that the format
-    cannot hold.
+    cannot hold, and for a folder of other files.
     """
     run = load_run(source)
     folder = out or run.path / f"export-{format}"
+    refuse_other_files(folder)
     if run.config.model.name == "hf":
         write_foreign(run, folder, format)
     elif run.config.model.name == "decoder" and format == "hf":
@@ -56,8 +57,15 @@ def export_run(source: Path, format: str = "hf", out: Path | None = None) -> Pat
     else:
         raise UsageError(f"format={format} holds no model.name={run.config.model.name}; format=hf holds the decoder")
     write_tokenizer(run, folder)
-    (folder / "README.md").write_text(card(run, folder))
+    (folder / "README.md").write_text(card(run, folder), "utf-8")
     return folder
+
+
+def refuse_other_files(folder: Path) -> None:
+    """An export may be written again; a run, or somebody's README.md, must not be written over."""
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if found and ("config.json" not in found or "config.yaml" in found):
+        raise UsageError(f"{folder} holds other files; name a folder that is new, or that of an earlier export")
 
 
 def write_foreign(run: LoadedRun, folder: Path, format: str) -> None:

@@ -21,6 +21,7 @@ from moepp.training.totals import TrainingTotals
 from moepp.training.val_windows import write_windows
 
 Own = TypeVar("Own", bound=Callback)
+TIMED, WARMUP = 7, 2  # passes; a sweep's report times all arms again, in turn, and that is what it compares
 
 
 def finish(
@@ -96,7 +97,8 @@ def _cloze_seconds(lines: list[dict[str, float]]) -> float:
 
 def _expert_times(module: LanguageModel, trainer: TrainerConfig, data: TokenDataModule) -> dict[str, float]:
     ids = validation_ids(data.files, data.config.seq_len).to(module.device)
-    rows = expert_forward_times({"run": module.model}, ids, autocast_of(trainer.precision, module.device))
+    precision = autocast_of(trainer.precision, module.device)
+    rows = expert_forward_times({"run": module.model}, ids, precision, TIMED, WARMUP)
     by_routing = {row["routing"]: row["median_ms"] for row in rows}
     return {"expert_forward_ms": by_routing["learned"], "expert_forward_ms_balanced": by_routing["balanced"]}
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -56,7 +56,8 @@ class LanguageModel(pl.LightningModule):
     before did.
 
     Logs train/loss, train/balance_loss, router/*, each of all micro-batches of a step, and val/loss, val/accuracy,
-    val/bits_per_byte (where bytes are known), val/divergence (of a model that has another beside it).
+    val/bits_per_byte (where bytes are known), val/divergence (of a model that has another beside it); these four as
+    test/* of `Trainer.test`. `Trainer.predict` gives the logits [B, S+1, V] of each batch.
     """
 
     def __init__(
@@ -108,6 +109,18 @@ class LanguageModel(pl.LightningModule):
             module.begin_with(InitialState(model, config.seed))
         module.save_hyperparameters({"config": asdict(config)})
         return module
+
+    @property
+    def lr(self) -> float:
+        """`optim.lr`, by the name under which Lightning's learning rate finder looks for it and sets it."""
+        return self.optim.lr
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        self.optim = replace(self.optim, lr=float(value))
+        self.hparams["optim"] = asdict(self.optim)
+        for schedule in self._trainer.lr_scheduler_configs if self._trainer else ():  # which begin with the old one
+            schedule.scheduler.base_lrs = [self.optim.lr for _ in schedule.scheduler.base_lrs]
 
     def begin_with(self, state: Mapping[str, Tensor]) -> None:
         """Sets the model's state; that of a model on the meta device is left to the strategy, which divides it."""
@@ -236,6 +249,16 @@ class LanguageModel(pl.LightningModule):
             self.val_divergence.update(output.divergence, weight=len(tokens))
         self.val_routing.update(output.stats)
 
+    def test_step(self, batch: Tensor | Sequence[Tensor]) -> None:
+        self.validation_step(batch)
+
+    def forward(self, ids_BS: Tensor) -> Tensor:
+        """Logits [B, S, V] of what follows each id."""
+        return self.model(ids_BS).logits
+
+    def predict_step(self, batch: Tensor | Sequence[Tensor]) -> Tensor:
+        return self(_ids(batch))
+
     def on_validation_epoch_start(self) -> None:
         for metric in (
             self.val_loss, self.val_accuracy, self.val_bits_per_byte, self.val_divergence, self.val_window_nats,
@@ -247,6 +270,12 @@ class LanguageModel(pl.LightningModule):
         self.validated_step = self.trainer.global_step
         self.log_dict({f"val/{name}": value for name, value in self.validation_metrics().items()})
 
+    def on_test_epoch_start(self) -> None:
+        self.on_validation_epoch_start()
+
+    def on_test_epoch_end(self) -> None:
+        self.log_dict({f"test/{name}": value for name, value in self.validation_metrics().items()})
+
     def validation_metrics(self) -> dict[str, float]:
         """`loss`, `bits_per_byte`, `divergence`, `accuracy` of the last validation."""
         metrics = {"loss": float(self.val_loss.compute())}
@@ -257,7 +286,7 @@ class LanguageModel(pl.LightningModule):
         return metrics | {"accuracy": float(self.val_accuracy.compute())}
 
     def configure_optimizers(self) -> dict[str, Any]:
-        steps = self.steps or int(self.trainer.estimated_stepping_batches)
+        steps = self.steps or _whole(self.trainer.estimated_stepping_batches)
         optimizer = build_optimizer(self, self.optim)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_scale(step, steps, self.optim)
@@ -270,6 +299,19 @@ def is_logged(trainer: pl.Trainer, step: int) -> bool:
     return trainer.log_every_n_steps > 0 and step % trainer.log_every_n_steps == 0
 
 
+def _whole(steps: float) -> int:
+    if not 0 <= steps < math.inf:  # -1 over a loader without a length
+        raise UsageError(
+            "the learning rate's schedule has no end where the Trainer has none: give LanguageModel(..., steps=N), or"
+            " the Trainer max_steps, or max_epochs over a loader that has a length"
+        )
+    return int(steps)
+
+
 def _ids(batch: Tensor | Sequence[Tensor]) -> Tensor:
-    """A DataLoader over a TensorDataset gives lists of one tensor."""
-    return batch if isinstance(batch, Tensor) else batch[0]
+    """The ids [B, S+1] of a batch; a DataLoader over a TensorDataset gives lists of one tensor."""
+    ids = batch if isinstance(batch, Tensor) else batch[0] if isinstance(batch, Sequence) else None
+    if ids is None or ids.ndim != 2 or ids.shape[1] < 2 or ids.is_floating_point():
+        found = type(batch).__name__ if ids is None else f"{ids.dtype} {list(ids.shape)}"
+        raise UsageError(f"a batch is {found}; token ids [sequences, 2 or more] are needed, or a pair that begins so")
+    return ids.long()

@@ -1,6 +1,6 @@
 """The schema of one training run: every component's own dataclass, joined."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from moepp import names, plugins, register
 from moepp.config import compose, differences, identity, nearest
 from moepp.data.settings import DataConfig, refuse_unread
+from moepp.errors import UsageError
 from moepp.layers.bounds import LARGEST, Bounded, Count, NotNegative, Range, Seconds, Seed, Share, Whole
 from moepp.models.settings import DecoderConfig
 from moepp.records import RunRecord, UnreadableRecord
@@ -23,6 +24,7 @@ METRICS = {  # that callbacks of a run see, by group; router/ has a share of eac
     "perf": ("tokens_per_s", "step_time_ms", "tflops", "mfu", "peak_mem_gib"),
     "system": ("cpu_percent", "memory_gib", "gpu_percent", "gpu_memory_gib"),
 }  # fmt: skip
+OF_ADAMW = ("beta1", "beta2", "eps")  # and of muon, which has AdamW beside it
 CLOZE_CHOICES = 4  # continuations to choose from: the text's own and those of other questions
 
 
@@ -209,6 +211,11 @@ class RunConfig(Bounded):
                 f"trainer.average_checkpoints={trainer.average_checkpoints} averages whole weights, and "
                 f"strategy={self.strategy.name} divides them: set it to 0, or choose strategy=single or ddp"
             )
+        if "StochasticWeightAveraging" in trainer.callbacks and self.strategy.divides_weights:
+            raise ValueError(
+                "trainer.callbacks.StochasticWeightAveraging averages whole weights, and strategy="
+                f"{self.strategy.name} divides them: leave it out, or choose strategy=single or ddp"
+            )
         parts = devices * trainer.accumulate
         if self.data.batch_size % parts:
             fewer = [n for n in range(1, trainer.accumulate) if self.data.batch_size % (devices * n) == 0]
@@ -270,6 +277,22 @@ def _never_logged(config: RunConfig) -> list[tuple[bool, str]]:
         )
         for name, monitor in asked.items()
     ]
+
+
+def _refuse_unread(words: Iterable[str], config: RunConfig) -> None:
+    """Raises UsageError for a command's words whose keys nothing reads in its run. What presets and sweep files say is
+    for the parts that they choose, if the command chooses no others.
+    """
+    name, loggers = config.optim.name, config.tracking.loggers
+    for word in words:
+        match word.partition("=")[0].split("."):
+            case ["optim", key] if key in OF_ADAMW and name in register.OPTIMIZERS:
+                raise UsageError(
+                    f"{word} is of optim.name=adamw and muon: {name} takes its own in optim.options; leave it out"
+                )
+            case ["tracking", "logger_options", logger, *_] if logger not in loggers:
+                named = f"tracking.loggers=[{', '.join([*loggers, logger])}]"
+                raise UsageError(f"{word}: the run has no such logger; name it in {named}, or leave its options out")
 
 
 def _foreign_modules(config: RunConfig) -> list[str]:
@@ -362,6 +385,7 @@ def asked_for(words: Sequence[str], base: Path | None = None) -> RunConfig:
     """
     config = compose(RunConfig, words, base=base)
     refuse_unread(words, [config.data])
+    _refuse_unread(words, config)
     return config
 
 

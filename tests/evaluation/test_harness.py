@@ -12,10 +12,10 @@ from lm_eval.tasks import TaskManager
 
 from moepp.errors import UsageError
 from moepp.evaluation.checkpoints import load_checkpoint
-from moepp.evaluation.commands import evaluate_checkpoint, evaluate_sweep
+from moepp.evaluation.commands import evaluate_checkpoint, evaluate_sweep, score_lines
 from moepp.evaluation.evaluate import evaluate_task
 from moepp.evaluation.harness import MoEPlusPlus
-from moepp.evaluation.results import load_task_results
+from moepp.evaluation.results import load_task_results, means
 from moepp.evaluation.tasks import PAPER_SHOTS, TaskRequest, load_task, parse_tasks, stock_folder
 from moepp.models.official import save_official
 from moepp.records import RunRecord, write_json
@@ -125,6 +125,20 @@ def test_contexts_that_exceed_the_model_are_counted(text_run):
     assert model.cut == 1 and scores[0][0] != scores[1][0]
 
 
+def test_a_whole_text_scores_in_bits_per_byte(unigram, tmp_path, monkeypatch):
+    """Texts need no question: the harness's bytes and the nats of all windows, and no accuracy beside them."""
+    monkeypatch.setitem(PAPER_SHOTS, "wikitext", 0)  # an index of all stock tasks takes many seconds
+    pages = ["abba " * 30, "bab"]
+    (tmp_path / "wikitext.jsonl").write_text("".join(json.dumps({"page": page}) + "\n" for page in pages))
+    found = evaluate_task(MoEPlusPlus(unigram), load_task(TaskRequest("wikitext", 0), tmp_path))
+    assert [example.gold_bytes for example in found.examples] == [150, 3] and found.about.cut == 0
+    nats = [unigram.model.nats(page) for page in pages]
+    assert [example.gold_nats for example in found.examples] == pytest.approx(nats, rel=1e-5)
+    assert found.accuracy_metric == "" and means([found]).keys() == {"bits per byte"}
+    assert found.scores().keys() == {"gold_bits_per_byte"}
+    assert "means over 1 tasks: bits per byte" in "\n".join(score_lines([found]))
+
+
 def test_every_task_of_the_paper_runs_on_local_files(model, task_folder):
     """Shots fall back on the evaluated file, without the question itself."""
     requests = [TaskRequest(name, min(1, shots)) for name, shots in PAPER_SHOTS.items()]
@@ -180,6 +194,16 @@ def test_a_sweep_is_scored_once(sweep_of_one, task_folder, monkeypatch):
         with pytest.raises(TypeError):
             evaluate_sweep(sweep_of_one, "sciq,boolq:0", task_folder, None)
     assert record.final() == found
+
+
+def test_the_run_that_is_scored_says_where_it_is_tracked(sweep_of_one, task_folder):
+    """Whatever else lies beside it."""
+    other = sweep_of_one / "0000"
+    other.mkdir()
+    (other / "config.yaml").write_text("{no: config}")
+    assert "means over 1 tasks" in evaluate_checkpoint(sweep_of_one / "0123", "piqa", task_folder, None, 4096)
+    write_json(sweep_of_one / "sweep.json", {"trials": [{"arm": "vanilla", "seed": 0, "path": "0000"}]})
+    evaluate_sweep(sweep_of_one, "piqa", task_folder, None)  # none of which has ended
 
 
 def test_the_order_of_models_does_not_change_their_prompts(model, task_folder):

@@ -4,7 +4,7 @@ import pytest
 
 from moepp.errors import UsageError
 from moepp.evaluation.local_rows import check_rows, read_rows
-from moepp.evaluation.tasks import TaskRequest, load_task
+from moepp.evaluation.tasks import FOLDERS, PAPER_SHOTS, TaskRequest, load_task
 
 TASK = {
     "doc_to_text": "{{support.lstrip()}}\nQuestion: {{question}}\nAnswer:",
@@ -42,14 +42,71 @@ def test_rows_are_read_in_every_form_that_the_harness_reads(tmp_path, form):
     array, marked = f"[{','.join(lines)}]", "\ufeff" + "\r\n".join(lines)
     text = {"lines": "\n".join(lines), "array": array, "crlf with a mark": marked}
     (tmp_path / "sciq.jsonl").write_bytes(text[form].encode())
-    assert check_rows(tmp_path / "sciq.jsonl", TASK) == 3
+    assert read_rows(tmp_path / "sciq.jsonl") == [ROW] * 3
 
 
-def test_more_shots_than_examples_are_refused_before_the_harness_loads(tmp_path):
+SUBJECT = {"question": "q?", "choices": ["1", "2", "3", "4"], "answer": 0}
+
+
+@pytest.mark.parametrize(
+    ("task", "shots", "rows", "message"),
+    [
+        ("sciq", 99, [ROW | {"question": f"{i}?"} for i in range(6)], "5 examples for prompts with 99; ask for sciq:5"),
+        ("sciq", 1, [ROW] * 6, "0 examples for prompts with 1; ask for sciq:0"),
+        (
+            "mmlu", 2, [SUBJECT | {"subject": "anatomy", "question": f"{i}?"} for i in range(9)]
+            + [SUBJECT | {"subject": "virology", "question": f"{i}?"} for i in range(2)],
+            "1 examples of mmlu_virology for prompts with 2; ask for mmlu:1",
+        ),
+        ("gsm8k", None, [{"question": f"{i}?", "answer": "#### 1"} for i in range(4)],
+         "3 examples for prompts with 5; ask for gsm8k:3"),
+    ],
+)  # fmt: skip
+def test_more_shots_than_other_questions_are_refused_before_a_model_is_asked(
+    tmp_path, task, shots, rows, message, monkeypatch
+):
     pytest.importorskip("lm_eval")
-    (tmp_path / "sciq.jsonl").write_text((json.dumps(ROW) + "\n") * 6)
-    with pytest.raises(UsageError, match=r"has 5 examples for prompts with 99; ask for sciq:5"):
-        load_task(TaskRequest("sciq", 99), tmp_path)
+    monkeypatch.setitem(FOLDERS, "gsm8k", "gsm8k")  # an index of all stock tasks takes many seconds
+    monkeypatch.setitem(PAPER_SHOTS, "gsm8k", None)
+    (tmp_path / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UsageError, match=rf"{task}\.jsonl has {message}"):
+        load_task(TaskRequest(task, shots), tmp_path)
+
+
+def test_a_task_that_spells_out_its_prompts_examples_keeps_them_on_local_data(tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    monkeypatch.setitem(FOLDERS, "gsm8k_cot", "gsm8k")
+    monkeypatch.setitem(PAPER_SHOTS, "gsm8k_cot", None)
+    (tmp_path / "gsm8k_cot.jsonl").write_text(json.dumps({"question": "How many?", "answer": "#### 1"}) + "\n")
+    loaded = load_task(TaskRequest("gsm8k_cot", None), tmp_path)
+    (task,) = loaded.tasks.values()
+    prompt = task.fewshot_context(task.eval_docs[0], loaded.shots)
+    assert loaded.shots == 8 and prompt.startswith("Q: There are 15 trees") and prompt.count("How many?") == 1
+    assert loaded.examples_from == "the harness's task file"
+    with pytest.raises(UsageError, match="task file has 8 examples for prompts with 9; ask for gsm8k_cot:8"):
+        load_task(TaskRequest("gsm8k_cot", 9), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([SUBJECT], r"mmlu\.jsonl row 1 has no 'subject', the task that it belongs to, in text"),
+        ([SUBJECT | {"subject": None}], "row 1 has no 'subject'"),
+        ([SUBJECT | {"subject": "../a"}], r"there is no task mmlu_\.\./a with questions"),
+    ],
+)
+def test_rows_that_are_of_no_subject_are_named(tmp_path, rows, message):
+    pytest.importorskip("lm_eval")
+    (tmp_path / "mmlu.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UsageError, match=message):
+        load_task(TaskRequest("mmlu", 0), tmp_path)
+
+
+def test_subjects_are_read_of_an_array_too(tmp_path):
+    pytest.importorskip("lm_eval")
+    rows = [SUBJECT | {"subject": subject} for subject in ("anatomy", "virology")]
+    (tmp_path / "mmlu.jsonl").write_text(json.dumps(rows, indent=1))
+    assert load_task(TaskRequest("mmlu", 0), tmp_path).sizes == {"mmlu_anatomy": 1, "mmlu_virology": 1}
 
 
 QUESTIONS = {

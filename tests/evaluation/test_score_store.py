@@ -60,10 +60,18 @@ def test_table_4_loses_at_most_the_task_it_was_interrupted_in(released, task_fol
     assert list(load_task_results(released)) == ["sciq"]
     report = table4.measure(Context("paper", options=options))
     assert asked == ["sciq", "winogrande", "winogrande", "mmlu"]
-    assert [row[0] for row in report.tables[0].rows] == ["sciq", "winogrande", "mmlu", "mean", "mean without BoolQ"]
+    assert [row[0] for row in report.tables[0].rows] == ["sciq", "winogrande", "mmlu", "mean"]
     assert [claim.verdict for claim in report.claims] == ["undecided"] * 3  # two and four examples
     assert report.setup["checkpoint"].startswith("released:") and report.setup["tasks"][2]["examples"] == 4
     assert table4.measure(Context("paper", options=options)) == report and len(asked) == 4
+
+
+def test_where_scores_cannot_be_kept_nothing_is_scored(text_run, task_folder, tmp_path, monkeypatch):
+    run = copytree(text_run, tmp_path / "runs" / "train" / "0123")
+    monkeypatch.setattr("moepp.evaluation.harness.load_checkpoint", None)  # would be called to score
+    monkeypatch.setattr("os.access", lambda path, mode: path != run)
+    with pytest.raises(RunError, match=r"cannot write .*0123, where its scores are kept; score a copy of it"):
+        list(scored(run, "boolq:0", task_folder, 1))
 
 
 def test_every_checkpoint_of_a_run_keeps_its_own_scores(text_run, task_folder, tmp_path):

@@ -28,8 +28,8 @@ def test_uniform_routing_costs_k_over_n_as_printed_and_k_in_the_switch_form():
 def test_the_loss_is_least_where_a_zero_computation_expert_has_one_over_tau_of_an_ffn_experts_load():
     config = BalanceConfig(tau=0.25)
     logits = torch.zeros(COUNTS.total, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.SGD([logits], lr=0.3)
-    for _ in range(3000):  # f follows P here, as it does when routing is sampled from the router
+    optimizer = torch.optim.SGD([logits], lr=3.0)
+    for _ in range(300):  # f follows P here, as it does when routing is sampled from the router
         optimizer.zero_grad()
         p = logits.softmax(0)
         # half the gradient of sum eta p^2: the counts carry none, by Eq. 7's one-hot f

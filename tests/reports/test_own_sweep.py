@@ -104,6 +104,8 @@ def test_an_ablation_with_its_report_is_at_most_25_lines():
         ("minus: [plain]", "minus: [plane]", "contrasts: the idea: unknown arm 'plane'.*did you mean plain"),
         ("minus: [plain]", "minus: [one]", "contrasts: the idea: needs arms, and others to take off as minus"),
         (", minus: [plain]", "", "contrasts: the idea: needs arms, and others to take off as minus"),
+        ("arms: [one, two]", "arms: [one, one]", "the idea: name arms, each of them once, not one, one, plain"),
+        ("mine: [one, two]}", "mine: []}", "trend: mine: name arms, each of them once, not none"),
         ("mine: [one, two]}", "mine: [one, tow]}", "trend: mine: unknown arm 'tow'"),
         ("x: model.balance.tau, ", "", "trend needs x, a key of the config, and series"),
         ("minus: [plain]", "less: [plain]", "Key 'less' not in 'Contrast'"),

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from reports.synthetic_sweep import write_sweep
@@ -85,12 +86,16 @@ def test_what_a_study_found_goes_onto_the_parents_of_the_sweeps_it_read(study, m
 
 def test_a_checkpoint_takes_the_place_of_the_runs_a_study_needs(study, seen, monkeypatch):
     found_here(monkeypatch, demo=replace(study, options={"weights": "a folder"}))
+    Path("here").mkdir()
     reproduce.reproduce("demo", "smoke", arguments=["weights=here"])  # would train the sweep otherwise
     assert seen[0].directories == {} and seen[0].options == {"weights": "here"}
+    with pytest.raises(UsageError, match=r"runs=there is of trained runs, and weights= takes their place"):
+        reproduce.reproduce("demo", "smoke", arguments=["weights=here", "runs=there"])
 
 
 def test_flags_are_options_too(study, seen, monkeypatch):
     found_here(monkeypatch, demo=replace(study, runs=(), options={"tasks_dir": "data"}))
+    Path("here").mkdir()
     reproduce.reproduce("demo", "smoke", flags={"tasks_dir": "here"})
     assert seen[0].options == {"tasks_dir": "here"}
 
@@ -101,10 +106,17 @@ def test_flags_are_options_too(study, seen, monkeypatch):
         (("alone", "smoke", 0, ["poss=x"]), r"alone knows no poss=x; it takes pos= \(a file\)"),
         (("demo", "smoke", 0, [], None, {"tasks_dir": "x"}), "demo knows no tasks_dir"),
         (("demo", "paper"), "demo has no scale 'paper'; choose from smoke, laptop"),
+        (("seen", "smoke"), "seen holds no sweep.json, as the folder of a sweep's records does"),
+        (("no/where", "smoke"), "there is no file and no folder no/where"),
+        (("studies", "smoke", 0, ["limit=1"]), "limit=1 must be a whole number of at least 2"),
+        (("studies", "smoke", 0, ["weights=none"]), "weights=none: there is no such file or folder"),
         (("dem", "smoke"), "no experiment and no sweep 'dem'; choose from demo, alone, .*; did you mean demo?"),
     ],
 )
-def test_what_a_study_cannot_use_is_refused(study, seen, call, message):
+def test_what_a_study_cannot_use_is_refused(study, seen, monkeypatch, call, message):
+    studies = replace(study, options={"limit": "examples", "weights": "a folder"}, of_routing=True)
+    found_here(monkeypatch, demo=study, alone=replace(study, name="alone", runs=()), studies=studies)
+    Path("seen").mkdir()
     with pytest.raises(UsageError, match=message):
         reproduce.reproduce(*call)
     assert not seen
@@ -112,7 +124,7 @@ def test_what_a_study_cannot_use_is_refused(study, seen, call, message):
 
 def test_a_report_needs_no_training(study, seen, tmp_path):
     directory = write_sweep(tmp_path / "mine/gating_residual-smoke", {"vanilla": {0: 3.0}})
-    reproduce.report("demo", "smoke", "mine", out=tmp_path / "out")
+    reproduce.report("demo", "smoke", Path("mine"), out=tmp_path / "out")
     assert seen[0].directories == {"gating_residual": directory.relative_to(tmp_path)}
     assert (tmp_path / "out/demo/smoke/report.md").exists() and not (directory / "report").exists()
 

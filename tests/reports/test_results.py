@@ -29,7 +29,8 @@ def test_absolute_record_paths_work(tmp_path):
 
 
 def test_unfinished_failed_and_diverged_trials_are_named_and_left_out(tmp_path):
-    write_sweep(tmp_path, {"vanilla": {0: 3.2, 1: 3.3, 2: math.nan, 3: 3.1, 4: 3.0}})
+    write_sweep(tmp_path, {"vanilla": {0: 3.2, 1: 3.3, 2: math.nan, 3: 3.1, 4: 3.0, 5: 3.0}})
+    (tmp_path / "trials/vanilla-5/config.yaml").unlink()
     (tmp_path / "trials/vanilla-4/metrics.jsonl").write_bytes(b"")
     (tmp_path / "trials/vanilla-1/done").unlink()
     (tmp_path / "trials/vanilla-3/done").unlink()
@@ -41,6 +42,8 @@ def test_unfinished_failed_and_diverged_trials_are_named_and_left_out(tmp_path):
         ("vanilla", 2): "final/val_loss is not finite",
         ("vanilla", 3): "failed (out of memory Traceback ...)",
         ("vanilla", 4): f"damaged ({RunRecord(tmp_path / 'trials/vanilla-4').damage})",
+        ("vanilla", 5): f"damaged ({tmp_path / 'trials/vanilla-5'} has no config.yaml; restore it, or remove the folder"
+        " to train it again)",
     }
 
 

@@ -12,6 +12,7 @@ from moepp.evaluation.results import FOLDER, About, Example, TaskResult, write_t
 from moepp.records import read_json
 from moepp.reports.arms import of_records
 from moepp.reports.results import load_sweep_results
+from moepp.reports.standing import standing
 from moepp.reports.task_tables import paper_accuracy, task_tables
 
 PAPER = TABLE5.measure.design.paper
@@ -98,6 +99,33 @@ def test_the_error_over_examples_is_that_of_their_paired_differences(sweep):
     row = dict(zip(found.full.columns, line, strict=True))
     gains = 100 * ((np.arange(N) % 10 < 7).astype(float) - (np.arange(N) % 10 < 5))
     assert row["error_over_examples"] == pytest.approx(gains.std(ddof=1) / N**0.5)
+
+
+def test_whole_texts_have_bits_per_byte_and_no_accuracy(sweep, tmp_path):
+    for trial in trials(sweep):
+        texts = result("wikitext", np.ones(N), np.full(N, 2.0))
+        texts = replace(texts, examples=tuple(replace(example, metrics={}) for example in texts.examples))
+        write_task_result(sweep / trial["path"] / FOLDER, texts)
+    results = load_sweep_results(sweep)
+    found = task_tables(results, list(LOSSES))
+    assert "wikitext" not in table(found.accuracy) | table(found.accuracy_differences)
+    assert table(found.gold)["wikitext"]["vanilla"] == "2.000 ± 0.000" and "wikitext" not in standing(results).tasks
+    for trial in trials(sweep):
+        for task in ("sciq", "boolq", "nq_open"):
+            (sweep / trial["path"] / FOLDER / f"{task}.jsonl").unlink()
+    alone = task_tables(load_sweep_results(sweep), list(LOSSES))
+    assert alone.accuracy not in alone.section and alone.gold in alone.section
+
+
+def test_two_examples_are_enough_for_an_interval(sweep):
+    """The error of their mean has one degree of freedom, which rounding must not make none."""
+    for number, trial in enumerate(trials(sweep)):
+        for task, bits in {"sciq": (1.1 + 0.1 * number, 2.3), "boolq": (2.0, 2.0), "nq_open": (1.0, 1.0)}.items():
+            two = tuple(Example(str(i), -bits[i], 4, {"acc": 1.0}) for i in (0, 1))
+            found = replace(result(task, np.ones(N), np.ones(N)), examples=two)
+            write_task_result(sweep / trial["path"] / FOLDER, found)
+    rows = table(task_tables(load_sweep_results(sweep), list(LOSSES)).gold)
+    assert all("nan" not in row["zero"] for row in rows.values())
 
 
 def test_accuracy_stands_beside_chance(sweep):

@@ -152,6 +152,13 @@ def test_zero_experts_that_track_ease_within_tasks_are_found():
     assert found.interval.value == pytest.approx(np.mean(by_task)) and found.interval.low > 0.3
 
 
+@pytest.mark.filterwarnings("error")
+def test_tasks_whose_examples_are_all_alike_say_nothing_of_ease():
+    load = load_of(zero_K=np.full(TASKS, 0.3))
+    load.nats_X[:], load.bytes_X[:] = 300, 100
+    assert np.isnan(ease_and_zero_within_tasks(load).interval.value)
+
+
 def test_difference_of_two_tasks_is_tested_by_exchanging_examples():
     ffn_KL = same()
     ffn_KL[1] += 0.08

@@ -51,6 +51,15 @@ def test_a_label_of_one_text_has_no_interval_and_one_without_a_name_is_left_out(
     assert found["rare"].tokens == 2 and np.isnan(found["rare"].ffn.low)
 
 
+def test_one_text_decides_nothing(use):
+    one = use.select(use.text_T == 0)
+    claims = token_claims({"a": one})
+    assert claims and {claim.verdict for claim in claims} == {"undecided"}
+    assert all((claim.low, claim.high, claim.p) == (None, None, 1.0) for claim in claims)
+    assert str(claims[0]).endswith("; one model, no interval over its examples") and "[" not in str(claims[0])
+    assert "holds" in {claim.verdict for claim in token_claims({"a": use})}
+
+
 def test_labels_taken_in_parts_give_the_same(use, monkeypatch):
     whole = by_label(use, use.string_T)
     monkeypatch.setattr(token_use, "LABELS_AT_A_TIME", 3)

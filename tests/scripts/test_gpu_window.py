@@ -86,13 +86,10 @@ def test_a_pack_that_is_too_large_is_refused_and_the_old_one_stays(packed, text,
 def test_the_rehearsal_ends_with_all_its_files_and_they_are_kept(packed, tmp_path):
     bare = {**os.environ, "PYTHONPATH": str(Path(__file__).with_name("bare"))}
     out, results = tmp_path / "out", tmp_path / "results"
-    call = ("run", "--minutes", 1, "--out", out, "--device", "cpu", "--pack", packed)
-    for _ in range(3):  # where other work keeps the cores busy, not everything fits into the first minute
-        done = window(*call, env=bare, timeout=90)
-        shown = done.stdout + done.stderr + (out / "summary.md").read_text()
-        ended = outcomes(json.loads((out / "state.json").read_text()))
-        if done.returncode == 0:
-            break
+    # Of idle cores it takes half a minute; what others leave of them may be a sixth.
+    done = window("run", "--minutes", 4, "--out", out, "--device", "cpu", "--pack", packed, env=bare, timeout=270)
+    shown = done.stdout + done.stderr + (out / "summary.md").read_text()
+    ended = outcomes(json.loads((out / "state.json").read_text()))
     assert list(ended) == ["tokens", "card", "layer", "training", "empty_experts", "tests", "runs"], shown
     assert set(ended.values()) == {"ok"}, shown
     assert sorted(path.name for path in out.iterdir()) == ["state.json", "summary.md", "window.tar.gz"]
@@ -123,7 +120,8 @@ def test_what_is_missing_is_said_in_one_line(packed, tmp_path, words, message):
     assert refused.returncode == 2 and message in refused.stderr and refused.stderr.count("\n") == 1
 
 
-def test_results_of_two_cards_do_not_mix(packed, tmp_path):
+def test_results_of_two_cards_do_not_mix(packed, tmp_path, monkeypatch):
+    monkeypatch.setattr(node, "_look", lambda device: {"device": device, "gpu": ""})
     (tmp_path / "state.json").write_text(json.dumps({"machine": MACHINE, "stages": {}}))
     with pytest.raises(UsageError, match="holds results of NVIDIA H100"):
         node._begin(tmp_path, packed, "cpu")

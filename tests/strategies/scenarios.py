@@ -156,17 +156,22 @@ class WrongScale(ExpertParallelStrategy):
             parameter.grad.mul_(self.groups.size)
 
 
+WATCHED = ("losses", "norms", "routing", "validations", "communication")
+
+
 class Watch(Callback):
-    """Writes down the global losses, gradient norms and validations, and saves in the middle."""
+    """Writes down the global losses, gradient norms, routing and validations, and saves in the middle."""
 
     def __init__(self, middle: Path):
-        self.middle, self.losses, self.norms, self.validations, self.communication = middle, [], [], [], []
+        self.middle, self.losses, self.norms, self.routing = middle, [], [], []
+        self.validations, self.communication = [], []
 
     def on_train_batch_end(self, trainer, module, *_):
         values = torch.stack(list(module.train_losses.values()))
         self.losses.append(trainer.strategy.reduce(values, reduce_op="mean").tolist())
         if trainer.fit_loop._should_accumulate():
             return
+        self.routing.append({name: float(value) for name, value in module.train_routing.compute().items()})
         if hasattr(trainer.strategy, "metrics"):
             self.communication.append(trainer.strategy.metrics())
         if trainer.global_step == STEPS // 2:
@@ -299,7 +304,7 @@ def run_scenario(
         held = sum(local(p).numel() for bank in expert_banks(module) for p in bank.parameters())
         least = strategy.reduce(torch.tensor(-held, device=strategy.root_device), reduce_op="max")
         result["least_held"] = -int(least)  # numbers of experts on the device that has fewest
-    watched = {name: getattr(watch, name) for name in ("losses", "norms", "validations", "communication")}
+    watched = {name: getattr(watch, name) for name in WATCHED}
     return result | watched | {"trace": trace.began}
 
 

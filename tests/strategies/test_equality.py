@@ -97,6 +97,15 @@ def test_losses_and_weights_are_those_of_one_device(results, devices, scenario):
         assert losses < 2e-6 and weights < 5e-6
 
 
+@pytest.mark.parametrize(("devices", "scenario"), EQUAL)
+def test_routing_and_what_capacity_drops_are_counted_over_all_devices(results, devices, scenario):
+    found, wanted = results.pair(devices, scenario)
+    exact = scenario.precision == "32-true"
+    for counted, reference in zip(found["routing"], wanted["routing"][-len(found["routing"]) :], strict=True):
+        assert counted == pytest.approx(reference, rel=1e-5, abs=1e-7) if exact else counted.keys() == reference.keys()
+        assert counted.get("dropped_ffn_share", 0) > 0.05 or "tight" not in scenario.model
+
+
 def differences(found, wanted, where=""):
     """Where two checkpoints differ, numbers beyond 5e-6; Adam divides by small ones, so its moments are compared."""
     if isinstance(wanted, dict) and isinstance(found, dict):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 from unittest import mock
@@ -12,6 +13,7 @@ import pytest
 import scenarios
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from scenarios import STEPS, STRATEGIES, Scenario, SGDLanguageModel, run_scenario
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
@@ -191,6 +193,20 @@ def test_parameters_of_the_module_itself_are_refused_where_they_would_drift_apar
     module.model, module.scale = tiny(), torch.nn.Parameter(torch.ones(2))
     with pytest.raises(UsageError, match="scale of LightningModule would drift apart"):
         MoEFSDPStrategy()._shard(module)
+
+
+@pytest.mark.parametrize("divided", [True, False])
+@pytest.mark.parametrize(
+    "callback", [StochasticWeightAveraging(0.1), EMAWeightAveraging()], ids=lambda c: type(c).__name__
+)
+def test_averages_of_divided_weights_are_refused_before_training(callback, divided):
+    strategy, module = ExpertParallelStrategy(), pl.LightningModule()
+    module.model, module._trainer = tiny(), SimpleNamespace(callbacks=[callback])
+    strategy._lightning_module = module
+    strategy.sharding = SimpleNamespace(is_sharded=lambda parameter: divided)
+    refused = pytest.raises(UsageError, match=f"{type(callback).__name__} averages whole weights, and Expert")
+    with refused if divided else nullcontext():
+        strategy._refuse_averages(module)
 
 
 class FrozenExperts(SGDLanguageModel):

@@ -7,11 +7,13 @@ import sys
 import time
 
 import pytest
+from omegaconf import OmegaConf
 
 from moepp.cli import main
-from moepp.config import CONF
-from moepp.records import RunRecord, read_json, write_json
+from moepp.config import CONF, compose
+from moepp.records import RunRecord, read_json, write_json, write_text
 from moepp.sweeps.leases import LeaseWatch
+from moepp.training.settings import RunConfig
 
 SWEEP = """
 name: toy
@@ -40,14 +42,13 @@ def sweep(capsys, action, path, *arguments, runs=None):
 
 def began(directory, trials):
     """A sweep of `trials` arms, and their records."""
-    records = [RunRecord(directory / f"{arm:012x}") for arm in range(trials)]
-    described = [
-        {"arm": f"arm{arm}", "seed": 0, "path": record.path.name, "steps": 100} for arm, record in enumerate(records)
-    ]
-    write_json(directory / "sweep.json", {"name": "toy", "baseline": "arm0", "trials": described})
-    for record in records:
+    arms = ["vanilla", "moepp", *(f"arm{number}" for number in range(2, trials))][:trials]
+    records = {arm: RunRecord(directory / f"{number:012x}") for number, arm in enumerate(arms)}
+    described = [{"arm": arm, "seed": 0, "path": record.path.name, "steps": 100} for arm, record in records.items()]
+    write_json(directory / "sweep.json", {"name": "toy", "baseline": "vanilla", "trials": described})
+    for record in records.values():
         record.path.mkdir()
-    return records
+    return [*records.values()]
 
 
 def finish(record, seconds=60.0):
@@ -105,6 +106,37 @@ def test_plan_tells_an_arm_that_was_edited_after_it_had_run(capsys, toy):
     assert "digest" not in err
 
 
+SPACE = """
+space: {tpe: {n: 2, keys: {optim.lr: {float: [1.0e-3, 1.0e-2]}}}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (("1.0e-2", "2.0e-2"), "holds a search through another space"),
+        ((SPACE, ""), "holds a search through another space or at other seeds, or no search"),
+        (("[model=vanilla]", "[model=vanilla, optim.weight_decay=0.2]"), r"vanilla_000 \(optim\.weight_decay: "),
+        (("baseline: vanilla", "baseline: moepp"), r"another sweep of the same name \(baseline: vanilla, not moepp\)"),
+    ],
+)
+def test_plan_refuses_what_run_would_refuse_of_a_begun_search(capsys, toy, edit, message):
+    from moepp.sweeps.search import searched
+    from moepp.sweeps.spec import read_sweep
+
+    toy.write_text(toy.read_text() + SPACE)
+    [begun] = began(toy.parent / "runs" / "toy-smoke", 1)
+    trial = {"arm": "vanilla_000", "group": "vanilla", "seed": 0, "path": begun.path.name, "point": {"optim.lr": 0.002}}
+    known = {"baseline": "vanilla", "trials": [trial | {"steps": 8}], **searched(read_sweep(str(toy)), "smoke", None)}
+    write_json(begun.path.parent / "sweep.json", known)
+    asked = compose(RunConfig, ["tracking=jsonl", "data=tokens", "size=smoke", "model=vanilla", "optim.lr=0.002"])
+    write_text(begun.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(asked)))
+    assert "2 proposals for each of" in sweep(capsys, "plan", toy)[1]
+    toy.write_text(toy.read_text().replace(*edit))
+    code, _, err = sweep(capsys, "plan", toy)
+    assert code == 2 and re.search(message, err) and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("words", [["one"], ["-1"], ["model.top_k=1"]])
 def test_seeds_that_are_none_are_refused(capsys, toy, words):
     code, _, err = sweep(capsys, "plan", toy, "--seeds", *words)
@@ -138,7 +170,7 @@ def test_status_says_what_every_trial_does(capsys, toy):
     assert code == 0
     assert head == "toy-smoke: 1 done, 1 running, 1 failed, 2 waiting; about 2 min left"
     assert metrics == "final metrics: n = 1: all"
-    assert rows[0].startswith("running  arm1 s0, step 50 of 100, ") and " s left (process " in rows[0]
+    assert rows[0].startswith("running  moepp s0, step 50 of 100, ") and " s left (process " in rows[0]
     assert rows[1:4] == ["failed   arm2 s0: exit code 1; no memory", "         | step 3", "         | no memory"]
     assert rows[4:] == ["waiting  arm3 s0", "waiting  arm4 s0, step 50 of 100"]
 
@@ -148,10 +180,10 @@ def test_a_trial_that_will_be_tried_again_has_not_failed(capsys, toy):
     plan = trial.path.parent / "sweep.json"
     write_json(plan, read_json(plan) | {"retries": 1})
     trial.fail("no memory")  # and its worker died before it counted that
-    assert sweep(capsys, "status", toy)[1] == "toy-smoke: 0 done, 0 running, 0 failed, 1 waiting\nwaiting  arm0 s0\n"
+    assert sweep(capsys, "status", toy)[1] == "toy-smoke: 0 done, 0 running, 0 failed, 1 waiting\nwaiting  vanilla s0\n"
     for _ in range(2):
         trial.crash("no memory")
-    assert "failed   arm0 s0: no memory" in sweep(capsys, "status", toy)[1]
+    assert "failed   vanilla s0: no memory" in sweep(capsys, "status", toy)[1]
 
 
 @pytest.mark.parametrize("action", ["plan", "status", "retry"])
@@ -191,7 +223,7 @@ def test_status_names_a_finished_trial_whose_metrics_are_damaged(capsys, toy):
     code, out, _ = sweep(capsys, "status", toy)
     assert code == 0 and out.startswith("toy-smoke: 1 done, 0 running, 0 failed, 1 damaged, 1 waiting")
     assert "final metrics: n = 1: all" in out
-    assert f"damaged  arm1 s0, step 100 of 100: {damaged.path}/metrics.jsonl is cut off" in out
+    assert f"damaged  moepp s0, step 100 of 100: {damaged.path}/metrics.jsonl is cut off" in out
 
 
 def test_status_states_how_many_trials_have_each_metric(capsys, toy):

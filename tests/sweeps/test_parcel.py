@@ -78,3 +78,25 @@ def test_nothing_to_pack_or_unpack_is_one_line(tmp_path):
         pack(tmp_path / "none", tmp_path / "a.tar.xz")
     with pytest.raises(UsageError, match=r"there is no archive .*a\.tar\.xz; `sweep pack` writes it"):
         unpack(tmp_path / "a.tar.xz", tmp_path / "none")
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "empty", "corrupt"])
+def test_what_is_no_whole_archive_is_one_line_and_leaves_nothing(sweep, tmp_path, damage):
+    archive, there = tmp_path / "runs.tar.xz", tmp_path / "there"
+    pack(sweep, archive)
+    whole = archive.read_bytes()
+    middle = len(whole) // 2
+    corrupt = whole[:middle] + bytes(64) + whole[middle + 64 :]
+    archive.write_bytes({"cut": whole[:middle], "text": b"hello\n", "empty": b"", "corrupt": corrupt}[damage])
+    with pytest.raises(UsageError, match=r"runs\.tar\.xz is no whole archive of `sweep pack` \(.+\); pack") as said:
+        unpack(archive, there)
+    assert "\n" not in str(said.value) and not list(there.iterdir())
+
+
+def test_an_archive_of_something_else_is_said(tmp_path):
+    archive = tmp_path / "runs.tar.xz"
+    write_text(tmp_path / "notes.txt", "mine")
+    with tarfile.open(archive, "w:xz") as tar:
+        tar.add(tmp_path / "notes.txt", "notes.txt")
+    with pytest.raises(UsageError, match=r"runs\.tar\.xz holds no finished trial"):
+        unpack(archive, tmp_path / "there")

@@ -210,6 +210,11 @@ def test_seeds_that_no_generator_takes_are_refused_and_the_command_is_not_the_fi
         sweep.trials("smoke", ["optim.rate=1"])
 
 
+def test_a_length_beyond_all_steps_is_refused(write):
+    with pytest.raises(UsageError, match=r"lengths: 1e\+09 times the steps of vanilla=4000000000 must be .* at most"):
+        read_sweep(write(lengths=[1e9])).trials("smoke")
+
+
 def test_lengths_train_the_baseline_to_other_ends_and_are_no_arms(write):
     sweep = read_sweep(write(lengths=[0.5, 1, 1.5], base=[*SWEEP.get("base", []), "optim.schedule=wsd"]))
     scale = next(iter(sweep.scales))

@@ -24,6 +24,12 @@ def test_a_folder_as_a_store_is_refused(record, runs, uri):
         Mirror(record, TrackingConfig(uri=uri), runs)
 
 
+@pytest.mark.parametrize("uri", ["sqlite:", "sqlite://mlflow.db", "http:/host:5000", "https://"])
+def test_an_address_that_names_no_place_is_refused_with_one_that_does(record, runs, uri):
+    with pytest.raises(UsageError, match=rf"^tracking\.uri={uri} names no place; write it as {uri.split(':')[0]}:/"):
+        Mirror(record, TrackingConfig(uri=uri), runs)
+
+
 def test_sync_without_a_tracker_says_so(runs):
     with pytest.raises(UsageError, match=r"tracking\.backend=mlflow"):
         sync_all(runs, TrackingConfig(backend="jsonl"))

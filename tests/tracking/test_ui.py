@@ -1,5 +1,7 @@
 import json
 import os
+import select
+import signal
 import socket
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import pytest
 from mirrored import make_sweep, store
 
 from moepp.errors import RunError, UsageError
+from moepp.process import python_path
 from moepp.records import read_json
 from moepp.tracking import mlflow_store, pages
 from moepp.tracking.mirror import FolderMirror
@@ -94,6 +97,32 @@ def test_without_a_name_the_ui_opens_at_the_newest_sweep_that_is_in_the_store(ru
     store(runs).delete_run(ids[0])
     mlflow_store.serve(TrackingConfig(), runs, 0)
     assert f"viewStateShareKey={ids[1]}-arms" in capsys.readouterr().out
+
+
+SERVER = """
+import os, signal, subprocess
+def cli(prog_name):
+    print(subprocess.Popen(["sleep", "60"]).pid, flush=True)
+    signal.pause()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_what_mlflow_has_started_ends_with_it_and_hears_what_its_group_is_told(number, tmp_path):
+    (tmp_path / "mlflow").mkdir()
+    (tmp_path / "mlflow/__init__.py").touch()
+    (tmp_path / "mlflow/cli.py").write_text(SERVER)
+    command = [sys.executable, "-m", "moepp.tracking.server"]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{python_path()}"}
+    serving = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    pid = int(serving.stdout.readline())
+    child = os.pidfd_open(pid)
+    assert os.getpgid(pid) == os.getpgid(serving.pid)
+    serving.send_signal(number)
+    assert serving.wait(20) == -number
+    assert select.select([child], [], [], 20)[0], "its child is still there"
+    os.close(child)
+    serving.stdout.close()
 
 
 def test_no_browser_is_opened_without_a_display(monkeypatch):

@@ -71,6 +71,17 @@ def test_the_card_says_what_the_run_was(trained, plain):
     assert f"| val_loss | {record.final()['val_loss']:.6g} |" in text
 
 
+def test_an_export_is_written_over_itself_alone(trained, tmp_path):
+    run = trained("model=vanilla").path
+    assert export_run(run, out=tmp_path / "new") == export_run(run, out=tmp_path / "new")
+    (tmp_path / "README.md").write_text("mine")
+    before = sorted(run.iterdir())
+    for folder in (tmp_path, run):
+        with pytest.raises(UsageError, match=r" holds other files; name a folder that is new"):
+            export_run(run, out=folder)
+    assert (tmp_path / "README.md").read_text() == "mine" and sorted(run.iterdir()) == before
+
+
 def test_what_the_code_lacks_is_refused(trained):
     with pytest.raises(UsageError, match=r"format=hf has no model\.selection=top_p"):
         export_run(trained("model=top_p").path)

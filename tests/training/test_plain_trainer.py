@@ -10,14 +10,16 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from moepp.errors import UsageError
 from moepp.layers.settings import BalanceConfig, MoEConfig
 from moepp.models.decoder import Decoder
 from moepp.models.protocol import CausalLM, ModelOutput
 from moepp.models.settings import DecoderConfig
 from moepp.training.callbacks import MetricsReporter, likely_cause
 from moepp.training.module import LanguageModel
+from moepp.training.optim import learning_rate_scale
 from moepp.training.settings import OptimConfig
 
 IDS = torch.randint(0, 61, (32, 9), generator=torch.Generator().manual_seed(0))
@@ -124,6 +126,72 @@ def test_a_checkpoint_gives_the_model_back_from_plain_values(tmp_path):
     assert loaded.optim == FAST and loaded.steps == 12 and loaded.val_bits_per_byte.end_of_text == 0
     ours, theirs = loaded.state_dict(), module.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def silent(tmp_path, **options):
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    return pl.Trainer(accelerator="cpu", default_root_dir=tmp_path, **quiet, **options)
+
+
+def test_a_plain_trainer_tests_and_predicts(tmp_path):
+    trainer, module, ids = silent(tmp_path), LanguageModel(decoder()), DataLoader(TensorDataset(IDS), 8)
+    [tested], [validated] = trainer.test(module, ids, verbose=False), trainer.validate(module, ids, verbose=False)
+    assert tested == {name.replace("val/", "test/"): value for name, value in validated.items()} and len(tested) == 2
+    logits = torch.cat(trainer.predict(module, ids))
+    assert logits.shape == (32, 9, 61)
+    nats = F.cross_entropy(logits[:, :-1].transpose(1, 2), IDS[:, 1:])
+    assert float(nats) == pytest.approx(tested["test/loss"], rel=1e-5)
+
+
+def test_a_rate_that_lightning_has_found_is_the_schedules_at_once(tmp_path):
+    module = LanguageModel(decoder(), FAST, steps=8)
+    trainer = silent(tmp_path, max_epochs=1)
+    trainer.fit(module, DataLoader(IDS, 8))
+    module.lr = 0.5
+    assert module.optim.lr == module.hparams["optim"]["lr"] == 0.5
+    [schedule] = trainer.lr_scheduler_configs
+    schedule.scheduler.step()
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.5 * learning_rate_scale(5, 8, module.optim))
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        return iter(IDS)
+
+
+@pytest.mark.parametrize(
+    ("data", "options"), [(IDS, {"max_epochs": -1, "max_time": "00:00:01:00"}), (Endless(), {"max_epochs": 1})]
+)
+def test_a_schedule_without_an_end_is_refused_and_steps_are_one(data, options, tmp_path):
+    with pytest.raises(UsageError, match=r"schedule has no end .* give LanguageModel\(..., steps=N\)"):
+        silent(tmp_path, **options).fit(LanguageModel(decoder()), DataLoader(data, 8))
+    given = {**options, "max_epochs": 1}
+    silent(tmp_path, **given).fit(module := LanguageModel(decoder(), FAST, steps=4), DataLoader(data, 8))
+    assert module.trainer.global_step == 4
+
+
+@pytest.mark.parametrize(
+    ("batch", "found"),
+    [
+        ({"input_ids": IDS}, "dict"),
+        (IDS.float(), r"torch.float32 \[32, 9\]"),
+        (IDS[0], r"torch.int64 \[9\]"),
+        (IDS[:, :1], r"torch.int64 \[32, 1\]"),
+    ],
+    ids=["mapping", "fractions", "one sequence", "nothing to predict"],
+)
+def test_what_is_no_batch_of_ids_is_refused_in_one_line(batch, found):
+    for step in (LanguageModel.training_step, LanguageModel.validation_step):
+        with pytest.raises(UsageError, match=f"^a batch is {found}; token ids"):
+            step(LanguageModel(decoder()), batch)
+
+
+def test_ids_of_any_integers_are_taken(tmp_path):
+    [long], [short] = (
+        silent(tmp_path).validate(LanguageModel(decoder()), DataLoader(ids, 8), verbose=False)
+        for ids in (IDS, IDS.to(torch.int16))
+    )
+    assert long == short
 
 
 class Bigram(nn.Module):
