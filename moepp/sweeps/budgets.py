@@ -69,7 +69,7 @@ def relative_spread(values: Sequence[float]) -> float:
 
 
 def require_match(match: str, arms: Mapping[str, "Budget"], seconds: Mapping[str, float] | None = None) -> None:
-    """Raises UsageError, with the value of every arm, when the arms differ in what `match` declares equal."""
+    """Raises UsageError, with the least and the most of it, when the arms differ in what `match` declares equal."""
     if match == "none":
         return
     values = seconds if match == "wallclock" else {arm: getattr(budget, match) for arm, budget in arms.items()}
