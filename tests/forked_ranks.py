@@ -47,6 +47,7 @@ def start(command: Sequence[str], log: Path, environment: Mapping[str, str], sho
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1), os.dup2(output, 2)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+        sys.excepthook = sys.__excepthook__  # torch wraps it in every group of processes that it joins
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         os.environ.update({**environment, PARENT_PID: str(parent)})
