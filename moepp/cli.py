@@ -414,7 +414,7 @@ def ui(sweep: str | None, port: int, scale: str, overrides: Sequence[str]) -> No
 
     with working("loading MLflow"):
         from moepp.tracking.mirror import as_recorded
-        from moepp.tracking.mlflow_store import serve
+        from moepp.tracking.ui import serve
 
     config = compose(RunConfig, overrides)
     folder = read_sweep(sweep).folder(scale, overrides) if sweep else None

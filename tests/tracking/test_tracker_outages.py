@@ -24,7 +24,7 @@ from moepp.tracking.settings import TrackingConfig
 CONFIG = "name: toy\nseed: 0\nmodel: {top_k: 2}\ndata: {corpus: sotu}\noptim: {lr: 0.001}\n"
 SERVE = """
 import sys
-from moepp.tracking.mlflow_store import serve
+from moepp.tracking.ui import serve
 from moepp.tracking.settings import TrackingConfig
 serve(TrackingConfig(), sys.argv[1], int(sys.argv[2]))
 """

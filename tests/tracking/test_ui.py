@@ -13,7 +13,7 @@ from mirrored import make_sweep, store
 from moepp.errors import RunError, UsageError
 from moepp.process import python_path
 from moepp.records import read_json
-from moepp.tracking import mlflow_store, pages
+from moepp.tracking import pages, ui
 from moepp.tracking.mirror import FolderMirror
 from moepp.tracking.mlflow_views import ARMS, TAG, TRIALS, saved_views, view_key
 from moepp.tracking.settings import TrackingConfig
@@ -55,8 +55,8 @@ def test_the_server_is_for_this_machine_only(runs, monkeypatch, capsys):
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(RunError, match=f"cannot use port {port}"):
-            mlflow_store.serve(TrackingConfig(), runs, port)
-    mlflow_store.serve(TrackingConfig(), runs, port)
+            ui.serve(TrackingConfig(), runs, port)
+    ui.serve(TrackingConfig(), runs, port)
     (command,) = commands
     assert command[command.index("--host") + 1] == "127.0.0.1"
     assert os.environ["MLFLOW_BACKEND_STORE_URI"] == f"sqlite:///{runs}/mlflow.db"  # unseen by others of the machine
@@ -69,11 +69,11 @@ def test_the_ui_opens_at_a_sweep(runs, monkeypatch, capsys):
     directory = make_sweep(runs, "sweep-to-open")
     monkeypatch.setattr(os, "execv", lambda path, arguments: None)
     with pytest.raises(UsageError, match=r"run\.py sync"):
-        mlflow_store.serve(TrackingConfig(), runs, 0, directory)
+        ui.serve(TrackingConfig(), runs, 0, directory)
     FolderMirror(directory, TrackingConfig(), runs).sync()
     opened = []
-    monkeypatch.setattr(mlflow_store, "open_when_served", opened.append)
-    mlflow_store.serve(TrackingConfig(), runs, 0, directory)
+    monkeypatch.setattr(ui, "open_when_served", opened.append)
+    ui.serve(TrackingConfig(), runs, 0, directory)
     lines = capsys.readouterr().out.splitlines()
     run_id = read_json(directory / "mlflow.json")["run_id"]
     assert [line.split()[0] for line in lines[:4]] == ["arms", "trials", "report", "runs"]
@@ -92,10 +92,10 @@ def test_without_a_name_the_ui_opens_at_the_newest_sweep_that_is_in_the_store(ru
         os.utime(directory / "sweep.json", (now + 1000 - age, now + 1000 - age))
     unmirrored = make_sweep(runs, "sweep-unmirrored") / "sweep.json"
     os.utime(unmirrored, (now + 2000, now + 2000))
-    mlflow_store.serve(TrackingConfig(), runs, 0)
+    ui.serve(TrackingConfig(), runs, 0)
     assert f"viewStateShareKey={ids[0]}-arms" in capsys.readouterr().out
     store(runs).delete_run(ids[0])
-    mlflow_store.serve(TrackingConfig(), runs, 0)
+    ui.serve(TrackingConfig(), runs, 0)
     assert f"viewStateShareKey={ids[1]}-arms" in capsys.readouterr().out
 
 
@@ -131,8 +131,8 @@ def test_no_browser_is_opened_without_a_display(monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)
-    mlflow_store.open_when_served("http://127.0.0.1:5000/#/runs")
+    ui.open_when_served("http://127.0.0.1:5000/#/runs")
     assert not started
     monkeypatch.setenv("DISPLAY", ":0")
-    mlflow_store.open_when_served("http://127.0.0.1:5000/#/runs")
+    ui.open_when_served("http://127.0.0.1:5000/#/runs")
     assert started[0][0][-1] == "http://127.0.0.1:5000/#/runs"
