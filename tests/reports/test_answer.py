@@ -103,6 +103,12 @@ def test_a_contrast_has_one_p_in_sentences_and_tables_whatever_else_a_report_sho
     assert "p = 0.0065 after Holm" in measure(context).verdict[0] and len(quality.rows) == 2
 
 
+def test_what_would_be_seen_of_the_primary_contrast_needs_no_correction(records):
+    noise, _ = found(records).sections["Noise floor"]
+    seen = {row[0]: row[4:6] for row in noise.rows}
+    assert seen["one"][0] == seen["one"][1] and float(seen["two"][0]) < float(seen["two"][1])
+
+
 def test_an_interval_beyond_what_matters_is_no_difference_where_the_test_says_none():
     found = SimpleNamespace(robust=SimpleNamespace(median=0.3, low=0.2, high=0.35), estimate=None)
     assert _weighed(found, 0.03, beyond_noise=True) == "by more than the 0.03 that matters"

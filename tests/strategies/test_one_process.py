@@ -199,14 +199,16 @@ def test_parameters_of_the_module_itself_are_refused_where_they_would_drift_apar
 @pytest.mark.parametrize(
     "callback", [StochasticWeightAveraging(0.1), EMAWeightAveraging()], ids=lambda c: type(c).__name__
 )
-def test_averages_of_divided_weights_are_refused_before_training(callback, divided):
+def test_averages_of_divided_weights_are_refused_before_training(monkeypatch, callback, divided):
     strategy, module = ExpertParallelStrategy(), pl.LightningModule()
     module.model, module._trainer = tiny(), SimpleNamespace(callbacks=[callback])
     strategy._lightning_module = module
-    strategy.sharding = SimpleNamespace(is_sharded=lambda parameter: divided)
+    strategy.groups, strategy.parallel_devices = None, [torch.device("cpu")]
+    sharding = SimpleNamespace(is_sharded=lambda parameter: divided)
+    monkeypatch.setattr("moepp.strategies.base.Sharding", lambda *_: sharding)
     refused = pytest.raises(UsageError, match=f"{type(callback).__name__} averages whole weights, and Expert")
     with refused if divided else nullcontext():
-        strategy._refuse_averages(module)
+        strategy.take_parts(module)
 
 
 class FrozenExperts(SGDLanguageModel):
