@@ -15,8 +15,8 @@ from moepp.statistics.seeds import mean_interval, paired_difference
 from moepp.statistics.style import Figure
 from moepp.statistics.tables import Table
 
-RATES = ("0.00125", "0.0025", "0.005", "0.01", "0.02")
-SHARED = "0.005"  # the rate of every other sweep at laptop scale
+RATES = ("0.0025", "0.005", "0.01", "0.02", "0.04")
+SHARED = "0.01"  # the rate of every other sweep at laptop scale
 SIDES = {"vanilla": "vanilla MoE", "moepp": "MoE++"}
 
 

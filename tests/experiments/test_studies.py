@@ -131,26 +131,26 @@ def test_best_rate_judges_each_side_at_the_rate_the_other_seeds_chose(tmp_path):
                for i, rate in enumerate(best_rate.RATES)}  # fmt: skip
     directory = write_sweep(tmp_path, losses)
     sweep = read_json(directory / "sweep.json")
-    write_json(directory / "sweep.json", sweep | {"baseline": "vanilla_0.005"})
+    write_json(directory / "sweep.json", sweep | {"baseline": "vanilla_0.01"})
     assert RunRecord(directory / "trials/moepp_0.01-0").status == "done"
     report = best_rate.measure(Context("laptop", {"learning_rate": directory}))
     own, shared = report.claims
     assert own.verdict == "holds" and own.effect == pytest.approx(-0.499)  # 2.5 against 3.0
     assert shared.verdict == "holds" and shared.effect == pytest.approx(-0.499)  # 3.5 against 4.0
     assert report.notes == (
-        "Best rate of vanilla MoE: 0.0025 (3 of 3 choices).", "Best rate of MoE++: 0.01 (3 of 3 choices).",
+        "Best rate of vanilla MoE: 0.005 (3 of 3 choices).", "Best rate of MoE++: 0.02 (3 of 3 choices).",
     )  # fmt: skip
     write_report(best_rate.EXPERIMENT, report, tmp_path / "out", PROVENANCE)
 
     for seed in range(3):
-        (directory / f"trials/vanilla_0.02-{seed}/done").unlink()  # diverged with every seed
-    (directory / "trials/moepp_0.005-1/done").unlink()
+        (directory / f"trials/vanilla_0.04-{seed}/done").unlink()  # diverged with every seed
+    (directory / "trials/moepp_0.01-1/done").unlink()
     report = best_rate.measure(Context("laptop", {"learning_rate": directory}))
     [own] = report.claims  # the shared rate is no longer there on both sides
     assert own.verdict == "holds" and own.effect == pytest.approx(-0.499)
     assert report.notes[:2] == (
-        "Left out: vanilla MoE at 0.02, which lacks a finished run of seed 0, 1, 2.",
-        "Left out: MoE++ at 0.005, which lacks a finished run of seed 1.",
+        "Left out: vanilla MoE at 0.04, which lacks a finished run of seed 0, 1, 2.",
+        "Left out: MoE++ at 0.01, which lacks a finished run of seed 1.",
     )
     write_report(best_rate.EXPERIMENT, report, tmp_path / "out", PROVENANCE)
 
