@@ -437,7 +437,7 @@ def sync(overrides: Sequence[str]) -> None:
 
 
 @commands.command(examples=["layer --scale laptop", "layer --ffn 8 16 --tokens 4096 --routing learned", "training"])
-@click.argument("what", type=Word(["card", "layer", "training", "scoring", "parallel"]), metavar="WHAT")
+@click.argument("what", type=Word(["card", "layer", "training", "choices", "scoring", "parallel"]), metavar="WHAT")
 @click.option("--scale", help="smoke, laptop, cpu, gpu or paper, as far as the benchmark has them.")
 @wide
 @minutes(help="Measure nothing that would not end in time, and say what.")
@@ -458,7 +458,8 @@ def sync(overrides: Sequence[str]) -> None:
 def bench(what: str, scale: str | None, minutes: float | None, out: Path | None, **given: Any) -> None:
     """Time the device, the expert layer beside its floor and its peers, training, or the scoring of tasks.
 
-    WHAT is card, layer, training, scoring, or parallel: what experts on several devices send.
+    WHAT is card, layer, training, choices (what a training step may do otherwise), scoring, or parallel (what experts
+    on several devices send).
     """
     from moepp.benchmarks.commands import bench
     from moepp.statistics.tables import on_terminal
