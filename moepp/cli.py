@@ -249,8 +249,7 @@ def prepare(overrides: Sequence[str]) -> None:
     from moepp.training.settings import asked_for
 
     tokens = prepare(completed(asked_for(overrides)).data)
-    train, val = tokens.header.train, tokens.header.val
-    print(f"{tokens.path}: {train.tokens:,} training tokens, {val.tokens:,} held out, {train.documents:,} documents")
+    print(f"{tokens.path}: {tokens.header}")
 
 
 @commands.command(examples=["runs/train/<hash> --prompt 'The union' --temperature 0"])
@@ -279,9 +278,9 @@ def generate(run: Path, prompt: str, tokens: int, temperature: float, seed: int)
 @click.option("--batch-tokens", type=Number(Count), default=4096, help="Padded tokens per batch.")
 @wide
 def evaluate(checkpoint: Path, tasks: str, tasks_dir: Path | None, limit: int | None, batch_tokens: int) -> None:
-    """Score a trained run or a released checkpoint on the paper's tasks or others.
+    """Score a trained run, its export or a released checkpoint on the paper's tasks or others.
 
-    CHECKPOINT is a run directory, a *.ckpt file, or a folder in the released layout.
+    CHECKPOINT is a run directory, a *.ckpt file, or a folder: of `export`, of transformers, or in the released layout.
     """
     with working("loading lm-evaluation-harness"):
         from moepp.evaluation.commands import evaluate_checkpoint

@@ -5,10 +5,12 @@ other parameters are its options. Loads no torch.
 """
 
 import traceback
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from moepp import plugins
 from moepp.errors import UsageError
-from moepp.layers.registry import Registry, balance, control, expert, gate, router, selection
+from moepp.layers.registry import Part, Registry, balance, control, expert, gate, router, selection
 
 __all__ = [
     "Registry", "balance", "callback", "control", "corpus", "expert", "gate", "logger", "model", "optimizer",
@@ -17,8 +19,47 @@ __all__ = [
 
 CORPORA = "moepp.data.corpora"
 
-corpus = Registry(
+
+class CorpusRegistry(Registry):
+    """Corpora, and which keys of `data` each reads of those in KEYS, which not all do."""
+
+    KEYS = ("path", "separator", "text_column", "hub", "sources", "bad_rows")
+
+    def __init__(self, *arguments: Any, reads: Mapping[str, tuple[str, ...]], **options: Any):
+        super().__init__(*arguments, **options)
+        self._reads: dict[str, tuple[str, ...] | None] = dict(reads)
+
+    def __call__(self, name: str, reads: Iterable[str] | None = None) -> Callable[[Part], Part]:
+        """`reads` are those of KEYS that a corpus reads; None where it does not say, and may read any of them. Raises
+        ValueError for others.
+        """
+        keys = None if reads is None else tuple(reads)
+        if unknown := [key for key in keys or () if key not in self.KEYS]:
+            raise ValueError(f"corpus '{name}': reads={unknown[0]}: choose from {', '.join(self.KEYS)}")
+        register = super().__call__(name)
+
+        def add(part: Part) -> Part:
+            register(part)
+            if name not in self.defined:
+                self._reads[name] = keys
+            return part
+
+        return add
+
+    def reads(self, name: str) -> tuple[str, ...] | None:
+        """Those of KEYS that the corpus reads; None where it has not said."""
+        return self._reads.get(name)
+
+
+corpus = CorpusRegistry(
     "corpus",
+    reads={
+        "sotu": ("bad_rows",),
+        "text": ("path", "separator", "text_column", "bad_rows"),
+        "hub": ("text_column", "hub", "bad_rows"),
+        "mixture": ("path", "sources", "bad_rows"),
+        "tokens": ("path",),
+    },
     key="data.corpus",
     options="data.corpus_options",
     given=("config",),

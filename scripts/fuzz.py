@@ -168,7 +168,8 @@ def text_file(draw: random.Random) -> tuple[str, bytes, str]:
         content[draw.randrange(len(content))] = draw.choice([0, 0xE9, 0xFF, 0x0D, 0x0A, 0x22, 0x7B, 0x5B])
     packed = draw.choice([bytes, bytes, gzip.compress, lzma.compress, bz2.compress])(bytes(content))
     packed = packed[: draw.randrange(len(packed) + 1)] if draw.random() < 0.2 else packed
-    return name, packed, draw.choice(["", r"\n", r"<\|endoftext\|>", "<|endoftext|>", *ODD])
+    fitting = "" if text is not prose else draw.choice([r"\n", r"<\|endoftext\|>", "<|endoftext|>"])
+    return name, packed, draw.choice([fitting, draw.choice(["", r"\n", *ODD])])  # one that is nowhere is refused
 
 
 def check_text_file(made: tuple[str, bytes, str]) -> bool:

@@ -9,6 +9,8 @@ from registered import forgotten
 from moepp import plugins
 from moepp.cli import main
 from moepp.config import compose, load, save
+from moepp.data.prepare import prepare, token_digest
+from moepp.data.tokenizer import load_tokenizer
 from moepp.errors import UsageError
 from moepp.models.budget import Budget
 from moepp.sweeps.spec import read_sweep
@@ -204,6 +206,78 @@ def test_a_corpus_is_tokenised_once_for_each_source_and_choice_of_options(overri
     assert freeze(compose(RunConfig, words)).data.digest != first
 
 
+CORPORA = """
+    from moepp import register
+    from moepp.data.corpora import Corpus, Files
+
+    @register.corpus("globbed")
+    def globbed(config):
+        yield from open(config.path).read().split(";")
+
+    @register.corpus("shouted")
+    class Shouted(Files):
+        def texts(self):
+            return (text.upper() for text in super().texts())
+
+    @register.corpus("counted")
+    class Counted(Corpus):
+        '''Numbers, counted.
+
+        Up to some.'''
+
+        def __init__(self, config, numbers: int = 40):
+            super().__init__(config)
+            self.numbers = numbers
+
+        def texts(self):
+            return (f"{number} comes after {number - 1}. " * 20 for number in range(self.numbers))
+"""
+
+
+def of_corpus(plugin_path, cache, *words):
+    """The config of tokens from a plugin's corpus, in a few words."""
+    few = ["size=smoke", "data.seq_len=8", f"data.cache={cache}", f"plugins={plugin_path}"]
+    return compose(RunConfig, [*few, *words]).data
+
+
+def test_tokens_are_of_the_path_that_a_corpus_of_ones_own_reads(tmp_path):
+    path, found = plugin(tmp_path, "mine", CORPORA), {}
+    for name in ("one", "two"):
+        (tmp_path / name).write_text(";".join(f"{name} {number} " * 20 for number in range(20)))
+        config = of_corpus(path, tmp_path / "cache", "data.corpus=globbed", f"data.path={tmp_path / name}")
+        found[name] = prepare(config, progress=False)
+    assert found["one"].header.digest != found["two"].header.digest
+
+
+def test_a_corpus_that_changes_the_texts_of_another_has_tokens_of_its_own(tmp_path):
+    path = plugin(tmp_path, "mine", CORPORA)
+    for number in range(9):
+        (tmp_path / f"{number}.txt").write_text(f"some words {number} " * 20)
+    both = [
+        of_corpus(path, tmp_path / "cache", f"data.corpus={name}", f"data.path={tmp_path}/*.txt")
+        for name in ("text", "shouted")
+    ]
+    plain, shouted = (prepare(config, progress=False) for config in both)
+    assert plain.path != shouted.path
+    assert "SOME" in load_tokenizer(shouted.path / "tokenizer.json").decode(shouted.val.tolist())
+    plugin(tmp_path, "mine", CORPORA.replace("upper", "title"))
+    again = [of_corpus(path, tmp_path / "cache", f"data.corpus={c.corpus}", f"data.path={c.path}") for c in both]
+    same, other = map(token_digest, again)
+    assert same == plain.header.digest and other != shouted.header.digest
+
+
+def test_a_class_need_say_neither_its_fingerprint_nor_its_origin(tmp_path):
+    path = plugin(tmp_path, "mine", CORPORA)
+    all_of_them, some = (
+        of_corpus(path, tmp_path / "cache", "data.corpus=counted", *more)
+        for more in ([], ["data.corpus_options.numbers=30"])
+    )
+    header = prepare(all_of_them, progress=False).header
+    assert header.corpus == "Corpus counted: Numbers, counted."
+    assert header.train.documents + header.val.documents == 40
+    assert token_digest(some) != header.digest
+
+
 def test_a_record_is_enough_without_the_file(overrides, tmp_path):
     parts = plugin(tmp_path, "sums", CORPUS), plugin(tmp_path, "router", ROUTER)
     words = [w for w in overrides if not w.startswith("data")]
@@ -351,6 +425,14 @@ PART_OF_NO_USE = """
     def ints(config):
         yield from range(1, 100)
 
+    @register.corpus("halves")
+    def halves(config):
+        yield "half of a pair: \\ud83d"
+
+    @register.corpus("elsewhere")
+    def elsewhere(config):
+        yield open("/nowhere/at/all").read()
+
     @register.corpus("nothing")
     def nothing(config):
         pass
@@ -375,6 +457,8 @@ PART_OF_NO_USE = """
         ("model.experts.others.wide=1", "expert type 'wide' (mine.py) gave term a [256, 32]; [256, 1] is needed", 0),
         ("model.experts.others.unlucky=1", "expert type 'unlucky' (mine.py) failed: TypeError: empty()", 1),
         ("data.corpus=ints", "corpus 'ints' (mine.py) yielded int as document 1; it must yield texts", 0),
+        ("data.corpus=halves", "corpus 'halves' (mine.py) document 1: holds half a character, a surrogate by", 0),
+        ("data.corpus=elsewhere", "corpus 'elsewhere' (mine.py) failed: FileNotFoundError: [Errno 2] No such", 1),
         ("data.corpus=nothing", "corpus 'nothing' (mine.py) returned NoneType; it must yield texts", 0),
         ("optim.name=none", "optimizer 'none' (mine.py) returned list; a torch.optim.Optimizer is needed", 0),
         ("optim.name=unknowing", "optimizer 'unknowing' (mine.py) failed: TypeError: SGD.__init__() got an", 1),

@@ -4,13 +4,17 @@ import glob
 import importlib.metadata
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tqdm import tqdm
+
 from moepp import plugins, register
 from moepp.data import hub
-from moepp.data.files import BadRows, file_texts, is_json, sha256
+from moepp.data.files import BadRows, delimiter, file_texts, is_json, sha256
 from moepp.data.settings import DataConfig, SourceConfig
 from moepp.errors import UsageError
 
@@ -28,31 +32,26 @@ class Corpus:
         raise NotImplementedError
 
     def fingerprint(self) -> dict[str, Any]:
-        """What decides the documents: content hashes of local files, or the commit of a hub dataset."""
-        raise NotImplementedError
+        """What decides the documents: content hashes of local files, or the commit of a hub dataset; by default what
+        the config says in the keys that the corpus reads. Beside it a plugin's source and options always count.
+        """
+        keys = register.corpus.reads(self.config.corpus)
+        said, default = asdict(self.config), asdict(DataConfig())
+        return {key: said[key] for key in (register.corpus.KEYS if keys is None else keys) if said[key] != default[key]}
 
     def origin(self) -> str:
-        """Where the text comes from and under which terms, in a sentence for headers and reports."""
-        raise NotImplementedError
+        """Where the text comes from and under which terms, in a sentence for headers and reports. By default the
+        registered part's name and the first line of its docstring.
+        """
+        said = register.corpus[self.config.corpus].__doc__
+        return f"Corpus {self.config.corpus}" + (f": {inspect.cleandoc(said).splitlines()[0]}" if said else "")
 
 
 class FunctionCorpus(Corpus):
-    """What a registered function `(config, ...options)` yields. Its plugin's source and its options decide that."""
-
-    @property
-    def function(self) -> Callable[..., Iterable[str]]:
-        return register.corpus[self.config.corpus]
+    """What a registered function `(config, ...options)` yields."""
 
     def texts(self) -> Iterable[str]:
-        return self.function(self.config, **self.config.corpus_options)
-
-    def fingerprint(self) -> dict[str, Any]:
-        sources = plugins.digests([plugins.owner(self.function.__module__)])
-        return {"corpus": self.config.corpus, "sources": sources, "options": self.config.corpus_options}
-
-    def origin(self) -> str:
-        said = inspect.getdoc(self.function)
-        return f"Corpus {self.config.corpus}" + (f": {said.splitlines()[0]}" if said else "")
+        return register.corpus[self.config.corpus](self.config, **self.config.corpus_options)
 
 
 @register.corpus("text")
@@ -65,7 +64,10 @@ class Files(Corpus):
             raise UsageError(
                 "data.corpus=text needs data.path: a file, a glob such as 'texts/**/*.txt', or a list of them"
             )
-        return sorted({path for pattern in patterns for path in _matches(pattern)})
+        found: dict[Path, Path] = {}
+        for path in sorted({path for pattern in patterns for path in _matches(pattern)}):
+            found.setdefault(path.resolve(), path)  # a file counts once, by whatever names it is found
+        return list(found.values())
 
     def texts(self) -> Iterator[str]:
         return file_texts(self.files(), self.config.separator, self.config.text_column, self.bad)
@@ -74,7 +76,7 @@ class Files(Corpus):
         return {**self._hashes(), "separator": self.config.separator, "column": self.config.text_column}
 
     def _hashes(self) -> dict[str, Any]:
-        return {"files": [(is_json(path), sha256(path)) for path in self.files()]}
+        return {"files": [(delimiter(path) or is_json(path), sha256(path)) for path in self.files()]}
 
     def origin(self) -> str:
         return f"{len(self.files())} text files given by data.path"
@@ -127,7 +129,8 @@ class Mixture(Corpus):
     def texts(self) -> Iterator[str]:
         cache, sources = _hub_cache(self.config), self.config.sources
         streams = self._of_each(lambda source: hub.hub_texts(source, source.text_column, cache, self.bad))
-        return interleave(streams, {name: source.share for name, source in sources.items()})
+        ended = yield from interleave(streams, {name: source.share for name, source in sources.items()})
+        tqdm.write(f"data.sources.{ended} has no more documents, and the mixture ends with it", file=sys.stderr)
 
     def fingerprint(self) -> dict[str, Any]:
         cache = _hub_cache(self.config)
@@ -157,6 +160,16 @@ def corpus_of(config: DataConfig) -> Corpus:
     return part(config, **config.corpus_options) if isinstance(part, type) else FunctionCorpus(config)
 
 
+def text_fingerprint(config: DataConfig) -> dict[str, Any]:
+    """What decides the documents that `config` asks for."""
+    said = corpus_of(config).fingerprint()
+    if config.corpus in register.corpus.defined:
+        return said
+    sources = plugins.digests([plugins.owner(register.corpus[config.corpus].__module__)])
+    part = {"corpus": config.corpus, "sources": sources, "options": config.corpus_options}
+    return {**part, "text": said} if said else part
+
+
 def refuse_missing_files(config: DataConfig) -> None:
     """Raises UsageError for a `data.path` that names no file: a command asks before it loads what it needs otherwise.
     The tokens of a frozen config need no files.
@@ -170,18 +183,18 @@ def message_names(config: DataConfig) -> dict[str, str]:
     return {path.read_text(encoding="utf-8-sig"): path.stem for path in corpus_of(config).files()}
 
 
-def interleave(streams: Mapping[str, Iterator[str]], shares: Mapping[str, float]) -> Iterator[str]:
+def interleave(streams: Mapping[str, Iterator[str]], shares: Mapping[str, float]) -> Generator[str, None, str]:
     """The documents of all streams, always from the one that is furthest behind its share of the UTF-8 bytes so far.
 
-    Ends with the first stream that ends. Shares hold for text and so, nearly, for tokens; drawing documents by
-    probability, as `datasets.interleave_datasets` does, would give books a thousand times a web page's.
+    Ends with the first stream that ends, and returns its name. Shares hold for text and so, nearly, for tokens; drawing
+    documents by probability, as `datasets.interleave_datasets` does, would give books a thousand times a web page's.
     """
     read = dict.fromkeys(streams, 0)
     while True:
         behind = min(streams, key=lambda name: read[name] / shares[name])
         text = next(streams[behind], None)
         if text is None:
-            return
+            return behind
         read[behind] += len(text.encode())
         yield text
 
@@ -201,4 +214,4 @@ def _matches(pattern: str) -> list[Path]:
 
 
 def _hub_cache(config: DataConfig) -> Path:
-    return Path(config.cache, "huggingface")
+    return Path(config.cache, "huggingface").expanduser()

@@ -77,9 +77,9 @@ def store(corpus: Corpus, folder: Path, progress: bool) -> Documents:
         with tqdm(_only_texts(corpus), desc="reading", unit=" documents", disable=not progress) as texts:
             extents = _write_shards(_batches(texts, corpus.config.split_seed), folder)
         count, bad = sum(extent.count for extent in extents), corpus.bad.count
+        refuse_most_lost("cannot be read as text", bad, bad + count)
         if not count:
             raise UsageError(f"data.corpus={corpus.config.corpus} holds no text")
-        refuse_most_lost("cannot be read as text", bad, bad + count)
         lowest, highest = min(extent.lowest for extent in extents), max(extent.highest for extent in extents)
         counted = {"shards": len(extents), "count": count, "bad_rows": bad}
         write_json(folder / READ, {**counted, "lowest": lowest, "highest": highest})
@@ -94,7 +94,18 @@ def _only_texts(corpus: Corpus) -> Iterator[str]:
     for number, text in enumerate(found, start=1):
         if not isinstance(text, str):
             raise UsageError(f"{named} yielded {type(text).__name__} as document {number}; it must yield texts, str")
-        yield text
+        if _is_whole(text):
+            yield text
+        else:
+            corpus.bad.add(f"{named} document {number}", "holds half a character, a surrogate by itself")
+
+
+def _is_whole(text: str) -> bool:
+    """Whether it can be written as UTF-8."""
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 class Extent(NamedTuple):

@@ -1,14 +1,16 @@
-"""Files to documents: plain or JSON, compressed or not, and what of them cannot be read as text."""
+"""Files to documents: plain, JSON or CSV, compressed or not, and what of them cannot be read as text."""
 
 import bz2
+import csv
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import lzma
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +21,24 @@ from moepp.lfs import refuse_pointer
 
 BLOCK = 2**24  # characters read at a time
 LONGEST_DOCUMENT = 2**28  # characters; a document is held in memory
-# What a file begins with, whatever it is called.
-OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
-ZSTANDARD = b"\x28\xb5\x2f\xfd"
 NOT_TEXT = {b"PAR1": "a Parquet file", b"PK\x03\x04": "a zip archive", b"ARROW1": "an Arrow file", b"%PDF": "a PDF"}
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonlines")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
+
+def _open_zstandard(path: Path, mode: str, encoding: str, errors: str) -> TextIO:
+    """As gzip.open. Reads all frames, of which tools with several threads write many, and tells of a cut one."""
+    from pyarrow import input_stream
+
+    return io.TextIOWrapper(input_stream(path, compression="zstd"), encoding=encoding, errors=errors)
+
+
+# What a file begins with, whatever it is called. A frame of Zstandard may be one to skip.
+OPENERS = {
+    b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open,
+    b"\x28\xb5\x2f\xfd": _open_zstandard, b"\x50\x2a\x4d\x18": _open_zstandard,
+}  # fmt: skip
 
 
 @dataclass
@@ -44,30 +59,49 @@ def is_json(path: Path) -> bool:
     return any(suffix.lower() in JSON_SUFFIXES for suffix in path.suffixes[-2:])
 
 
+def delimiter(path: Path) -> str:
+    """What stands between the fields of a CSV file; "" for other files."""
+    return next(filter(None, (DELIMITERS.get(suffix.lower()) for suffix in path.suffixes[-2:])), "")
+
+
 def file_texts(paths: Iterable[Path], separator: str, column: str, bad: BadRows) -> Iterator[str]:
-    """The documents of files, in order. Raises UsageError for what cannot be opened or is of another kind."""
-    pattern = separator_pattern(separator)
+    """The documents of files, in order. Raises UsageError for what cannot be opened or is of another kind, and for a
+    separator that is nowhere.
+    """
+    pattern, separated = separator_pattern(separator), False
     for path in paths:
         try:
             with _open(path) as file:
                 if is_json(path):
                     yield from _json_texts(file, path, column, bad)
+                elif delimiter(path):
+                    yield from _csv_texts(file, path, column, bad)
                 else:
-                    _refuse_rows(file, path, column)
-                    yield from _pieces(file, path, pattern, bad)
+                    _refuse_rows(path, column)
+                    separated |= yield from _pieces(file, path, pattern, bad)
         except UsageError:
             raise
         except Exception as error:  # each way to compress has errors of its own
             raise UsageError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+    if separator and not separated:
+        raise UsageError(
+            f"data.separator={separator!r} stands nowhere in the plain text of data.path, whose line ends are read as"
+            " \\n; mend it, or leave it out"
+        )
 
 
-def _refuse_rows(file: TextIO, path: Path, column: str) -> None:
+def _refuse_rows(path: Path, column: str) -> None:
     """JSON rows under another name would be taken for text, braces and all."""
     with suppress(ValueError, RecursionError):
-        row = json.loads(file.readline(BLOCK))
+        row = json.loads(_first_line(path))
         if isinstance(row, dict) and column in row:
             raise UsageError(f"{path} holds JSON rows with '{column}'; rename it to end in .jsonl, to be read as such")
-    file.seek(0)
+
+
+def _first_line(path: Path) -> str:
+    """The first that is not blank, or the beginning of a long one. Not every file that is open can be read again."""
+    with _open(path) as file:
+        return next((line for line in iter(lambda: file.readline(BLOCK), "") if line.strip()), "")
 
 
 def sha256(path: Path) -> str:
@@ -97,19 +131,10 @@ def _open(path: Path) -> TextIO:
     for mark, kind in NOT_TEXT.items():
         if begin.startswith(mark):
             raise UsageError(f"{path} is {kind}, not text: data=hub data.hub.id=FOLDER reads the forms of datasets")
-    how = {"mode": "rt", "encoding": "utf-8-sig", "errors": "surrogateescape"}
-    if begin.startswith(ZSTANDARD):
-        return _zstandard(path).open(path, **how)
+    if begin.startswith(UTF_16):
+        raise UsageError(f"{path} is UTF-16, not UTF-8; make another of it: iconv -f UTF-16 -t UTF-8")
     opened = next((opener for mark, opener in OPENERS.items() if begin.startswith(mark)), open)
-    return opened(path, **how)
-
-
-def _zstandard(path: Path) -> Any:
-    try:
-        import zstandard
-    except ImportError:
-        raise UsageError(f"{path} needs the package zstandard: pip install zstandard") from None
-    return zstandard
+    return opened(path, mode="rt", encoding="utf-8-sig", errors="surrogateescape")
 
 
 def separator_pattern(pattern: str) -> re.Pattern[str]:
@@ -152,9 +177,9 @@ def _bad_byte(text: str) -> tuple[int, str] | None:
     return found.start(), f"byte {place} (0x{ord(found[0]) & 0xFF:02X}) is not UTF-8 text"
 
 
-def _pieces(file: TextIO, path: Path, separator: re.Pattern[str], bad: BadRows) -> Iterator[str]:
-    """The text between separators, holding one block and one document in memory."""
-    rest, line, dropping = "", 1, False
+def _pieces(file: TextIO, path: Path, separator: re.Pattern[str], bad: BadRows) -> Generator[str, None, bool]:
+    """The text between separators, holding one block and one document in memory. Returns whether there was one."""
+    rest, line, dropping, separated = "", 1, False, False
     while True:
         block = file.read(BLOCK)
         rest += block
@@ -165,7 +190,7 @@ def _pieces(file: TextIO, path: Path, separator: re.Pattern[str], bad: BadRows) 
             if not dropping:
                 yield from _whole(rest[start : match.start()], path, line, bad)
             line += rest.count("\n", start, match.end())
-            start, dropping = match.end(), False
+            start, dropping, separated = match.end(), False, True
         rest = rest[start:]
         if len(rest) > LONGEST_DOCUMENT and not dropping:
             what = f"a document of more than {LONGEST_DOCUMENT:,} characters; split it with data.separator"
@@ -177,7 +202,7 @@ def _pieces(file: TextIO, path: Path, separator: re.Pattern[str], bad: BadRows) 
         if not block:
             if not dropping:
                 yield from _whole(rest, path, line, bad)
-            return
+            return separated
 
 
 def _whole(text: str, path: Path, line: int, bad: BadRows) -> Iterator[str]:
@@ -190,9 +215,7 @@ def _whole(text: str, path: Path, line: int, bad: BadRows) -> Iterator[str]:
 
 
 def _json_texts(file: TextIO, path: Path, column: str, bad: BadRows) -> Iterator[str]:
-    first = next((line for line in file if line.strip()), "")
-    file.seek(0)
-    if first.lstrip().startswith("["):
+    if _first_line(path).lstrip().startswith("["):
         yield from _array_texts(file.read(), path, column, bad)
         return
     for number, line in enumerate(file, start=1):
@@ -205,7 +228,7 @@ def _json_texts(file: TextIO, path: Path, column: str, bad: BadRows) -> Iterator
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
-            bad.add(where, "is no JSON object")
+            bad.add(where, "is no JSON object; a file holds one a line, or an array of them")
             continue
         yield from row_text(row, column, where, bad)
 
@@ -221,6 +244,25 @@ def _array_texts(content: str, path: Path, column: str, bad: BadRows) -> Iterato
         yield from row_text(row, column, f"{path} row {number}", bad)
 
 
+def _csv_texts(file: TextIO, path: Path, column: str, bad: BadRows) -> Iterator[str]:
+    """The first line names the columns. Raises UsageError for quotes that do not match: they hide where rows end."""
+    csv.field_size_limit(max(csv.field_size_limit(), LONGEST_DOCUMENT))  # of the process, which may have raised it
+    rows = csv.reader(file, delimiter=delimiter(path), strict=True)
+    try:
+        names = next(rows, [])
+        for cells in filter(None, rows):  # a blank line is no row
+            where = f"{path} line {rows.line_num}"
+            row = dict(zip(names, cells, strict=False))
+            if len(cells) != len(names):
+                bad.add(where, f"has {len(cells)} fields, where the first line names {len(names)}")
+            elif found := _bad_byte(row.get(column, "")):
+                bad.add(where, found[1])
+            else:
+                yield from row_text(row, column, where, bad)
+    except csv.Error as error:
+        raise UsageError(f"{path} line {rows.line_num}: {error}") from None
+
+
 def row_text(row: Any, column: str, where: str, bad: BadRows) -> Iterator[str]:
     """The text in a row's column, unless it is none."""
     text = row.get(column) if isinstance(row, dict) else None
@@ -231,7 +273,7 @@ def row_text(row: Any, column: str, where: str, bad: BadRows) -> Iterator[str]:
     elif not isinstance(row, dict):
         bad.add(where, f"is a JSON {type(row).__name__}, not an object with text in '{column}' (data.text_column)")
     elif column not in row:
-        names = ", ".join(itertools.islice(row, 20)) or "nothing"
+        names = ", ".join(name[:40] for name in itertools.islice(row, 20)) or "nothing"
         bad.add(where, f"has no column '{column}' (data.text_column); it has {names}")
     else:
         kind = "half a character" if isinstance(text, str) else json.dumps(text, default=str)[:40]

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,7 +40,7 @@ def token_digest(config: DataConfig) -> str:
         refuse_too_few_ids(config.vocab_size)
     decides = {
         "format": FORMAT,
-        "corpus": corpora.corpus_of(config).fingerprint(),
+        "corpus": corpora.text_fingerprint(config),
         "tokenizer": config.vocab_size if trained else _tokenizer_hash(config),
         "split": [config.val_share, config.split_seed],
         **({"bad_rows": config.bad_rows} if config.bad_rows != "refuse" else {}),
@@ -49,12 +50,18 @@ def token_digest(config: DataConfig) -> str:
 
 
 def _tokenizer_hash(config: DataConfig) -> str:
+    from moepp.data.tokenizer import MADE_BY_TRANSFORMERS
+
+    path = Path(config.tokenizer).expanduser()
     try:
-        return hashlib.sha256(Path(config.tokenizer).expanduser().read_bytes()).hexdigest()
+        return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
-        raise UsageError(
-            f"data.tokenizer={config.tokenizer} is neither 'bpe' nor a readable file: {error.strerror}"
-        ) from None
+        said = f"data.tokenizer={config.tokenizer} is neither 'bpe' nor a readable file: {error.strerror}"
+    if (path / TOKENIZER).is_file():
+        raise UsageError(f"{said}; name the file in it, {path / TOKENIZER}")
+    if path.is_dir():
+        raise UsageError(f"{said}, and has no {TOKENIZER}; {MADE_BY_TRANSFORMERS}")
+    raise UsageError(f"{said}; of a model on the hub take its file: hf download {path} {TOKENIZER} --local-dir .")
 
 
 def prepare(config: DataConfig, progress: bool = True) -> TokenFiles:
@@ -68,11 +75,7 @@ def prepare(config: DataConfig, progress: bool = True) -> TokenFiles:
         _refuse_changed(config, files.header.digest)
     else:
         files = TokenFiles.open(_cached(config, progress))
-    if files.header.vocab_size > config.vocab_size:
-        raise UsageError(
-            f"the tokenizer of {files.path} has {files.header.vocab_size} ids, more than data.vocab_size="
-            f"{config.vocab_size}; set model.vocab_size={files.header.vocab_size}"
-        )
+    _refuse_too_many_ids(files.header.vocab_size, files.path, config.vocab_size)
     for split, counts in (("training", files.header.train), ("held-out", files.header.val)):
         if counts.tokens < config.seq_len + 1:
             raise UsageError(
@@ -80,6 +83,14 @@ def prepare(config: DataConfig, progress: bool = True) -> TokenFiles:
                 "give more text or a smaller data.seq_len"
             )
     return files
+
+
+def _refuse_too_many_ids(ids: int, tokenizer: Path, vocab_size: int) -> None:
+    if ids > vocab_size:
+        raise UsageError(
+            f"the tokenizer of {tokenizer} has {ids} ids, more than data.vocab_size={vocab_size}; set"
+            f" model.vocab_size={ids}"
+        )
 
 
 @register.corpus("tokens")
@@ -105,14 +116,14 @@ def _cached(config: DataConfig, progress: bool) -> Path:
     _refuse_changed(config, digest)
     folder = cache / digest
     if not folder.is_dir():
-        with _only_builder(folder) as alone:
+        with _only_builder(folder, progress) as alone:
             if not folder.is_dir():
                 _build(config, folder, progress, alone)
     return folder
 
 
 @contextmanager
-def _only_builder(folder: Path) -> Iterator[bool]:
+def _only_builder(folder: Path, progress: bool) -> Iterator[bool]:
     """Holds a lock that dies with its process; waits for another process that has it. False where there are no locks:
     several may build at once then, and the first to end counts.
     """
@@ -124,7 +135,13 @@ def _only_builder(folder: Path) -> Iterator[bool]:
             f"data.cache={folder.parent}: cannot write there ({error.strerror}); choose another folder"
         ) from None
     with lock:
-        yield locked(fcntl.flock, lock, fcntl.LOCK_EX)
+        try:
+            alone = locked(fcntl.flock, lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if progress:
+                print(f"{folder}: another process makes these tokens; waiting for it", file=sys.stderr)
+            alone = locked(fcntl.flock, lock, fcntl.LOCK_EX)
+        yield alone
 
 
 def _build(config: DataConfig, folder: Path, progress: bool, alone: bool) -> None:
@@ -140,6 +157,8 @@ def _build(config: DataConfig, folder: Path, progress: bool, alone: bool) -> Non
         os.rename(_tokens(config, scratch, folder.name, progress), folder)
         shutil.rmtree(scratch)
     except OSError as error:
+        if register.failed(error):  # what somebody's corpus meets where it reads
+            raise
         if alone or not folder.is_dir():
             raise RunError(f"cannot write tokens to {folder.parent}: {error}") from error
     except UsageError:  # it would be the same again
@@ -163,15 +182,15 @@ def _discard_of_others(scratch: Path) -> None:
 def _tokens(config: DataConfig, scratch: Path, digest: str, progress: bool) -> Path:
     """A folder of token files in `scratch`, which may hold what was finished before."""
     from moepp.data import corpora, documents, shards
-    from moepp.data.tokenizer import end_of_text
 
+    _refuse_unfit_tokenizer(config)
     corpus = corpora.corpus_of(config)
     found = documents.store(corpus, scratch / shards.DOCUMENTS, progress)
+    if token_digest(config) != digest:  # of what it was before: a download may go on, a branch of the hub move
+        raise UsageError("the corpus changed while it was read; the same command reads it anew")
     below = found.held_out_below(config.val_share)
     tokenizer = _tokenizer(config, found, below, scratch / TOKENIZER, progress)
-    vocab_size = max(tokenizer.get_vocab().values()) + 1
-    folder_of_tokenizer = None if config.tokenizer == "bpe" else Path(config.tokenizer).expanduser().parent
-    end = end_of_text(tokenizer, folder_of_tokenizer, config.end_of_text)
+    vocab_size, end = _ids_and_end(tokenizer, config)
     job = shards.TokenJob(end, DTYPES[vocab_size > 2**16], below)
     write_json(scratch / shards.JOB, asdict(job))
     # The held-out texts first: they are few, and tell whether the tokenizer is one for this text.
@@ -194,6 +213,30 @@ def _tokens(config: DataConfig, scratch: Path, digest: str, progress: bool) -> P
         lost_characters=val.lost,
     )
     return _joined(scratch, header)
+
+
+def _refuse_unfit_tokenizer(config: DataConfig) -> None:
+    """Raises UsageError before the corpus is read, which may take hours."""
+    from moepp.data.tokenizer import END_OF_TEXT, load_tokenizer
+
+    if config.tokenizer == "bpe":
+        if config.end_of_text not in ("", END_OF_TEXT[0]):
+            raise UsageError(
+                f"data.end_of_text={config.end_of_text} is no token of the tokenizer that is trained, which has"
+                f" {END_OF_TEXT[0]}; leave it out, or name a data.tokenizer that has it"
+            )
+    else:
+        path = Path(config.tokenizer).expanduser()
+        ids, _ = _ids_and_end(load_tokenizer(path), config)
+        _refuse_too_many_ids(ids, path, config.vocab_size)
+
+
+def _ids_and_end(tokenizer: "Tokenizer", config: DataConfig) -> tuple[int, int]:
+    """How many ids it has, and the one that ends a document. Raises UsageError where nothing tells the latter."""
+    from moepp.data.tokenizer import end_of_text
+
+    folder = None if config.tokenizer == "bpe" else Path(config.tokenizer).expanduser().parent
+    return max(tokenizer.get_vocab().values()) + 1, end_of_text(tokenizer, folder, config.end_of_text)
 
 
 def _tokenizer(config: DataConfig, found: "Documents", below: int, path: Path, progress: bool) -> "Tokenizer":

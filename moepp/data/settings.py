@@ -35,13 +35,13 @@ class DataConfig(Bounded, key="data"):
 
     corpus: str = "sotu"  # sotu, text, hub, mixture, tokens, or a registered one
     corpus_options: dict[str, Any] = field(default_factory=dict)  # of a registered corpus
-    # text: files or globs, JSONL and compressed ones too; tokens: a prepared folder; mixture: the folder that its
+    # text: files or globs, JSONL, CSV and compressed ones too; tokens: a prepared folder; mixture: the folder that its
     # preset finds its sources in
     path: str | list[str] = ""
     # text: regex between documents of a file, as `\n\s*\n`; "" makes each file one document. | separates alternatives:
     # for the text <|endoftext|> write `<\|endoftext\|>`
     separator: str = ""
-    text_column: str = "text"  # hub and JSONL files: the field that holds the text
+    text_column: str = "text"  # hub, JSONL and CSV files: the field that holds the text
     bad_rows: Literal["refuse", "skip"] = "refuse"  # rows without text, bytes that are not UTF-8
     hub: HubConfig = field(default_factory=HubConfig)
     # of a mixture, by name; it ends with the first that ends
@@ -70,33 +70,31 @@ CHOSEN_BY = {
     "sotu": "data=sotu", "text": "data=text", "hub": "data=hub", "mixture": "data.corpus=mixture",
     "tokens": "data=tokens",
 }  # fmt: skip
-READ_BY = {  # corpora that read what not all do
-    "path": ("text", "tokens", "mixture"),
-    "separator": ("text",),
-    "text_column": ("text", "hub"),
-    "hub": ("hub",),
-    "sources": ("mixture",),
-    **dict.fromkeys(
-        ("bad_rows", "tokenizer", "end_of_text", "val_share", "split_seed"), ("sotu", "text", "hub", "mixture")
-    ),
-}
+PREPARING = ("tokenizer", "end_of_text", "val_share", "split_seed")  # read where text becomes tokens
 
 
 def refuse_unread(words: Iterable[str], configs: Iterable[DataConfig]) -> None:
     """Raises UsageError for `data.key=value` among a command's words where no corpus that it makes or opens reads it. A
-    registered corpus may read everything. Of presets, sweep files and records nothing is refused: what they say is for
-    the corpus that they choose, if the command chooses no other.
+    registered corpus that does not say what it reads may read everything. Of presets, sweep files and records nothing
+    is refused: what they say is for the corpus that they choose, if the command chooses no other.
     """
     words, corpora = list(words), {config.corpus for config in configs}
-    if not corpora <= CHOSEN_BY.keys():
-        return
     for word in words:
         key = word.partition("=")[0]
-        section, _, name = key.partition(".")
-        readers = READ_BY.get(name.partition(".")[0]) if section == "data" else None
+        section, _, inside = key.partition(".")
+        name = inside.partition(".")[0]
         referred_to = any(f"${{{key}}}" in other for other in words)
-        if readers and corpora.isdisjoint(readers) and not referred_to:
+        if section == "data" and not referred_to and not any(_reads(corpus, name) for corpus in corpora):
+            reader = next(corpus for corpus in CHOSEN_BY if _reads(corpus, name))
             raise UsageError(
                 f"{word} has no effect: data.corpus={', '.join(sorted(corpora))} does not read {key}; leave it out, or"
-                f" choose a corpus that does, {CHOSEN_BY[readers[0]]} {word}"
+                f" choose a corpus that does, {CHOSEN_BY[reader]} {word}"
             )
+
+
+def _reads(corpus: str, name: str) -> bool:
+    """Whether a key of `data` has an effect with the corpus."""
+    if name in PREPARING:
+        return corpus != "tokens"  # which are there already
+    said = register.corpus.reads(corpus)
+    return name not in register.corpus.KEYS or said is None or name in said

@@ -13,6 +13,7 @@
 What a shard holds depends on nothing but the documents, so neither the number of processes nor a kill changes a token.
 """
 
+import errno
 import os
 import shutil
 import sys
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 from moepp.data.documents import Documents
 from moepp.data.tokenizer import Writer, Written, load_tokenizer
-from moepp.errors import RunError
+from moepp.errors import DiskFull, RunError
 from moepp.process import cause_of_end, die_with_parent, start
 from moepp.records import TOKENIZER, fsync, read_json, write_json
 
@@ -48,7 +49,7 @@ class TokenJob:
 
 def tokenise(folder: Path, side: SplitName, progress: bool) -> Written:
     """The sums of all shards of a side; what is missing is made, by a process for each core. Raises RunError where one
-    fails.
+    fails, and OSError where the disk is full.
     """
     shards = range(Documents.open(folder / DOCUMENTS).shards)
     missing = [shard for shard in shards if not _counts(folder, shard, side).is_file()]
@@ -125,7 +126,10 @@ def _wait(processes: list[Popen], folder: Path, side: SplitName, log: Path, prog
         while None in codes:
             time.sleep(POLL)
             codes = [process.poll() for process in processes]
-            if failed := next(filter(None, codes), None):
+            failed = next(filter(None, codes), None)
+            if failed == DiskFull.exit_code:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if failed:
                 raise RunError(f"a process that tokenises ended early: {cause_of_end(failed, log)}")
             bar.update(len(list(folder.glob(f"*.{side}.json"))) - bar.n)
 
@@ -140,4 +144,9 @@ def _counts(folder: Path, shard: int, side: SplitName) -> Path:
 
 if __name__ == "__main__":
     die_with_parent()
-    Tokeniser(Path(sys.argv[1]), sys.argv[2]).make_unclaimed(Path(sys.argv[3]))
+    try:
+        Tokeniser(Path(sys.argv[1]), sys.argv[2]).make_unclaimed(Path(sys.argv[3]))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.exit(DiskFull.exit_code)  # the log lies on that disk, too

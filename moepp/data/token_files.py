@@ -46,6 +46,18 @@ class Header:
     without_tokens: int = 0  # documents in which the tokenizer finds none
     lost_characters: int = 0  # of the held-out text, dropped by the tokenizer or unknown to it
 
+    def __str__(self) -> str:
+        """What there is, and what of the text is not."""
+        train, val = self.train, self.val
+        documents = f"documents: {train.documents:,} and {val.documents:,}"
+        lost = {
+            "bad rows left out": self.bad_rows,
+            "documents without a token": self.without_tokens,
+            "held-out characters that the tokenizer does not know": self.lost_characters,
+        }
+        told = "".join(f"; {what}: {count:,}" for what, count in lost.items() if count)
+        return f"{train.tokens:,} training tokens, {val.tokens:,} held out; {documents}{told}"
+
     @classmethod
     def read(cls, path: Path) -> "Header":
         try:

@@ -24,6 +24,7 @@ BATCH = 2**20  # characters tokenised at a time, over all cores: the steps of th
 WHOLE = 2**25  # characters of a text that is tokenised in one piece, which takes some 140 times its size in memory
 PIECE, SEARCHED = 2**22, 2**16  # characters of a piece of any longer text, and of its end where a space is looked for
 SPACE = re.compile(r"(?<=\S) (?=\S)")
+MADE_BY_TRANSFORMERS = "transformers makes one: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(OTHER)"
 MOST_LOST = 0.01  # share of the text that a tokenizer may drop
 # A space before a word, and what of ASCII follows a letter or a digit and is neither.
 WORD_STARTS = re.compile(r"(?= \S)|(?<=[A-Za-z0-9])(?=[\x00-/:-@\[-`{-\x7f])")
@@ -70,7 +71,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     except UsageError:
         raise
     except Exception as error:  # the library raises nothing narrower
-        raise UsageError(f"{path} is no readable tokenizer.json: {error}") from None
+        raise UsageError(f"{path} is no readable tokenizer.json: {error}; {MADE_BY_TRANSFORMERS}") from None
     tokenizer.no_truncation()  # published files may carry the settings of their last use
     tokenizer.no_padding()
     return tokenizer
@@ -289,8 +290,8 @@ class Writer:
         documents = tokens = size = lost = characters = 0
         with open(path, "wb") as ids, open(length_path, "wb") as lengths:
             for text, encoding in encode(self.tokenizer, texts):
-                np.array([*encoding.ids, self.end], self.dtype).tofile(ids)
-                np.append(token_bytes(text, encoding.offsets), 0).astype(LENGTH_DTYPE).tofile(lengths)
+                ids.write(np.array([*encoding.ids, self.end], self.dtype).tobytes())  # tofile hides what the disk says
+                lengths.write(np.append(token_bytes(text, encoding.offsets), 0).astype(LENGTH_DTYPE).tobytes())
                 documents += 1
                 tokens += len(encoding) + 1
                 size += len(text.encode())

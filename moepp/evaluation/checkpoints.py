@@ -1,4 +1,6 @@
-"""A trained decoder with what is needed to feed it text: a run's, or a folder in the released layout."""
+"""A trained model with what is needed to feed it text: a run's, or a folder's in the released layout or in that of
+transformers.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -9,7 +11,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from moepp.data.settings import DataConfig
 from moepp.data.tokenizer import end_of_text, load_tokenizer
@@ -17,14 +19,14 @@ from moepp.errors import UsageError
 from moepp.layers.kernels.cpu import multiplies_bfloat16
 from moepp.models.attention import KeyValueCache
 from moepp.models.decoder import Decoder
-from moepp.models.official import load_official
+from moepp.models.official import RELEASED, load_official
 from moepp.models.weight_files import find_weights, read_json_object
 from moepp.records import TOKENIZER, digest_of
 from moepp.training.initial import checkpoint_file
 from moepp.training.loading import load_run
 from moepp.training.throughput import autocast_of
 
-RELEASED = ("config.json", TOKENIZER, "tokenizer_config.json", "generation_config.json")  # what end of text is, too
+DECIDING = ("config.json", TOKENIZER, "tokenizer_config.json", "generation_config.json")  # what end of text is, too
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Checkpoint:
     has nothing before it. `data` is a run's own.
     """
 
-    model: Decoder
+    model: nn.Module  # called and cached as a Decoder
     end_of_text: int
     prefix: int
     context: int
@@ -69,25 +71,26 @@ class Checkpoint:
 
 
 def load_checkpoint(path: Path, device: str | None = None, dtype: torch.dtype | None = None) -> Checkpoint:
-    """A finished run's directory, one of a run's checkpoint files, or a folder in the released layout.
+    """A finished run's directory, one of a run's checkpoint files, or a folder in the released layout or one that
+    transformers could load, as `export` writes them.
 
     `device`: a GPU where there is one. `dtype` of the weights: a run's as saved, computing in the precision of its
-    training; a released checkpoint's too, or float32 on a CPU that does not multiply bfloat16 itself. Raises
+    training; a folder's too, or float32 on a CPU that does not multiply bfloat16 itself. Raises
     UsageError or RunError in one line for what cannot be loaded.
     """
     path, device = path.expanduser(), torch.device(device) if device else default_device()
-    return (_run if is_run(path) else _official)(path, device, dtype)
+    return (_run if is_run(path) else _folder)(path, device, dtype)
 
 
 def is_run(path: Path) -> bool:
-    """Whether a checkpoint is a run's; otherwise it is a released one. Raises UsageError for what is neither."""
+    """Whether a checkpoint is a run's; otherwise it is a folder with a config.json. Raises UsageError for neither."""
     if path.suffix == ".ckpt" or (path / "config.yaml").is_file():
         return True
     if (path / "config.json").is_file():
         return False
     raise UsageError(
-        f"{path} is no run directory (config.yaml), no checkpoint file (*.ckpt) and no folder of a released checkpoint"
-        " (config.json)"
+        f"{path} is no run directory (config.yaml), no checkpoint file (*.ckpt) and no folder of a released or exported"
+        " checkpoint (config.json)"
     )
 
 
@@ -96,7 +99,7 @@ def answering_files(path: Path) -> list[Path]:
     the weights mean. Raises UsageError or RunError where there are no weights.
     """
     if not is_run(path):
-        return [*find_weights(path), *_those_of(path, RELEASED)]
+        return [*find_weights(path), *_those_of(path, DECIDING)]
     weights = checkpoint_file(path)
     return [weights, *_those_of(weights.resolve().parent.parent, ("config.yaml", TOKENIZER))]
 
@@ -106,7 +109,7 @@ def _those_of(folder: Path, names: Sequence[str]) -> list[Path]:
 
 
 def released_dtype(device: torch.device) -> torch.dtype | None:
-    """In which a released checkpoint computes, unless another type is asked for; None for the type of its files, which
+    """In which a folder's checkpoint computes, unless another type is asked for; None for the type of its files, which
     are mostly bfloat16.
     """
     return None if device.type == "cuda" or multiplies_bfloat16() else torch.float32
@@ -124,7 +127,7 @@ def _run(path: Path, device: torch.device, dtype: torch.dtype | None) -> Checkpo
     return Checkpoint(run.model.to(device, dtype), end, end, data.seq_len, tokenizer, autocast, data)
 
 
-def _official(path: Path, device: torch.device, dtype: torch.dtype | None) -> Checkpoint:
+def _folder(path: Path, device: torch.device, dtype: torch.dtype | None) -> Checkpoint:
     file = path / TOKENIZER
     if not file.is_file():
         raise UsageError(
@@ -134,9 +137,17 @@ def _official(path: Path, device: torch.device, dtype: torch.dtype | None) -> Ch
     tokenizer = _tokenizer(file, digest_of(file))  # before the weights, which may take minutes
     keys, end = read_json_object(path / "config.json"), end_of_text(tokenizer, path)
     context, begin = _context(path, keys), _begin(file)
-    model = load_official(path, dtype or released_dtype(device), device, attention="fused").eval()
+    model = _model(path, keys, dtype or released_dtype(device), device)
     first = keys.get("bos_token_id")
     return Checkpoint(model, end, end if first is None else first, context, tokenizer, nullcontext, begin=begin)
+
+
+def _model(path: Path, keys: Mapping[str, Any], dtype: torch.dtype | None, device: torch.device) -> nn.Module:
+    if keys.get("model_type", RELEASED) == RELEASED:
+        return load_official(path, dtype, device, attention="fused").eval()
+    from moepp.retrofit.reader import read_folder  # needs transformers
+
+    return read_folder(path, dtype, device)
 
 
 def _context(path: Path, keys: Mapping[str, Any]) -> int:

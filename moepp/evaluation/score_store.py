@@ -21,7 +21,7 @@ class ScoreStore:
     name: str
     files: tuple[Path, ...]  # that decide the answers
     run: RunRecord | None
-    dtype: str = ""  # of a released checkpoint that computes in another than its files'
+    dtype: str = ""  # of a folder that computes in another than its files'
 
     @classmethod
     def of(cls, source: Path) -> "ScoreStore":

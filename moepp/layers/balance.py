@@ -30,16 +30,22 @@ def selection_counts(expert_TK: Tensor, experts: int) -> Tensor:
     return (expert_TK.t()[..., None] == torch.arange(experts, device=expert_TK.device)).sum(1)
 
 
+def token_mean(value_T: Tensor) -> Tensor:
+    """Over the first dimension; 0 where there are no tokens, of which torch's mean is NaN."""
+    return value_T.mean(0) if len(value_T) else value_T.sum(0)
+
+
 def load_balance_loss(
     probs_TN: Tensor, count_N: Tensor, tokens: int, counts: ExpertCounts, config: BalanceConfig
 ) -> Tensor:
     """One layer's loss in the config's form, not yet multiplied by beta.
 
-    A form sees each expert's mean probability P_i, and f_i = count_i / tokens, which carries no gradient.
+    A form sees each expert's mean probability P_i, and f_i = count_i / tokens, which carries no gradient. 0 without
+    tokens.
     """
-    share_N = count_N.to(probs_TN.dtype) / tokens
+    share_N = count_N.to(probs_TN.dtype) / (tokens or 1)
     form = registry.balance[config.form]
-    return form(probs_TN.mean(0), share_N, counts, config, **config.options)
+    return form(token_mean(probs_TN), share_N, counts, config, **config.options)
 
 
 @registry.balance("paper")
@@ -79,8 +85,8 @@ def group_loss(mean_probs_N: Tensor, share_N: Tensor, counts: ExpertCounts, conf
 
 def router_losses(logits_TN: Tensor, probs_TN: Tensor, config: BalanceConfig) -> Tensor:
     """One layer's z-loss and entropy loss, already weighted."""
-    z_loss = logits_TN.logsumexp(-1).square().mean()
-    entropy = torch.special.entr(probs_TN).sum(-1).mean()
+    z_loss = token_mean(logits_TN.logsumexp(-1).square())
+    entropy = token_mean(torch.special.entr(probs_TN).sum(-1))
     return config.z_loss * z_loss + config.entropy_loss * entropy
 
 

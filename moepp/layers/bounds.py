@@ -1,16 +1,19 @@
 """What values may be, said beside each field of a config: `lr: Annotated[float, Range(above=0)] = 5e-4`.
 
 A number is finite even where its field says nothing more, and a `Literal` is one of its values. `Bounded` refuses the
-rest when a config is made: NaN passes no comparison, and nothing is left to a crash later on. Standard library only.
+rest when a config is made, and what is no number, switch or part where its field is one: NaN passes no comparison, and
+nothing is left to a crash later on. Standard library only.
 """
 
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import lru_cache
+from numbers import Integral, Real
 from types import NoneType
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
+MEANT = {bool: "true or false", int: "a whole number", float: "a number"}  # what a field of that type holds
 LARGEST = 2**24  # of sizes: more is a slip of the finger, and no machine's memory
 
 
@@ -65,8 +68,34 @@ class Bounded:
         cls._key = key
 
     def __post_init__(self) -> None:
-        for refusal in refusals(type(self), self, self._key):
-            raise ValueError(refusal)
+        for check in (mistakes, refusals):
+            for refusal in check(type(self), self, self._key):
+                raise ValueError(refusal)
+
+
+def mistakes(kind: Any, value: Any, key: str = "") -> Iterator[str]:
+    """What is no value of that type at all: of a config, and of all that lies in it. Files never get so far: what they
+    hold becomes a config by type.
+    """
+    kind, _, optional = taken_apart(kind)
+    if optional and value is None:
+        return
+    if kind in MEANT:
+        number = isinstance(value, Real if kind is float else Integral) and not isinstance(value, bool)
+        if not (isinstance(value, bool) if kind is bool else number):
+            yield f"{key}={value!r} must be {MEANT[kind]}{', or null' if optional else ''}"
+    elif is_dataclass(kind) and not isinstance(value, kind):
+        yield f"{key}={value!r} must be made by {kind.__name__}(...)"
+    elif is_dataclass(kind):
+        for name, part in parts(kind).items():
+            inside = getattr(value, name)
+            if not (isinstance(inside, Bounded) and isinstance(inside, taken_apart(part)[0])):  # it has checked itself
+                yield from mistakes(part, inside, f"{key}.{name}" if key else name)
+    elif get_origin(kind) is dict and not isinstance(value, Mapping):
+        yield f"{key}={value!r} must hold values by their names"
+    elif get_origin(kind) is dict:
+        for name, item in value.items():
+            yield from mistakes(get_args(kind)[1], item, f"{key}.{name}")
 
 
 def refusals(kind: Any, value: Any, key: str = "") -> Iterator[str]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .kernels import grouped, sorted_rows, triton_experts
-from .kernels.base import RoutedTokens
+from .kernels.base import BackendError, RoutedTokens
 from .regions import region
 from .settings import Backend
 
@@ -77,10 +77,12 @@ class Meanwhile:
 class LocalDispatcher:
     """All experts and all tokens on this device."""
 
-    kept_operators: tuple[Any, ...] = ()  # whose results activation checkpointing keeps, for they are dear to make
-
     def __init__(self, backend: Backend = "auto"):
         self.backend = backend
+
+    def keeping(self) -> dict[str, Any]:
+        """Options of `torch.utils.checkpoint.checkpoint` for a block, by which it keeps what is dear to make."""
+        return {}
 
     def share(self, count_KN: Tensor) -> SlotCounts:
         """The counts of all devices, [W, K, N], from this device's own."""
@@ -109,6 +111,11 @@ class LocalDispatcher:
         w_in, w_out = w_in.to(dtype), w_out.to(dtype)
         backend = choose_backend(w_out) if self.backend == "auto" else self.backend
         kernel = BACKENDS[backend]
+        if torch.compiler.is_exporting() and backend not in TRACEABLE:
+            raise BackendError(
+                f"torch.export cannot trace backend={backend}, whose sizes the host counts; choose backend=grouped and"
+                " bfloat16 weights"
+            )
         if torch.compiler.is_compiling() and backend not in TRACEABLE:
             kernel = torch.compiler.disable(kernel)  # here and not above: it imports the compiler, which takes seconds
         with region("ffn_experts"), torch.autocast(tokens.x_TD.device.type, enabled=False):

@@ -26,6 +26,7 @@ from .balance import (
     load_balance_loss,
     router_losses,
     selection_counts,
+    token_mean,
 )
 from .control import build_control
 from .dense import DenseFFN
@@ -125,19 +126,28 @@ class MoELayer(nn.Module):
         return {kind: experts for kind, experts in parts.items() if isinstance(experts, AffineExperts)}
 
     def forward(self, x_BSD: Tensor, previous: Tensor | None = None) -> tuple[Tensor, MoEStats]:
-        """`previous` is the previous MoE layer's `MoEStats.carried`."""
+        """`previous` is the previous MoE layer's `MoEStats.carried`. Raises ValueError for an input of another form."""
+        self._refuse_input(x_BSD)
         x_TD = x_BSD.flatten(0, -2)
         logits_TN, carried = self.routed(x_TD, previous)
         routing = self.route(logits_TN)
         counts = self.count(routing)
         terms = self.terms(self.expert_input(x_TD), routing)  # before the wait for counts of other devices
         kept, accepted = routing, counts
-        sequences = math.prod(x_BSD.shape[:-2])
+        sequences = math.prod(x_BSD.shape[:-2]) or 1  # an empty batch is one sequence without tokens
         if self.training and self.config.capacity_factor is not None:
             kept, accepted = self.drop_over_capacity(routing, counts, sequences)
         y_TD = self.expert_forward(x_TD, kept, accepted, terms)
         # After the experts: where counts come from other devices, nothing before this needs to wait for them.
         return y_TD.view_as(x_BSD), self.statistics(logits_TN, carried, routing, counts, accepted, sequences)
+
+    def _refuse_input(self, x_BSD: Tensor) -> None:
+        dim = self.config.dim
+        if x_BSD.ndim < 2 or x_BSD.shape[-1] != dim or not x_BSD.is_floating_point():
+            raise ValueError(
+                f"an MoE layer of dim={dim} takes floating-point numbers [..., tokens, {dim}], not"
+                f" {list(x_BSD.shape)} of {x_BSD.dtype}"
+            )
 
     def routed(self, x_TD: Tensor, previous: Tensor | None) -> tuple[Tensor, Tensor]:
         """The router's logits [T, N] and what it hands on. Raises PartError where it, somebody's own, gives others."""
@@ -326,7 +336,7 @@ class MoELayer(nn.Module):
         router_loss = router_losses(logits_TN, probs_TN, balance) if weighted else None
         if routing.unnormalized:
             probs_TN = F.normalize(probs_TN, p=1, dim=-1)
-        entropy = torch.special.entr(probs_TN.detach()).sum(-1).mean()
+        entropy = token_mean(torch.special.entr(probs_TN.detach()).sum(-1))
         chosen_N, accepted_N = (c.wait()[c.device].sum(0) for c in (counts, accepted))
         dropped_N, kept_rows = chosen_N - accepted_N, self.kept_rows(len(probs_TN))
         recomputed = None if kept_rows is None else (accepted_N[: config.experts.ffn].sum() - kept_rows).clamp(min=0)

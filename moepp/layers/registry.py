@@ -149,7 +149,7 @@ def _fits(value: Any, annotation: Any) -> bool:
 
 
 def _choices(name: str, known: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(name, known := list(known), n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(str(name), known := list(known), n=1, cutoff=0.5)
     return ", ".join(known) + (f"; did you mean {nearest[0]}?" if nearest else "")
 
 

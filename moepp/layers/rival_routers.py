@@ -68,7 +68,8 @@ class RecurrentRouter(nn.Module):
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         with torch.autocast(x_TD.device.type, enabled=False):
             input_TP = F.linear(x_TD.to(dtype), self.projection.to(dtype))
-            state_TP = gru(input_TP, None if previous_TP is None else previous_TP.to(dtype))
+            state_TP = torch.zeros_like(input_TP) if previous_TP is None else previous_TP.to(dtype)
+            state_TP = torch.gru_cell(input_TP, state_TP, gru.weight_ih.to(dtype), gru.weight_hh.to(dtype))
             return F.linear(state_TP, self.weight.to(dtype)), state_TP
 
 

@@ -35,6 +35,7 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(experts, hidden or config.dim))
         self.residual = nn.Parameter(torch.empty(experts, experts)) if residual else None
         self.detached = config.residual_detached
+        self.is_first = config.gating_residual and first
         if config.residual_init == "identity":
             self.initial = {"residual": nn.init.eye_}
         self.reset_parameters()
@@ -43,17 +44,37 @@ class Router(nn.Module):
         draw(self)
 
     def forward(self, x_TD: Tensor, previous_TN: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Raw logits [T, N], and what the next MoE layer's router receives: the same logits."""
+        """Raw logits [T, N], and what the next MoE layer's router receives: the same logits.
+
+        Raises ValueError for a gating residual that is left out, or of other tokens.
+        """
+        self._refuse_others(x_TD, previous_TN)
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         with torch.autocast(x_TD.device.type, enabled=False):
             x_TD = x_TD.to(dtype)
             if self.hidden is not None:
                 x_TD = F.linear(x_TD, self.hidden.to(dtype)).tanh()
             logits_TN = F.linear(x_TD, self.weight.to(dtype))
-            if self.residual is not None and previous_TN is not None:
+            if self.residual is not None:
                 previous_TN = previous_TN.detach() if self.detached else previous_TN
                 logits_TN = logits_TN + F.linear(previous_TN.to(dtype), self.residual.to(dtype))
         return logits_TN, logits_TN
+
+    def _refuse_others(self, x_TD: Tensor, previous_TN: Tensor | None) -> None:
+        if self.is_first and previous_TN is not None:
+            raise ValueError(
+                "a network's first MoE layer has no gating residual to take the logits of another: make this one with"
+                " first=False, or pass no `previous`"
+            )
+        if self.residual is None:
+            return
+        needed = [len(x_TD), len(self.weight)]
+        if previous_TN is None or list(previous_TN.shape) != needed:
+            given = "nothing" if previous_TN is None else list(previous_TN.shape)
+            raise ValueError(
+                f"the gating residual needs the `carried` of the MoE layer before, {needed}, and got {given}; a layer"
+                " that has none before it is made with first=True"
+            )
 
 
 @dataclass

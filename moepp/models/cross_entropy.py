@@ -12,10 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moepp.layers.dispatch import compute_dtype
-from moepp.layers.kernels.base import takes_triton
+from moepp.layers.kernels.base import first_derivative_only, takes_triton
 
 # Logits that may exist at once: 256 MiB in bfloat16, and 1 GiB more where torch takes their softmax. Every chunk reads
 # and writes the head's float32 gradient, so fewer and larger ones are faster: of 2,048 tokens each (65,536 entries of
@@ -94,7 +93,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return torch.cat(nats).mean()
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dx_TD, dweight_VD = ctx.saved_tensors
         share = grad / ctx.tokens  # here and not in the logits' gradient: float16 does not hold it for many tokens

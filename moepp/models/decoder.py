@@ -7,13 +7,12 @@ vocabulary, N experts.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from moepp import register
 from moepp.layers.balance import combine_layers
@@ -193,8 +192,7 @@ class Decoder(nn.Module):
 
 def keeping(block: Block) -> dict[str, Any]:
     """Options of `checkpoint`: rows that have come from other devices are kept, not sent again."""
-    operators = block.ffn.ffn.dispatcher.kept_operators if isinstance(block.ffn, MoELayer) else ()
-    return {"context_fn": partial(create_selective_checkpoint_contexts, list(operators))} if operators else {}
+    return block.ffn.ffn.dispatcher.keeping() if isinstance(block.ffn, MoELayer) else {}
 
 
 class InitialState(Mapping[str, Tensor]):

@@ -31,6 +31,7 @@ from moepp.models.weight_files import (
 )
 from moepp.records import write_json
 
+RELEASED = "MoE++"  # model_type in config.json
 SIZES = {
     "vocab_size": "vocab_size",
     "hidden_size": "dim",
@@ -175,7 +176,7 @@ def official_config(config: DecoderConfig) -> dict[str, Any]:
     """The keys of config.json. Raises UsageError for a model that they cannot describe."""
     keys = {
         "architectures": ["MoeForCausalLM"],
-        "model_type": "MoE++",
+        "model_type": RELEASED,
         **{name: getattr(config, field) for name, field in SIZES.items()},
         "num_key_value_heads": config.num_kv_heads,
         "hidden_act": "silu",

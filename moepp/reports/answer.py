@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from moepp.records import RunRecord
 from moepp.reports.comparison import Comparison, Difference
 from moepp.reports.results import Run, SweepResults
+from moepp.statistics.wording import several
 from moepp.sweeps.spec import Contrast, Exclusions, Primary
 
 
@@ -66,7 +67,7 @@ def answer(
     else:
         first, others = _sentence(contrast, found, kept.results, primary.smallest), ()
     if excluded and before:
-        first += f" With the {len(excluded)} runs that a rule excludes: {_numbers(before)}."
+        first += f" With the {several(len(excluded), 'run')} that a rule excludes: {_numbers(before)}."
     others += tuple(_said("Secondary", name, difference, True) for name, difference in secondary.items())
     return Answer(first, others, excluded)
 
@@ -104,7 +105,7 @@ def _numbers(difference: Difference, corrected: bool = False) -> str:
     said = f"{what}{centre:+.4f} nats per token"
     if low is not None:
         said += f" ({level} interval {low:+.4f} to {high:+.4f})"
-    n = f"n = {difference.estimate.n} paired seed{'s' if difference.estimate.n > 1 else ''}"
+    n = f"n = {several(difference.estimate.n, 'paired seed')}"
     p = difference.p_holm
     return f"{said}, {n}" + ("" if p is None else f", p = {p:.2g}{' after Holm' if corrected else ''}")
 

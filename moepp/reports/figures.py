@@ -59,7 +59,7 @@ def differences_figure(rows: Rows, baseline: str) -> Figure:
     columns = ("difference", "n", "mean", "low", "high", "p_holm", "seed:difference")
     caption = (
         "Paired differences in final validation loss, nats per token: every seed, the mean and its 95 % t-interval,"
-        f" {counted((row[1] for row in rows), 'paired seeds')}. Left of 0 is better than {baseline}."
+        f" {counted((row[1] for row in rows), 'paired seed')}. Left of 0 is better than {baseline}."
     )
     return Figure(Table("differences", caption, columns, tuple(rows)), partial(_draw_differences, rows, baseline))
 
@@ -162,7 +162,7 @@ def equal_time_figure(rows: Rows, baseline: str) -> Figure:
     """Does an arm pay at equal wall-clock? It does below the line of the baseline's lengths."""
     caption = (
         f"Validation loss, nats per token, against training time over {baseline}'s own: mean and 95 % t-interval"
-        f" ({counted((row[2] for row in rows), 'seeds')}). The line joins runs of {baseline} to other lengths, each"
+        f" ({counted((row[2] for row in rows), 'seed')}). The line joins runs of {baseline} to other lengths, each"
         " with its schedule to its end: an arm below it pays at equal wall-clock. Times are of a training pass, all"
         " arms interleaved in one process; their noise is not shown."
     )
@@ -204,7 +204,7 @@ def curves(comparison: Comparison) -> Figure | None:
 def curves_figure(rows: Rows, baseline: str, paired: Sequence[int]) -> Figure:
     """`paired` counts the seeds of each arm."""
     caption = (
-        f"Validation loss over training, nats per token, mean over seeds ({counted(paired, 'paired seeds')}); right:"
+        f"Validation loss over training, nats per token, mean over seeds ({counted(paired, 'paired seed')}); right:"
         f" distance to {baseline}. Intervals of the ends are in the figure of differences."
     )
     columns = ("arm", "tokens", "val_loss", "minus_baseline")

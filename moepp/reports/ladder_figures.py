@@ -22,7 +22,7 @@ def losses_figure(rungs: Sequence[Rung], laws: Mapping[str, PowerLaw]) -> Figure
         )
     caption = (
         "Validation loss, nats per token, against training tokens: mean and 95 % t-interval"
-        f" ({counted((row[4] for row in rows), 'seeds')}); lines: the laws of all sizes."
+        f" ({counted((row[4] for row in rows), 'seed')}); lines: the laws of all sizes."
     )
     columns = ("family", "rung", "parameters", "tokens", "n", "val_loss", *INTERVAL, "law")
     return Figure(Table("losses", caption, columns, tuple(rows)), partial(_draw_losses, rows))
@@ -58,7 +58,7 @@ def _draw_rung(panel: Any, line: Rows, size: str, look: Mapping[str, Any]) -> No
 def speedups_figure(table: Table) -> Figure:
     caption = (
         "Effective speed-up of MoE++ at equal loss, in training FLOPs, against size, after each number of tokens; 95 %"
-        f" bootstrap intervals ({counted((row[3] for row in table.rows), 'seeds')}; open where they reach the edge)."
+        f" bootstrap intervals ({counted((row[3] for row in table.rows), 'seed')}; open where they reach the edge)."
     )
     return Figure(Table("speedups", caption, table.columns, table.rows), partial(_draw_speedups, table.rows))
 

@@ -103,9 +103,10 @@ def _page(title: str, body: str) -> str:
 
 
 def _front_page(cards: Sequence[str], missing: Sequence[str]) -> str:
+    have = "has" if len(cards) == 1 else "have"
     about = (
         '<p>The experiments of MoE++ (<a href="https://arxiv.org/abs/2410.07348">arXiv 2410.07348</a>) and questions of'
-        f" our own, ours beside the paper's numbers. {len(cards)} of {len(cards) + len(missing)} have been run. Small"
+        f" our own, ours beside the paper's numbers. {len(cards)} of {len(cards) + len(missing)} {have} been run. Small"
         " scales show the method, not the paper's quality; n counts seeds.</p>"
     )
     search = '<p><input type="search" id="search" placeholder="Search" aria-label="Search the experiments"></p>'

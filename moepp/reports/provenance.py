@@ -10,6 +10,7 @@ from typing import Any
 
 from moepp.reports.experiment import Context
 from moepp.reports.results import Run, SweepResults
+from moepp.statistics.wording import several
 
 SAME_FOR_ALL = ("git", "versions", "hardware", "data")  # that all runs of one report should share
 
@@ -41,7 +42,8 @@ def disagreements(results: SweepResults) -> list[str]:
     differing = [section for section in SAME_FOR_ALL if isinstance(_agreed(runs, section), list)]
     said = [f"The runs differ in {', '.join(differing)}: see provenance.json."] if differing else []
     dirty = sum(bool(run.provenance.get("git", {}).get("dirty")) for run in runs)
-    return [*said, f"{dirty} of {len(runs)} runs were made with uncommitted changes."] if dirty else said
+    were = "was" if dirty == 1 else "were"
+    return [*said, f"{dirty} of {several(len(runs), 'run')} {were} made with uncommitted changes."] if dirty else said
 
 
 def _runs(results: SweepResults) -> list[Run]:

@@ -5,6 +5,7 @@ Two arms that differ in one of these differ for two reasons, and nothing in thei
 
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping
+from itertools import combinations
 from typing import Any
 
 from moepp.reports.results import Run, SweepResults
@@ -47,21 +48,25 @@ def confounds(
 
 
 def keys_of_interest(sweep: Sweep) -> frozenset[str]:
-    """What the sweep means to vary: what its figure runs over, what several arms name, and what an arm names that
-    changes nothing else.
+    """What the sweep means to vary: what its figure runs over, what several arms name, and of a recipe only that in
+    which arms differ that are the same otherwise. Methods that each have a rate of their own are not about rates.
     """
-    named = [set(_keys(changes)) for changes in sweep.arms.values()]
+    named = [_overridden(changes) for changes in sweep.arms.values()]
     several = {key for key, count in Counter(key for keys in named for key in keys).items() if count > 1}
-    alone = {key for keys in named if all(map(_in_recipe, keys)) for key in keys}
-    return frozenset(several | alone | ({sweep.trend.x} if sweep.trend else set()))
+    meant = {key for key in several if not _in_recipe(key)}
+    for ours, theirs in combinations(named, 2):
+        differing = {key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key)}
+        meant |= differing if all(map(_in_recipe, differing)) else set()
+    return frozenset(meant | ({sweep.trend.x} if sweep.trend else set()))
 
 
-def _keys(changes: Any) -> list[str]:
+def _overridden(changes: Any) -> dict[str, str]:
+    """Key -> value, as it is written."""
     from moepp.config import leaves
 
-    return (
-        [key for key, _ in leaves(changes)] if isinstance(changes, Mapping) else [c.partition("=")[0] for c in changes]
-    )
+    if isinstance(changes, Mapping):
+        return {key: str(value) for key, value in leaves(changes)}
+    return {key: value for key, _, value in (change.partition("=") for change in changes)}
 
 
 def _in_recipe(key: str) -> bool:

@@ -9,6 +9,7 @@ from moepp.config import lies_in
 from moepp.records import read_json
 from moepp.reports.results import Run, SweepResults
 from moepp.statistics.seeds import spans
+from moepp.statistics.wording import several
 from moepp.sweeps.registration import plan_path
 from moepp.sweeps.spec import Exclusions, Primary
 
@@ -57,7 +58,7 @@ def _power(power: Mapping[str, Any]) -> str:
     seen = f"{least['primary']:.4f} in the primary, {least['secondary']:.4f} in others" if least["primary"] else "none"
     return (
         f"Smallest difference seen with {power['power']:.0%} probability, from a deviation of {power['sd']:.4f}"
-        f" ({power['sd_from']}) and {power['pairs']} pairs: {seen}."
+        f" ({power['sd_from']}) and {several(power['pairs'], 'pair')}: {seen}."
     )
 
 
@@ -127,4 +128,4 @@ def _begun_before(plan: Mapping[str, Any], results: SweepResults) -> list[str]:
         for seed, run in results.runs.get(arm, {}).items()
         if seed in plan["seeds"] and run.first_ms < at
     ]
-    return [f"{len(early)} runs began before the registration: {', '.join(early)}."] if early else []
+    return [f"{several(len(early), 'run')} began before the registration: {', '.join(early)}."] if early else []

@@ -60,8 +60,8 @@ def describe_repetition(repetition: Repetition) -> list[str]:
     lines += [f"ended     {repetition.ended}"] if repetition.ended else []
     if repetition.equal:
         return [*lines, f"losses    equal, all {repetition.compared} of them, to the last bit"]
-    count = f"{repetition.differing} of {repetition.compared}"
-    return [*lines, f"losses    {count} differ, by {repetition.largest:.3g} at most ({repetition.where})"]
+    count = f"{repetition.differing} of {repetition.compared} {'differs' if repetition.differing == 1 else 'differ'}"
+    return [*lines, f"losses    {count}, by {repetition.largest:.3g} at most ({repetition.where})"]
 
 
 def _losses(record: RunRecord) -> dict[str, float]:

@@ -11,6 +11,7 @@ from moepp.statistics.markup import code, escaped
 from moepp.statistics.seeds import spans
 from moepp.statistics.style import Figure, save_figure
 from moepp.statistics.tables import Table, as_csv, as_lines, as_markdown
+from moepp.statistics.wording import several
 
 MECHANICS = "mechanics only: models that end above a bigram of their own training tokens"
 
@@ -117,7 +118,7 @@ def _made(provenance: Mapping[str, Any]) -> str:
 
 def _hardware(hardware: Any) -> str:
     if isinstance(hardware, list):  # runs that went on elsewhere
-        return "; ".join(f"{_hardware(each['value'])} ({len(each['runs'])} runs)" for each in hardware)
+        return "; ".join(f"{_hardware(each['value'])} ({several(len(each['runs']), 'run')})" for each in hardware)
     return ", ".join(f"{name} {value}" for name, value in hardware.items() if value)
 
 

@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from moepp.records import RunRecord, read_json
+from moepp.statistics.wording import several
 
 PARTS = ("start", "training", "validation", "last measurements")  # of a trial
 
@@ -41,7 +42,7 @@ class Clock:
         spent["other"] = whole - sum(spent.values())
         lines = [f"the {whole:.0f} s went to {_listed(spent)}"]
         if parts := sum(map(parts_of, records), Counter()):
-            lines.append(f"the seconds of the {len(records)} new trials, summed: {_listed(parts)}")
+            lines.append(f"the seconds of the {several(len(records), 'new trial')}, summed: {_listed(parts)}")
         return lines
 
 

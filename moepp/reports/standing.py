@@ -14,6 +14,7 @@ from moepp.evaluation.results import TaskResult, load_task_results
 from moepp.records import read_json, write_json
 from moepp.reports.results import Run, SweepResults
 from moepp.statistics.tables import Table
+from moepp.statistics.wording import among, several
 
 if TYPE_CHECKING:  # numpy comes with these, and listing experiments does not wait for it
     from moepp.data.token_files import TokenFiles
@@ -56,15 +57,15 @@ class Standing:
         references = ", ".join(f"{name} {nats:.3f}" for name, nats in self.references.items())
         below = "; ".join(f"below the {name}: {self._below(nats)}" for name, nats in self.references.items())
         same = f"on the same held-out windows n-grams of the same {self.tokens:,} training tokens have"
-        return f"{said}; {same} {references}. Of {len(self.losses)} arms {below}."
+        return f"{said}; {same} {references}. Of {several(len(self.losses), 'arm')} {below}."
 
     def _below(self, nats: float) -> str:
         arms = [arm for arm, loss in self.losses.items() if loss < nats]
-        return "none" if not arms else "all" if len(arms) == len(self.losses) else ", ".join(arms)
+        return "none" if not arms else "all" if len(arms) == len(self.losses) else among(arms, self.losses, "arm")
 
     def _above_chance(self) -> str:
         above = [task for task, found in self.tasks.items() if found]
-        return f"Above chance: {', '.join(above) or 'none'} of {len(self.tasks)} tasks."
+        return f"Above chance: {', '.join(above) or 'none'} of {several(len(self.tasks), 'task')}."
 
     def table(self) -> Table:
         rows = [*self.references.items(), *self.losses.items()]

@@ -39,7 +39,7 @@ def trend_figure(rows: Sequence[TrendRow], x: str) -> Figure:
     """Loss over `x`; beside it the expert forward, where there are times."""
     caption = (
         f"Validation loss, nats per token, against {x}: mean and 95 % t-interval of each arm by itself"
-        f" ({counted((row[3] for row in rows), 'seeds')}; band: of the baseline); where timed, the expert forward, ms,"
+        f" ({counted((row[3] for row in rows), 'seed')}; band: of the baseline); where timed, the expert forward, ms,"
         " median of repeats of one run."
     )
     columns = ("series", "arm", x, "n", "val_loss", "low", "high", "expert_forward_ms")

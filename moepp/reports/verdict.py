@@ -10,6 +10,7 @@ from moepp.reports.recipe import RECIPE, recipe_of
 from moepp.reports.tables import CONFOUNDED, UNSTABLE, plus_minus, signed, speedup_over_seeds, speedups, typical
 from moepp.statistics.seeds import POWER, SIGNIFICANCE
 from moepp.statistics.tables import quantity
+from moepp.statistics.wording import among, several
 
 PAYS = ("does not pay", "pays")
 DISTURBED = 1.5  # median over fastest call, above which other work has had a part in a timing
@@ -134,7 +135,7 @@ def held_equal(comparison: Comparison) -> list[str]:
 def _by_value(values: dict[str, str]) -> str:
     """`1.1 (a, b), none (c)`."""
     arms = {value: [arm for arm in values if values[arm] == value] for value in dict.fromkeys(values.values())}
-    return ", ".join(f"{value} ({', '.join(named)})" for value, named in arms.items())
+    return ", ".join(f"{value} ({among(having, values, 'arm')})" for value, having in arms.items())
 
 
 def _arms(comparison: Comparison) -> str:
@@ -153,7 +154,7 @@ def _arms(comparison: Comparison) -> str:
     if higher:
         said.append(f"Higher validation loss than {baseline}, beyond noise: {', '.join(higher)}.")
     if rest:
-        said.append(f"Not distinguishable from {baseline} at this scale: {', '.join(rest)}.")
+        said.append(f"Not distinguishable from {baseline} at this scale: {among(rest, differences, 'other')}.")
         said.append("That is no proof of equality: see the noise floor for what would go unseen.")
     return " ".join(said)
 
@@ -174,16 +175,19 @@ def _order(comparison: Comparison) -> str:
     if not order.ranked:
         return "The paper's order of the arms cannot be examined: no two arms share a finished seed."
     separated = len(order.confirmed) + len(order.contradicted)
-    said = f"The paper's average score ranks {order.ranked} pairs of these arms; here {separated} differ beyond noise. "
+    differ = "differs" if separated == 1 else "differ"
+    said = f"The paper's average score ranks {several(order.ranked, 'pair')} of these arms; "
+    said += f"here {separated} {differ} beyond noise. "
     if not separated:
         said += "Its order can be neither confirmed nor refuted at this scale."
     elif not order.contradicted:
-        said += "All of these go the paper's way."
+        said += "It goes the paper's way." if separated == 1 else "All of these go the paper's way."
     else:
         against = "; ".join(
             f"{worse} has the lower loss, the paper has {better}" for better, worse in order.contradicted
         )
-        said += f"{len(order.confirmed)} go the paper's way, {len(order.contradicted)} against it ({against})."
+        go = "goes" if len(order.confirmed) == 1 else "go"
+        said += f"{len(order.confirmed)} {go} the paper's way, {len(order.contradicted)} against it ({against})."
     return (
         f"{said} Noise ignored, our mean losses agree with {order.agreeing} of {order.ranked} (half would by chance);"
         f" without {comparison.design.paper.noisy_task} the paper's own scores keep {order.kept}."

@@ -156,10 +156,16 @@ def read_enlarged(folder: Path, config: dict[str, Any], counts: dict[str, int], 
             state[key], rows[key.rpartition(".")[0]] = state[key].split([len(state[key]) - new, new])
     model = cls.from_pretrained(None, config=plain, state_dict=state, **options)
     retrofit(model, **{"zero": 0, "copy": 0, "constant": 0} | counts, gating_residual=False, init="zeda")
+    # Files may call a block otherwise than the model does; both number the layers alike.
+    by_layer = {layer_of(path): module for path, module in model.named_modules() if isinstance(module, PlusPlusRouter)}
     with torch.no_grad():
         for path, new_rows in rows.items():
-            model.get_submodule(path).new_rows.copy_(new_rows)
+            by_layer[layer_of(path)].new_rows.copy_(new_rows)
     return model
+
+
+def layer_of(path: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in path.split(".") if part.isdecimal())
 
 
 WRITERS = {"hf": write_hf, "zeda": write_zeda, "longcat": write_longcat}

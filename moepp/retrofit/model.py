@@ -297,7 +297,7 @@ def causal(architecture: Mapping[str, Any]) -> tuple[Any, Any]:
         raise UsageError(f"transformers {transformers.__version__} knows no model_type {kind}")
     config = transformers.CONFIG_MAPPING[kind].from_dict(dict(architecture))
     if type(config) not in mapping:
-        raise UsageError(f"model_type={kind} has no causal language model in transformers, which model=hf trains")
+        raise UsageError(f"model_type={kind} has no causal language model in transformers, which is needed")
     return mapping[type(config)], config
 
 
@@ -305,7 +305,7 @@ def imported() -> Any:
     try:
         import transformers
     except ImportError:
-        raise UsageError('model=hf needs transformers: pip install "moepp[hf]"') from None
+        raise UsageError('models of transformers need it: pip install "moepp[hf]"') from None
     transformers.utils.logging.disable_progress_bar()  # a run has its own
     return transformers
 

@@ -96,7 +96,7 @@ def stacked_figure(
     caption = (
         f"Share of slots by expert ({model}), layer{'s' if len(layers) > 1 else ''} {_span(layers)}: from below FFN,"
         " constant, copy and zero experts; white numbers: FFN experts per token."
-        f" {counted(examples, 'examples of each group')}, no interval (the table of loads has those)."
+        f" {counted(examples, 'example')} of each group, no interval (the table of loads has those)."
     )
     data = Table(stem, caption, ("group", "layer", "expert", "kind", "share"), tuple(rows))
     return Figure(data, partial(_draw, rows, layers, slots))

@@ -13,6 +13,7 @@ from moepp.statistics.resampling import Interval
 from moepp.statistics.seeds import SIGNIFICANCE, holm, mean_interval, paired_difference
 from moepp.statistics.style import BLUE, COLOURS, Figure, axes_of, counted
 from moepp.statistics.tables import Cell, Table
+from moepp.statistics.wording import several
 
 Scores = Mapping[str, Mapping[str, RoutingScores]]  # arm -> model ("seed 0") -> scores of all layers
 RANKS = ("highest", "second")
@@ -77,7 +78,7 @@ def scores_figure(rows: Sequence[Sequence[Cell]], models: Sequence[int]) -> Figu
     """A panel for each arm. `models` counts the models of each."""
     caption = (
         "The two highest routing scores of every token and layer, as shares of tokens in bins of"
-        f" {1 / MODE_BINS:g}; {counted(models, 'models')} of an arm together, no interval."
+        f" {1 / MODE_BINS:g}; {counted(models, 'model')} of an arm together, no interval."
     )
     data = Table("histograms", caption, ("arm", "score", "from", "share of tokens"), tuple(rows))
     return Figure(data, partial(_draw, rows))
@@ -144,9 +145,10 @@ def _claim(label: str, statistic: str, interval: Interval | None, verdict: Verdi
     name = {"variance": "smaller variance", "mean": "the same mean", "range98": "the same range (percentiles 1 to 99)"}
     statement = f"With the residual the {label} score has {name[statistic]}"
     if interval is None:
-        return Claim(statement, "undecided", note=f"no interval from {pairs} pair(s) of runs")
+        return Claim(statement, "undecided", note=f"no interval from {several(pairs, 'pair')} of runs")
     value, low, high = (math.expm1(x) for x in (interval.value, interval.low, interval.high))
-    note = f"{pairs} pairs of runs" + ("" if statistic == "variance" else f"; the same means within {MARGIN:.0%}")
+    note = f"{several(pairs, 'pair')} of runs"
+    note += "" if statistic == "variance" else f"; the same means within {MARGIN:.0%}"
     return Claim(
         statement, verdict if p < SIGNIFICANCE else "undecided", value, low, high, "relative change", p,
         paper={"variance": "smaller"}.get(statistic, "the same"), note=note,

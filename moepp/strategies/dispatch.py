@@ -4,9 +4,9 @@ Shape suffixes: T tokens, K slots of a token, S = T*K slots, R rows, D model wid
 devices, G devices of an expert group, L experts on a device (E = G*L).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -60,9 +60,9 @@ class AllToAllDispatcher(SharedBatchDispatcher):
     def __init__(self, backend: Backend, groups: CopyGroups, traffic: Traffic):
         super().__init__(backend)
         self.groups, self.traffic = groups, traffic
-        self.kept_operators = (ALL_TO_ALL,)
         self.under_way: list[dist.Work] = []  # exchanges that were begun
-        _dispatchers[id(self)] = self
+        self.kept: list[Tensor] | None = None  # takes the rows that come, where they are to be had again
+        self.given: Iterator[Tensor] | None = None  # such rows, in place of those that would come
 
     def __call__(
         self,
@@ -106,9 +106,27 @@ class AllToAllDispatcher(SharedBatchDispatcher):
                 gate_R = gate_TK.reshape(-1)[slot_R]
                 return y_TD.index_add_(0, token_R, y_RD * gate_R[:, None])
 
+    def keeping(self) -> dict[str, Any]:
+        return {"context_fn": self._passes}
+
+    def _passes(self) -> tuple["KeptRows", "KeptRows"]:
+        """Around the first pass of a block, and around those that repeat it."""
+        rows: list[Tensor] = []
+        return KeptRows(self, rows, again=False), KeptRows(self, rows, again=True)
+
     def begin(self, rows_RD: Tensor, exchange: Exchange, counted: bool) -> Tensor:
         """Sends rows; those that come are in the result once `end` has returned."""
-        return ALL_TO_ALL(rows_RD, exchange.receive, exchange.send, exchange.remote, counted, id(self))
+        if self.given is not None:
+            return next(self.given).detach()
+        rows_RD = rows_RD.contiguous()
+        received = rows_RD.new_empty(sum(exchange.receive), rows_RD.shape[1])
+        if counted:
+            self.traffic.sent(rows_RD, exchange.remote)
+        sizes, group = (exchange.receive, exchange.send), self.groups.within
+        self.under_way.append(dist.all_to_all_single(received, rows_RD, *sizes, group=group, async_op=True))
+        if self.kept is not None:
+            self.kept.append(received.detach())
+        return received
 
     def end(self, rows_RD: Tensor, counted: bool) -> None:
         """Returns when exchanges of `rows_RD` are done, on GPUs for what follows on the device's stream."""
@@ -126,6 +144,27 @@ class AllToAllDispatcher(SharedBatchDispatcher):
         """How many rows this device's experts get from each device of the expert group, [G, L]."""
         groups = self.groups
         return count_WN[groups.first :][: groups.size, groups.rank * local :][:, :local]
+
+
+@dataclass
+class KeptRows:
+    """Around a pass of a block that activation checkpointing runs twice: the rows that come in the first one are kept,
+    and given `again` in the other, which sends nothing. Not torch's selective checkpointing, which wants the same
+    operators in both passes: FSDP gathers weights in the second that it has gathered ahead in the first.
+    """
+
+    dispatcher: AllToAllDispatcher
+    rows: list[Tensor]
+    again: bool
+
+    def __enter__(self) -> None:
+        if self.again:
+            self.dispatcher.given = iter(self.rows)
+        else:
+            self.dispatcher.kept = self.rows
+
+    def __exit__(self, *_: Any) -> None:
+        self.dispatcher.kept = self.dispatcher.given = None
 
 
 def experts_of_rows(rows_GL: Tensor, received: int) -> Tensor:
@@ -200,25 +239,3 @@ class EndExchange(torch.autograd.Function):
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
         ctx.exchange.gradient = ctx.dispatcher.begin(grad_RD, ctx.exchange.reversed(), counted=True)
         return grad_RD, None, None  # of the shape that autograd expects here, and not looked at
-
-
-def _all_to_all(
-    rows_RD: Tensor, receive: list[int], send: list[int], remote: int, counted: bool, dispatcher: int
-) -> Tensor:
-    known, rows_RD = _dispatchers[dispatcher], rows_RD.contiguous()
-    received = rows_RD.new_empty(sum(receive), rows_RD.shape[1])
-    if counted:
-        known.traffic.sent(rows_RD, remote)
-    group = known.groups.within
-    known.under_way.append(dist.all_to_all_single(received, rows_RD, receive, send, group=group, async_op=True))
-    return received
-
-
-# An operator, for activation checkpointing can keep results of operators alone. These take no objects but tensors.
-_library = torch.library.Library("moepp", "FRAGMENT")
-_library.define(
-    "all_to_all(Tensor rows, int[] receive, int[] send, int remote, bool counted, int dispatcher) -> Tensor"
-)
-_library.impl("all_to_all", _all_to_all, "CompositeExplicitAutograd")
-ALL_TO_ALL = torch.ops.moepp.all_to_all.default
-_dispatchers: WeakValueDictionary[int, AllToAllDispatcher] = WeakValueDictionary()

@@ -51,6 +51,8 @@ class GradientReduction:
         """After a step's last backward pass; all gradients are means when it returns."""
         while self.awaited:
             parameter = self.awaited.pop()
+            if not parameter.requires_grad:  # frozen since the last step
+                continue
             if parameter.grad is None:  # one device would have taken a step with gradient 0
                 parameter.grad = torch.zeros_like(parameter)
             self._begin(parameter)

@@ -171,6 +171,8 @@ class Sweep(Bounded):
         configs = {arm: self._compose(arm, _layers(changes), scale, extra) for arm, changes in arms.items()}
         refuse_unread(extra, [config.data for config in configs.values()])
         self._check_axis(configs)
+        if self.search(scale):
+            self._check_objective(configs)
         groups = {arm: "space" if arm in pruned and arm != self.baseline else "" for arm in configs}
         trials = [Trial(a, s, _seeded(config, s), groups[a]) for s in seeds for a, config in configs.items()]
         trials += self._lengthened(trials, self.lengths_at(scale))
@@ -184,6 +186,9 @@ class Sweep(Bounded):
         for trial in (*longer, *chosen):
             steps = {other.config.trainer.steps for other in (*longer, *chosen) if other.of_arm == trial.of_arm}
             _keep_branch_points(trial.config, steps)
+        for trial in longer:
+            with _refused(f"lengths: {trial.arm}"):
+                trial.config.check_new()
         return longer
 
     def _check_axis(self, configs: Mapping[str, "RunConfig"]) -> None:
@@ -194,6 +199,19 @@ class Sweep(Bounded):
                 raise UsageError(
                     f"{self.file or self.name}: trend.x={self.trend.x} is {value} in arm {arm}; it must be a key of the"
                     " config that holds a number"
+                )
+
+    def _check_objective(self, configs: Mapping[str, "RunConfig"]) -> None:
+        """A search would miss it only once its first trials have trained."""
+        from moepp.training.settings import metrics_of
+
+        for arm, config in configs.items():
+            known = metrics_of(config)
+            if self.objective not in known and not config.trainer.has_foreign_callbacks:
+                close = difflib.get_close_matches(self.objective, known, n=3, cutoff=0)
+                raise UsageError(
+                    f"{self.file or self.name}: objective={self.objective}: arm {arm} logs no such metric; nearest in"
+                    f" spelling are {', '.join(close)}"
                 )
 
     def proposal(
@@ -336,11 +354,11 @@ def _check_names(path: Path, named: Mapping[str, Iterable[str]]) -> None:
 
 
 @contextmanager
-def _refused(path: Path) -> Iterator[None]:
+def _refused(place: str | Path) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise UsageError(f"{path}: {error}") from None
+        raise UsageError(f"{place}: {error}") from None
 
 
 def _check_lengths(path: Path, sweep: Sweep, searched: bool) -> None:

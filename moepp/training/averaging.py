@@ -11,8 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from moepp.training.module import LanguageModel
 from moepp.training.recorded_trainer import within_step
-
-LATE_SHARE = 0.2  # of all steps: the snapshots lie in these
+from moepp.training.settings import LATE_SHARE
 
 
 class LateAverage(Callback):
@@ -24,7 +23,7 @@ class LateAverage(Callback):
     state_key = "LateAverage"
 
     def __init__(self, count: int, steps: int):
-        every = max(1, int(LATE_SHARE * steps) // count)
+        every = int(LATE_SHARE * steps) // count
         self.due = sorted(range(steps, 0, -every)[:count])
         self.taken: list[int] = []
         self.mean: AveragedModel | None = None

@@ -1,7 +1,7 @@
 """The LightningModule: next-token cross-entropy plus the balance loss, and validation that is exact over devices."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
@@ -17,6 +17,7 @@ from moepp.layers.moe import MoEStats
 from moepp.models.build import build_model, describe_model
 from moepp.models.decoder import InitialState
 from moepp.models.protocol import CausalLM
+from moepp.training.batch import TokenBatch, read_batch
 from moepp.training.compiled import losses_of
 from moepp.training.loss import LossFunction, training_losses
 from moepp.training.optim import build_optimizer, learning_rate_scale
@@ -49,11 +50,15 @@ class BitsPerByte(Metric):
 class LanguageModel(pl.LightningModule):
     """Trains a model on token ids, by any Lightning Trainer.
 
-    `model` is a `CausalLM`, or the description of one that a checkpoint holds. A batch of training is ids [B, S+1]; one
-    of validation the same, or a pair with the UTF-8 bytes [B, S] that each target stands for. The schedule has `steps`
-    optimizer steps, None: as many as the trainer takes. `end_of_text` is the id that separates documents, None: no id
-    does. `losses` may be a compiled form of `training_losses`, with `cuda_graphs` one whose replays write where those
-    before did.
+    `model` is a `CausalLM`, or the description of one that a checkpoint holds. A batch is ids [B, S+1], each predicted
+    from those before it; or a pair of these and the UTF-8 bytes [B, S] that each target stands for, which validation
+    reads; or a mapping as transformers' collators make: the ids as `input_ids`, and with them, if need be, `labels` of
+    the same shape, not shifted, which are predicted in their place (-100: not at all), and an `attention_mask` of ones.
+    Padding and other keys are refused in one line.
+
+    The schedule has `steps` optimizer steps, None: as many as the trainer takes. `end_of_text` is the id that separates
+    documents, None: no id does. `losses` may be a compiled form of `training_losses`, with `cuda_graphs` one whose
+    replays write where those before did; labels are its third argument where a batch has some.
 
     Logs train/loss, train/balance_loss, router/*, each of all micro-batches of a step, and val/loss, val/accuracy,
     val/bits_per_byte (where bytes are known), val/divergence (of a model that has another beside it); these four as
@@ -169,8 +174,12 @@ class LanguageModel(pl.LightningModule):
             layer.step_counts = (count_N, tokens)
 
     def on_train_end(self) -> None:
+        self._forget_step()
+
+    def _forget_step(self) -> None:
         for layer in self._counted_layers():
             layer.step_counts = None
+        self.step_chosen_LN, self.step_tokens = None, 0
 
     def _counted_layers(self) -> list[nn.Module]:
         return [module for module in self.model.modules() if hasattr(module, "step_counts")]
@@ -180,9 +189,10 @@ class LanguageModel(pl.LightningModule):
             self.log_dict({f"router/{name}": value for name, value in self.train_routing.compute().items()})
 
     def on_train_start(self) -> None:
-        """With CUDA graphs gradients are summed into buffers of their own: else the first would lie where replays
-        write.
+        """Without the counts that a fit which was interrupted in a step has left. With CUDA graphs gradients are summed
+        into buffers of their own: else the first would lie where replays write.
         """
+        self._forget_step()
         if self.cuda_graphs:
             for parameter in self.parameters():
                 parameter.grad = torch.zeros_like(parameter)
@@ -190,11 +200,13 @@ class LanguageModel(pl.LightningModule):
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad(set_to_none=not self.cuda_graphs)
 
-    def training_step(self, tokens: Tensor | Sequence[Tensor]) -> Tensor:
-        """`tokens` [B, S+1]; returns cross-entropy + beta * L_b (Eq. 9)."""
+    def training_step(self, batch: Any) -> Tensor:
+        """Returns cross-entropy + beta * L_b (Eq. 9)."""
+        read = self._read(batch)
+        asked = (read.ids,) if read.labels is None else (read.ids, read.labels)
         if self.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()  # replays overwrite what the step before put out
-        cross_entropy, balance, output = self.losses(self.model, _ids(tokens))
+        cross_entropy, balance, output = self.losses(self.model, *asked)
         loss = cross_entropy + balance
         losses = {"train/loss": cross_entropy, "train/balance_loss": balance}
         self.train_losses = {name: value.detach().clone() for name, value in losses.items()}
@@ -235,29 +247,38 @@ class LanguageModel(pl.LightningModule):
             self.model.step_control(self.step_chosen_LN, self.step_tokens * self.trainer.world_size)
             self.step_chosen_LN, self.step_tokens = None, 0
 
-    def validation_step(self, batch: Tensor | Sequence[Tensor]) -> None:
-        """`batch`: tokens [B, S+1], or a pair with the bytes [B, S] that each target stands for."""
-        tokens = _ids(batch)
-        targets = tokens[:, 1:]
-        output = self.model(tokens[:, :-1], targets_BS=targets)
-        self.val_loss.update(output.nats_BS)
-        self.val_window_nats.update(output.nats_BS.mean(1))
-        self.val_accuracy.update(output.right_BS.float())
-        if not isinstance(batch, Tensor) and len(batch) > 1:
-            self.val_bits_per_byte.update(output.nats_BS, targets, batch[1])
+    def validation_step(self, batch: Any) -> None:
+        read = self._read(batch)
+        targets, counted = (read.ids[:, 1:], ...) if read.labels is None else read.counted_labels()
+        output = self.model(read.ids[:, :-1], targets_BS=targets)
+        self.val_loss.update(output.nats_BS[counted])
+        if read.labels is None:
+            self.val_window_nats.update(output.nats_BS.mean(1))
+        self.val_accuracy.update(output.right_BS.float()[counted])
+        if read.lengths is not None:
+            self.val_bits_per_byte.update(output.nats_BS, targets, read.lengths)
         if output.divergence is not None:
-            self.val_divergence.update(output.divergence, weight=len(tokens))
+            self.val_divergence.update(output.divergence, weight=len(read.ids))
         self.val_routing.update(output.stats)
 
-    def test_step(self, batch: Tensor | Sequence[Tensor]) -> None:
+    def _read(self, batch: Any) -> TokenBatch:
+        read, retrofit = read_batch(batch), getattr(self.model.config, "retrofit", None)
+        if read.labels is not None and retrofit is not None and retrofit.loss != "cross_entropy":
+            raise UsageError(
+                f"a batch's labels are not its input_ids, and model.retrofit.loss={retrofit.loss} learns no labels:"
+                " leave them out"
+            )
+        return read
+
+    def test_step(self, batch: Any) -> None:
         self.validation_step(batch)
 
     def forward(self, ids_BS: Tensor) -> Tensor:
         """Logits [B, S, V] of what follows each id."""
         return self.model(ids_BS).logits
 
-    def predict_step(self, batch: Tensor | Sequence[Tensor]) -> Tensor:
-        return self(_ids(batch))
+    def predict_step(self, batch: Any) -> Tensor:
+        return self(read_batch(batch).ids)
 
     def on_validation_epoch_start(self) -> None:
         for metric in (
@@ -306,12 +327,3 @@ def _whole(steps: float) -> int:
             " the Trainer max_steps, or max_epochs over a loader that has a length"
         )
     return int(steps)
-
-
-def _ids(batch: Tensor | Sequence[Tensor]) -> Tensor:
-    """The ids [B, S+1] of a batch; a DataLoader over a TensorDataset gives lists of one tensor."""
-    ids = batch if isinstance(batch, Tensor) else batch[0] if isinstance(batch, Sequence) else None
-    if ids is None or ids.ndim != 2 or ids.shape[1] < 2 or ids.is_floating_point():
-        found = type(batch).__name__ if ids is None else f"{ids.dtype} {list(ids.shape)}"
-        raise UsageError(f"a batch is {found}; token ids [sequences, 2 or more] are needed, or a pair that begins so")
-    return ids.long()

@@ -39,7 +39,7 @@ class RoutingStatistics(Metric):
         self.tokens += len(stats[0].logits_TN)
         if self.drops:
             self.dropped_ffn += torch.stack([layer.dropped_ffn for layer in stats]).sum()
-        if self.limited:
+        if self.limited and stats[0].recomputed is not None:  # which it is outside training: nothing is kept there
             self.recomputed += torch.stack([layer.recomputed for layer in stats]).sum()
         self.entropy += torch.stack([layer.entropy for layer in stats]).mean() * len(stats[0].logits_TN)
 

@@ -24,7 +24,13 @@ METRICS = {  # that callbacks of a run see, by group; router/ has a share of eac
     "perf": ("tokens_per_s", "step_time_ms", "tflops", "mfu", "peak_mem_gib"),
     "system": ("cpu_percent", "memory_gib", "gpu_percent", "gpu_memory_gib"),
 }  # fmt: skip
+FINAL = (  # what a run ends with beside final/val_*, the shares of its expert types and what single keys ask for
+    "ffn_per_token", "load_max_over_mean", "router_entropy", "dropped_share", "dropped_ffn_share", "recomputed_share",
+    *METRICS["perf"], "online_loss", "train_dropped_share", "train_dropped_share_early", "train_dropped_share_late",
+    "train_seconds", "stopped_at_step", "active_params", "flops_per_token",
+)  # fmt: skip
 OF_ADAMW = ("beta1", "beta2", "eps")  # and of muon, which has AdamW beside it
+LATE_SHARE = 0.2  # of all steps: the weights of `trainer.average_checkpoints` lie in these
 CLOZE_CHOICES = 4  # continuations to choose from: the text's own and those of other questions
 
 
@@ -102,6 +108,11 @@ class TrainerConfig(Bounded, key="trainer"):
             register.callback.check(name, options)
         if self.cuda_graphs and not self.compile:
             raise ValueError("trainer.cuda_graphs=true records what torch.compile made: set trainer.compile=true")
+
+    @property
+    def has_foreign_callbacks(self) -> bool:
+        """Whether there are callbacks of somebody's own, which may log whatever they like."""
+        return any(name not in register.callback.defined for name in self.callbacks)
 
 
 @dataclass
@@ -236,8 +247,9 @@ class RunConfig(Bounded):
 
 
 def _hopeless(config: RunConfig) -> list[tuple[bool, str]]:
-    """What would train to its end and teach nothing: whether it is asked for, and what to change."""
+    """What would train to its end and teach nothing, or not what was asked: whether it is so, and what to change."""
     model, optim, steps = config.model, config.optim, config.trainer.steps
+    averaged, late = config.trainer.average_checkpoints, int(LATE_SHARE * steps)
     counts, common = model.experts, optim.decay_start(steps) if optim.schedule == "wsd" else 0
     decaying = [step for step in config.trainer.keep_at if step > common]
     weighed = counts.total - counts.zero if model.gate == "released" else counts.total
@@ -254,6 +266,11 @@ def _hopeless(config: RunConfig) -> list[tuple[bool, str]]:
             f" optim.lr={optim.lr}: set it to {steps} at most, or train longer",
         ),
         (
+            averaged > late,
+            f"trainer.average_checkpoints={averaged} is more than the last fifth of trainer.steps={steps} has, and"
+            f" weights before it are not averaged: set it to {late}{' at most' if late else ''}, or train longer",
+        ),
+        (
             bool(decaying),
             f"trainer.keep_at={decaying and decaying[0]}: no run of another length may begin there, for the rate falls"
             f" already; with optim.schedule=wsd it falls after step {optim.decay_start(steps)} of {steps}",
@@ -261,17 +278,35 @@ def _hopeless(config: RunConfig) -> list[tuple[bool, str]]:
     ]
 
 
+def metrics_of(config: RunConfig) -> list[str]:
+    """What the lines of a run's metrics.jsonl may hold. What callbacks of somebody's own log beside it only they can
+    tell.
+    """
+    trainer, model = config.trainer, config.model
+    final = [*FINAL, *(f"{kind}_share" for kind in model.experts.by_kind())]
+    final += [f"train_dropped_share_layer_{layer}" for layer in range(1, len(model.moe_blocks) + 1)]
+    for prefix in ("val", *(["averaged_val"] if trainer.average_checkpoints else [])):
+        final += [f"{prefix}_{name}" for name in METRICS["val"]]
+    final += ["expert_forward_ms", "expert_forward_ms_balanced"] if trainer.expert_timing else []
+    final += ["cloze_share"] if config.cloze.points else []
+    cloze = ["val/cloze_accuracy", "val/cloze_bits_per_byte", "perf/cloze_seconds"] if config.cloze.points else []
+    return [*_seen_by_callbacks(model), *cloze, *(f"final/{name}" for name in final)]
+
+
+def _seen_by_callbacks(model: DecoderConfig) -> list[str]:
+    shares = [f"router/{kind}_share" for kind in model.experts.by_kind()]
+    return [*(f"{group}/{name}" for group, names in METRICS.items() for name in names), *shares]
+
+
 def _never_logged(config: RunConfig) -> list[tuple[bool, str]]:
     """What callbacks would look for in vain: whether it is asked for, and what to choose from. What callbacks of
     somebody's own log only they can tell.
     """
-    callbacks, shares = config.trainer.callbacks, [f"router/{kind}_share" for kind in config.model.experts.by_kind()]
-    known = [*(f"{group}/{name}" for group, names in METRICS.items() for name in names), *shares]
-    foreign = any(name not in register.callback.defined for name in callbacks)
+    callbacks, known = config.trainer.callbacks, _seen_by_callbacks(config.model)
     asked = {name: options["monitor"] for name, options in callbacks.items() if options.get("monitor")}
     return [
         (
-            not foreign and monitor not in known,
+            not config.trainer.has_foreign_callbacks and monitor not in known,
             f"trainer.callbacks.{name}.monitor={monitor}: no such metric; choose from val/loss, val/accuracy, "
             f"val/bits_per_byte, train/loss or others that a run's metrics.jsonl has{nearest(str(monitor), known)}",
         )

@@ -55,6 +55,8 @@ def test_a_corpus_of_mostly_bad_rows_is_refused(tmp_path):
     write(tmp_path, [*lines(10), *[b'{"text": null}'] * 11])
     with pytest.raises(UsageError, match=r"11 of 21 documents cannot be read as text, more than the 50%"):
         prepare(corpus(tmp_path, "text", bad_rows="skip"), progress=False)
+    with pytest.raises(UsageError, match=r"21 of 21 documents cannot be read as text, .* check data.path, data.text_c"):
+        prepare(corpus(tmp_path, "text", bad_rows="skip", text_column="body"), progress=False)
 
 
 def test_other_columns_may_differ_between_files_of_a_folder(tmp_path):

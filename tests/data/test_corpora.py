@@ -5,6 +5,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pyarrow
 import pytest
 from pyarrow import Table
 from pyarrow.parquet import write_table
@@ -85,6 +86,13 @@ CUT_GZIP = gzip.compress(bytes(range(256)) * 9, mtime=0)[:40] + bytes(range(40))
         (CUT_GZIP, "a.txt", "cannot read .*a.txt: Error -3 while decompressing"),
         (b"one\ntwo\0", "a.txt", r"a.txt line 2: byte 4 \(0x00\) is not UTF-8 text"),
         (b'{"text": "x"}\n', "a.txt", r"a.txt holds JSON rows with 'text'; rename it to end in .jsonl"),
+        (b'{\n "text": "x"\n}\n', "a.json", "line 1: is no JSON object; a file holds one a line, or an array"),
+        ("one\n".encode("utf-16"), "a.txt", "a.txt is UTF-16, not UTF-8"),
+        (pyarrow.compress(b"one", codec="zstd", asbytes=True)[:-2], "a.txt", "cannot read .*a.txt: Truncated"),
+        (b"id,text\n1,one\n2,two, and more\n", "a.csv", "line 3: has 3 fields, where the first line names 2; .*skip"),
+        (b"id;text\n1;one\n", "a.csv", r"line 2: has no column 'text' \(data.text_column\); it has id;text"),
+        (b'text\none\n"two\n', "a.csv", "line 3: unexpected end of data"),
+        (b"text\none\n\xe9\n", "a.csv", r"line 3: byte 1 \(0xE9\) is not UTF-8"),
     ],
 )
 def test_unreadable_files_are_refused_in_one_line(tmp_path, monkeypatch, content, name, message):
@@ -132,11 +140,105 @@ def test_separators_that_say_what_they_mean_are_taken(pattern):
     assert files.separator_pattern(pattern).pattern == pattern
 
 
-def test_zstandard_is_asked_for_where_it_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "zstandard", None)
-    (tmp_path / "a.txt.zst").write_bytes(files.ZSTANDARD)
-    with pytest.raises(UsageError, match="pip install zstandard"):
-        read(tmp_path, corpus="text", path=f"{tmp_path}/a.txt.zst")
+def zstandard(content):
+    return pyarrow.compress(content, codec="zstd", asbytes=True)
+
+
+SKIPPED = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"skip"  # a frame without content, as pzstd writes them
+
+
+@pytest.mark.parametrize("before", [b"", SKIPPED])
+def test_all_frames_of_zstandard_are_read_whatever_is_in_them(tmp_path, before):
+    rows = [b'{"text": "one"}\n', b'{"text": "two"}\n']
+    (tmp_path / "a.jsonl.zst").write_bytes(before + b"".join(map(zstandard, rows)))
+    (tmp_path / "b.txt.zst").write_bytes(before + b"".join(map(zstandard, [b"thr", b"ee\n\nfour"])))
+    found = read(tmp_path, corpus="text", path=f"{tmp_path}/*.zst", separator="\n\n")
+    assert found == ["one", "two", "three", "four"]
+
+
+def test_a_mixture_and_a_folder_read_zstandard_too(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl.zst").write_bytes(zstandard(b'{"text": "one"}\n'))
+    assert read(tmp_path, corpus="hub", hub=HubConfig(id=str(tmp_path / "in"), streaming=True)) == ["one"]
+    assert read(tmp_path, corpus="mixture", sources={"a": SourceConfig(id=str(tmp_path / "in"))}) == ["one"]
+
+
+def test_a_file_counts_once_by_whatever_names_it_is_found(tmp_path, monkeypatch):
+    folder = write_texts(tmp_path / "texts", 3)
+    (folder / "again.txt").symlink_to(folder / "001.txt")
+    (folder / "loop").symlink_to(folder)
+    monkeypatch.chdir(folder)
+    given = ["000.txt", "./000.txt", f"{folder}/000.txt", "**/*.txt"]
+    assert sorted(read(tmp_path, corpus="text", path=given)) == sorted(texts(3))
+
+
+@pytest.mark.parametrize("separator", [r"\r\n\r\n", "<sep>"])
+def test_a_separator_that_stands_nowhere_is_refused(tmp_path, separator):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_bytes(f"{name}\r\n\r\ntwo".encode())
+    with pytest.raises(UsageError, match=r"stands nowhere in .* whose line ends are read as \\n"):
+        read(tmp_path, corpus="text", path=f"{tmp_path}/*.txt", separator=separator)
+    (tmp_path / "c.txt").write_text("one<sep>two\n\nthree")  # in one of the files is enough
+    assert len(read(tmp_path, corpus="text", path=f"{tmp_path}/*.txt", separator="<sep>")) == 4
+
+
+CSV = {
+    "a.csv": b'id,text\r\n1,"one, and ""more"""\r\n2,"two\r\nlines"\r\n\r\n3,NA\r\n4,\r\n5,007\r\n',
+    "b.tsv": '\ufeffid\ttext\n1\tcafé, "au lait"\n'.encode(),
+    "c.csv.gz": gzip.compress(b"text\nlast\n", mtime=0),
+}
+
+
+def test_rows_of_csv_files_are_documents_of_either_reader(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name, content in CSV.items():
+        (tmp_path / "in" / name).write_bytes(content)
+    expected = ['one, and "more"', "two\nlines", "NA", "007", 'café, "au lait"', "last"]
+    assert read(tmp_path, corpus="text", path=f"{tmp_path}/in/*") == expected
+    (tmp_path / "in" / "b.tsv").unlink()  # `datasets` gives all files of a folder one delimiter
+    expected.remove('café, "au lait"')
+    assert read(tmp_path, corpus="hub", hub=HubConfig(id=str(tmp_path / "in"))) == expected
+    with pytest.raises(UsageError, match=r"data.hub.split=test: of the CSV files in .*/in choose from train"):
+        read(tmp_path, corpus="hub", hub=HubConfig(id=str(tmp_path / "in"), split="test"))
+
+
+def test_a_csv_file_of_another_reading_has_another_fingerprint(tmp_path):
+    found = []
+    for name in ("a.txt", "a.csv", "a.tsv"):
+        (tmp_path / name).write_text("text\none\n")
+        config = DataConfig(corpus="text", path=f"{tmp_path}/{name}")
+        found.append(corpora.text_fingerprint(config)["files"])
+    assert found[0] != found[1] != found[2] != found[0]
+
+
+def test_a_parquet_file_without_rows_ends_no_corpus(tmp_path):
+    (tmp_path / "p").mkdir()
+    for name, rows in (("a", []), ("b", ["one"]), ("c", [])):
+        write_table(Table.from_pydict({"text": pyarrow.array(rows, "string")}), tmp_path / f"p/{name}.parquet")
+    assert read(tmp_path, corpus="hub", hub=HubConfig(id=str(tmp_path / "p"))) == ["one"]
+
+
+def test_files_of_a_folder_in_another_form_are_told_of(tmp_path, capsys):
+    parquet(tmp_path / "in", "a.parquet", [{"text": "one"}])
+    parquet(tmp_path / "in", "b.parquet", [{"text": "two"}])
+    (tmp_path / "in/c.jsonl").write_text('{"text": "three"}\n')
+    (tmp_path / "in/.cache").mkdir()
+    (tmp_path / "in/.cache/a.parquet.metadata").write_text("")
+    (tmp_path / "in/README.md").write_text("a note\n")
+    assert read(tmp_path, corpus="hub", hub=HubConfig(id=str(tmp_path / "in"))) == ["one", "two"]
+    assert "2 files are read, all of one form; left out: c.jsonl\n" in capsys.readouterr().err
+
+
+def test_the_users_folder_is_found_for_datasets_and_their_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    parquet(tmp_path / "in", "a.parquet", [{"text": "one"}])
+    corpus = corpora.corpus_of(DataConfig(corpus="hub", hub=HubConfig(id="~/in"), cache="~/cache"))
+    corpus.fingerprint()
+    assert list(corpus.texts()) == ["one"]
+    assert (tmp_path / "cache/huggingface").is_dir() and not (tmp_path / "~").exists()
+    with pytest.raises(UsageError, match=r"in/a.parquet is a file; name a folder"):
+        corpora.corpus_of(DataConfig(corpus="hub", hub=HubConfig(id="in/a.parquet"))).fingerprint()
 
 
 def test_the_split_is_by_content_not_by_position(tmp_path):
@@ -233,7 +335,7 @@ def test_other_columns_of_parquet_files_may_differ_and_words_of_csv_files_are_wo
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", "a.parquet is a Git LFS pointer"),
         ("a.parquet", b"PAR1 and half of it", "a.parquet is no whole Parquet file"),
         ("a.csv", b"text\ngood\n\xe9\n", r"a.csv line 3: byte 1 \(0xE9\) is not UTF-8 text"),
-        ("a.csv", b"body\ngood\n", "cannot load data.hub.id=.*text"),
+        ("a.csv", b"body\ngood\n", r"a.csv line 2: has no column 'text' \(data.text_column\); it has body"),
     ],
 )
 def test_files_of_a_folder_are_refused_by_their_names(tmp_path, name, content, message):
@@ -286,10 +388,11 @@ def test_a_mixture_holds_its_shares_of_text_not_of_documents(tmp_path):
     assert counts[0] == 1 and counts[1] == 60
 
 
-def test_a_mixture_ends_with_the_first_source_that_ends(tmp_path):
+def test_a_mixture_ends_with_the_first_source_that_ends(tmp_path, capsys):
     documents = read(tmp_path, corpus="mixture", sources=sources(tmp_path, books=1.0, web=1.0))
     assert [text for text in documents if text.startswith("web")][-1].startswith("web 59 ")
     assert sum(text.startswith("books") for text in documents) < 5
+    assert "data.sources.web has no more documents, and the mixture ends with it\n" in capsys.readouterr().err
 
 
 def test_shares_and_limits_are_part_of_a_mixtures_fingerprint(tmp_path):

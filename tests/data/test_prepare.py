@@ -1,8 +1,10 @@
+import fcntl
 import json
 import os
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +18,7 @@ from moepp.data import prepare as preparation
 from moepp.data.documents import content_hash
 from moepp.data.prepare import prepare, token_digest
 from moepp.data.settings import DataConfig
+from moepp.data.token_files import FORMAT, Counts, Header
 from moepp.errors import RunError, UsageError
 
 
@@ -172,6 +175,26 @@ print(preparation.prepare(config, progress=False).header.digest)
     assert len(set(printed) - {"built"}) == 1
 
 
+def test_who_waits_for_another_process_says_so(corpus, tmp_path, monkeypatch, capsys):
+    def held(lock, file, how):
+        if how & fcntl.LOCK_NB:
+            raise BlockingIOError
+        return True
+
+    monkeypatch.setattr(preparation, "locked", held)
+    folder = prepare(text_config(corpus, tmp_path)).path
+    assert f"{folder}: another process makes these tokens; waiting for it\n" in capsys.readouterr().err
+
+
+def test_what_is_not_in_the_tokens_is_told(tmp_path):
+    counts = [Counts(19, 1253, 9999), Counts(1, 67, 500)]
+    header = Header(FORMAT, "0123456789abcdef", "<u2", 300, 0, "some", *counts)
+    assert str(header) == "1,253 training tokens, 67 held out; documents: 19 and 1"
+    assert str(replace(header, bad_rows=3, without_tokens=1, lost_characters=12)).endswith(
+        "; bad rows left out: 3; documents without a token: 1; held-out characters that the tokenizer does not know: 12"
+    )
+
+
 def failure(error):
     def fail(*_, **__):
         raise error
@@ -265,6 +288,20 @@ def test_a_full_disk_ends_the_run_with_one_line(corpus, tmp_path, monkeypatch):
         prepare(text_config(corpus, tmp_path), progress=False)
 
 
+def test_a_full_disk_is_told_by_the_processes_that_meet_it(corpus, tmp_path, monkeypatch):
+    tokenising = shards._in_processes
+
+    def on_a_full_disk(folder, side, *arguments):
+        if side == "train":  # a shard may have no held-out text
+            (folder / "00001.train.bin").symlink_to("/dev/full")
+        tokenising(folder, side, *arguments)
+
+    config = shard_config(corpus, tmp_path, monkeypatch, cores=2)
+    monkeypatch.setattr(shards, "_in_processes", on_a_full_disk)
+    with pytest.raises(RunError, match=r"cannot write tokens to .* No space left"):
+        prepare(config, progress=False)
+
+
 def test_a_prepared_folder_needs_neither_corpus_nor_tokenizer_packages(tmp_path):
     folder = write_token_folder(tmp_path / "tokens", 50, 50)
     code = """
@@ -332,9 +369,48 @@ def test_a_prepared_folder_must_be_named():
         prepare(DataConfig(corpus="tokens"))
 
 
-def test_a_missing_tokenizer_file_is_refused(corpus, tmp_path):
-    with pytest.raises(UsageError, match=r"nowhere.json is neither 'bpe' nor a readable file"):
-        prepare(text_config(corpus, tmp_path, tokenizer="nowhere.json"))
+def test_a_tokenizer_that_is_no_file_is_refused_with_what_to_name(corpus, tmp_path):
+    with pytest.raises(UsageError, match=r"tokenizer=a/b is neither 'bpe' nor a readable file.*hf download a/b tok"):
+        prepare(text_config(corpus, tmp_path, tokenizer="a/b"))
+    with pytest.raises(UsageError, match=r"Is a directory, and has no tokenizer.json; transformers makes one"):
+        prepare(text_config(corpus, tmp_path, tokenizer=str(tmp_path)))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UsageError, match=f"Is a directory; name the file in it, {tmp_path}/tokenizer.json"):
+        prepare(text_config(corpus, tmp_path, tokenizer=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"vocab_size": 299}, "has 300 ids, more than data.vocab_size=299; set model.vocab_size=300"),
+        ({"end_of_text": "<end>"}, "<end> is no token of it; set data.end_of_text"),
+        ({"tokenizer": "bpe", "end_of_text": "</s>"}, "data.end_of_text=</s> is no token of the tokenizer that is tr"),
+        ({"tokenizer": __file__}, "test_prepare.py is no readable tokenizer.json: .*; transformers"),
+    ],
+)
+def test_an_unfit_tokenizer_is_refused_before_the_corpus_is_read(
+    corpus, tmp_path, monkeypatch, prepared, settings, message
+):
+    monkeypatch.setattr("moepp.data.corpora.Files.texts", lambda self: pytest.fail("the corpus was read"))
+    settings = {"tokenizer": str(prepared.path / "tokenizer.json"), **settings}
+    with pytest.raises(UsageError, match=message):
+        prepare(text_config(corpus, tmp_path, **settings), progress=False)
+
+
+def test_files_that_change_while_they_are_read_make_no_tokens(tmp_path, monkeypatch):
+    folder = write_texts(tmp_path / "texts")
+    config, reading = text_config(folder, tmp_path / "cache"), documents.store
+
+    def grow(*arguments):
+        if not (folder / "late.txt").exists():
+            (folder / "late.txt").write_text("a download that was not at its end")
+        return reading(*arguments)
+
+    monkeypatch.setattr(documents, "store", grow)
+    with pytest.raises(UsageError, match="the corpus changed while it was read; the same command reads it anew"):
+        prepare(config, progress=False)
+    header = prepare(config, progress=False).header
+    assert header.train.documents + header.val.documents == 21
 
 
 def test_a_cache_that_cannot_be_written_is_refused(corpus, tmp_path):

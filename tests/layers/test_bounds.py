@@ -83,3 +83,24 @@ def test_nested_mappings_are_checked_as_what_they_become():
 def test_the_layer_alone_refuses_numbers_without_sense(made, values, key):
     with pytest.raises(ValueError, match=key):
         made(**values)
+
+
+@pytest.mark.parametrize(
+    ("made", "values", "message"),
+    [
+        (MoEConfig, {"top_k": 2.0}, "top_k=2.0 must be a whole number"),
+        (MoEConfig, {"dim": "64"}, "dim='64' must be a whole number"),
+        (MoEConfig, {"gating_residual": "no"}, "gating_residual='no' must be true or false"),
+        (MoEConfig, {"capacity_factor": "1.1"}, "capacity_factor='1.1' must be a number, or null"),
+        (MoEConfig, {"experts": {"ffn": 8}}, "experts={'ffn': 8} must be made by ExpertCounts(...)"),
+        (MoEConfig, {"gate": None}, "gate=None: no such gate"),
+        (ExpertCounts, {"ffn": True}, "experts.ffn=True must be a whole number"),
+        (ExpertCounts, {"others": {"vector": 1.5}}, "experts.others.vector=1.5 must be a whole number"),
+        (BalanceConfig, {"tau_of": None}, "balance.tau_of=None must hold values by their names"),
+        (BalanceConfig, {"tau_of": {"zero": "0.5"}}, "balance.tau_of.zero='0.5' must be a number"),
+    ],
+)
+def test_the_layer_alone_refuses_values_of_another_type(made, values, message):
+    with pytest.raises(ValueError) as caught:
+        made(**values)
+    assert str(caught.value).startswith(message)

@@ -203,3 +203,10 @@ def test_combinations_without_meaning_are_refused_in_one_line(changes, part):
     with pytest.raises(ValueError, match=part) as caught:
         MoEConfig(**{"experts": MOEPP, "capacity_factor": None} | changes)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_recurrent_router_computes_in_float32_or_more_whatever_its_weights_are_in(dtype):
+    layer = make_layer("rmoe", "model.router_width=6").to(dtype)
+    y, stats = layer(make_inputs()[None].to(dtype))
+    assert y.dtype == dtype and stats.logits_TN.dtype == torch.promote_types(dtype, torch.float32)

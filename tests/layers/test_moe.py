@@ -6,6 +6,7 @@ import reference
 import torch
 from torch import nn
 
+from moepp.layers.kernels.base import BackendError
 from moepp.layers.moe import MoELayer
 from moepp.layers.settings import BalanceConfig, ExpertCounts, MoEConfig
 
@@ -93,7 +94,7 @@ def test_gradcheck():
 
 
 def test_both_choices_zero_gives_zero_output_and_finite_gradients():
-    layer = make_layer(experts=ExpertCounts(ffn=2, zero=2, copy=0, constant=0))
+    layer = make_layer(first=True, experts=ExpertCounts(ffn=2, zero=2, copy=0, constant=0))
     with torch.no_grad():
         layer.router.weight.zero_()
         layer.router.weight[2:, 0] = 1.0
@@ -209,7 +210,8 @@ def test_ffn_rows_change_nothing_but_what_is_kept_in_training(per_token):
 @pytest.mark.parametrize("form", ["switch", "null_averaged"])
 def test_sequences_that_are_balanced_and_limited_alone_are_layers_of_one_sequence(drop_order, form):
     balance = BalanceConfig(over="sequence", form=form)
-    layer = make_layer(capacity_factor=0.7, capacity_over="sequence", drop_order=drop_order, balance=balance).train()
+    limits = {"capacity_factor": 0.7, "capacity_over": "sequence", "drop_order": drop_order}
+    layer = make_layer(first=True, balance=balance, **limits).train()
     x_BSD = torch.randn(3, 12, DIM, dtype=torch.float64)
     together, stats = layer(x_BSD)
     alone = [layer(x_1SD) for x_1SD in x_BSD.split(1)]
@@ -221,7 +223,8 @@ def test_sequences_that_are_balanced_and_limited_alone_are_layers_of_one_sequenc
 @pytest.mark.parametrize("over", ["sequence", "micro_batch", "global_batch", "step"])
 @pytest.mark.parametrize("capacity_over", ["sequence", "micro_batch", "global_batch"])
 def test_a_layer_asks_other_devices_for_counts_only_where_it_needs_them(over, capacity_over, monkeypatch):
-    layer = make_layer(capacity_factor=1.1, capacity_over=capacity_over, balance=BalanceConfig(over=over)).train()
+    balance = BalanceConfig(over=over)
+    layer = make_layer(first=True, capacity_factor=1.1, capacity_over=capacity_over, balance=balance).train()
     asked, share = [], layer.ffn.dispatcher.share
     monkeypatch.setattr(layer.ffn.dispatcher, "share", lambda count_KN: (asked.append(1), share(count_KN))[1])
     layer(torch.randn(2, 4, DIM, dtype=torch.float64))
@@ -234,3 +237,56 @@ def test_a_layer_that_stands_alone_has_no_weight_without_a_gradient():
     y, stats = layer(torch.randn(2, TOKENS, DIM))
     (y.sum() + stats.balance_loss).backward()
     assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((DIM,), torch.float32), ((2, 4, DIM + 1), torch.float32), ((2, 4, DIM), torch.int64)]
+)
+def test_an_input_of_another_form_is_refused(shape, dtype):
+    with pytest.raises(ValueError, match=f"takes floating-point numbers .*, tokens, {DIM}], not .* of {dtype}"):
+        MoELayer(MoEConfig(dim=DIM, hidden=5))(torch.ones(shape, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    ("first", "shape", "message"),
+    [
+        (True, (TOKENS, 12), "first MoE layer has no gating residual.* first=False"),
+        (False, None, "needs the `carried` of the MoE layer before, .* got nothing"),
+        (False, (1, 12), r"got \[1, 12\]"),  # which would be added to all tokens
+    ],
+)
+def test_carried_logits_that_would_be_left_out_or_are_of_other_tokens_are_refused(first, shape, message):
+    layer = make_layer(first=first)
+    x_TD, _ = make_inputs(layer)
+    with pytest.raises(ValueError, match=message):
+        layer(x_TD, None if shape is None else torch.ones(shape, dtype=torch.float64))
+    without = make_layer(first=first, gating_residual=False)
+    without(x_TD, torch.ones(TOKENS, 12, dtype=torch.float64))  # such layers may be handed it
+
+
+@pytest.mark.parametrize("shape", [(0, DIM), (2, 0, DIM), (0, 4, DIM)])
+@pytest.mark.parametrize("over", ["sequence", "micro_batch", "global_batch"])
+def test_an_input_without_tokens_costs_nothing(shape, over):
+    limits = {"capacity_factor": 1.0, "capacity_over": over}
+    layer = make_layer(first=True, balance=BalanceConfig(over=over, z_loss=1.0, entropy_loss=1.0), **limits).train()
+    y, stats = layer(torch.zeros(shape, dtype=torch.float64))
+    (y.sum() + stats.balance_loss + stats.router_loss).backward()
+    assert y.shape == shape and stats.balance_loss == stats.router_loss == stats.entropy == stats.dropped == 0
+    assert not any(parameter.grad.any() for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("backend", ["sorted", "grouped"])
+def test_a_second_derivative_is_an_error_and_not_one_without_the_experts(backend):
+    layer = make_layer(torch.float32, first=True, dim=8, hidden=8, backend=backend)
+    x_BSD = torch.randn(1, TOKENS, 8, requires_grad=True)
+    (gradient,) = torch.autograd.grad(layer(x_BSD)[0].sum(), x_BSD, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.square().sum().backward()
+
+
+def test_a_backend_that_cannot_be_exported_says_so(monkeypatch):
+    layer = make_layer(torch.float32, first=True, backend="sorted")
+    for state in ("is_compiling", "is_exporting"):
+        monkeypatch.setattr(torch.compiler, state, lambda: True)
+    with pytest.raises(BackendError, match=r"torch.export cannot trace backend=sorted, .* choose backend=grouped"):
+        layer(torch.randn(2, 4, DIM))

@@ -1,8 +1,10 @@
+import math
 import weakref
 
 import pytest
 import torch
 
+from moepp.errors import UsageError
 from moepp.layers.settings import BalanceConfig, ExpertCounts
 from moepp.models.decoder import Decoder
 from moepp.models.settings import DecoderConfig
@@ -53,6 +55,27 @@ def test_sampling_follows_its_generator_and_its_temperature():
     assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])
     cold = model.generate(ids(), 8, 1e-4, torch.Generator().manual_seed(3))
     assert torch.equal(cold, model.generate(ids(), 8))
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("prompt", "temperature", "message"),
+    [
+        (torch.zeros(1, 0, dtype=torch.int64), 0.0, "one id or more"),
+        (torch.zeros(3, dtype=torch.int64), 0.0, "one id or more"),
+        (torch.zeros(1, 3, dtype=torch.int64), -1.0, "temperature=-1.0 must not be negative"),
+        (torch.zeros(1, 3, dtype=torch.int64), math.nan, "temperature=nan must not be negative"),
+    ],
+)
+def test_what_cannot_be_continued_is_refused(prompt, temperature, message):
+    with pytest.raises(UsageError, match=message):
+        make().generate(prompt, 2, temperature)
+
+
+def test_a_model_trains_on_after_a_continuation_that_failed():
+    model = make().train()
+    with pytest.raises(IndexError):
+        model.generate(torch.full((1, 3), model.config.vocab_size), 2)
     assert model.training
 
 

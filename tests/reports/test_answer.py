@@ -122,7 +122,7 @@ def test_what_a_rule_excludes_is_shown_with_and_without(records):
     metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     findings = found(records)
     assert "n = 3 paired seeds" in findings.answer
-    assert "With the 1 runs that a rule excludes: " in findings.answer and "n = 4 paired seeds" in findings.answer
+    assert "With the 1 run that a rule excludes: " in findings.answer and "n = 4 paired seeds" in findings.answer
     assert "one, seed 3: ends at 9.0000, above its 4.1170 of step 50." in findings.sections["Excluded runs"][0]
 
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from moepp.experiments.table6 import EXPERIMENT as TABLE6
@@ -145,7 +147,7 @@ def test_an_arm_whose_recipe_differs_for_no_reason_is_marked(tmp_path):
 def test_what_a_sweep_is_about_is_not_marked():
     capacity, rate, routers = (of_sweep(name).measure.design.about for name in ("capacity", "learning_rate", "routers"))
     assert "model.capacity_factor" in capacity and "optim.lr" in rate
-    assert not routers & RECIPE.keys()  # `remoe` names a balance weight, but is another method
+    assert not routers & RECIPE.keys()  # several name a rate, each of another method
 
 
 def test_the_held_out_text_widens_the_interval(tmp_path):
@@ -218,6 +220,29 @@ def test_verdict_on_noise(tmp_path):
 def test_verdict_when_the_papers_order_holds(tmp_path):
     losses = {**CLEAR, "no_residual": {0: 3.151, 1: 3.210, 2: 3.119}}
     assert "All of these go the paper's way." in " ".join(verdict(comparison(tmp_path, losses)))
+
+
+def test_a_single_pair_beyond_noise_is_one(tmp_path):
+    found = comparison(tmp_path, NOISY)
+    pair = (FULL, "no_residual")
+    for changes, said in (
+        ({"confirmed": (pair,)}, "3 pairs of these arms; here 1 differs beyond noise. It goes the paper's way."),
+        ({"contradicted": (pair,)}, "here 1 differs beyond noise. 0 go the paper's way, 1 against it (no_residual"),
+        ({"confirmed": (pair,), "contradicted": (pair,)}, "2 differ beyond noise. 1 goes the paper's way, 1 against"),
+        ({"ranked": 1}, "ranks 1 pair of these arms; here 0 differ beyond noise."),
+    ):
+        assert said in " ".join(verdict(replace(found, ordering=replace(found.ordering, **changes))))
+
+
+def test_of_many_arms_a_verdict_says_how_many(tmp_path):
+    found = comparison(tmp_path, {**NOISY, FULL: CLEAR[FULL]})
+    lower, noise = found.differences[FULL], found.differences["no_residual"]
+    many = {f"arm_{n}": noise for n in range(33)}
+    [said] = [line for line in verdict(replace(found, differences=many)) if "Not distinguishable" in line]
+    assert "Not distinguishable from vanilla at this scale: all 33 others. That is no proof" in said
+    both = many | {"better": replace(lower, p_holm=0.01)}
+    [said] = [line for line in verdict(replace(found, differences=both)) if "Not distinguishable" in line]
+    assert "beyond noise: better (" in said and "at this scale: 33 of 34 others, all but better. That" in said
 
 
 def test_one_seed_cannot_be_told_from_noise(tmp_path):

@@ -260,7 +260,7 @@ def test_provenance_names_every_run_and_says_when_commits_differ(tmp_path):
     text = (tmp_path / "report/report.md").read_text()
     assert (
         "The runs differ in git: see provenance.json." in text
-        and "1 of 9 runs were made with uncommitted changes." in text
+        and "1 of 9 runs was made with uncommitted changes." in text
     )
 
 

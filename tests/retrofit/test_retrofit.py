@@ -168,8 +168,9 @@ def test_zeda_draws_new_rows_around_the_old_ones():
     assert (router.new_rows.mean() - router.weight.mean()).abs() < 0.1
 
 
-def test_a_zeda_folder_reads_back_equal(tmp_path):
-    model = retrofit(tiny("qwen3_moe"), constant=0, gating_residual=False, init="zeda")
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])  # whose files call its blocks otherwise
+def test_a_zeda_folder_reads_back_equal(family, tmp_path):
+    model = retrofit(tiny(family), constant=0, gating_residual=False, init="zeda")
     export(model, tmp_path, format="zeda")
     torch.testing.assert_close(load(tmp_path).eval()(IDS).logits, model(IDS).logits, rtol=0, atol=2e-6)
     with pytest.raises(UsageError, match="offsets"):

@@ -1,4 +1,7 @@
+import re
+from io import StringIO
 from itertools import combinations
+from xml.etree import ElementTree
 
 import pytest
 from matplotlib.colors import to_rgb
@@ -7,6 +10,7 @@ from moepp.statistics.style import (
     BASELINE,
     COLOURS,
     axes_of,
+    compact_svg,
     counted,
     label_points,
     looks,
@@ -83,4 +87,28 @@ def test_names_of_points_cover_no_other():
 
 
 def test_numbers_of_seeds_are_said():
-    assert counted([3, 3], "seeds") == "n = 3 seeds" and counted([3, 5, 4], "seeds") == "n = 3 to 5 seeds"
+    assert counted([3, 3], "seed") == "n = 3 seeds" and counted([3, 5, 4], "seed") == "n = 3 to 5 seeds"
+    assert counted([1], "paired seed") == "n = 1 paired seed" and counted([1, 2], "seed") == "n = 1 to 2 seeds"
+
+
+def test_a_figure_is_written_in_few_bytes_and_draws_what_matplotlib_drew():
+    def elements(svg):
+        """Tag, text and geometry of everything that is drawn."""
+        kept = ("x", "y", "d", "href", "clip-path")
+        for element in ElementTree.fromstring(svg).iter():
+            tag = element.tag.rpartition("}")[2]
+            if tag not in ("RDF", "Work", "type", "format", "metadata", "style"):
+                known = {key.rpartition("}")[2]: " ".join(value.split()) for key, value in element.items()}
+                yield tag, (element.text or "").strip(), {key: known[key] for key in kept if key in known}
+
+    with styled():
+        canvas, axes = axes_of(3, 3)
+        axes.plot([0.123, 1.456], [0.2, 1.9], label="a  name")
+        axes.set_ylabel("turned")
+        axes.legend()
+        canvas.savefig(plain := StringIO(), format="svg", metadata={"Date": None, "Creator": None})
+    ours = compact_svg(plain.getvalue())
+    rounded = re.sub(r"(\d\.\d\d)\d+", r"\1", plain.getvalue())
+    assert list(elements(ours)) == list(elements(rounded))
+    assert 3 * len(ours) < 2 * len(rounded) and ours.count("font-family") == 1 and "rotate(-90" in ours
+    assert compact_svg(ours) == ours

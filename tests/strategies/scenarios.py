@@ -108,7 +108,7 @@ TWO_DEVICES = [
     Scenario(strategy="expert_parallel", wrong_scale=True),
     *(Scenario(strategy=strategy, optimizer="adamw", in_parts=True) for strategy in ("fsdp", "expert_parallel")),
     after("two", Scenario(strategy="fsdp", optimizer="adamw", in_parts=True), "expert_parallel"),
-    Scenario("recomputed", "expert_parallel"),
+    *(Scenario("recomputed", strategy) for strategy in SHARDED_EXPERTS),
     *(Scenario("sequence", strategy) for strategy in ("ddp", "expert_parallel")),
     *(Scenario(strategy=strategy, optimizer="adamw") for strategy in STRATEGIES[1:]),
     # What every strategy saves is what one device saves (a test of its own), so one checkpoint each is enough to load.

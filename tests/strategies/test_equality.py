@@ -218,8 +218,9 @@ def test_communication_is_reported_per_step(results):
     assert results("two", Scenario(strategy="ddp"))["communication"][-1] == {}
 
 
-def test_rows_that_have_arrived_are_not_sent_again_where_blocks_are_recomputed(results):
-    recomputed, kept = (results("two", Scenario(model, "expert_parallel")) for model in ("recomputed", "moepp"))
+@pytest.mark.parametrize("strategy", SHARDED_EXPERTS)
+def test_rows_that_have_arrived_are_not_sent_again_where_blocks_are_recomputed(results, strategy):
+    recomputed, kept = (results("two", Scenario(model, strategy)) for model in ("recomputed", "moepp"))
     assert recomputed["wire"] == kept["wire"] > 0
 
 

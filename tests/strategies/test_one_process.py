@@ -326,6 +326,10 @@ def test_reductions_begin_in_one_order_whatever_order_gradients_come_in(monkeypa
         begun.clear()
         for parameter in (first, second, third):
             parameter.grad = None
+    first.requires_grad_(False)  # by a callback, between two steps
+    (4 * second + 8 * third).backward()
+    reduction.finish()
+    assert begun == [2, 1] and first.grad is None
 
 
 def test_shared_counts_are_kept_until_they_have_left(monkeypatch):

@@ -189,9 +189,30 @@ def test_an_arm_of_a_search_may_be_renamed(runs):
     assert (status.count("done"), status.left, status.unproposed) == (2, 0, 0)
 
 
-def test_an_unknown_objective_names_the_nearest_metric(runs):
-    with pytest.raises(RunError, match=r"has no final/val_los, .* objective; did you mean final/val_loss\?$"):
-        run(runs, toy(objective="final/val_los"))
+@pytest.mark.parametrize(
+    ("objective", "nearest"),
+    [("final/val_los", "final/val_loss, "), ("val_bits_per_byte", "val/bits_per_byte, final/val_bits_per_byte"),
+     ("final/averaged_val_loss", ".*final/val_loss")],
+)  # fmt: skip
+def test_an_unknown_objective_is_refused_before_anything_runs(runs, monkeypatch, objective, nearest):
+    """The last is one of runs that average their late weights."""
+    monkeypatch.setattr("moepp.sweeps.spec.read_sweep", lambda name: toy(objective=objective))
+    said = rf"^\S+: objective={objective}: arm vanilla logs no such metric; nearest in spelling are {nearest}"
+    with pytest.raises(UsageError, match=said):
+        run(runs, toy(objective=objective))
+    with pytest.raises(UsageError, match=said):
+        commands.plan(SweepCall("toy", "smoke", 0, [f"runs={runs}"], None))
+    assert not runs.exists()
+
+
+def test_callbacks_of_somebody_else_may_log_the_objective(runs, monkeypatch):
+    monkeypatch.setattr("moepp.training.settings.TrainerConfig.has_foreign_callbacks", True)
+    assert toy(objective="mine/score").trials("smoke", [f"runs={runs}"])
+
+
+def test_an_objective_that_a_run_has_not_logged_after_all_ends_the_search(runs):
+    with pytest.raises(RunError, match=r"has no final/val_bits_per_byte, which the sweep names as its objective"):
+        run(runs, toy(objective="final/val_bits_per_byte"))
 
 
 def test_a_proposal_whose_record_is_damaged_does_not_end_the_search(runs):

@@ -215,6 +215,14 @@ def test_a_length_beyond_all_steps_is_refused(write):
         read_sweep(write(lengths=[1e9])).trials("smoke")
 
 
+def test_what_a_run_of_that_length_would_be_refused_is_refused_of_a_length(write):
+    sweep = read_sweep(write(lengths=[0.5], base=[*SWEEP["base"], "trainer.average_checkpoints=1"]))
+    given = ["trainer.steps=8", "optim.warmup_steps=1"]
+    with pytest.raises(UsageError, match=r"^lengths: vanilla@0\.5: .*average_checkpoints=1 is more than .*=4 has"):
+        sweep.trials("smoke", given)
+    sweep.trials("smoke", [*given, "trainer.steps=10"])
+
+
 def test_lengths_train_the_baseline_to_other_ends_and_are_no_arms(write):
     sweep = read_sweep(write(lengths=[0.5, 1, 1.5], base=[*SWEEP.get("base", []), "optim.schedule=wsd"]))
     scale = next(iter(sweep.scales))

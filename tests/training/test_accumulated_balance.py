@@ -41,7 +41,10 @@ def make(parts, data=None, checkpointing=False, **balance):
         experts=ExpertCounts(ffn=6), balance=BalanceConfig(beta=10.0, **balance),
         activation_checkpointing=checkpointing,
     )  # fmt: skip
-    module = Gradients(Decoder(config, 0).double())
+    return gradient(Gradients(Decoder(config, 0).double()), parts, data)
+
+
+def gradient(module, parts, data=None):
     trainer = pl.Trainer(
         accelerator="cpu", max_steps=1, accumulate_grad_batches=parts, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0,
@@ -65,3 +68,15 @@ def test_data_that_cannot_look_ahead_is_refused_in_one_line():
     with pytest.raises(UsageError, match="needs a data module with micro_batches"):
         make(2, loader)
     make(2, loader, over="micro_batch")
+
+
+def test_a_fit_that_was_interrupted_in_a_step_leaves_no_counts_to_the_next():
+    config = DecoderConfig(dim=16, hidden=24, layers=2, heads=2, vocab_size=64, balance=BalanceConfig(beta=10.0))
+    module = Gradients(Decoder(config, 0).double())
+    whole = gradient(module, 1)
+    module.zero_grad()
+    gradient(module, 2)
+    for layer in module.model.moe_layers():
+        layer.step_counts[0].zero_()  # of another batch
+    module.zero_grad()
+    torch.testing.assert_close(gradient(module, 1), whole, rtol=1e-9, atol=1e-12)

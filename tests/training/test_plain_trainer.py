@@ -173,17 +173,77 @@ def test_a_schedule_without_an_end_is_refused_and_steps_are_one(data, options, t
 @pytest.mark.parametrize(
     ("batch", "found"),
     [
-        ({"input_ids": IDS}, "dict"),
+        ({"ids": IDS}, "dict"),
+        ([], "list"),
+        ({"input_ids": IDS.tolist()}, "list"),
         (IDS.float(), r"torch.float32 \[32, 9\]"),
         (IDS[0], r"torch.int64 \[9\]"),
         (IDS[:, :1], r"torch.int64 \[32, 1\]"),
     ],
-    ids=["mapping", "fractions", "one sequence", "nothing to predict"],
+    ids=["other mapping", "empty", "lists", "fractions", "one sequence", "nothing to predict"],
 )
 def test_what_is_no_batch_of_ids_is_refused_in_one_line(batch, found):
     for step in (LanguageModel.training_step, LanguageModel.validation_step):
         with pytest.raises(UsageError, match=f"^a batch is {found}; token ids"):
             step(LanguageModel(decoder()), batch)
+
+
+MASK = torch.ones_like(IDS)
+PROMPT = IDS.clone()
+PROMPT[:, :4], PROMPT[0, :7] = -100, -100  # of the first sequence two tokens are to be predicted, of the others five
+
+
+def test_a_mapping_of_ids_is_a_batch_of_ids(tmp_path):
+    """As the collators of transformers make it, with labels that repeat the ids and nothing padded."""
+    rows = [{"input_ids": ids, "labels": ids.clone(), "attention_mask": MASK[0]} for ids in IDS]
+    losses = []
+    for data in (IDS, rows, [{"input_ids": ids} for ids in IDS]):
+        trainer, module = silent(tmp_path, max_epochs=1), LanguageModel(decoder(), FAST)
+        trainer.fit(module, DataLoader(data, 8), DataLoader(data, 8))
+        found = [trainer.callback_metrics[name] for name in ("train/loss", "val/loss")]
+        losses.append([*found, torch.cat(trainer.predict(module, DataLoader(data, 8))).sum()])
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_labels_are_predicted_in_place_of_the_ids_and_ignored_ones_not_at_all():
+    module, batch = LanguageModel(decoder(balance=BalanceConfig(beta=0.0))), {"input_ids": IDS, "labels": PROMPT}
+    module.log_dict = lambda metrics: None
+    logits = module(IDS[:, :-1]).detach()
+    nats = F.cross_entropy(logits.transpose(1, 2), PROMPT[:, 1:], reduction="none")
+    counted = PROMPT[:, 1:] != -100
+    assert int(counted.sum()) == 2 + 31 * 5
+    torch.testing.assert_close(module.training_step(batch), nats.sum() / counted.sum())
+    with torch.no_grad():
+        module.validation_step({name: rows[:1] for name, rows in batch.items()})
+        module.validation_step({name: rows[1:] for name, rows in batch.items()})
+    found = module.validation_metrics()
+    assert found["loss"] == pytest.approx(float(nats.sum() / counted.sum()), rel=1e-5)
+    right = (logits.argmax(-1) == PROMPT[:, 1:])[counted]
+    assert found["accuracy"] == pytest.approx(float(right.float().mean()))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"attention_mask": MASK.index_fill(1, torch.tensor([0]), 0)}, "attention_mask has zeros, .* one length$"),
+        ({"attention_mask": MASK.index_fill(1, torch.tensor([8]), 0)}, "attention_mask has zeros, .* one length$"),
+        ({"position_ids": IDS}, "has position_ids, .* leave it out beside input_ids, labels, attention_mask$"),
+        ({"labels": IDS[:, 1:]}, r"labels are \[32, 8\]; they must be \[32, 9\], as its input_ids$"),
+        ({"labels": IDS.new_full(IDS.shape, -100)}, "labels are all -100 .*: nothing is to be predicted$"),
+    ],
+    ids=["padded on the left", "padded on the right", "other keys", "shifted labels", "nothing to predict"],
+)
+def test_what_a_mapping_asks_in_vain_is_refused_in_one_line(more, said):
+    for step in (LanguageModel.training_step, LanguageModel.validation_step, LanguageModel.predict_step):
+        with pytest.raises(UsageError, match=f"^a batch(?:'s)? {said}"):
+            step(LanguageModel(decoder()), {"input_ids": IDS, **more})
+
+
+def test_labels_are_refused_of_a_model_that_learns_from_another():
+    module = LanguageModel(decoder())
+    module.model.config.retrofit.loss = "forward_kl"
+    with pytest.raises(UsageError, match=r"labels are not its input_ids, and model\.retrofit\.loss=forward_kl "):
+        module.training_step({"input_ids": IDS, "labels": PROMPT})
 
 
 def test_ids_of_any_integers_are_taken(tmp_path):

@@ -56,7 +56,7 @@ def test_losses_that_differ_alone_are_an_error(clean, original, capsys):
     change_loss(original)
     assert main(["rerun", str(original.path)]) == 1
     captured = capsys.readouterr()
-    assert "1 of 4 differ, by 1e-06 at most (train/loss, step 2)" in captured.out
+    assert "1 of 4 differs, by 1e-06 at most (train/loss, step 2)" in captured.out
     assert captured.err.startswith("error: the losses of") and captured.err.count("\n") == 1
 
 
@@ -67,7 +67,7 @@ def test_losses_that_differ_with_another_version_are_reported(clean, original, c
     write_json(path, provenance | {"versions": provenance["versions"] | {"torch": "1.0"}})
     assert main(["rerun", str(original.path)]) == 0
     out = capsys.readouterr().out
-    assert "versions  torch 1.0 -> " in out and "1 of 4 differ" in out
+    assert "versions  torch 1.0 -> " in out and "1 of 4 differs" in out
 
 
 def test_it_takes_the_threads_that_the_original_had(overrides):

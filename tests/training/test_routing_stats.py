@@ -7,6 +7,7 @@ from moepp.config import compose
 from moepp.layers.moe import MoEStats
 from moepp.layers.settings import ExpertCounts, MoEConfig
 from moepp.models.decoder import Decoder
+from moepp.models.settings import DecoderConfig
 from moepp.training.routing_stats import RoutingStatistics
 from moepp.training.settings import RunConfig
 
@@ -52,6 +53,15 @@ def test_slots_beyond_the_kept_rows_are_counted_where_rows_are_limited():
     statistics.update([layer([5, 5, 4, 6], recomputed=5), layer([10, 8, 1, 1], recomputed=13)])
     assert statistics.compute()["recomputed_share"] == pytest.approx(18 / 28)  # of the slots of FFN experts
     assert "recomputed_share" not in RoutingStatistics(CONFIG).compute()
+
+
+def test_validation_keeps_no_rows_and_so_computes_none_again():
+    model = Decoder(DecoderConfig(dim=16, hidden=8, layers=2, heads=2, vocab_size=9, ffn_rows=0.1))
+    ids_BS = torch.arange(8)[None]
+    for training, again in ((False, False), (True, True)):
+        statistics = RoutingStatistics(model.config)
+        statistics.update(model.train(training)(ids_BS).stats)
+        assert bool(statistics.compute()["recomputed_share"] > 0) == again
 
 
 TAUS = "model.per_layer={balance: {tau: [0.1, 0.5, 0.75, 1.0]}}"

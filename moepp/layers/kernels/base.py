@@ -5,13 +5,15 @@ gates' dtype. Rows are multiplied in the weights' dtype. Slots whose id is E or 
 slots) never reach an FFN expert. Shape suffixes as in experts.py; S = T*K slots, R rows of FFN experts.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class BackendError(ValueError):
@@ -128,3 +130,19 @@ def taken_from(ctx: Any) -> tuple[Tensor | None, ...]:
     if not torch.compiler.is_compiling():  # which frees what it saves itself
         ctx.maybe_clear_saved_tensors()
     return saved
+
+
+def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """For a backward pass that has none itself: who differentiates what it gives gets torch's error for that. By itself
+    torch raises it only where the gradient that comes in has a derivative. That of a sum has none, and a second
+    derivative would lack what goes through the function.
+    """
+    once = once_differentiable(backward)
+
+    @wraps(backward)
+    def marked(ctx: Any, *gradients: Tensor) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            gradients = tuple(gradient.detach().requires_grad_() for gradient in gradients)
+        return once(ctx, *gradients)
+
+    return marked

@@ -14,10 +14,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .base import RoutedTokens, SlotPlan, plan_slots, taken_from
+from .base import RoutedTokens, SlotPlan, first_derivative_only, plan_slots, taken_from
 
 
 class Products(Protocol):
@@ -76,7 +75,7 @@ class PlannedExperts(torch.autograd.Function):
         return products.combine(y_RD, gate_TK, x_TD, scale_T, mix_TC, vectors_CD, dtype)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         w_in, w_out, x_TD, x_rows_TD, gate_TK, scale_T, mix_TC, vectors_CD, z_R2F = taken_from(ctx)
         products, grad_TD = ctx.products, grad_TD.contiguous()

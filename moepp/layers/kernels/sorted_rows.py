@@ -11,9 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .base import RoutedTokens, taken_from
+from .base import RoutedTokens, first_derivative_only, taken_from
 from .cpu import multiplies_bfloat16
 
 # oneDNN compiles one bf16 kernel per new (M, N, K), at milliseconds each, and routing gives every expert a new M at
@@ -115,7 +114,7 @@ class SortedExperts(torch.autograd.Function):
         return y_TD
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, gate_TK, w_in, w_out, slot_R, token_R, gate_R1, z_R2F = taken_from(ctx)
         _, dim, hidden = w_out.shape

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import triton_kernels as kernels
-from .base import taken_from
+from .base import first_derivative_only, taken_from
 from .triton_rows import COLUMNS, ROWS, mixed_rows, weighted_rows
 
 TOKENS = 128  # of a program that reads slots only
@@ -51,7 +50,7 @@ class AffineSums(torch.autograd.Function):
         return scale_T, mix_TC
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, dscale_T: Tensor, dmix_TC: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, w_mix, gate_TK, expert_TK, a_TC = taken_from(ctx)
         dgate_TK, dlogit_TM = torch.empty_like(gate_TK), gate_TK.new_empty(len(x_TD), len(w_mix))
