@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from moepp.layers.kernels.cpu import features
 from moepp.training.allocator import allocator
-from moepp.training.provenance import collect
+from moepp.training.provenance import cpu_name
 
 # Columns of nvidia-smi, and what they are called here.
 QUERIED = {
@@ -22,7 +21,7 @@ QUERIED = {
 def device_facts() -> dict[str, Any]:
     """The device's name; with a GPU driver, CUDA and Triton too."""
     if not torch.cuda.is_available():
-        return {"device": collect({})["hardware"]["cpu"]}
+        return {"device": cpu_name()}
     facts = {"device": torch.cuda.get_device_name(), "driver": nvidia_smi().get("driver")}
     return facts | {"cuda": torch.version.cuda, "triton": _version("triton")}
 
@@ -30,7 +29,7 @@ def device_facts() -> dict[str, Any]:
 def describe_machine() -> str:
     facts = device_facts()
     if "cuda" not in facts:
-        cpu = f"{facts['device']} ({', '.join(features())}), {torch.get_num_threads()} threads"
+        cpu = f"{facts['device']}, {torch.get_num_threads()} threads"
         return ", ".join(filter(None, [cpu, f"torch {torch.__version__}", allocator()]))
     versions = f"torch {torch.__version__}, CUDA {facts['cuda']}, Triton {facts['triton']}"
     return f"{facts['device']}, driver {facts['driver']}, {versions}"

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from moepp.layers.kernels.cpu import features
 from moepp.plugins import sources
 from moepp.program import name
 from moepp.records import RunRecord, UnreadableRecord, write_json
@@ -110,13 +111,20 @@ def _hardware() -> dict[str, Any]:
     if torch is not None and torch.cuda.is_available():
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads() if torch is not None else None,
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpus": gpus,
         **({"allocator": known} if (known := allocator()) else {}),
     }
+
+
+def cpu_name() -> str:
+    """Its model and what it multiplies itself, which decides how sums are rounded: hosts of virtual machines show one
+    model for all.
+    """
+    return f"{_cpu_model()} ({', '.join(known)})" if (known := features()) else _cpu_model()
 
 
 def _cpu_model() -> str:

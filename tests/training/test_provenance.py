@@ -34,6 +34,13 @@ def test_it_is_plain_json_with_what_a_reader_asks_for():
     assert datetime.fromisoformat(found["started"]).utcoffset().total_seconds() == 0
 
 
+def test_a_cpu_is_told_from_another_of_its_model_by_what_it_multiplies(monkeypatch):
+    monkeypatch.setattr(provenance, "_cpu_model", lambda: "A CPU")
+    for known, said in ((["AVX2", "AVX512"], "A CPU (AVX2, AVX512)"), (["AVX2"], "A CPU (AVX2)"), ([], "A CPU")):
+        monkeypatch.setattr(provenance, "features", lambda known=known: known)
+        assert provenance.collect({})["hardware"]["cpu"] == said
+
+
 def test_a_continued_run_keeps_each_other_attempt_once():
     def attempt(sha, host="here"):
         return {"started": "then", "command": "run.py", "host": host, "git": {"sha": sha}}
