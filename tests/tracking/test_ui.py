@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 import time
 
 import pytest
@@ -114,7 +115,10 @@ def test_what_mlflow_has_started_ends_with_it_and_hears_what_its_group_is_told(n
     (tmp_path / "mlflow/cli.py").write_text(SERVER)
     command = [sys.executable, "-m", "moepp.tracking.server"]
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{python_path()}"}
-    serving = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    serving = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
     pid = int(serving.stdout.readline())
     child = os.pidfd_open(pid)
     assert os.getpgid(pid) == os.getpgid(serving.pid)
