@@ -5,8 +5,8 @@ import signal
 import socket
 import subprocess
 import sys
-from functools import partial
 import time
+from functools import partial
 
 import pytest
 from mirrored import make_sweep, store
