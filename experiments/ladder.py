@@ -16,7 +16,7 @@ def measure(context: Context) -> Findings:
     from moepp.reports.answer import Answer
     from moepp.reports.ladder_figures import losses_figure, speedups_figure
     from moepp.reports.sweep_report import with_answer
-    from moepp.sweeps.spec import read_sweep
+    from moepp.sweeps.reading import read_sweep
 
     results, sweep = context.results(SWEEP), read_sweep(SWEEP)
     rungs = list(ladder.rungs_of(results))

@@ -408,7 +408,7 @@ def ui(sweep: str | None, port: int, scale: str, overrides: Sequence[str]) -> No
     SWEEP is a file of sweeps/, such as tau; without it the newest one opens.
     """
     from moepp.config import compose
-    from moepp.sweeps.spec import read_sweep
+    from moepp.sweeps.reading import read_sweep
     from moepp.training.settings import RunConfig
 
     with working("loading MLflow"):

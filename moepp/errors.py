@@ -1,6 +1,9 @@
 """The ways a command ends early with one line instead of a traceback."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from moepp.addresses import without_user
 
@@ -40,6 +43,25 @@ class DiskFull(RunError):
     """Nothing more fits on the disk: what comes next would fare no better."""
 
     exit_code = 74
+
+
+@contextmanager
+def at(place: str) -> Iterator[None]:
+    """A UsageError of the block is said with the place, once."""
+    try:
+        yield
+    except UsageError as error:
+        said = " ".join(str(error).split())
+        raise UsageError(said if place in said else f"{place}: {said}") from None
+
+
+@contextmanager
+def refused_at(place: str | Path) -> Iterator[None]:
+    """What a check in the block refuses, a ValueError, becomes a UsageError with the place."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(f"{place}: {error}") from None
 
 
 def reason(error: OSError) -> str:

@@ -4,6 +4,7 @@ They become folders, jobs of a cluster, axes and headings: a name is letters, di
 path, no command and no markup.
 """
 
+import difflib
 import re
 from collections.abc import Iterable
 
@@ -39,3 +40,11 @@ def check_line(what: str, text: str) -> None:
 def plain(text: str) -> str:
     """`text` as a name: `_` for each character that none may have."""
     return re.sub(r"[^\w.+=,@-]", "_", text)[:LENGTH]
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
+    """The line that refuses a name which is none of `known`, with the nearest of them."""
+    known = list(known)
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    return f"unknown {kind} '{name}'; choose from {', '.join(known) or '(none)'}{hint}"

@@ -32,7 +32,7 @@ from moepp.config import compose, flatten, load, save
 from moepp.data.files import BadRows, file_texts
 from moepp.errors import UsageError
 from moepp.models.budget import Budget
-from moepp.sweeps.spec import read_sweep
+from moepp.sweeps.reading import read_sweep
 from moepp.training.settings import RunConfig
 
 NUMBERS = """

@@ -59,8 +59,8 @@ def trial() -> int:
 
 def work() -> int:
     """`run.py sweep work` whose trials are those above."""
+    from moepp.sweeps.reading import read_sweep
     from moepp.sweeps.runner import run_sweep
-    from moepp.sweeps.spec import read_sweep
 
     command = (sys.executable, __file__, "trial")
     run_sweep(read_sweep(sys.argv[2]), "smoke", 0, sys.argv[3:], progress=False, command=command, one_share=True)

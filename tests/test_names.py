@@ -11,7 +11,7 @@ from moepp.errors import UsageError
 from moepp.models.weight_files import find_weights
 from moepp.sweeps.allocations import own_share
 from moepp.sweeps.launchers.slurm import SlurmLauncher
-from moepp.sweeps.spec import read_sweep
+from moepp.sweeps.reading import read_sweep
 from moepp.training.settings import RunConfig
 
 PATHS = ["a/b", "../x", "/abs", "..", ".hidden"]

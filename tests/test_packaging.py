@@ -77,7 +77,7 @@ def test_the_source_distribution_holds_no_results_and_no_tests(sdist):
 
 def test_an_installed_package_knows_its_sweeps_and_experiments(installed, tmp_path):
     script = (
-        "import json, moepp; from moepp.experiments import discover; from moepp.sweeps.spec import read_sweep;"
+        "import json, moepp; from moepp.experiments import discover; from moepp.sweeps.reading import read_sweep;"
         "print(json.dumps([moepp.__file__, read_sweep('routers').name, sorted(discover())]))"
     )
     file, sweep, experiments = json.loads(run("-c", script, env=installed, cwd=tmp_path))

@@ -13,7 +13,7 @@ from moepp.data.prepare import prepare, token_digest
 from moepp.data.tokenizer import load_tokenizer
 from moepp.errors import UsageError
 from moepp.models.budget import Budget
-from moepp.sweeps.spec import read_sweep
+from moepp.sweeps.reading import read_sweep
 from moepp.tracking.mirror import axes
 from moepp.training.generate import continue_text
 from moepp.training.run import freeze, train

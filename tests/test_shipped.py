@@ -16,16 +16,16 @@ from moepp.experiments import discover
 from moepp.models.budget import expected_ffn_per_token, parameters
 from moepp.models.decoder import Decoder
 from moepp.reports import reproduce
-from moepp.sweeps import spec
+from moepp.shipped import SWEEPS
+from moepp.sweeps import reading
 from moepp.sweeps.budgets import match_trials, require_match
 from moepp.sweeps.job import Job
 from moepp.sweeps.launchers import LAUNCHERS
-from moepp.sweeps.spec import SWEEPS
 from moepp.sweeps.timing import time_arms
 from moepp.training.run import freeze, train
 from moepp.training.settings import RunConfig, run_directory
 
-read_sweep = cache(spec.read_sweep)  # each file is asked for by name many times
+read_sweep = cache(reading.read_sweep)  # each file is asked for by name many times
 FRAGMENTS = {
     folder.name: sorted({path.stem for path in folder.glob("*.yaml")} - {"hf"})  # needs a folder: tests/retrofit
     for folder in CONF.iterdir()

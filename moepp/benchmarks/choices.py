@@ -43,7 +43,7 @@ class ChoiceGroup:
 
 
 @dataclass(frozen=True)
-class Contestant:
+class ChoiceSide:
     """A model of `config` and what it trains on, on `device`: with a choice or without."""
 
     chosen: bool
@@ -71,12 +71,12 @@ class Contestant:
         return step
 
 
-def compiled(side: Contestant) -> Call:
+def compiled(side: ChoiceSide) -> Call:
     config = replace(side.config, trainer=replace(side.config.trainer, compile=side.chosen))
     return side.steps(decoder(config, side.device), side.random_tokens())
 
 
-def loss_in_chunks(side: Contestant) -> Call:
+def loss_in_chunks(side: ChoiceSide) -> Call:
     data = side.config.data
     logits = data.batch_size * data.seq_len * side.config.model.vocab_size
     most = logits // CHUNKS if side.chosen else logits
@@ -93,7 +93,7 @@ def _whole_logits(most: int) -> Iterator[None]:
         cross_entropy.WHOLE = before
 
 
-def fused_optimizer(side: Contestant) -> Call:
+def fused_optimizer(side: ChoiceSide) -> Call:
     """Beside torch's other form of AdamW, an operation for all parameters at a time (foreach)."""
     subject = side.subject()
     if not side.chosen:
@@ -104,7 +104,7 @@ def fused_optimizer(side: Contestant) -> Call:
     return side.steps(subject, side.random_tokens())
 
 
-def loader_process(side: Contestant) -> Call:
+def loader_process(side: ChoiceSide) -> Call:
     """Batches of the size's own text, as training reads them."""
     from torch.utils.data import DataLoader
 
@@ -118,7 +118,7 @@ def loader_process(side: Contestant) -> Call:
     return side.steps(side.subject(), partial(next, iter(loader)))
 
 
-CHOICES: dict[str, tuple[Callable[[Contestant], Call], str]] = {  # and where training makes them by itself
+CHOICES: dict[str, tuple[Callable[[ChoiceSide], Call], str]] = {  # and where training makes them by itself
     "compiled": (compiled, "no: trainer.compile"),
     "loss in chunks": (loss_in_chunks, f"above {cross_entropy.WHOLE:,} logits"),
     "fused optimizer": (fused_optimizer, "yes"),
@@ -168,7 +168,7 @@ class ChoicesBenchmark:
         """In turn, each side with a model of its own."""
         torch.compiler.reset()
         config, (made, _) = self.config(group.size), CHOICES[group.choice]
-        calls = {name: made(Contestant(name == "with", config, device, self.seed)) for name in ("with", "without")}
+        calls = {name: made(ChoiceSide(name == "with", config, device, self.seed)) for name in ("with", "without")}
         times = interleaved_times(
             calls, lambda name, repeat: calls[name], device, self.repeats, self.warmup, self.seed
         )  # fmt: skip

@@ -17,9 +17,10 @@ from moepp.reports.experiment import Context, Experiment, Findings, Runs
 from moepp.reports.paper import PaperScores
 from moepp.reports.recipe import keys_of_interest
 from moepp.reports.search_report import SearchReport
+from moepp.sweeps.reading import read_sweep
 from moepp.sweeps.registration import judged
 from moepp.sweeps.space import search_space
-from moepp.sweeps.spec import Contrast, Exclusions, Primary, Scale, Sweep, Trend, read_sweep
+from moepp.sweeps.spec import Contrast, Exclusions, Primary, Scale, Sweep, Trend
 
 TASKS = {  # whose words are flags of `reproduce` too
     "tasks": "downstream tasks on which every trial is scored: `paper`, or names",

@@ -143,7 +143,7 @@ def _records(what: str) -> Any:
 
 
 def _sweep_name(runs: Runs) -> str:
-    from moepp.sweeps.spec import read_sweep
+    from moepp.sweeps.reading import read_sweep
 
     return read_sweep(runs.sweep).name
 

@@ -1,22 +1,17 @@
-"""Sweep files: named arms or a search space against one baseline, their seeds, and what is held equal."""
+"""Sweeps: named arms or a search space against one baseline, their seeds, and what is held equal."""
 
 import copy
 import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from moepp.config import compose, flatten, load
+from moepp.config import compose, flatten
 from moepp.data.settings import refuse_unread
-from moepp.errors import UsageError
+from moepp.errors import UsageError, at, refused_at
 from moepp.layers.bounds import Bounded, Count, Positive, Seed, Whole, refusals
-from moepp.names import check as check_names
-from moepp.names import check_label
-from moepp.plugins import listed
-from moepp.ranges import LONGEST, whole_range
-from moepp.shipped import SWEEPS, YAML, first_yaml, names, overlaid
+from moepp.names import unknown_name
 from moepp.sweeps import pruning
 from moepp.sweeps.space import Point, SearchSpace, expand, overrides, search_space
 
@@ -124,7 +119,7 @@ class Sweep(Bounded):
 
     def scale(self, name: str) -> Scale:
         if name not in self.scales:
-            raise UsageError(_unknown("scale", name, self.scales))
+            raise UsageError(unknown_name("scale", name, self.scales))
         return self.scales[name]
 
     def arms_at(self, scale: str) -> dict[str, Any]:
@@ -187,7 +182,7 @@ class Sweep(Bounded):
             steps = {other.config.trainer.steps for other in (*longer, *chosen) if other.of_arm == trial.of_arm}
             _keep_branch_points(trial.config, steps)
         for trial in longer:
-            with _refused(f"lengths: {trial.arm}"):
+            with refused_at(f"lengths: {trial.arm}"):
                 trial.config.check_new()
         return longer
 
@@ -254,11 +249,11 @@ class Sweep(Bounded):
             config = compose(RunConfig, [*everywhere, *layers, *extra])
         except UsageError:  # whose fault is it?
             compose(RunConfig, extra)
-            with _in(f"{self.file or self.name}: base"):
+            with at(f"{self.file or self.name}: base"):
                 compose(RunConfig, begun)
-            with _in(f"{self.file or self.name}: scale {scale}"):
+            with at(f"{self.file or self.name}: scale {scale}"):
                 compose(RunConfig, everywhere)
-            with _in(f"{self.file or self.name}: arm {arm}"):
+            with at(f"{self.file or self.name}: arm {arm}"):
                 compose(RunConfig, [*everywhere, *layers, *extra])
             raise
         config.name = f"{self.name}-{scale}"
@@ -297,159 +292,6 @@ class Trial:
         return run_directory(self.config)
 
 
-def read_sweep(name_or_path: str) -> Sweep:
-    """The sweep of that name in ./sweeps or among the shipped ones, or in a file of your own (`*.yaml`, `*.yml`).
-
-    Raises UsageError in one line.
-    """
-    path, folders = Path(name_or_path), overlaid(SWEEPS)
-    if path.suffix not in YAML:
-        path = first_yaml(folders, name_or_path)
-        if path is None:
-            raise UsageError(_unknown("sweep", name_or_path, names(folders)))
-    with _in(str(path)):
-        return _read(path)
-
-
-def _read(path: Path) -> Sweep:
-    sweep = load(Sweep, path)
-    if sweep.file:
-        raise UsageError("unknown key file")
-    sweep.file = str(path)
-    for key, owner in {"": sweep, **{f"scales.{name}.": scale for name, scale in sweep.scales.items()}}.items():
-        owner.seeds = owner.seeds and _seed_list(path, f"{key}seeds", owner.seeds)
-    sweep.plugins = [_beside(path, plugin) for plugin in listed(sweep.plugins)]
-    if sweep.pruner and not sweep.space:
-        raise UsageError(f"{path}: pruner needs a space; named arms are there to be compared, and run to their end")
-    for pruner in (sweep.pruner, *(scale.pruner or {} for scale in sweep.scales.values())):
-        pruning.parse(pruner)
-    if sweep.space:
-        points = expand(sweep.space)
-        if both := sweep.arms.keys() & points.keys():
-            raise UsageError(f"{path}: arm {min(both)} is also a point of the space")
-        sweep.arms |= points
-    for key in ("name", "question", "scales", "arms", "baseline", "seeds"):
-        if not getattr(sweep, key):
-            raise UsageError(f"{path}: {key} is missing")
-    _check_names(path, {"name": [sweep.name], "scales": sweep.scales, "arms": sweep.arms})
-    if sweep.baseline not in sweep.arms:
-        raise UsageError(f"{path}: {_unknown('baseline', sweep.baseline, sweep.arms)}")
-    search = search_space(sweep.space)
-    for key, axis in search.axes.items() if search else ():
-        if unknown := set(axis.arms) - set(sweep.arms):
-            raise UsageError(f"{path}: space.tpe: {key}: {_unknown('arm', min(unknown), sweep.arms)}")
-    sweep.arms = {arm: _changes(arm, changes) for arm, changes in sweep.arms.items()}
-    _refuse_equal_names(path, sweep.arms)
-    _check_lengths(path, sweep, searched=search is not None)
-    _check_report_keys(path, sweep, searched=search is not None)
-    for name, scale in sweep.scales.items():
-        _check_scale_arms(f"{path}: scales: {name}: arms", sweep, scale.arms, searched=search is not None)
-    return sweep
-
-
-def _check_names(path: Path, named: Mapping[str, Iterable[str]]) -> None:
-    for key, chosen in named.items():
-        with _refused(path):
-            check_names(key, chosen)
-
-
-@contextmanager
-def _refused(place: str | Path) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise UsageError(f"{place}: {error}") from None
-
-
-def _check_lengths(path: Path, sweep: Sweep, searched: bool) -> None:
-    if searched and (sweep.lengths or any(scale.lengths for scale in sweep.scales.values())):
-        raise UsageError(f"{path}: lengths={sweep.lengths} are of named arms; a search has none to train for longer")
-    if unknown := [arm for arm in sweep.lengthened if arm not in sweep.arms]:
-        raise UsageError(f"{path}: lengthened: {_unknown('arm', unknown[0], sweep.arms)}")
-
-
-def _seed_list(path: Path, key: str, seeds: Any) -> list[int]:
-    if isinstance(seeds, str):
-        numbers = whole_range(seeds)
-        found = list(numbers) if numbers else None
-    else:
-        found = seeds if isinstance(seeds, list) and all(type(s) is int and s >= 0 for s in seeds) else None
-    if found is None:
-        raise UsageError(
-            f"{path}: {key}={seeds} must be a list of whole numbers or a range of at most {LONGEST:,}, such as 0..19"
-        )
-    return found
-
-
-def _check_scale_arms(key: str, sweep: Sweep, arms: Sequence[str], searched: bool) -> None:
-    if arms and searched:
-        raise UsageError(f"{key}: a search goes through all of its arms")
-    if unknown := [arm for arm in arms if arm not in sweep.arms]:
-        raise UsageError(f"{key}: {_unknown('arm', unknown[0], sweep.arms)}")
-    primary = sweep.contrasts.get(sweep.primary.contrast) if sweep.primary else None
-    needed = {sweep.baseline, *(primary.arms + primary.minus if primary else ())}
-    needed |= {sweep.primary.contrast} if sweep.primary and not primary else set()
-    if arms and (left_out := sorted(needed - set(arms))):
-        raise UsageError(f"{key}: {left_out[0]} is missing; the baseline and the primary contrast's arms must stay")
-
-
-@contextmanager
-def _in(place: str) -> Iterator[None]:
-    """What is wrong in the block is said with the place, once."""
-    try:
-        yield
-    except UsageError as error:
-        said = " ".join(str(error).split())
-        raise UsageError(said if place in said else f"{place}: {said}") from None
-
-
-def _beside(path: Path, plugin: str) -> str:
-    file = path.parent / plugin
-    return str(file) if plugin.endswith(".py") and file.is_file() else plugin
-
-
-def _check_report_keys(path: Path, sweep: Sweep, searched: bool) -> None:
-    named = {f"contrasts: {name}": [*sides.arms, *sides.minus] for name, sides in sweep.contrasts.items()}
-    if sweep.trend:
-        named |= {f"trend: {name}": arms for name, arms in sweep.trend.series.items()}
-        if not sweep.trend.x or not sweep.trend.series:
-            raise UsageError(f"{path}: trend needs x, a key of the config, and series, names with their arms")
-    labels = {"contrasts": sweep.contrasts, "trend.series": sweep.trend.series if sweep.trend else ()}
-    for key, text in ((key, text) for key, texts in labels.items() for text in texts):
-        with _refused(path):
-            check_label(key, text)
-    repeated = {key: arms for key, arms in named.items() if len(set(arms)) < max(1, len(arms))}
-    if sweep.primary:
-        named["primary"] = _check_primary(path, sweep, sweep.primary)
-    if searched and named:
-        raise UsageError(f"{path}: {min(named)}: a search trains proposals, not its arms as they stand")
-    for key, arms in named.items():
-        if unknown := [arm for arm in arms if arm not in sweep.arms]:
-            raise UsageError(f"{path}: {key}: {_unknown('arm', unknown[0], sweep.arms)}")
-    for name, sides in sweep.contrasts.items():
-        if not sides.arms or not sides.minus or set(sides.arms) & set(sides.minus):
-            raise UsageError(f"{path}: contrasts: {name}: needs arms, and others to take off as minus")
-    for key, arms in repeated.items():
-        raise UsageError(f"{path}: {key}: name arms, each of them once, not {', '.join(arms) or 'none'}")
-
-
-def _check_primary(path: Path, sweep: Sweep, primary: Primary) -> list[str]:
-    """Returns its arms."""
-    choices = [*sweep.contrasts, *(arm for arm in sweep.arms if arm != sweep.baseline)]
-    if primary.contrast not in choices:
-        raise UsageError(f"{path}: primary: {_unknown('contrast', primary.contrast, choices)}")
-    return [] if primary.contrast in sweep.contrasts else [primary.contrast]
-
-
-def _refuse_equal_names(path: Path, arms: Iterable[str]) -> None:
-    from moepp.tracking.mlflow_store import stored_name
-
-    seen: dict[str, str] = {}
-    for arm in arms:
-        if (other := seen.setdefault(stored_name(arm), arm)) != arm:
-            raise UsageError(f"{path}: MLflow would call the figures of arms {other} and {arm} alike; rename one")
-
-
 def _refuse_rungs_between_validations(halving: pruning.SuccessiveHalving | None, trials: list[Trial]) -> None:
     for trial in trials if halving else ():
         if halving.first % (every := trial.config.trainer.val_every):
@@ -457,18 +299,6 @@ def _refuse_rungs_between_validations(halving: pruning.SuccessiveHalving | None,
                 f"pruner: first={halving.first} must be a multiple of trainer.val_every={every}, for a rung compares"
                 " validation losses"
             )
-
-
-def _changes(arm: str, changes: Any) -> list[Any] | dict[str, Any]:
-    """What an arm changes; lists in its list, as anchors make them, count as one."""
-    if isinstance(changes, list):
-        parts = [_changes(arm, part) if isinstance(part, list) else [part] for part in changes]
-        changes = [change for part in parts for change in part]
-    if not isinstance(changes, dict | list) or not all(isinstance(change, str | dict) for change in changes):
-        raise UsageError(
-            f"arm {arm} must be a list of overrides or a mapping shaped like the config, [] for none, not {changes}"
-        )
-    return changes
 
 
 def _layers(changes: Any) -> list[Any]:
@@ -508,10 +338,3 @@ def _refuse_equal_arms(trials: list[Trial]) -> None:
             raise UsageError(
                 f"arms {other.arm} and {trial.arm} are the same run: what one changes is not in its result"
             )
-
-
-def _unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {nearest[0]}?" if nearest else ""
-    return f"unknown {kind} '{name}'; choose from {', '.join(known) or '(none)'}{hint}"

@@ -3,7 +3,7 @@ import csv
 import pytest
 import torch
 
-from moepp.benchmarks.choices import CHOICES, ChoicesBenchmark, Contestant
+from moepp.benchmarks.choices import CHOICES, ChoicesBenchmark, ChoiceSide
 from moepp.benchmarks.commands import at_scale
 from moepp.benchmarks.folder import run_benchmark
 from moepp.models import cross_entropy
@@ -14,10 +14,10 @@ SIZE = ["data.val_sequences=4"]
 def weights_after(choice, chosen, steps=2):
     """Of a model that makes the choice, or does not."""
     config = ChoicesBenchmark(sizes=["smoke"], overrides=SIZE).config("smoke")
-    side = Contestant(chosen, config, torch.device("cpu"), seed=0)
-    subjects, build = [], Contestant.subject
+    side = ChoiceSide(chosen, config, torch.device("cpu"), seed=0)
+    subjects, build = [], ChoiceSide.subject
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Contestant, "subject", lambda self: subjects.append(build(self)) or subjects[-1])
+        patch.setattr(ChoiceSide, "subject", lambda self: subjects.append(build(self)) or subjects[-1])
         call = CHOICES[choice][0](side)
     for _ in range(steps):
         call()
@@ -39,9 +39,9 @@ def test_each_side_does_what_it_is_called_after(monkeypatch):
     assert asked == [4, 1] and cross_entropy.WHOLE == 2**27
     config = ChoicesBenchmark(sizes=["smoke"], overrides=SIZE).config("smoke")
     built = []
-    monkeypatch.setattr(Contestant, "steps", lambda self, subject, draw: built.append(subject.optimizer))
+    monkeypatch.setattr(ChoiceSide, "steps", lambda self, subject, draw: built.append(subject.optimizer))
     for chosen in (True, False):
-        CHOICES["fused optimizer"][0](Contestant(chosen, config, torch.device("cpu"), 0))
+        CHOICES["fused optimizer"][0](ChoiceSide(chosen, config, torch.device("cpu"), 0))
     assert [(each.defaults["fused"], each.defaults["foreach"]) for each in built] == [(True, None), (None, True)]
     assert [[g["weight_decay"] for g in each.param_groups] for each in built] == [[0.1, 0.0]] * 2
 

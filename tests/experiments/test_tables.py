@@ -5,7 +5,7 @@ import pytest
 
 from moepp.experiments import discover
 from moepp.reports.experiment import SCALES, Experiment
-from moepp.sweeps.spec import read_sweep
+from moepp.sweeps.reading import read_sweep
 
 PRINTED = {  # averages as the paper prints them
     "table3": {"vanilla": 44.3, "tau_0.10": 43.4, "tau_0.25": 44.9, "tau_0.50": 44.9, "tau_0.75": 45.6,

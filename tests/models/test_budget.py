@@ -95,7 +95,7 @@ def test_with_a_variable_number_of_experts_all_may_be_active():
 
 
 def test_the_arms_of_the_routers_sweep_share_their_ffn_compute():
-    from moepp.sweeps.spec import read_sweep
+    from moepp.sweeps.reading import read_sweep
 
     models = {trial.arm: trial.config.model for trial in read_sweep("routers").trials("laptop", seeds=[0])}
     width = {

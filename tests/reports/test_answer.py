@@ -14,8 +14,8 @@ from moepp.reports import reproduce
 from moepp.reports.answer import _weighed
 from moepp.reports.arms import of_records, of_sweep
 from moepp.reports.experiment import Context
+from moepp.sweeps.reading import read_sweep
 from moepp.sweeps.registration import register
-from moepp.sweeps.spec import read_sweep
 
 SWEEP = """\
 name: mine

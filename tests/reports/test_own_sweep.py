@@ -10,7 +10,7 @@ from moepp.records import read_json, write_json
 from moepp.reports import reproduce
 from moepp.shipped import SWEEPS, names
 from moepp.sweeps.plan import promise
-from moepp.sweeps.spec import read_sweep
+from moepp.sweeps.reading import read_sweep
 
 OWN = """\
 name: mine

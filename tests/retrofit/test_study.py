@@ -12,7 +12,7 @@ from moepp.models import packaged
 from moepp.reports import reproduce
 from moepp.sweeps.job import Job
 from moepp.sweeps.probe import step_seconds
-from moepp.sweeps.spec import read_sweep
+from moepp.sweeps.reading import read_sweep
 from moepp.sweeps.timing import time_arms
 from moepp.training import foreign
 from moepp.training.run import freeze, train

@@ -121,8 +121,8 @@ space: {tpe: {n: 2, keys: {optim.lr: {float: [1.0e-3, 1.0e-2]}}}}
     ],
 )
 def test_plan_refuses_what_run_would_refuse_of_a_begun_search(capsys, toy, edit, message):
+    from moepp.sweeps.reading import read_sweep
     from moepp.sweeps.search import searched
-    from moepp.sweeps.spec import read_sweep
 
     toy.write_text(toy.read_text() + SPACE)
     [begun] = began(toy.parent / "runs" / "toy-smoke", 1)

@@ -6,7 +6,8 @@ from moepp.shipped import SWEEPS
 from moepp.sweeps.commands import status
 from moepp.sweeps.hints import sweep_command
 from moepp.sweeps.launchers.call import SweepCall
-from moepp.sweeps.spec import Sweep, read_sweep
+from moepp.sweeps.reading import read_sweep
+from moepp.sweeps.spec import Sweep
 
 OWN = "name: mine\nquestion: Which?\nscales: {smoke: {set: []}}\nbaseline: a\narms: {a: [], b: [seed=1]}\n"
 

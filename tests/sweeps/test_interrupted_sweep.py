@@ -27,7 +27,7 @@ seeds: [0]
 SCRIPT = """
 import sys
 from moepp.sweeps.runner import run_sweep
-from moepp.sweeps.spec import read_sweep
+from moepp.sweeps.reading import read_sweep
 run_sweep(read_sweep(sys.argv[1]), "smoke", workers=1, extra=sys.argv[2:], progress=False)
 """
 

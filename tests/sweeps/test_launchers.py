@@ -30,7 +30,7 @@ EACH_STEP = list(range(1, 21))
 def call(tmp_path, monkeypatch):
     """A sweep of two fake trials of 20 steps; its workers are those of run_fake_sweep."""
     monkeypatch.setattr("moepp.data.prepare.prepare", run_fake_sweep.no_preparation)
-    monkeypatch.setattr("moepp.sweeps.spec.read_sweep", lambda name: run_fake_sweep.sweep())
+    monkeypatch.setattr("moepp.sweeps.reading.read_sweep", lambda name: run_fake_sweep.sweep())
     monkeypatch.setattr("moepp.sweeps.launchers.worker_pool.LOOK_SECONDS", 0.1)
     monkeypatch.setenv("SECONDS_PER_STEP", "0.05")
     worker = [sys.executable, str(Path(run_fake_sweep.__file__)), str(tmp_path / "runs"), '{"one_share": true}']

@@ -3,8 +3,8 @@ import pytest
 from moepp.errors import UsageError
 from moepp.records import RunRecord, read_json, write_json
 from moepp.reports.registration import what_was_registered
+from moepp.sweeps.reading import read_sweep
 from moepp.sweeps.registration import register
-from moepp.sweeps.spec import read_sweep
 
 SWEEP = """\
 name: toy

@@ -78,7 +78,7 @@ def test_every_arm_gets_its_proposals_and_the_study_their_outcomes(runs, monkeyp
     assert (directory / "sweep.json").read_text() == before  # nothing is asked for anew
     assert all(len(path.read_text().splitlines()) == 1 for path in directory.glob("*/attempts"))
     write_json(directory / "sweep.json", json.loads(before) | {"planned": 8})
-    monkeypatch.setattr("moepp.sweeps.spec.read_sweep", lambda name: toy())
+    monkeypatch.setattr("moepp.sweeps.reading.read_sweep", lambda name: toy())
     commands.status(SweepCall("toy", "smoke", 0, [f"runs={runs}"], None))
     assert (
         capsys.readouterr().out
@@ -196,7 +196,7 @@ def test_an_arm_of_a_search_may_be_renamed(runs):
 )  # fmt: skip
 def test_an_unknown_objective_is_refused_before_anything_runs(runs, monkeypatch, objective, nearest):
     """The last is one of runs that average their late weights."""
-    monkeypatch.setattr("moepp.sweeps.spec.read_sweep", lambda name: toy(objective=objective))
+    monkeypatch.setattr("moepp.sweeps.reading.read_sweep", lambda name: toy(objective=objective))
     said = rf"^\S+: objective={objective}: arm vanilla logs no such metric; nearest in spelling are {nearest}"
     with pytest.raises(UsageError, match=said):
         run(runs, toy(objective=objective))

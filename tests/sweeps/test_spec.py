@@ -4,9 +4,9 @@ import pytest
 import yaml
 
 from moepp.errors import UsageError
-from moepp.sweeps import spec
+from moepp.sweeps import reading
 from moepp.sweeps.budgets import budgets
-from moepp.sweeps.spec import read_sweep
+from moepp.sweeps.reading import read_sweep
 
 SWEEP = {
     "name": "toy",
@@ -147,7 +147,7 @@ def test_wrong_trials_are_one_line(write, changes, scale, message):
 
 def test_sweeps_are_found_by_name(write, tmp_path, monkeypatch):
     write()
-    monkeypatch.setattr(spec, "SWEEPS", tmp_path)
+    monkeypatch.setattr(reading, "SWEEPS", tmp_path)
     assert read_sweep("toy").paper == "Table 5"
     with pytest.raises(UsageError, match="unknown sweep 'tou'; choose from toy; did you mean toy"):
         read_sweep("tou")

@@ -25,7 +25,7 @@ class SweepCall:
     minutes: float = math.inf  # begin no trial that would not end within them, and stop then
 
     def load(self) -> "Sweep":
-        from moepp.sweeps.spec import read_sweep
+        from moepp.sweeps.reading import read_sweep
 
         sweep = read_sweep(self.sweep)
         return replace(sweep, arms={arm: sweep.arms[arm] for arm in self.arms}) if self.arms else sweep
