@@ -3,6 +3,7 @@ import csv
 import pytest
 import torch
 
+from moepp.benchmarks import choices
 from moepp.benchmarks.choices import CHOICES, ChoicesBenchmark, ChoiceSide
 from moepp.benchmarks.commands import at_scale
 from moepp.benchmarks.folder import run_benchmark
@@ -44,6 +45,18 @@ def test_each_side_does_what_it_is_called_after(monkeypatch):
         CHOICES["fused optimizer"][0](ChoiceSide(chosen, config, torch.device("cpu"), 0))
     assert [(each.defaults["fused"], each.defaults["foreach"]) for each in built] == [(True, None), (None, True)]
     assert [[g["weight_decay"] for g in each.param_groups] for each in built] == [[0.1, 0.0]] * 2
+
+
+def test_one_side_compiles_and_one_has_a_loader_process(monkeypatch):
+    config = ChoicesBenchmark(sizes=["smoke"], overrides=SIZE).config("smoke")
+    asked, workers = [], []
+    monkeypatch.setattr(choices, "decoder", lambda config, device: asked.append(config.trainer.compile))
+    monkeypatch.setattr("torch.utils.data.DataLoader", lambda *_, num_workers, **__: workers.append(num_workers) or [])
+    for chosen in (True, False):
+        side = ChoiceSide(chosen, config, torch.device("cpu"), 0)
+        CHOICES["compiled"][0](side)
+        CHOICES["a loader process"][0](side)
+    assert asked == [True, False, False, False] and workers == [1, 0]
 
 
 def test_every_choice_is_in_the_report(tmp_path):

@@ -122,12 +122,18 @@ def test_a_point_of_the_space_may_not_hide_an_arm(write):
         ({"space": {"grid": {"seed": [1]}}, "pruner": {"median": 1}}, "pruner must be {successive_halving"),
         ({"arms": {"vanilla": 3}}, "arm vanilla must be a list of overrides or a mapping"),
         ({"arms": {"vanilla": [], "a+b": ["top_k=1"], "a_b": []}}, r"the figures of arms a\+b and a_b alike; rename"),
+        ({"lengths": [2], "lengthened": ["zeros"]}, "lengthened: unknown arm 'zeros'; .* did you mean zero"),
+        (
+            {"lengths": [2], "space": {"tpe": {"n": 1, "keys": {"optim.lr": {"float": [0.1, 0.2]}}}}},
+            "lengths=.* are of named arms; a search has none",
+        ),
     ],
 )
-def test_a_wrong_file_is_one_line(write, changes, message):
+def test_a_wrong_file_is_one_line_that_names_it_once(write, changes, message):
+    path = str(write(**changes))
     with pytest.raises(UsageError, match=message) as error:
-        read_sweep(write(**changes))
-    assert "\n" not in str(error.value)
+        read_sweep(path)
+    assert "\n" not in str(error.value) and str(error.value).count(path) == 1
 
 
 @pytest.mark.parametrize(
