@@ -177,7 +177,8 @@ def report(experiment: str | None, everything: bool, runs: Path, out: Path | Non
 @overrides
 def train(config: Path | None, dry_run: bool, overrides: Sequence[str]) -> None:
     """Train one model, or continue it."""
-    from moepp.training.settings import asked_for, run_directory
+    from moepp.training.asked import asked_for
+    from moepp.training.settings import run_directory
 
     asked = asked_for(_planned(overrides) if dry_run else overrides, config)
     if config and any(word.startswith(("data=", "data.")) for word in overrides):
@@ -245,8 +246,8 @@ def keys(prefix: str | None, overrides: Sequence[str]) -> None:
 def prepare(overrides: Sequence[str]) -> None:
     """Tokenise a corpus and print the folder of token files."""
     from moepp.data.prepare import prepare
+    from moepp.training.asked import asked_for
     from moepp.training.foreign import completed
-    from moepp.training.settings import asked_for
 
     tokens = prepare(completed(asked_for(overrides)).data)
     print(f"{tokens.path}: {tokens.header}")

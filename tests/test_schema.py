@@ -12,7 +12,7 @@ from moepp.errors import UsageError
 from moepp.layers.bounds import FINITE, parts, taken_apart
 from moepp.sweeps.launchers import LAUNCHERS
 from moepp.sweeps.spec import Sweep
-from moepp.training.settings import RunConfig, asked_for
+from moepp.training.settings import RunConfig
 
 SCHEMAS = {"": RunConfig, "sweep": Sweep, **{f"launcher.{name}": schema for name, schema in LAUNCHERS.items()}}
 # Words that no list can hold: paths and addresses, names of the user's own and of others' columns, prose and digests.
@@ -102,21 +102,6 @@ def test_what_only_building_would_show_is_refused_when_a_config_is_made(words, s
     with pytest.raises(UsageError) as caught:
         compose(RunConfig, ["size=smoke", *words.split()])
     assert said in str(caught.value) and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ("tracking.logger_options.wandb.offline=true", "no such logger; name it in tracking.loggers=[wandb]"),
-        ("optim.name=SGD optim.beta1=0.9", "optim.beta1=0.9 is of optim.name=adamw and muon: SGD takes its own in"),
-    ],
-)
-def test_words_that_nothing_reads_are_refused_and_the_same_values_of_a_preset_are_not(words, said):
-    words = ["size=smoke", *words.split()]
-    with pytest.raises(UsageError) as caught:
-        asked_for(words)
-    assert said in str(caught.value) and "\n" not in str(caught.value)
-    compose(RunConfig, words)  # as a sweep's arm
 
 
 def test_options_that_a_library_takes_are_taken_without_drawing_random_numbers():

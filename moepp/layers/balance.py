@@ -32,7 +32,7 @@ def selection_counts(expert_TK: Tensor, experts: int) -> Tensor:
 
 def token_mean(value_T: Tensor) -> Tensor:
     """Over the first dimension; 0 where there are no tokens, of which torch's mean is NaN."""
-    return value_T.mean(0) if len(value_T) else value_T.sum(0)
+    return value_T.mean(0) if value_T.shape[0] else value_T.sum(0)
 
 
 def load_balance_loss(

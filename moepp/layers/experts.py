@@ -122,7 +122,7 @@ class VectorExperts(AffineExperts):
         self.reset_parameters()
 
     def terms(self, x_TD: Tensor, dtype: torch.dtype) -> Terms:
-        return 0.0, torch.ones(len(x_TD), self.count, dtype=dtype, device=x_TD.device)
+        return 0.0, torch.ones(x_TD.shape[0], self.count, dtype=dtype, device=x_TD.device)
 
     def vectors_CD(self) -> Tensor:
         return self.vectors
@@ -141,7 +141,7 @@ class ScaledCopyExperts(AffineExperts):
         self.reset_parameters()
 
     def terms(self, x_TD: Tensor, dtype: torch.dtype) -> Terms:
-        return self.factors.to(dtype).expand(len(x_TD), -1), None
+        return self.factors.to(dtype).expand(x_TD.shape[0], -1), None
 
 
 def module_name(kind: str) -> str:
@@ -165,7 +165,7 @@ def one_affine(types: dict[str, AffineExperts], ids: dict[str, range], routing: 
         if b_TC is not None:
             mixes.append(gate_TC * b_TC)
             vectors.append(experts.vectors_CD().to(gate_TC.dtype))
-    scale_T = reduce(torch.add, scales) if scales else routing.gate_TK.new_zeros(len(routing.gate_TK))
+    scale_T = reduce(torch.add, scales) if scales else routing.gate_TK.new_zeros(routing.gate_TK.shape[0])
     return Affine(scale_T, *((_joined(mixes, 1), _joined(vectors, 0)) if mixes else ()))
 
 
@@ -192,7 +192,7 @@ def gates_by_type(routing: Routing, ids: dict[str, range]) -> dict[str, Tensor]:
     """Every token's gates of each type's experts, [T, C], 0 where not chosen."""
     ranges = [*ids.values()]
     first, total = ranges[0].start, ranges[-1].stop
-    gate_TN = routing.gate_TK.new_zeros(len(routing.gate_TK), total + 1)  # column N takes dropped slots
+    gate_TN = routing.gate_TK.new_zeros(routing.gate_TK.shape[0], total + 1)  # column N takes dropped slots
     gate_TN = gate_TN.scatter_add(1, routing.expert_TK, routing.gate_TK)
     return dict(zip(ids, gate_TN[:, first:total].split([len(each) for each in ranges], 1), strict=True))
 

@@ -66,6 +66,10 @@ class MoEStats:
     carried: Tensor  # what the next layer's router receives: the logits, or a recurrent router's state
 
 
+# A pytree, so that layers can be exported (torch.export), and function transforms see its tensors.
+torch.export.register_dataclass(MoEStats, serialized_type_name="moepp.MoEStats")
+
+
 class MoELayer(nn.Module):
     """Routes every token to `top_k` of N experts (or as `selection` says).
 
@@ -151,7 +155,8 @@ class MoELayer(nn.Module):
 
     def routed(self, x_TD: Tensor, previous: Tensor | None) -> tuple[Tensor, Tensor]:
         """The router's logits [T, N] and what it hands on. Raises PartError where it, somebody's own, gives others."""
-        given, needed = self.router(x_TD, previous), [len(x_TD), self.config.experts.total]
+        # No len(): it makes a number of the tokens, which torch.export may have left open.
+        given, needed = self.router(x_TD, previous), [x_TD.shape[0], self.config.experts.total]
         if not (isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], Tensor)):
             raise PartError(
                 f"{registry.router.described(self.config.router)} returned {type(given).__name__}; a pair is needed, "
@@ -251,7 +256,7 @@ class MoELayer(nn.Module):
         x_TD = self.expert_input(x_TD)
         others = self.affine_map(x_TD, routing, terms)
         tokens = RoutedTokens(
-            x_TD, routing.expert_TK, routing.gate_TK, others, routing.most_ffn_slots, self.kept_rows(len(x_TD)),
+            x_TD, routing.expert_TK, routing.gate_TK, others, routing.most_ffn_slots, self.kept_rows(x_TD.shape[0]),
             dtype=x_TD.dtype,
         )  # fmt: skip
         shared = None if self.shared is None else Meanwhile(partial(self.shared_forward, x_TD))
@@ -294,12 +299,12 @@ class MoELayer(nn.Module):
         """Eq. 7 before beta, over the batch that is balanced; over `sequence` the mean of each one's own."""
         config, balance, probs_TN = self.config, self.config.balance, routing.probs_TN
         if balance.over != "sequence":
-            balanced = self.balanced_counts(counts, len(probs_TN))
+            balanced = self.balanced_counts(counts, probs_TN.shape[0])
             return load_balance_loss(probs_TN, *balanced, config.experts, balance)
         losses = []
         for probs_SN, ids_SK in zip(probs_TN.chunk(sequences), routing.expert_TK.chunk(sequences), strict=True):
             count_N = selection_counts(ids_SK, config.experts.total).sum(0)
-            losses.append(load_balance_loss(probs_SN, count_N, len(ids_SK), config.experts, balance))
+            losses.append(load_balance_loss(probs_SN, count_N, ids_SK.shape[0], config.experts, balance))
         return torch.stack(losses).mean()
 
     def reported_counts(self, count_N: Tensor) -> Tensor:
@@ -338,7 +343,7 @@ class MoELayer(nn.Module):
             probs_TN = F.normalize(probs_TN, p=1, dim=-1)
         entropy = token_mean(torch.special.entr(probs_TN.detach()).sum(-1))
         chosen_N, accepted_N = (c.wait()[c.device].sum(0) for c in (counts, accepted))
-        dropped_N, kept_rows = chosen_N - accepted_N, self.kept_rows(len(probs_TN))
+        dropped_N, kept_rows = chosen_N - accepted_N, self.kept_rows(probs_TN.shape[0])
         recomputed = None if kept_rows is None else (accepted_N[: config.experts.ffn].sum() - kept_rows).clamp(min=0)
         return MoEStats(
             logits_TN,

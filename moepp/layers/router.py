@@ -68,7 +68,7 @@ class Router(nn.Module):
             )
         if self.residual is None:
             return
-        needed = [len(x_TD), len(self.weight)]
+        needed = [x_TD.shape[0], len(self.weight)]
         if previous_TN is None or list(previous_TN.shape) != needed:
             given = "nothing" if previous_TN is None else list(previous_TN.shape)
             raise ValueError(

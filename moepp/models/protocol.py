@@ -6,6 +6,7 @@ Shape suffixes: B batch, S sequence, V vocabulary, L MoE layers, N all experts o
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from moepp.layers.moe import MoEStats
@@ -30,6 +31,9 @@ class ModelOutput:
     def router_logits(self) -> list[Tensor]:
         """Raw logits [T, N] of every MoE layer, gating residual included."""
         return [layer.logits_TN for layer in self.stats]
+
+
+torch.export.register_dataclass(ModelOutput, serialized_type_name="moepp.ModelOutput")  # a pytree, as MoEStats
 
 
 @runtime_checkable

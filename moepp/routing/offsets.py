@@ -15,8 +15,8 @@ from moepp.errors import UsageError
 from moepp.retrofit.model import TransformersModel
 from moepp.retrofit.modeling import SILENT, routers
 from moepp.routing.dial import curve, held_out_batches, loss_and_compute, write_figure
+from moepp.training.asked import asked_for
 from moepp.training.foreign import completed
-from moepp.training.settings import asked_for
 
 OFFSETS = (-4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moepp.config import compose, flatten
-from moepp.data.settings import refuse_unread
 from moepp.errors import UsageError, at, refused_at
 from moepp.layers.bounds import Bounded, Count, Positive, Seed, Whole, refusals
 from moepp.names import unknown_name
@@ -158,13 +157,18 @@ class Sweep(Bounded):
 
         Later ones of base, scale, arm and `extra` win. `seeds` replaces those of the file. Of a search these are its
         arms as they stand, before anything is proposed. Raises UsageError for an unknown scale, an override the config
-        refuses, repeated seeds, or arms that amount to the same run.
+        refuses or nothing reads, repeated seeds, or arms that amount to the same run.
         """
+        from moepp.training.asked import refuse_vain
+
         seeds, pruned = self.chosen_seeds(scale, seeds), expand(self.space) if self.pruner_at(scale) else {}
         # To compose takes tens of milliseconds, which a copy for each seed does not.
         arms = self.arms_at(scale)
         configs = {arm: self._compose(arm, _layers(changes), scale, extra) for arm, changes in arms.items()}
-        refuse_unread(extra, [config.data for config in configs.values()])
+        refuse_vain(extra, configs.values())
+        for arm, config in configs.items():
+            with at(f"{self.file or self.name}: arm {arm}"):
+                refuse_vain([word for word in _layers(arms[arm]) if isinstance(word, str)], [config])
         self._check_axis(configs)
         if self.search(scale):
             self._check_objective(configs)

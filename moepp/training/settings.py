@@ -1,15 +1,13 @@
 """The schema of one training run: every component's own dataclass, joined."""
 
-from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from moepp import names, plugins, register
-from moepp.config import compose, differences, identity, nearest
-from moepp.data.settings import DataConfig, refuse_unread
-from moepp.errors import UsageError
+from moepp.config import differences, identity, nearest
+from moepp.data.settings import DataConfig
 from moepp.layers.bounds import LARGEST, Bounded, Count, NotNegative, Range, Seconds, Seed, Share, Whole
 from moepp.models.settings import DecoderConfig
 from moepp.records import RunRecord, UnreadableRecord
@@ -29,7 +27,6 @@ FINAL = (  # what a run ends with beside final/val_*, the shares of its expert t
     *METRICS["perf"], "online_loss", "train_dropped_share", "train_dropped_share_early", "train_dropped_share_late",
     "train_seconds", "stopped_at_step", "active_params", "flops_per_token",
 )  # fmt: skip
-OF_ADAMW = ("beta1", "beta2", "eps")  # and of muon, which has AdamW beside it
 LATE_SHARE = 0.2  # of all steps: the weights of `trainer.average_checkpoints` lie in these
 CLOZE_CHOICES = 4  # continuations to choose from: the text's own and those of other questions
 
@@ -314,22 +311,6 @@ def _never_logged(config: RunConfig) -> list[tuple[bool, str]]:
     ]
 
 
-def _refuse_unread(words: Iterable[str], config: RunConfig) -> None:
-    """Raises UsageError for a command's words whose keys nothing reads in its run. What presets and sweep files say is
-    for the parts that they choose, if the command chooses no others.
-    """
-    name, loggers = config.optim.name, config.tracking.loggers
-    for word in words:
-        match word.partition("=")[0].split("."):
-            case ["optim", key] if key in OF_ADAMW and name in register.OPTIMIZERS:
-                raise UsageError(
-                    f"{word} is of optim.name=adamw and muon: {name} takes its own in optim.options; leave it out"
-                )
-            case ["tracking", "logger_options", logger, *_] if logger not in loggers:
-                named = f"tracking.loggers=[{', '.join([*loggers, logger])}]"
-                raise UsageError(f"{word}: the run has no such logger; name it in {named}, or leave its options out")
-
-
 def _foreign_modules(config: RunConfig) -> list[str]:
     """Those that define the parts which are not the package's own."""
     model, balance = config.model, config.model.balance
@@ -412,16 +393,6 @@ NOT_IDENTITY = (
     "trainer.progress",
     "trainer.profiler", "strategy",
 )  # fmt: skip
-
-
-def asked_for(words: Sequence[str], base: Path | None = None) -> RunConfig:
-    """The config that a command's words ask for, over `base`, a run's config, if there is one. Raises UsageError for
-    words that make none and for words in vain.
-    """
-    config = compose(RunConfig, words, base=base)
-    refuse_unread(words, [config.data])
-    _refuse_unread(words, config)
-    return config
 
 
 def run_directory(config: RunConfig) -> Path:

@@ -95,16 +95,16 @@ class SlotPlan:
 
     def of_slots(self, value_R: Tensor) -> Tensor:
         """Each slot's value from its row's, [T, K]; 0 where no FFN expert computed it."""
-        if not len(value_R):
+        if not value_R.shape[0]:
             return value_R.new_zeros(self.row_TK.shape)
-        return torch.where(self.served_TK, value_R[self.row_TK.clamp(max=len(value_R) - 1)], 0)
+        return torch.where(self.served_TK, value_R[self.row_TK.clamp(max=value_R.shape[0] - 1)], 0)
 
 
 def plan_slots(tokens: RoutedTokens, experts: int) -> SlotPlan:
     """Never waits for the device: the number of rows is what the host knows, and their owners stay there."""
     expert_TK = tokens.expert_TK
     expert_S, slot_S = expert_TK.reshape(-1).int().clamp(max=experts).sort(stable=True)
-    row_S = torch.empty_like(slot_S).scatter_(0, slot_S, torch.arange(len(slot_S), device=slot_S.device))
+    row_S = torch.empty_like(slot_S).scatter_(0, slot_S, torch.arange(slot_S.shape[0], device=slot_S.device))
     ids = torch.arange(experts, device=expert_S.device, dtype=torch.int32)
     end_E = torch.searchsorted(expert_S, ids, right=True, out_int32=True)
     return SlotPlan(slot_S[: tokens.rows], row_S.view_as(expert_TK), expert_TK < experts, end_E)

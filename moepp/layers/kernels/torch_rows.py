@@ -64,7 +64,7 @@ def weighted_rows(weight_TC: Tensor, v_TD: Tensor) -> Tensor:
 
 def served(plan: SlotPlan, rows_RD: Tensor, k: int) -> Tensor:
     """The rows of every token's k-th choice, [T, D]; 0 where no FFN expert computed them."""
-    if not len(rows_RD):
+    if not rows_RD.shape[0]:
         return rows_RD.new_zeros(len(plan.row_TK), rows_RD.shape[1])
-    row_T = plan.row_TK[:, k].clamp(max=len(rows_RD) - 1)
+    row_T = plan.row_TK[:, k].clamp(max=rows_RD.shape[0] - 1)
     return torch.where(plan.served_TK[:, k, None], rows_RD[row_T], 0)

@@ -1,0 +1,143 @@
+"""What the words of a command or an arm ask of a run, and which of them nothing in it reads. Such a word is refused:
+whoever compares runs that differ in it alone finds that it makes no difference.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from moepp import register
+from moepp.config import compose
+from moepp.data.settings import refuse_unread
+from moepp.errors import UsageError
+from moepp.layers.registry import Registry
+from moepp.layers.settings import BalanceConfig
+from moepp.models.settings import DecoderConfig
+from moepp.training.settings import RunConfig
+
+OF_ADAMW = ("optim.beta1", "optim.beta2", "optim.eps")  # and of muon, which has AdamW beside it
+# Of a model of transformers, beside `balance`: the rest of `model` its own config.json says.
+OF_FOREIGN = ("name", "options", "path", "retrofit", "architecture", "balance", "activation_checkpointing")
+
+
+class Condition(NamedTuple):
+    """Keys that some runs read: whether a run does, and how it would."""
+
+    keys: tuple[str, ...]
+    reads: Callable[[RunConfig], bool]
+    instead: str
+
+
+def _chosen(registry: Registry, name: str | None, *readers: str) -> bool:
+    """Whether a part is one of these, or a registered one, which may read any key."""
+    return name is not None and (name in readers or name not in registry.defined)
+
+
+def _aims(balance: BalanceConfig) -> bool:
+    foreign = _chosen(register.balance, balance.form) or _chosen(register.control, balance.control)
+    return balance.aims_at_expected_ffn or foreign
+
+
+def _has_zero_computation(model: DecoderConfig) -> bool:
+    return model.experts.zero_computation > 0 or model.retrofit.adds
+
+
+CONDITIONS = (
+    Condition(
+        ("model.top_p",),
+        lambda config: _chosen(register.selection, config.model.selection, "top_p"),
+        "set model.selection=top_p",
+    ),
+    Condition(
+        ("model.router_width",),
+        lambda config: _chosen(register.router, config.model.router, "recurrent"),
+        "set model.router=recurrent",
+    ),
+    Condition(
+        ("model.balance.control_rate",),
+        lambda config: config.model.balance.control is not None,
+        "set model.balance.control",
+    ),
+    Condition(
+        ("model.balance.control_decay",),
+        lambda config: _chosen(register.control, config.model.balance.control, "loss_free", "longcat"),
+        "set model.balance.control=loss_free or longcat",
+    ),
+    Condition(
+        ("model.balance.expected_ffn",),
+        lambda config: _aims(config.model.balance),
+        "set model.balance.form=grouped, or model.balance.control=longcat or remoe",
+    ),
+    Condition(
+        ("model.balance.tau",),
+        lambda config: _has_zero_computation(config.model),
+        "choose a model that has zero-computation experts, such as model=moepp",
+    ),
+    Condition(
+        ("model.dense_hidden",),
+        lambda config: config.model.name != "decoder" or len(config.model.moe_blocks) < config.model.layers,
+        "set model.dense_first or model.moe_every, which make some blocks dense",
+    ),
+    Condition(
+        ("model.retrofit.share", "model.retrofit.wake_steps", "model.retrofit.recalibrate_every"),
+        lambda config: config.model.retrofit.wakes,
+        "add experts that begin silent, such as model.retrofit.zero=1",
+    ),
+    Condition(
+        ("model.retrofit.init",),
+        lambda config: config.model.retrofit.adds,
+        "add something, such as model.retrofit.zero=1",
+    ),
+    Condition(
+        ("model.retrofit.scaled_copy",),
+        lambda config: config.model.retrofit.copy > 0,
+        "set model.retrofit.copy above 0",
+    ),
+    Condition(
+        ("model.retrofit.lora_rank",),
+        lambda config: config.model.retrofit.train == "lora",
+        "set model.retrofit.train=lora",
+    ),
+    Condition(
+        OF_ADAMW,
+        lambda config: config.optim.name not in register.OPTIMIZERS,
+        "set what this optimizer has in optim.options, or choose optim.name=adamw or muon",
+    ),
+    Condition(("optim.decay_share",), lambda config: config.optim.schedule == "wsd", "set optim.schedule=wsd"),
+    Condition(("cloze.questions",), lambda config: config.cloze.points > 0, "set cloze.points above 0"),
+    Condition(("tracking.uri",), lambda config: config.tracking.backend == "mlflow", "set tracking.backend=mlflow"),
+)
+
+
+def asked_for(words: Sequence[str], base: Path | None = None) -> RunConfig:
+    """The config that a command's words ask for, over `base`, a run's config, if there is one. Raises UsageError for
+    words that make none and for words in vain.
+    """
+    config = compose(RunConfig, words, base=base)
+    refuse_vain(words, [config])
+    return config
+
+
+def refuse_vain(words: Iterable[str], configs: Iterable[RunConfig]) -> None:
+    """Raises UsageError for words `key=value` of a command that none of its runs reads. What presets and records say is
+    for the parts that they choose, if the command chooses no others.
+    """
+    words, configs = list(words), list(configs)
+    refuse_unread(words, [config.data for config in configs])
+    for word in words:
+        key = word.partition("=")[0]
+        referred_to = any(f"${{{key}}}" in other for other in words)
+        reasons = [_instead(key, config) for config in configs]
+        if all(reasons) and not referred_to:
+            raise UsageError(f"{word} has no effect: leave it out, or {reasons[0]}")
+
+
+def _instead(key: str, config: RunConfig) -> str:
+    """What would make the run read the key; empty where it does."""
+    section, _, inside = key.partition(".")
+    if section == "model" and config.model.name == "hf" and inside.partition(".")[0] not in ("", *OF_FOREIGN):
+        return "choose another model: model=hf has it from its own config.json, and what is added in model.retrofit"
+    if key.startswith("tracking.logger_options."):
+        logger, loggers = key.split(".")[2], config.tracking.loggers
+        return "" if logger in loggers else f"name the logger in tracking.loggers=[{', '.join([*loggers, logger])}]"
+    return next((each.instead for each in CONDITIONS if key in each.keys and not each.reads(config)), "")
