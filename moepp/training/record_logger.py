@@ -8,6 +8,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from moepp.records import RunRecord
 
+MEASURED = ("perf/", "system/")
+DIGITS = 6  # of what clocks and counters say; more of them are noise, which does not compress
+
 
 class RecordLogger(Logger):
     """Appends what Lightning logs to the record: one call, one line, at once.
@@ -34,10 +37,14 @@ class RecordLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """`step` counts optimizer steps; Lightning's own `epoch` key says nothing where runs are measured in steps."""
-        kept = {key: float(value) for key, value in sorted(metrics.items()) if key != "epoch"}
+        kept = {key: _kept(key, float(value)) for key, value in sorted(metrics.items()) if key != "epoch"}
         if kept:
             self.record.log(step, kept)
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Nothing: config.yaml already holds them."""
+
+
+def _kept(key: str, value: float) -> float:
+    return float(f"{value:.{DIGITS}g}") if key.startswith(MEASURED) else value

@@ -26,7 +26,7 @@ def write_windows(record: RunRecord, trainer: pl.Trainer, module: LanguageModel,
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["window", "document", "nats"])
     documents = documents_of(data.files, windows, data.config.seq_len)
-    rows.writerows([w, d, f"{n:.6f}"] for w, d, n in zip(windows, documents, nats, strict=True))
+    rows.writerows([w, d, f"{n:.4f}"] for w, d, n in zip(windows, documents, nats, strict=True))
     write_text(record.path / VAL_WINDOWS, text.getvalue())
 
 

@@ -50,6 +50,13 @@ def test_a_line_is_on_disk_before_the_call_returns(tmp_path):
     assert [(line["step"], line["val/loss"]) for line in RunRecord(tmp_path).metrics()] == [(3, 0.5)]
 
 
+def test_clocks_and_counters_are_kept_to_six_digits_and_losses_whole(tmp_path):
+    loss, seconds = 1 / 3, 123456.789 / 7
+    RecordLogger(RunRecord(tmp_path)).log_metrics({"train/loss": loss, "perf/step_time_ms": seconds}, step=1)
+    (line,) = RunRecord(tmp_path).metrics()
+    assert line["train/loss"] == loss and line["perf/step_time_ms"] == 17636.7
+
+
 def test_it_is_named_after_the_record(tmp_path):
     logger = RecordLogger(RunRecord(tmp_path / "sweep-smoke" / "0123abcd"))
     assert (logger.name, logger.version) == ("sweep-smoke", "0123abcd")

@@ -19,4 +19,4 @@ def test_windows_of_two_ranks_are_told_in_order_with_the_documents_they_begin_in
     )
     write_windows(RunRecord(tmp_path), SimpleNamespace(is_global_zero=True, world_size=2), module, data)
     rows = (tmp_path / VAL_WINDOWS).read_text().splitlines()
-    assert rows == ["window,document,nats", *(f"{w},{d},{w}.000000" for w, d in enumerate([0, 0, 1, 2, 2]))]
+    assert rows == ["window,document,nats", *(f"{w},{d},{w}.0000" for w, d in enumerate([0, 0, 1, 2, 2]))]
