@@ -4,7 +4,6 @@
 words may stand anywhere.
 """
 
-import difflib
 import io
 import os
 import re
@@ -18,6 +17,7 @@ import click
 from moepp.errors import Interrupted, RunError, UsageError, reason
 from moepp.layers.bounds import taken_apart
 from moepp.layers.registry import PartError
+from moepp.names import did_you_mean
 from moepp.program import missing, program
 from moepp.ranges import whole_range
 from moepp.terminal import painted
@@ -82,9 +82,7 @@ class Word(click.Choice):
 
     def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
         words = [str(choice) for choice in self.choices]
-        nearest = difflib.get_close_matches(str(value), words, n=1)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        return f"'{value}' is none of {', '.join(words)}{hint}"
+        return f"'{value}' is none of {', '.join(words)}{did_you_mean(str(value), words)}"
 
 
 def _span(word: str) -> Sequence[str]:
@@ -158,9 +156,8 @@ class CommandGroup(click.Group):
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[Any, Any, list[str]]:
         name, shown = args[0], [name for name, command in self.commands.items() if not command.hidden]
         if name not in self.commands:
-            nearest = difflib.get_close_matches(name, shown, n=1, cutoff=0.5)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"choose from {', '.join(shown)}"
-            ctx.fail(f"no command '{name}'; {hint}")
+            choices = f"; choose from {', '.join(shown)}"
+            ctx.fail(f"no command '{name}'{did_you_mean(name, shown) or choices}")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

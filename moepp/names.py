@@ -42,9 +42,13 @@ def plain(text: str) -> str:
     return re.sub(r"[^\w.+=,@-]", "_", text)[:LENGTH]
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a line that refuses a name: the nearest of those `known`, where one is near."""
+    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {nearest[0]}?" if nearest else ""
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     """The line that refuses a name which is none of `known`, with the nearest of them."""
     known = list(known)
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {nearest[0]}?" if nearest else ""
-    return f"unknown {kind} '{name}'; choose from {', '.join(known) or '(none)'}{hint}"
+    return f"unknown {kind} '{name}'; choose from {', '.join(known) or '(none)'}{did_you_mean(name, known)}"

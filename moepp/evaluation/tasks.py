@@ -2,7 +2,6 @@
 local data.
 """
 
-import difflib
 import json
 import logging
 import re
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from moepp.errors import RunError, UsageError
 from moepp.evaluation.local_rows import check_examples, check_questions, check_rows, read_rows
+from moepp.names import did_you_mean
 from moepp.records import digest_of
 
 if TYPE_CHECKING:
@@ -95,9 +95,7 @@ def refuse_what_is_missing(requests: Sequence[TaskRequest], folder: Path | None)
 
 def _refuse_unknown(name: str, known: Collection[str], likely: Collection[str]) -> None:
     if name not in known:
-        nearest = difflib.get_close_matches(name, likely, n=1, cutoff=0.6)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        raise UsageError(f"lm-evaluation-harness has no task '{name}'{hint}")
+        raise UsageError(f"lm-evaluation-harness has no task '{name}'{did_you_mean(name, likely)}")
 
 
 def load_task(request: TaskRequest, folder: Path | None, limit: int | None = None) -> LoadedTask:

@@ -1,6 +1,5 @@
 """`python run.py reproduce` and `report`: trains what is missing, measures, and writes a report beside the records."""
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from moepp.errors import RunError, UsageError
 from moepp.experiments import discover
+from moepp.names import did_you_mean
 from moepp.program import program
 from moepp.records import RunRecord, read_json, write_json, write_text
 from moepp.reports.arms import TASKS, of_records, of_sweep
@@ -36,9 +36,7 @@ def find(what: str) -> Experiment:
     if Path(what).parent != Path():
         raise UsageError(f"there is no file and no folder {what}")
     known = [*experiments, *sweeps]
-    nearest = difflib.get_close_matches(what, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {nearest[0]}?" if nearest else ""
-    raise UsageError(f"no experiment and no sweep '{what}'; choose from {', '.join(known)}{hint}")
+    raise UsageError(f"no experiment and no sweep '{what}'; choose from {', '.join(known)}{did_you_mean(what, known)}")
 
 
 def in_order() -> list[Experiment]:

@@ -8,7 +8,6 @@ it could be written down is found there and used. The records and sweep.json are
 made again from them.
 """
 
-import difflib
 import json
 import statistics
 import warnings
@@ -16,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moepp.errors import RunError, UsageError
+from moepp.names import did_you_mean
 from moepp.records import RunRecord, UnreadableRecord
 from moepp.sweeps.leases import exclusive
 from moepp.sweeps.plan import promise, read_plan
@@ -188,8 +188,7 @@ def objective(record: RunRecord, name: str) -> float:
     values = [line[name] for line in lines if name in line]
     if not values:
         known = sorted({key for line in lines for key in line} - {"step", "time"})
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        hint = did_you_mean(name, known)
         raise RunError(f"{record.path} has no {name}, which the sweep names as its objective{hint}")
     return values[-1]
 
