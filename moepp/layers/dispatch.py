@@ -30,11 +30,13 @@ def choose_backend(w_out: Tensor) -> str:
     """The backend that `auto` stands for with these weights, [E, D, F] in the dtype they are multiplied in.
 
     `grouped` where grouped_mm has a kernel that takes the sizes from the device: bfloat16 on Hopper and on datacenter
-    Blackwell. Elsewhere grouped_mm waits for the host and loops over the experts, as `sorted` does with less traffic.
+    Blackwell. Elsewhere grouped_mm waits for the host and loops over the experts, as `sorted` does with less traffic,
+    and is chosen where torch.export needs what it can trace.
     """
-    if w_out.is_cuda and w_out.dtype == torch.bfloat16 and grouped.aligned(w_out):
-        return "grouped" if torch.cuda.get_device_properties(w_out.device).major in (9, 10) else "sorted"
-    return "sorted"
+    if w_out.dtype != torch.bfloat16 or not grouped.aligned(w_out):
+        return "sorted"
+    waits = not w_out.is_cuda or torch.cuda.get_device_properties(w_out.device).major not in (9, 10)
+    return "sorted" if waits and not torch.compiler.is_exporting() else "grouped"
 
 
 @dataclass

@@ -10,7 +10,7 @@ from moepp.models.decoder import Decoder
 
 
 def model_of(method):
-    config = compose(RunConfig, ["size=smoke", f"model={method}", "model.backend=grouped"]).model
+    config = compose(RunConfig, ["size=smoke", f"model={method}"]).model
     return Decoder(config).bfloat16().eval(), torch.randint(0, config.vocab_size, (5, 20))
 
 
