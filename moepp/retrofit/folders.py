@@ -3,7 +3,7 @@ other engines read.
 """
 
 import json
-import shutil
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moepp.errors import UsageError
-from moepp.retrofit import modeling
+from moepp.retrofit import modeling, modeling_form
 from moepp.retrofit.modeling import NEW_OF_ROUTER, PlusPlusRouter, blocks, family, plus_plus, plus_plus_name, routers
 from moepp.retrofit.surgery import require, retrofit
 
@@ -34,14 +34,20 @@ def export(model: nn.Module, folder: str | Path, format: Literal["hf", "zeda", "
 def write_hf(model: nn.Module, folder: Path) -> None:
     model.save_pretrained(folder)
     heads = auto_classes(model)
-    shutil.copyfile(modeling.__file__, folder / CODE)
-    with open(folder / CODE, "a") as code:
+    with open(folder / CODE, "w") as code:
+        code.write(one_file())
         for cls in dict.fromkeys(heads.values()):
             name = plus_plus_name(cls)
             code.write(f"\n\nfrom {cls.__module__} import {cls.__name__}  # noqa: E402\n\n")
             code.write(f"{name} = plus_plus({cls.__name__})\n")
             code.write(f"{name}.__module__ = __name__  # the file that save_pretrained copies\n")
     edit_config(folder, auto_map={auto: f"{Path(CODE).stem}.{plus_plus_name(cls)}" for auto, cls in heads.items()})
+
+
+def one_file() -> str:
+    """What a folder carries: modeling.py, with the text of modeling_form.py in the place of its import."""
+    code, form = (Path(module.__file__).read_text() for module in (modeling, modeling_form))
+    return re.sub(rf"^from {modeling_form.__name__} import .*\n", lambda _: form, code, flags=re.MULTILINE)
 
 
 def auto_classes(model: nn.Module) -> dict[str, type]:
@@ -113,6 +119,7 @@ def refuse_what_rows_cannot_hold(model: nn.Module, format: str, others: dict[str
         "a gating residual": any(r.residual is not None and r.residual.any() for r in routers(model)),
         "offsets": any(router.offset.any() for router in routers(model)),
         "scaled copies": settings["scaled_copy"] and settings["copy"],
+        "a factor for each expert's gate": settings["form"].get("expert_scale"),  # unknown to older folders
         "layers without new experts": len(blocks(model)) != len(settings["layers"]),
     }
     if lost := [name for name, there in reasons.items() if there]:

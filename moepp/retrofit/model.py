@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
@@ -28,7 +27,18 @@ from moepp.models.protocol import ModelOutput
 from moepp.models.sampling import continue_ids
 from moepp.models.settings import DecoderConfig
 from moepp.retrofit.folders import load as load_folder
-from moepp.retrofit.modeling import NEW_OF_EXPERTS, blocks, experts_hidden, own_experts, plus_plus
+from moepp.retrofit.modeling import (
+    NEW_OF_EXPERTS,
+    ROUTER_NAMES,
+    PlusPlusRouter,
+    blocks,
+    experts_hidden,
+    own_experts,
+    plus_plus,
+    slots,
+)
+from moepp.retrofit.modeling_form import INDEPENDENT
+from moepp.retrofit.observe import are_probabilities, first_answer
 from moepp.retrofit.recognise import recognise
 from moepp.retrofit.surgery import calibrate, retrofit, router_width, wake
 from moepp.retrofit.upcycle import aligned, upcycle
@@ -45,13 +55,28 @@ class LayerWatch(nn.Module):
         self.config, self.bank = config, (experts,)  # whose parameters are not this module's
         self.step_counts: tuple[Tensor, int] | None = None
         self.heard: list[Tensor | None] | None = None  # logits and ids, while a forward listens
-        router.register_forward_hook(self._router)
+        self.probabilities: bool | None = None  # whether the router answers with these; found at the first answer
+        if isinstance(router, PlusPlusRouter):
+            router.logits.register_forward_hook(self._logits)
+        else:
+            router.register_forward_hook(self._router)
         experts.register_forward_pre_hook(self._experts, with_kwargs=True)
 
-    def _router(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _logits(self, module: nn.Module, args: Any, logits: Tensor) -> None:
         if self.heard is not None:
-            logits = next(o for o in output if isinstance(o, Tensor) and o.is_floating_point())
             self.heard[0] = widened(logits.flatten(0, -2))
+
+    def _router(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Of probabilities the logarithm: logits but for a number per token, which only the z-loss would see."""
+        if self.heard is None:
+            return
+        said = widened(first_answer(output).flatten(0, -2))
+        if self.probabilities is None:
+            self.probabilities = are_probabilities(said)
+        if self.probabilities and self.config.balance.z_loss:
+            said = f"{type(module).__name__} answers with probabilities, not logits"
+            raise UsageError(f"model.balance.z_loss={self.config.balance.z_loss:g}: {said}: set it to 0")
+        self.heard[0] = said.clamp(min=torch.finfo(said.dtype).tiny).log() if self.probabilities else said
 
     def _experts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.heard is not None:
@@ -61,9 +86,10 @@ class LayerWatch(nn.Module):
         """The block's experts on any routing: what throughput.py times."""
         return self.bank[0](x_TD, routing.expert_TK, routing.gate_TK)
 
-    def stats(self, sigmoid: bool, training: bool) -> MoEStats:
+    def stats(self, score: str, training: bool) -> MoEStats:
         (logits_TN, expert_TK), config = self.heard, self.config
-        probs_TN = F.normalize(logits_TN.sigmoid(), p=1, dim=-1) if sigmoid else logits_TN.softmax(-1)
+        independent = INDEPENDENT.get(score)
+        probs_TN = F.normalize(independent(logits_TN), p=1, dim=-1) if independent else logits_TN.softmax(-1)
         chosen_N = selection_counts(expert_TK, config.experts.total).sum(0)
         counts = self._balanced(chosen_N, len(probs_TN), training)
         balance = config.balance
@@ -112,7 +138,7 @@ class TransformersModel(nn.Module):
         found = blocks(self.hf)
         self.config = replace(config, architecture=architecture, **counts_of(self.hf, found))
         self.watches = nn.ModuleList(LayerWatch(*block, self.config) for block in found.values())
-        self.sigmoid = scores_by_sigmoid(found) if config.balance.beta else False
+        self.score = score_of(found) if config.balance.beta else "softmax"
         self.sizes = sizes_of(self.hf, found)
         choose_trained(self.hf, asked)
         if config.activation_checkpointing:
@@ -132,7 +158,7 @@ class TransformersModel(nn.Module):
             ids_BS = self._own_text(ids_BS)
         with self._listening() as heard:
             logits_BSV = caches[0].logits(self.hf, ids_BS) if caches else self.hf(ids_BS, use_cache=False).logits
-            stats = [watch.stats(self.sigmoid, self.training) for watch in heard]
+            stats = [watch.stats(self.score, self.training) for watch in heard]
         if targets_BS is None:
             return ModelOutput(stats, logits=logits_BSV if at is None else logits_BSV[at])
         logits_BVS = widened(logits_BSV).transpose(1, 2)
@@ -330,14 +356,14 @@ def counts_of(model: nn.Module, found: Mapping[str, tuple[nn.Module, nn.Module]]
     added = getattr(model.config, "moepp", {"zero": 0, "copy": 0, "constant": 0, "gating_residual": False})
     router, experts = next(iter(found.values()))
     counts = ExpertCounts(own_experts(router), added["zero"], added["copy"], added["constant"])
-    kept = {"top_k": router.top_k, "gating_residual": added["gating_residual"]}
+    kept = {"top_k": slots(router), "gating_residual": added["gating_residual"]}
     return {"experts": counts, "hidden": experts_hidden(experts), **kept}
 
 
-def scores_by_sigmoid(found: Mapping[str, tuple[nn.Module, nn.Module]]) -> bool:
-    """Whether the routers' scores are sigmoids, whose balance loss takes each token's shares of their sum."""
+def score_of(found: Mapping[str, tuple[nn.Module, nn.Module]]) -> str:
+    """What the routers' scores are: of independent ones the balance loss takes each token's shares of their sum."""
     forms = (r.form if hasattr(r, "form") else recognise(r, router_width(r)) for r, _ in found.values())
-    return any(form.score == "sigmoid" for form in islice(forms, 1))
+    return next((form.score for form in forms), "softmax")
 
 
 def sizes_of(model: nn.Module, found: Mapping[str, tuple[nn.Module, nn.Module]]) -> dict[str, int]:
@@ -364,19 +390,28 @@ def choose_trained(model: nn.Module, asked: RetrofitConfig) -> None:
 
 
 def add_adapters(model: nn.Module, rank: int) -> None:
-    """Low-rank adapters on every linear layer of attention and dense blocks, in place."""
+    """Low-rank adapters on every linear layer of attention and dense blocks, in place; a family's own kinds of linear
+    layers, such as grouped ones, have none.
+    """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise UsageError("model.retrofit.train=lora needs peft: pip install peft") from None
-    inside = tuple(f"{path}." for path in blocks(model))
+    inside = tuple(prefix for path in blocks(model) for prefix in insides(path))
     head = model.get_output_embeddings()
-    linear = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
-    outside = [name for name, _ in linear if not name.startswith(inside)]
+    linear = [name for name, m in model.named_modules() if type(m).forward is nn.Linear.forward]
+    outside = [name for name in linear if not name.startswith(inside) and model.get_submodule(name) is not head]
     learnt = [p for p in model.parameters() if p.requires_grad]  # which peft would freeze
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=outside), model)
     for parameter in learnt:
         parameter.requires_grad_(True)
+
+
+def insides(path: str) -> list[str]:
+    """What paths inside a MoE block begin with; of a whole layer that is one, its router's and its experts'."""
+    if path.rpartition(".")[2].isdecimal():
+        return [f"{path}.{name}." for name in (*ROUTER_NAMES, "experts")]
+    return [f"{path}."]
 
 
 def without_adapters(model: nn.Module) -> nn.Module:

@@ -1,16 +1,15 @@
 """Zero-computation experts and gating residuals inside other people's MoE blocks, by two class swaps per block.
 
-This file stands alone beside torch and transformers: an exported folder carries it as its one file of code. A block's
-router and its experts become instances of generated subclasses of their own classes, so that whatever selects modules
-by class still finds them, and the weights that were there stay where they were.
+This file and modeling_form.py stand alone beside torch and transformers: an exported folder carries both, as its one
+file of code. A block's router and its experts become instances of generated subclasses of their own classes, so that
+whatever selects modules by class still finds them, and the weights that were there stay where they were.
 Shape suffixes: T tokens, K slots of a token, D model width, E the family's own experts, Z new ones (constant, copy,
-zero), N = E + Z, C candidates for a token's slots, R rows of slots.
+zero), N = E + Z, R rows of slots.
 """
 
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -19,107 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-SILENT = -1e4  # the offset at which a new expert is never chosen and takes no probability: float32 rounds it to 0
+from moepp.retrofit.modeling_form import SILENT, Form
+
 ROUTER_NAMES = ("gate", "router")
 NEW_OF_ROUTER = ("new_rows", "offset", "calibrated", "residual")
 NEW_OF_EXPERTS = ("w_mix", "vectors", "copy_scale")
 ROWS = 0.01  # standard deviation of new rows, as a share of the old ones': enough to tell two equal experts apart
 SKIPPING = ("grouped_mm", "deepgemm", "sonicmoe")  # experts implementations that never multiply the rows of id E
-
-
-@dataclass(frozen=True)
-class Form:
-    """What a family's router does between its logits and its gates.
-
-    `score` is `softmax` (over all), `top_k_softmax` (over the chosen) or `sigmoid`; scores are taken in float32 or in
-    the logits' own dtype. The choice is by `chooses` (scores or logits), plus a `bias` per expert if there is one,
-    which is the name of a tensor of the router, or `argument` where the block hands it over. `groups` is (all, kept).
-    """
-
-    score: str
-    float_scores: bool = True
-    chooses: str = "scores"
-    bias: str | None = None
-    groups: tuple[int, int] | None = None
-    group_score: str = "max"
-    group_fill: float = 0.0
-    normed: bool = False
-    epsilon: float = 0.0  # added to the sum that gates are divided by, or its least value where `clamped`
-    clamped: bool = False
-    scale: float = 1.0
-    out: str = "scores"  # whose dtype the gates have: scores, logits or input
-    sorted: bool = True
-
-    @property
-    def offset_in_logits(self) -> bool:
-        """Sigmoid scores are independent of each other: there an offset enters the choice alone."""
-        return self.score != "sigmoid"
-
-    def route(
-        self, logits_TN: Tensor, offset_Z: Tensor, bias_E: Tensor | None, top_k: int, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """Gates and ids [T, K]. The family's own choice among its experts competes with the new ones, and what is kept
-        of it keeps its order: ties and sums fall as they did. Each token may have offsets of its own, [T, Z].
-        """
-        new = offset_Z.shape[-1]
-        own = logits_TN.shape[1] - new
-        logits_TE, logits_TZ = logits_TN.split([own, new], 1)
-        if self.offset_in_logits:
-            logits_TZ = logits_TZ + offset_Z
-        dtype = torch.float32 if self.float_scores else dtype
-        # Contiguous as the family's own: elementwise kernels round strided rows otherwise.
-        logits_TE, logits_TZ = logits_TE.to(dtype).contiguous(), logits_TZ.to(dtype)
-        scores_TE, scores_TZ = self.scores(logits_TE, logits_TZ)
-        choice_TE, choice_TZ = (logits_TE, logits_TZ) if self.chooses == "logits" else (scores_TE, scores_TZ)
-        if bias_E is not None:
-            choice_TE = choice_TE + bias_E
-        own_TK = self.allowed(choice_TE).topk(top_k, -1, sorted=self.sorted).indices
-        silent_Z = offset_Z <= SILENT
-        choice_TZ = (choice_TZ if self.offset_in_logits else choice_TZ + offset_Z).masked_fill(silent_Z, float("-inf"))
-        place_TK = winners(torch.cat([choice_TE.gather(1, own_TK), choice_TZ], 1), top_k)
-        new_TZ = torch.arange(own, own + new, device=own_TK.device).expand(len(own_TK), -1)
-        if self.chooses == "logits":
-            scores_TE, scores_TZ = logits_TE, logits_TZ
-        values_TK = torch.cat([scores_TE.gather(1, own_TK), scores_TZ], 1).gather(1, place_TK)
-        return self.gates(values_TK), torch.cat([own_TK, new_TZ], 1).gather(1, place_TK)
-
-    def scores(self, logits_TE: Tensor, logits_TZ: Tensor) -> tuple[Tensor, Tensor]:
-        """A softmax over all is two softmaxes and each one's share of the mass; the own experts' is exactly 1 while the
-        new ones are silent, where one softmax over N columns would round otherwise than one over E.
-        """
-        if self.score == "sigmoid":
-            return logits_TE.sigmoid(), logits_TZ.sigmoid()
-        if self.score == "top_k_softmax":
-            return logits_TE, logits_TZ
-        if not logits_TZ.shape[1]:
-            return logits_TE.softmax(-1), logits_TZ
-        odds_T1 = logits_TE.logsumexp(-1, keepdim=True) - logits_TZ.logsumexp(-1, keepdim=True)
-        return logits_TE.softmax(-1) * odds_T1.sigmoid(), logits_TZ.softmax(-1) * (-odds_T1).sigmoid()
-
-    def allowed(self, choice_TE: Tensor) -> Tensor:
-        """Experts outside the best groups are out of the choice."""
-        if self.groups is None:
-            return choice_TE
-        groups, kept = self.groups
-        grouped = choice_TE.unflatten(1, (groups, -1))
-        best = grouped.amax(-1) if self.group_score == "max" else grouped.topk(2, -1).values.sum(-1)
-        mask = torch.ones_like(best, dtype=torch.bool).scatter(1, best.topk(kept, -1, sorted=False).indices, False)
-        return choice_TE.masked_fill(mask.repeat_interleave(grouped.shape[-1], 1), self.group_fill)
-
-    def gates(self, scores_TK: Tensor) -> Tensor:
-        if self.score == "top_k_softmax":
-            scores_TK = scores_TK.softmax(-1)
-        elif self.score == "sigmoid" and self.chooses == "logits":
-            scores_TK = scores_TK.sigmoid()
-        if self.normed:
-            total_T1 = scores_TK.sum(-1, keepdim=True)
-            scores_TK = scores_TK / (total_T1.clamp(min=self.epsilon) if self.clamped else total_T1 + self.epsilon)
-        return scores_TK if self.scale == 1 else scores_TK * self.scale
-
-
-def winners(choice_TC: Tensor, top_k: int) -> Tensor:
-    """The columns of each row's `top_k` largest, ascending [T, K]; of equal ones the first."""
-    return choice_TC.argsort(dim=-1, descending=True, stable=True)[:, :top_k].sort(-1).values
+EXPERT_COUNTS = ("n_routed_experts", "num_experts")
+SLOT_COUNTS = ("top_k", "top_k_experts")
 
 
 class Carry:
@@ -185,6 +92,10 @@ class PlusPlusRouter(Generated):
         self.register_buffer("offset", own.new_full((new,), SILENT, dtype=torch.float32))
         self.register_buffer("calibrated", own.new_zeros(new, dtype=torch.float32))
         self.residual = nn.Parameter(own.new_zeros(total, total)) if residual else None
+        self.logits = nn.Identity()  # through which they pass, for whoever hooks it
+        if form.matrix is not None:
+            matrix = self.get_submodule(form.matrix)
+            matrix.__class__ = mixed(PlusPlusMatrix, type(matrix), f"PlusPlus{type(matrix).__name__}")
 
     def begin(self) -> None:
         """Silent, and rows that tell two equal experts apart, but for what a checkpoint gave."""
@@ -208,17 +119,29 @@ class PlusPlusRouter(Generated):
         return self
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits [T, N] with the offsets that softmaxes see, gates and ids [T, K]."""
-        logits_TE = super().forward(hidden_states, *args, **kwargs)[0]
-        logits_TN = self.all_logits(logits_TE, hidden_states)
-        bias_E = self.bias_of(args, kwargs)
-        self.own_dtype = dtype = logits_TE.dtype
-        gates_TK, expert_TK = self.form.route(logits_TN, self.offset, bias_E, self.top_k, dtype)
+        """What the family's says first, [T, N], where logits have the offsets that softmaxes see; gates, ids [T, K]."""
+        x, logits_TE = self.own_logits(hidden_states, *args, **kwargs)
+        logits_TN = self.all_logits(logits_TE, x)
+        own, self.own_dtype = logits_TE.shape[1], logits_TE.dtype
+        scale_E = self.tensor(self.form.expert_scale) if self.form.expert_scale else None
+        routed = logits_TN, self.offset, self.bias_of(args, kwargs), slots(self), self.own_dtype, scale_E
+        gates_TK, expert_TK = self.form.route(*routed)
         if self.form.out != "scores":
-            gates_TK = gates_TK.to(dtype if self.form.out == "logits" else hidden_states.dtype)
+            gates_TK = gates_TK.to(self.own_dtype if self.form.out == "logits" else hidden_states.dtype)
         if self.form.offset_in_logits:
-            logits_TN = logits_TN + F.pad(self.offset, (logits_TE.shape[1], 0))
-        return logits_TN, gates_TK, expert_TK
+            logits_TN = logits_TN + F.pad(self.offset, (own, 0))
+        return self.form.answer(self.logits(logits_TN), own, self.own_dtype), gates_TK, expert_TK
+
+    def own_logits(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """What the family's matrix sees, and makes of it [T, E]."""
+        said = super().forward(hidden_states, *args, **kwargs)[0]
+        if self.form.matrix is None:
+            return hidden_states, said
+        matrix = next(module for module in self.modules() if isinstance(module, PlusPlusMatrix))
+        x, matrix.seen = matrix.seen, None
+        logits_TE = self.get_submodule(self.form.matrix)(x)  # asked again, as adapters may lie around it
+        matrix.seen = None
+        return x, logits_TE.flatten(0, -2)
 
     def all_logits(self, logits_TE: Tensor, x: Tensor) -> Tensor:
         """Before any offset, in float32; the next router's `previous`."""
@@ -237,8 +160,22 @@ class PlusPlusRouter(Generated):
             return None
         if name == "argument":
             return next(iter((*args, *kwargs.values())), None)
+        return self.tensor(name)
+
+    def tensor(self, name: str) -> Tensor:
+        """One of the family's own, [E]."""
         *path, leaf = name.split(".")
         return getattr(self.get_submodule(".".join(path)), leaf).reshape(-1)
+
+
+class PlusPlusMatrix(Generated):
+    """Mixed into the module that turns what a router makes of its input into logits: keeps what it last saw."""
+
+    seen: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = x
+        return super().forward(x)
 
 
 class PlusPlusExperts(Generated):
@@ -418,8 +355,19 @@ def blocks(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
 
 
 def own_experts(router: nn.Module) -> int | None:
-    """Columns of the family's own logits; None of a router that does not say."""
-    return getattr(router, "n_routed_experts", None) or getattr(router, "num_experts", None)
+    """Columns of the family's own logits, E; None of a router that does not say."""
+    return first_of(router, EXPERT_COUNTS)
+
+
+def slots(router: nn.Module) -> int | None:
+    """K; None of a router that does not say."""
+    return first_of(router, SLOT_COUNTS)
+
+
+def first_of(router: nn.Module, names: Sequence[str]) -> int | None:
+    """Of these numbers the first that a router has, or its config."""
+    holders = router, getattr(router, "config", None)
+    return next((n for holder in holders for name in names if (n := getattr(holder, name, None))), None)
 
 
 def experts_width(experts: nn.Module) -> int:

@@ -52,8 +52,8 @@ class Observed:
         self.entropy = self.top = 0.0
 
     def router(self, module: nn.Module, args: Any, output: Any) -> None:
-        logits = next(o for o in output if isinstance(o, Tensor) and o.is_floating_point())
-        probs_TE = self.unpadded.of(logits.detach().float().flatten(0, -2)).softmax(-1)
+        said_TE = self.unpadded.of(first_answer(output).detach().float().flatten(0, -2))
+        probs_TE = said_TE if are_probabilities(said_TE) else said_TE.softmax(-1)
         self.entropy += torch.special.entr(probs_TE).sum().item()
         self.top += probs_TE.amax(-1).sum().item()
         self.tokens += len(probs_TE)
@@ -68,6 +68,15 @@ class Observed:
         """Shares of all slots by expert, and means over tokens: entropy in nats, the largest probability."""
         load_E = self.count_E / self.count_E.sum()
         return {"load": load_E.tolist(), "entropy": self.entropy / self.tokens, "top_score": self.top / self.tokens}
+
+
+def first_answer(output: Any) -> Tensor:
+    """What a router says of all experts, [..., E]: logits, of some families probabilities."""
+    return next(o for o in output if isinstance(o, Tensor) and o.is_floating_point())
+
+
+def are_probabilities(said_TE: Tensor) -> bool:
+    return bool((said_TE >= 0).all() and torch.allclose(said_TE.sum(-1), said_TE.new_ones(()), atol=1e-3))
 
 
 @contextmanager

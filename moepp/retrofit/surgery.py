@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,9 +13,10 @@ from torch.distributed.tensor import DTensor
 
 from moepp.errors import UsageError
 from moepp.retrofit.modeling import (
+    EXPERT_COUNTS,
     NEW_OF_EXPERTS,
     NEW_OF_ROUTER,
-    SILENT,
+    PlusPlusMatrix,
     PlusPlusModel,
     PlusPlusRouter,
     accept_no_one,
@@ -25,8 +27,10 @@ from moepp.retrofit.modeling import (
     own_experts,
     plus_plus,
     routers,
+    slots,
     stacks,
 )
+from moepp.retrofit.modeling_form import SILENT, Form
 from moepp.retrofit.recognise import recognise, unknown
 
 FAR = 64.0  # beyond which no offset is looked for
@@ -100,7 +104,8 @@ def choose_blocks(model: nn.Module, layers: Collection[int] | None) -> dict[str,
 
 def instead_of_blocks(model: nn.Module) -> str:
     """What lies where a MoE block would, and what is to be done about it."""
-    lying = ((path, m) for path, m in model.named_modules() if path and (own_experts(m) or hasattr(m, "experts")))
+    named = (*EXPERT_COUNTS, "experts")
+    lying = ((path, m) for path, m in model.named_modules() if path and any(getattr(m, name, None) for name in named))
     if found := next(lying, None):
         return f"{type(found[1]).__name__} at {found[0]} holds its experts otherwise, and gets no new ones"
     return "a dense model is to be upcycled first"
@@ -115,12 +120,17 @@ def refuse_others(model: nn.Module) -> None:
         raise UsageError(f"{type(model).__name__} is no model of transformers{hint}")
 
 
-def common_form(chosen: dict[str, tuple[nn.Module, nn.Module]]) -> tuple[Any, int]:
+def common_form(chosen: dict[str, tuple[nn.Module, nn.Module]]) -> tuple[Form, int]:
     """Form and input width of all these routers; raises UsageError where they have no common one."""
     found = {}
     for path, (router, _) in chosen.items():
-        width = router_width(router)
-        found[path] = recognise(router, width), width
+        try:
+            width = router_width(router)
+            found[path] = recognise(router, width), width
+        except UsageError as error:
+            alike = [path for path, (other, _) in chosen.items() if type(other) is type(router)]
+            hint = f"; leave {', '.join(alike)} out by `layers`" if len(alike) < len(chosen) else ""
+            raise UsageError(f"{error}{hint}") from None
     if len(set(found.values())) > 1:
         paths = [path for path in found if found[path] != next(iter(found.values()))]
         raise UsageError(f"{paths[0]} routes otherwise than {next(iter(found))}: choose `layers` of one form")
@@ -208,7 +218,9 @@ def strip(model: nn.Module) -> nn.Module:
     new = sum(model.config.moepp[kind] for kind in ("constant", "copy", "zero"))
     for router, experts in blocks(model).values():
         if isinstance(router, PlusPlusRouter):
-            remove(router, (*NEW_OF_ROUTER, "form", "carry", "first", "last", "own_dtype"))
+            for matrix in [module for module in router.modules() if isinstance(module, PlusPlusMatrix)]:
+                remove(matrix, ("seen",))
+            remove(router, (*NEW_OF_ROUTER, "form", "carry", "first", "last", "logits", "own_dtype"))
             remove(experts, (*NEW_OF_EXPERTS, "own", "counts"))
             accept_no_one(experts, False)
     model.__class__ = family(type(model))
@@ -252,11 +264,11 @@ def calibrate(
     """
     require(model)
     found = routers(model)
-    most = min(most_new(router) / router.top_k for router in found)
+    most = min(most_new(router) / slots(router) for router in found)
     if not 0 <= share <= most:
         raise UsageError(
-            f"share={share} must lie between 0 and {most:g}: a token has {most * found[0].top_k:g} of"
-            f" {found[0].top_k} slots for {len(found[0].offset)} new experts"
+            f"share={share} must lie between 0 and {most:g}: a token has {most * slots(found[0]):g} of"
+            f" {slots(found[0])} slots for {len(found[0].offset)} new experts"
         )
     if share:
         batches = list(batches)
@@ -277,7 +289,7 @@ def reach(model: nn.Module, batches: Sequence[Any], share: float, tolerance: flo
         found = {router: turns(router, *heard) for router, heard in listen(model, batches, parallel).items()}
         if parallel is not None:
             found = {router: of_all_devices(turn_M) for router, turn_M in found.items()}
-        aims = {r: Aim(turn_M, r.top_k / most_new(r), share, tolerance) for r, turn_M in found.items()}
+        aims = {r: Aim(turn_M, slots(r) / most_new(r), share, tolerance) for r, turn_M in found.items()}
         missed = [router for router, aim in aims.items() if not aim.met_by(router.offset[0].item())]
         for router in missed:
             router.offset.fill_(aims[router].offset)
@@ -296,7 +308,7 @@ def of_all_devices(turn_M: Tensor) -> Tensor:
 
 def most_new(router: nn.Module) -> int:
     """Of a token's slots, how many new experts can take."""
-    return min(len(router.offset), router.top_k)
+    return min(len(router.offset), slots(router))
 
 
 @torch.no_grad()
@@ -374,15 +386,17 @@ def leave_padding_out(heard: dict[nn.Module, list[Tensor]], inputs: dict[str, An
 
 @contextmanager
 def hearing(heard: dict[nn.Module, list[Tensor]], biases: dict[nn.Module, Any]) -> Iterator[None]:
-    def hook(router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Tensor, ...]) -> None:
-        own = own_experts(router)
-        logits_TN = output[0].detach().clone()
+    def hear(router: nn.Module, module: nn.Module, args: tuple[Any, ...], said_TN: Tensor) -> None:
+        logits_TN = said_TN.detach().clone()
         if router.form.offset_in_logits:
-            logits_TN[:, own:] -= router.offset
+            logits_TN[:, own_experts(router) :] -= router.offset
         heard[router].append(logits_TN)
+
+    def hook(router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Tensor, ...]) -> None:
         biases[router] = router.bias_of(args[1:], kwargs), router.own_dtype
 
     hooks = [router.register_forward_hook(hook, with_kwargs=True) for router in heard]
+    hooks += [router.logits.register_forward_hook(partial(hear, router)) for router in heard]
     try:
         yield
     finally:
@@ -407,7 +421,7 @@ def turns(router: nn.Module, logits_TN: Tensor, bias: Tensor | None, dtype: torc
     low_M1, high_M1 = (logits_MN.new_full((len(logits_MN), 1), end) for end in (-FAR, FAR))
     for _ in range(BISECTIONS):
         middle_M1 = (low_M1 + high_M1) / 2
-        _, ids = router.form.route(logits_MN, middle_M1.expand(-1, new), bias, router.top_k, dtype)
+        _, ids = router.form.route(logits_MN, middle_M1.expand(-1, new), bias, slots(router), dtype)
         turned_M1 = (ids >= own_experts(router)).sum(1, keepdim=True) >= wanted_M1
         low_M1, high_M1 = low_M1.where(turned_M1, middle_M1), middle_M1.where(turned_M1, high_M1)
     return high_M1[:, 0].sort().values
@@ -440,7 +454,7 @@ class Aim:
 @torch.no_grad()
 def wake(model: nn.Module, fraction: float) -> nn.Module:
     """Moves the offsets from silent, at 0, to calibrated, at 1: their odds of being chosen grow with the fraction in a
-    softmax, their score in a sigmoid. Uncalibrated offsets are 0.
+    softmax, else what is added to their score. Uncalibrated offsets are 0.
     """
     require(model)
     if not 0 <= fraction <= 1:
@@ -460,4 +474,4 @@ def warm(model: nn.Module, new: int) -> None:
         ids = torch.randint(
             model.config.get_text_config().vocab_size, (4, 64), generator=torch.Generator().manual_seed(0)
         )
-        calibrate(model, [ids], share=min([0.25, *(min(new, r.top_k) / r.top_k for r in routers(model))]))
+        calibrate(model, [ids], share=min([0.25, *(most_new(r) / slots(r) for r in routers(model))]))

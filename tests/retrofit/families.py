@@ -20,12 +20,23 @@ SIZES = {
     "num_dense_layers": 0, "expert_ffn_hidden_size": 32, "ffn_hidden_size": 48, "zero_expert_num": 2,
 }  # fmt: skip
 OWN_SIZES = {
+    "deepseek_v4": {"mlp_layer_types": ["moe"] * 3, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 4},
+    "gemma4": {
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "global_head_dim": 16,
+        "enable_moe_block": True,
+        "num_experts": 8,
+        "top_k_experts": 2,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 64,
+        "moe_intermediate_size": 32,
+    },
     "lfm2_moe": {"layer_types": ["full_attention"] * 3},
     "longcat_flash": {"num_hidden_layers": 6},  # two attentions each
 }
 FAMILIES = (
     "mixtral", "olmoe", "flex_olmo", "qwen2_moe", "qwen3_moe", "jamba", "deepseek_v2", "deepseek_v3", "glm4_moe",
-    "lfm2_moe", "gpt_oss", "granitemoe", "longcat_flash",
+    "lfm2_moe", "gpt_oss", "granitemoe", "longcat_flash", "gemma4", "deepseek_v4",
 )  # fmt: skip
 TEXT = "the state of our union is strong and people work hard for peace in this land every day"
 IDS = torch.randint(3, 64, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -33,9 +44,11 @@ IDS = torch.randint(3, 64, (2, 7), generator=torch.Generator().manual_seed(0))
 
 def tiny(family: str, seed: int = 0, **changes):
     """In eval mode, with weights large enough that logits differ."""
-    config = transformers.CONFIG_MAPPING[family]
+    mapping = transformers.CONFIG_MAPPING
+    config = mapping[family if f"{family}_text" not in mapping else f"{family}_text"]
     sizes = SIZES | OWN_SIZES.get(family, {})
     known = config()
+    known.allow_global_per_layer_attribute_access = True
     config = config(**{key: value for key, value in sizes.items() if hasattr(known, key)} | changes)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()

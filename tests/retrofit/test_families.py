@@ -26,7 +26,7 @@ def test_every_family_of_this_version_is_tried():
     assert {said.partition(":")[0] for said in ROWS.values()} == {"works", "refused"}
 
 
-@pytest.mark.parametrize("family", ["glm5_next", "mimo_v2_flash", "step3p7"])
+@pytest.mark.parametrize("family", ["diffusion_gemma", "glm5_next", "mimo_v2_flash", "step3p7"])
 def test_a_family_works(family, plain):
     assert retrofit_families.outcome(family) == ROWS[family]
 
@@ -35,9 +35,9 @@ def test_a_family_works(family, plain):
     ("family", "why"),
     [
         ("dbrx", "DbrxFFN at transformer.blocks.0.ffn holds its experts otherwise, and gets no new ones"),
-        ("diffusion_gemma", "DiffusionGemmaTextRouter is a router of unknown form: it says neither num_experts nor"),
         ("inkling", "none of its matrices has a row for each of 8 experts alone"),
         ("llama4", "it does not answer with logits, gates and ids"),
+        ("phimoe", "what it computes is none of softmax, top-k then softmax, sigmoid and sqrt softplus"),
         ("switch_transformers", "SwitchTransformersSparseMLP at "),
     ],
 )

@@ -34,7 +34,7 @@ def test_an_exported_folder_runs_without_moepp(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen3_moe", "decoder"])
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen3_moe", "gemma4", "decoder"])
 def test_a_model_that_was_exported_can_be_saved_again(family, dtype, exported, plain, tmp_path):
     folders = [exported(family, dtype), tmp_path / "again", tmp_path / "and_again"]
     models = [plain(folders[0], dtype=dtype)]
