@@ -193,46 +193,7 @@ class RunConfig(Bounded):
         used = [plugins.owner(module) for module in _foreign_modules(self)]
         self.plugins = list(dict.fromkeys([*plugins.listed(self.plugins), *used]))
         self.plugin_sources = plugins.digests(self.plugins) | self.plugin_sources
-        trainer, devices = self.trainer, self.trainer.devices * self.trainer.num_nodes
-        if self.strategy.name == "single" and devices > 1:
-            raise ValueError(
-                f"strategy=single trains on one device, not on trainer.devices={trainer.devices} times "
-                f"trainer.num_nodes={trainer.num_nodes}; choose another, such as strategy=ddp"
-            )
-        if self.model.name == "hf" and self.strategy.name.startswith("expert_parallel"):
-            raise ValueError(
-                f"strategy={self.strategy.name} divides this package's own experts, not those of model=hf: choose "
-                "strategy=ddp or fsdp"
-            )
-        if self.model.ffn_rows is not None and self.strategy.name.startswith("expert_parallel"):
-            raise ValueError(
-                f"strategy={self.strategy.name} computes the rows that arrive, however many: leave model.ffn_rows out, "
-                "or choose strategy=ddp or fsdp"
-            )
-        if self.optim.name == "muon" and self.strategy.name in ("fsdp", "expert_parallel_fsdp"):
-            raise ValueError(
-                f"optim.name=muon needs whole matrices, and strategy={self.strategy.name} divides them: choose "
-                "strategy=ddp or expert_parallel, or optim.name=adamw"
-            )
-        if trainer.average_checkpoints and self.strategy.name not in ("single", "ddp"):
-            raise ValueError(
-                f"trainer.average_checkpoints={trainer.average_checkpoints} averages whole weights, and "
-                f"strategy={self.strategy.name} divides them: set it to 0, or choose strategy=single or ddp"
-            )
-        if "StochasticWeightAveraging" in trainer.callbacks and self.strategy.divides_weights:
-            raise ValueError(
-                "trainer.callbacks.StochasticWeightAveraging averages whole weights, and strategy="
-                f"{self.strategy.name} divides them: leave it out, or choose strategy=single or ddp"
-            )
-        parts = devices * trainer.accumulate
-        if self.data.batch_size % parts:
-            fewer = [n for n in range(1, trainer.accumulate) if self.data.batch_size % (devices * n) == 0]
-            raise ValueError(
-                f"data.batch_size={self.data.batch_size} cannot be divided among {devices} devices with "
-                f"trainer.accumulate={trainer.accumulate} each; use a multiple of {parts}"
-                + (f", or trainer.accumulate={fewer[-1]}" if fewer else "")
-            )
-        for impossible, reason in (*_undivided(self), *(_not_compiled(self) if trainer.compile else ())):
+        for impossible, reason in (*_conflicts(self), *_undivided(self), *_not_compiled(self)):
             if impossible:
                 raise ValueError(reason)
 
@@ -241,6 +202,58 @@ class RunConfig(Bounded):
         for hopeless, reason in (*_hopeless(self), *_never_logged(self)):
             if hopeless:
                 raise ValueError(reason)
+
+
+def _conflicts(config: RunConfig) -> list[tuple[bool, str]]:
+    """Parts of a run that cannot go together: whether these do not, and what to change."""
+    trainer, strategy = config.trainer, config.strategy
+    divides_experts = strategy.name.startswith("expert_parallel")
+    return [
+        (
+            strategy.name == "single" and trainer.devices * trainer.num_nodes > 1,
+            f"strategy=single trains on one device, not on trainer.devices={trainer.devices} times "
+            f"trainer.num_nodes={trainer.num_nodes}; choose another, such as strategy=ddp",
+        ),
+        (
+            config.model.name == "hf" and divides_experts,
+            f"strategy={strategy.name} divides this package's own experts, not those of model=hf: choose strategy=ddp "
+            "or fsdp",
+        ),
+        (
+            config.model.ffn_rows is not None and divides_experts,
+            f"strategy={strategy.name} computes the rows that arrive, however many: leave model.ffn_rows out, or "
+            "choose strategy=ddp or fsdp",
+        ),
+        (
+            config.optim.name == "muon" and strategy.name in ("fsdp", "expert_parallel_fsdp"),
+            f"optim.name=muon needs whole matrices, and strategy={strategy.name} divides them: choose strategy=ddp or "
+            "expert_parallel, or optim.name=adamw",
+        ),
+        (
+            trainer.average_checkpoints > 0 and strategy.divides_weights,
+            f"trainer.average_checkpoints={trainer.average_checkpoints} averages whole weights, and "
+            f"strategy={strategy.name} divides them: set it to 0, or choose strategy=single or ddp",
+        ),
+        (
+            "StochasticWeightAveraging" in trainer.callbacks and strategy.divides_weights,
+            f"trainer.callbacks.StochasticWeightAveraging averages whole weights, and strategy={strategy.name} divides "
+            "them: leave it out, or choose strategy=single or ddp",
+        ),
+        (
+            config.data.batch_size % (trainer.devices * trainer.num_nodes * trainer.accumulate) > 0,
+            _uneven_batch(config),
+        ),
+    ]
+
+
+def _uneven_batch(config: RunConfig) -> str:
+    batch, accumulate = config.data.batch_size, config.trainer.accumulate
+    devices = config.trainer.devices * config.trainer.num_nodes
+    fewer = [n for n in range(1, accumulate) if batch % (devices * n) == 0]
+    return (
+        f"data.batch_size={batch} cannot be divided among {devices} devices with trainer.accumulate={accumulate} each;"
+        f" use a multiple of {devices * accumulate}" + (f", or trainer.accumulate={fewer[-1]}" if fewer else "")
+    )
 
 
 def _hopeless(config: RunConfig) -> list[tuple[bool, str]]:
@@ -360,6 +373,8 @@ def _undivided(config: RunConfig) -> list[tuple[bool, str]]:
 
 def _not_compiled(config: RunConfig) -> list[tuple[bool, str]]:
     """What torch.compile does not take: whether it is asked for, and what to change."""
+    if not config.trainer.compile:
+        return []
     strategy = config.strategy.name
     return [
         (
