@@ -179,6 +179,7 @@ def cost_table(comparison: Comparison) -> Table:
     """Expert compute and speed; `ideal` is the speed-up if time were proportional to the timed batch's FFN compute."""
     results, paper = comparison.results, comparison.design.paper
     rows = [["arm", "experts: FFN + zero/copy/constant", "FFN experts per token", "FFN share", "FFN share, target"]]
+    rows[0].append("busiest FFN expert, times the mean load")
     timed = ("expert forward, ms", "speed-up", "ideal")
     rows[0] += [f"{routing}: {column}" for routing in ROUTINGS for column in timed]
     rows[0].append("speed-up over seeds, 95 %")
@@ -187,6 +188,7 @@ def cost_table(comparison: Comparison) -> Table:
     for arm in comparison.design.arms:
         row = [arm, experts(results, arm), of_seeds(results, arm, "ffn_per_token", ".3f")]
         row += [of_seeds(results, arm, "ffn_share", ".3f"), number(results.target_share(arm), ".3f")]
+        row.append(of_seeds(results, arm, "load_max_over_mean", ".2f"))
         for routing in ROUTINGS:
             time = results.expert_times.get((arm, routing))
             measured, ideal = speedups(results, arm, routing)

@@ -15,6 +15,7 @@ from moepp.statistics.wording import among, several
 PAYS = ("does not pay", "pays")
 DISTURBED = 1.5  # median over fastest call, above which other work has had a part in a timing
 DROPS_ALLOWED = 0.03  # of all slots in training, above which a report warns
+UNEVEN = 1.5  # times the least uneven arm's busiest FFN expert, above which a report warns
 TARGET_WITHIN = 0.02  # of all slots: how near to its target an FFN share must be before an arm is judged
 
 
@@ -26,7 +27,8 @@ def verdict(comparison: Comparison, secondary: Sequence[str] | None = None) -> l
     preliminary = [f"Preliminary, planned runs still missing: {missing}."] if missing else []
     judged = [_arms(comparison), *_effects(comparison)] if secondary is None else secondary
     order = [_order(comparison)] if comparison.design.paper else []
-    warned = [*_drops(comparison), *_off_target(comparison), *_recipes(comparison), *_unstable(comparison)]
+    warned = [*_drops(comparison), *_off_target(comparison), *_uneven(comparison)]
+    warned += [*_recipes(comparison), *_unstable(comparison)]
     speed = [_speed(comparison), *_wall_clock(comparison)]
     return [*preliminary, *judged, *warned, *order, *speed]
 
@@ -53,6 +55,20 @@ def _off_target(comparison: Comparison) -> list[str]:
         if None not in (share, target) and abs(share - target) > TARGET_WITHIN:
             said.append(f"{arm} {share:.3f} against {target:.3f}")
     return [f"Warning: the FFN share has not reached its target: {'; '.join(said)}."] if said else []
+
+
+def _uneven(comparison: Comparison) -> list[str]:
+    results = comparison.results
+    known = {arm: results.mean(arm, "load_max_over_mean") for arm in comparison.design.arms}
+    loads = {arm: load for arm, load in known.items() if load is not None}
+    least = min(loads, key=loads.__getitem__, default="")
+    said = [f"{arm} {load:.2f}" for arm, load in loads.items() if load > UNEVEN * loads[least]]
+    if not said:
+        return []
+    return [
+        f"Warning: the busiest FFN expert has {loads[least]:.2f} times the mean load in {least}, far more elsewhere:"
+        f" {'; '.join(said)}. One device does not pay for that; expert parallelism and a capacity do."
+    ]
 
 
 def _recipes(comparison: Comparison) -> list[str]:
