@@ -81,7 +81,7 @@ def end_of_text(tokenizer: Tokenizer, folder: Path | None = None, name: str = ""
     """The id that ends every document: that of the token `name`, else of the one known by name, else of what the files
     beside a published tokenizer say.
 
-    Raises UsageError where nothing tells it.
+    Raises UsageError where nothing tells it, and for a `name` that is a token of ordinary text.
     """
     names = [name] if name else [known for known in END_OF_TEXT if tokenizer.token_to_id(known) is not None]
     names = names or _said_to_end(tokenizer, folder)
@@ -89,6 +89,11 @@ def end_of_text(tokenizer: Tokenizer, folder: Path | None = None, name: str = ""
         raise UsageError(
             f"data.tokenizer{f' in {folder}' if folder else ''}: {name or 'end-of-text'} is no token of it; set"
             f" data.end_of_text to the token that ends a document, such as {' '.join(END_OF_TEXT)}"
+        )
+    if name and end in encode_text(tokenizer, tokenizer.decode([end], skip_special_tokens=False)):
+        raise UsageError(
+            f"data.end_of_text={name} is a token of ordinary text, which would end documents wherever it stands; set it"
+            f" to a token that no text gives, such as {' '.join(END_OF_TEXT)}"
         )
     return end
 

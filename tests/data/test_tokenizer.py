@@ -109,6 +109,13 @@ def test_a_tokenizer_without_end_of_text_is_refused(tmp_path):
         end_of_text(load_tokenizer(tmp_path / "tokenizer.json"))
 
 
+def test_a_token_of_ordinary_text_ends_no_document(bpe):
+    word = next(token for token in bpe.get_vocab() if token.startswith("Ġ") and len(token) > 2)  # with a space before
+    with pytest.raises(UsageError, match=rf"^data\.end_of_text={word} is a token of ordinary text"):
+        end_of_text(bpe, name=word)
+    assert end_of_text(bpe, name="<|endoftext|>") == 0
+
+
 def test_offsets_that_go_back_never_count_text_twice():
     lengths = token_bytes("abcdé", [(0, 3), (1, 2), (3, 4)])
     assert np.array_equal(lengths, [3, 0, 3])
