@@ -159,16 +159,11 @@ class Sweep(Bounded):
         arms as they stand, before anything is proposed. Raises UsageError for an unknown scale, an override the config
         refuses or nothing reads, repeated seeds, or arms that amount to the same run.
         """
-        from moepp.training.asked import refuse_vain
-
         seeds, pruned = self.chosen_seeds(scale, seeds), expand(self.space) if self.pruner_at(scale) else {}
         # To compose takes tens of milliseconds, which a copy for each seed does not.
         arms = self.arms_at(scale)
         configs = {arm: self._compose(arm, _layers(changes), scale, extra) for arm, changes in arms.items()}
-        refuse_vain(extra, configs.values())
-        for arm, config in configs.items():
-            with at(f"{self.file or self.name}: arm {arm}"):
-                refuse_vain([word for word in _layers(arms[arm]) if isinstance(word, str)], [config])
+        self._refuse_vain(configs, scale, list(extra))
         self._check_axis(configs)
         if self.search(scale):
             self._check_objective(configs)
@@ -178,6 +173,17 @@ class Sweep(Bounded):
         _refuse_equal_arms(trials)
         _refuse_rungs_between_validations(pruning.parse(self.pruner_at(scale)), trials)
         return trials
+
+    def _refuse_vain(self, configs: Mapping[str, "RunConfig"], scale: str, extra: list[str]) -> None:
+        """Words of the command, or of the file where the command changes nothing of it, that no run reads."""
+        from moepp.training.asked import refuse_vain
+
+        refuse_vain(extra, configs.values())
+        places = {"base": (self.base, configs.values()), f"scale {scale}": (self.scale(scale).set, configs.values())}
+        places |= {f"arm {arm}": (_layers(self.arms[arm]), [config]) for arm, config in configs.items()}
+        for place, (words, read_by) in places.items() if not extra else ():
+            with at(f"{self.file or self.name}: {place}"):
+                refuse_vain([word for word in words if isinstance(word, str)], read_by)
 
     def _lengthened(self, trials: Sequence["Trial"], lengths: Sequence[float]) -> list["Trial"]:
         chosen = [trial for trial in trials if trial.arm in (self.lengthened or [self.baseline])] if lengths else []

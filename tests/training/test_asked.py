@@ -86,6 +86,18 @@ def test_an_arm_is_told_what_it_changes_in_vain(sweep):
         sweep("[model.router_width=8]").trials("smoke")
 
 
+def test_what_a_file_says_for_all_arms_and_none_reads_is_refused_unless_the_command_changes_the_file(tmp_path):
+    file = tmp_path / "s.yaml"
+    file.write_text(
+        "name: s\nquestion: q\nbase: [size=smoke, data=text, data.path=books.txt, model.router_width=8]\n"
+        "scales: {smoke: {}}\nbaseline: a\narms:\n  a: [model=moepp]\n  b: [model=vanilla]\n"
+    )
+    made = read_sweep(str(file))
+    with pytest.raises(UsageError, match=r"s\.yaml: base: model\.router_width=8 has no effect"):
+        made.trials("smoke")
+    assert len(made.trials("smoke", ["data=sotu"])) == 2
+
+
 def test_a_word_for_all_arms_is_taken_where_one_of_them_reads_it(sweep):
     made = sweep("[model=rmoe]")
     assert len(made.trials("smoke", ["model.router_width=8"])) == 2
