@@ -84,3 +84,9 @@ def test_a_table_of_the_paper_beside_a_sweep_is_at_most_40_lines(name):
     source = (SHIPPED / EXPERIMENTS / f"{name}.py").read_text()
     of_the_paper = discover()[name].reference and "of_sweep(" in source
     assert not of_the_paper or len(source.splitlines()) <= 40
+
+
+def test_no_two_files_of_tests_share_a_name():
+    """Without packages pytest takes the second for the first, but only where both are collected."""
+    names = sorted(path.name for path in Path(__file__).parent.rglob("test_*.py"))
+    assert len(names) == len(set(names))
