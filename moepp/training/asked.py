@@ -33,13 +33,13 @@ def _chosen(registry: Registry, name: str | None, *readers: str) -> bool:
     return name is not None and (name in readers or name not in registry.defined)
 
 
-def _aims(balance: BalanceConfig) -> bool:
-    foreign = _chosen(register.balance, balance.form) or _chosen(register.control, balance.control)
-    return balance.aims_at_expected_ffn or foreign
+def _is_foreign(balance: BalanceConfig) -> bool:
+    return _chosen(register.balance, balance.form) or _chosen(register.control, balance.control)
 
 
-def _has_zero_computation(model: DecoderConfig) -> bool:
-    return model.experts.zero_computation > 0 or model.retrofit.adds
+def _weighs(model: DecoderConfig) -> bool:
+    """Whether there is anything that tau sets against FFN experts."""
+    return model.experts.zero_computation > 0 or model.retrofit.adds or _is_foreign(model.balance)
 
 
 CONDITIONS = (
@@ -65,12 +65,12 @@ CONDITIONS = (
     ),
     Condition(
         ("model.balance.expected_ffn",),
-        lambda config: _aims(config.model.balance),
+        lambda config: config.model.balance.aims_at_expected_ffn or _is_foreign(config.model.balance),
         "set model.balance.form=grouped, or model.balance.control=longcat or remoe",
     ),
     Condition(
         ("model.balance.tau",),
-        lambda config: _has_zero_computation(config.model),
+        lambda config: _weighs(config.model),
         "choose a model that has zero-computation experts, such as model=moepp",
     ),
     Condition(

@@ -64,6 +64,17 @@ def test_a_registered_part_may_read_any_key(tmp_path):
         asked_for(["size=smoke", *chosen, "model.top_p=0.3"])
 
 
+def test_a_registered_form_of_the_balance_loss_may_read_what_no_other_does(tmp_path):
+    plugin = tmp_path / "own_balance.py"
+    plugin.write_text(
+        "from moepp import register\n\n\n"
+        "@register.balance('own_balance')\ndef term(share_N, probs_N, experts, config):\n    return share_N * probs_N\n"
+    )
+    chosen = ["size=smoke", "model=vanilla", f"plugins={plugin}", "model.balance.form=own_balance"]
+    with forgotten():
+        asked_for([*chosen, "model.balance.tau=0.5", "model.balance.expected_ffn=1.1"])
+
+
 def test_a_word_that_another_one_refers_to_has_an_effect():
     asked_for(["size=smoke", "model.router_width=16", "model.dim=${model.router_width}"])
 
