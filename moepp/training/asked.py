@@ -38,8 +38,8 @@ def _is_foreign(balance: BalanceConfig) -> bool:
 
 
 def _weighs(model: DecoderConfig) -> bool:
-    """Whether there is anything that tau sets against FFN experts."""
-    return model.experts.zero_computation > 0 or model.retrofit.adds or _is_foreign(model.balance)
+    """Whether there is anything that tau sets against FFN experts; a folder may bring its own."""
+    return model.name == "hf" or model.experts.zero_computation > 0 or _is_foreign(model.balance)
 
 
 CONDITIONS = (

@@ -6,7 +6,7 @@ from registered import forgotten
 from moepp.config import compose
 from moepp.errors import UsageError
 from moepp.sweeps.reading import read_sweep
-from moepp.training.asked import asked_for
+from moepp.training.asked import asked_for, refuse_vain
 from moepp.training.settings import RunConfig
 
 READ = {  # a word, the words that make nothing read it, and those that make something
@@ -73,6 +73,12 @@ def test_a_registered_form_of_the_balance_loss_may_read_what_no_other_does(tmp_p
     chosen = ["size=smoke", "model=vanilla", f"plugins={plugin}", "model.balance.form=own_balance"]
     with forgotten():
         asked_for([*chosen, "model.balance.tau=0.5", "model.balance.expected_ffn=1.1"])
+
+
+def test_a_folder_may_bring_zero_computation_experts_of_its_own():
+    none = ["model.experts.zero=0", "model.experts.copy=0", "model.experts.constant=0"]
+    config = compose(RunConfig, ["size=smoke", "model=hf", "model.path=smollm2", *none])
+    refuse_vain(["model.balance.tau=0.5"], [config])
 
 
 def test_a_word_that_another_one_refers_to_has_an_effect():
