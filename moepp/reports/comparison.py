@@ -1,6 +1,5 @@
 """The numbers of a report: arms against the baseline, effects, noise, unstable arms and the paper's order."""
 
-import math
 import statistics
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,6 @@ from moepp.reports.recipe import confounds
 from moepp.reports.results import SweepResults
 from moepp.statistics.seeds import (
     NO_ERROR,
-    POWER,
     SIGNIFICANCE,
     Estimate,
     MedianInterval,
@@ -22,7 +20,6 @@ from moepp.statistics.seeds import (
     holm,
     mean_interval,
     median_interval,
-    minimal_detectable_difference,
     paired_difference,
 )
 from moepp.sweeps.spec import Contrast, Trend
@@ -265,11 +262,8 @@ def _noise(by_seed: Mapping[int, float], difference: Difference | None, tests: i
     if difference is None or difference.estimate.std is None:
         return NoiseFloor(std)
     estimate = difference.estimate
-    spread = estimate.error * math.sqrt(estimate.n)
     levels = (1 - SIGNIFICANCE / count for count in (1, tests))
-    return NoiseFloor(
-        std, estimate.std, *(minimal_detectable_difference(spread, estimate.n, level, POWER) for level in levels)
-    )
+    return NoiseFloor(std, estimate.std, *(estimate.detectable_difference(level) for level in levels))
 
 
 def _ordering(paper: PaperScores, effects: Callable[[Mapping[Name, Contrast]], dict[Name, Difference]]) -> Ordering:

@@ -25,11 +25,11 @@ HOW_TO_READ = f"""\
 `±` is the half width of a 95 % t-interval over seeds, n the number of finished seeds. Losses are in nats per token,
 lower is better. Differences are paired: both sides share the seed. `{ALONE}`: the interval of this difference
 alone excludes 0. `{CORRECTED}`: it still differs at 5 % after Holm's correction {{family}};
-only this counts as beyond noise. The error of the held-out text is in the intervals of differences, where the records
-tell it. `{UNSTABLE}`: of an arm whose seeds scatter too unevenly for a t-interval; p is then that of the sign test, and
-the typical seed is the median over seeds with an interval that any distribution allows, at the level it attains.
-`{CONFOUNDED}`: the two sides differ in capacity, balance weight, warm-up, rate or the like as well, which the sweep is
-not about. `{NONE}`: no value."""
+only this counts as beyond noise. Where the records tell the error of the held-out text, its half width is in that of a
+difference, as the root of the sum of squares. `{UNSTABLE}`: of an arm whose seeds scatter too unevenly for a
+t-interval; p is then that of the sign test, and the typical seed is the median over seeds with an interval that any
+distribution allows, at the level it attains. `{CONFOUNDED}`: the two sides differ in capacity, balance weight, warm-up,
+rate or the like as well, which the sweep is not about. `{NONE}`: no value."""
 
 SECOND = f"""\
 The same differences in other measures. The training loss of the first epoch is the mean over its steps, of windows that

@@ -5,6 +5,8 @@ import pytest
 from scipy import stats
 
 from moepp.statistics.seeds import (
+    Estimate,
+    SharedError,
     holm,
     mean_interval,
     minimal_detectable_difference,
@@ -39,6 +41,40 @@ def test_paired_difference_is_the_paired_t_test():
     estimate, reference = paired_difference(LOSSES, BASELINE), stats.ttest_rel(LOSSES, BASELINE)
     assert estimate.p_value == pytest.approx(reference.pvalue)
     assert (estimate.low, estimate.high) == pytest.approx(tuple(reference.confidence_interval(0.95)))
+
+
+@pytest.mark.parametrize("error", [0.0, 1e-9, 0.0024, 0.5])
+@pytest.mark.parametrize("significance", [0.05, 0.003, 1e-12])
+def test_p_is_the_level_at_which_the_interval_of_seeds_and_text_ends_at_zero(error, significance):
+    level, shared = 1 - significance, SharedError(error, 60)
+    half_width = Estimate(0.0, 0.011, 3, shared, level).half_width
+    seeds, text = stats.t.isf(significance / 2, 2) * 0.011 / 3**0.5, stats.t.isf(significance / 2, 60) * error
+    assert half_width == pytest.approx((seeds**2 + text**2) ** 0.5, rel=1e-3)  # 1 - 1e-12 has four digits of 1e-12
+    assert Estimate(half_width, 0.011, 3, shared).p_value == pytest.approx(significance, rel=1e-3)
+
+
+@pytest.mark.parametrize("std, error, p", [(0.0, 0.01, 0.0456), (0.01, 1e-300, 0.0742), (0.0, 0.0, 0.0)])
+def test_an_error_that_is_none_leaves_the_test_of_the_other(std, error, p):
+    assert Estimate(0.02, std, 3, SharedError(error, 10**6)).p_value == pytest.approx(p, abs=1e-4)
+
+
+def test_a_mean_far_beyond_its_errors_has_a_p_that_is_not_above_either_and_none_below():
+    for mean in (1e-15, 1e-3, 1.0, 1e6):
+        found = Estimate(mean, 1e-5, 20, SharedError(1e-5, 5000))
+        assert 0.0 <= found.p_value <= 1.0
+        assert found.p_value >= Estimate(mean, 1e-5, 20).p_value
+
+
+@pytest.mark.parametrize("scatter", [0.011, 0.0005])
+def test_the_detectable_difference_of_seeds_and_text_is_found_with_the_stated_power(scatter):
+    generator, found = np.random.default_rng(0), []
+    effect = Estimate(0.0, scatter, 5, SharedError(0.0024, 60)).detectable_difference()
+    for _ in range(10_000):
+        seeds = effect + generator.normal(0, 0.0024) + generator.normal(0, scatter, 5)
+        error = 0.0024 * (generator.chisquare(60) / 60) ** 0.5
+        found.append(Estimate(seeds.mean(), seeds.std(ddof=1), 5, SharedError(error, 60)).excludes_zero)
+    assert np.mean(found) == pytest.approx(0.8, abs=0.015)
+    assert Estimate(0.0, None, 1).detectable_difference() is None
 
 
 def test_pairing_removes_what_the_seed_does_to_both():

@@ -8,7 +8,14 @@ from scipy import stats
 
 from moepp.reports.comparison import _differences
 from moepp.statistics.clusters import cluster_error
-from moepp.statistics.seeds import mean_interval, median_interval, paired_difference, ratio_interval
+from moepp.statistics.seeds import (
+    Estimate,
+    SharedError,
+    mean_interval,
+    median_interval,
+    paired_difference,
+    ratio_interval,
+)
 from moepp.statistics.stability import best_split, unstable_arms
 from moepp.sweeps.spec import Contrast
 
@@ -44,8 +51,26 @@ def test_an_interval_of_seeds_crossed_with_examples_covers_other_seeds_and_examp
         for kept, shared in ((crossed, {"shared": cluster_error(seeds_SN.mean(0))}), (alone, {})):
             found = paired_difference(values, [0.0] * 4, **shared)
             kept.append((found.low, found.high))
-    assert 0.94 <= coverage(crossed, 0) <= 0.985  # Satterthwaite leans to the safe side where few seeds scatter
+    assert 0.94 <= coverage(crossed, 0) <= 0.985  # leans to the safe side where few seeds and the examples weigh alike
     assert coverage(alone, 0) < 0.85
+
+
+@pytest.mark.parametrize("scatter", [0.011, 0.002], ids=["seeds far above the text", "alike"])
+@pytest.mark.parametrize("n", [3, 5, 6])
+@pytest.mark.parametrize("significance", [0.05, 0.05 / 17], ids=["alone", "first of 17 in Holm's order"])
+def test_a_difference_of_few_seeds_on_one_text_alarms_no_more_often_than_its_level(generator, scatter, n, significance):
+    drawn, text, freedom = 40_000, 0.0024, 60
+    seeds_DS = generator.normal(0, scatter, (drawn, n)) + generator.normal(0, text, (drawn, 1))
+    error_D = text * np.sqrt(generator.chisquare(freedom, drawn) / freedom)
+    columns = (seeds_DS.mean(1), seeds_DS.std(1, ddof=1), error_D)
+    alarms = np.mean(
+        [
+            Estimate(mean, std, n, SharedError(error, freedom), 1 - significance).excludes_zero
+            for mean, std, error in zip(*(column.tolist() for column in columns), strict=True)
+        ]
+    )
+    most = significance + 3 * np.sqrt(significance / drawn)
+    assert significance / 20 < alarms < most
 
 
 def test_an_error_over_documents_covers_where_one_over_windows_does_not(generator):
