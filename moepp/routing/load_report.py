@@ -19,7 +19,7 @@ from moepp.statistics.style import BLUE, INK, Figure, axes_of, counted
 from moepp.statistics.tables import Cell, Table
 
 LAYERS_IN_A_FIGURE = 5  # as in the paper's appendix
-FILL = {"constant": ("0.75", "////"), "copy": ("0.88", "...."), "zero": ("white", "")}
+FILL = {"constant": ("0.75", "////"), "copy": ("0.88", "\\\\\\\\"), "zero": ("white", "")}
 REGISTERED = ("0.6", "xxxx")  # of all types that the package does not know
 
 

@@ -5,9 +5,11 @@ reader without some of the colours loses nothing.
 import io
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -202,12 +204,25 @@ def as_svg(canvas: "Canvas") -> str:
 
 
 def compact_svg(svg: str) -> str:
-    """The same picture in fewer bytes than Matplotlib's: no indentation, places to a hundredth of a point, and the
-    family of all texts said once.
+    """The same picture in fewer bytes than Matplotlib's: no indentation, places to a hundredth of a point, the family of
+    all texts said once, and any other style that elements share.
     """
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), svg)
     svg = re.sub(r' transform="rotate\(-0 [^)]*\)"', "", svg)
     if family := re.search(r"; font-family: [^;\"]*", svg):
         svg = svg.replace("</style>", f"text{{{family[0].removeprefix('; ')}}}</style>", 1).replace(family[0], "")
-    return re.sub(r"\s*\n\s*", "\n", svg)
+    return re.sub(r"\s*\n\s*", "\n", _shared_styles_once(svg))
+
+
+def _shared_styles_once(svg: str) -> str:
+    """As classes, whose names tell what is in them, so that pictures in one page need not avoid each other's. A style
+    that points to an id stays with its element, for ids are renamed there.
+    """
+    count = Counter(style for style in re.findall(r' style="([^"]*)"', svg) if "url(" not in style)
+    names = {style: f"s{sha256(style.encode()).hexdigest()[:6]}" for style, times in count.items() if times > 1}
+    classes = "".join(f".{name}{{{style}}}" for style, name in names.items())
+    styled = re.sub(
+        r' style="([^"]*)"', lambda found: f' class="{names[found[1]]}"' if found[1] in names else found[0], svg
+    )
+    return styled.replace("</style>", f"{classes}</style>", 1)
