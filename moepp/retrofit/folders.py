@@ -154,7 +154,9 @@ def read_enlarged(folder: Path, config: dict[str, Any], counts: dict[str, int], 
     name = next(iter(config["architectures"])).replace("PlusPlus", "")
     cls = getattr(transformers, name)
     state: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    if not (files := sorted(folder.glob("*.safetensors"))):
+        raise UsageError(f"{folder} holds no weights in *.safetensors")
+    for file in files:
         state |= load_file(file)
     plain = cls.config_class.from_pretrained(folder)
     rows, new = {}, sum(counts.values())

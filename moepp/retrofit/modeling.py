@@ -37,7 +37,9 @@ class Carry:
         self.restored = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Carry":
-        return memo.setdefault(id(self), Carry())
+        """A model's copy has one of its own; a router's stays in its model, where adapters put it (modules_to_save)."""
+        whole = any(isinstance(made, PlusPlusModel) for made in memo.values())
+        return memo.setdefault(id(self), Carry() if whole else self)
 
     def __reduce__(self) -> tuple[type["Carry"], tuple[()]]:
         return Carry, ()
@@ -95,7 +97,7 @@ class PlusPlusRouter(Generated):
         self.logits = nn.Identity()  # through which they pass, for whoever hooks it
         if form.matrix is not None:
             matrix = self.get_submodule(form.matrix)
-            matrix.__class__ = mixed(PlusPlusMatrix, type(matrix), f"PlusPlus{type(matrix).__name__}")
+            become(matrix, mixed(PlusPlusMatrix, type(matrix), f"PlusPlus{type(matrix).__name__}"))
 
     def begin(self) -> None:
         """Silent, and rows that tell two equal experts apart, but for what a checkpoint gave."""
@@ -308,6 +310,13 @@ def checkpoint_with(carries: Sequence[Carry], function: Callable, layer: Callabl
     return function(run, *args)
 
 
+def become(module: nn.Module, cls: type) -> None:
+    """Of another class, what accelerate calls of a module that a `device_map` placed included."""
+    module.__class__ = cls
+    if "_old_forward" in vars(module):
+        module._old_forward = cls.forward.__get__(module)
+
+
 @cache
 def mixed(mixin: type, cls: type, name: str) -> type:
     return type(name, (mixin, cls), {"__module__": cls.__module__})
@@ -408,8 +417,8 @@ def install(model: nn.Module, settings: dict[str, Any]) -> None:
         previous = None
         for router, experts in stack:
             own = own_experts(router)
-            router.__class__ = mixed(PlusPlusRouter, type(router), f"PlusPlus{type(router).__name__}")
-            experts.__class__ = mixed(PlusPlusExperts, type(experts), f"PlusPlus{type(experts).__name__}")
+            become(router, mixed(PlusPlusRouter, type(router), f"PlusPlus{type(router).__name__}"))
+            become(experts, mixed(PlusPlusExperts, type(experts), f"PlusPlus{type(experts).__name__}"))
             residual = settings["gating_residual"] and previous is not None
             router.plus_plus(form, counts, settings["width"], residual, carry)
             experts.plus_plus(own, counts, settings["scaled_copy"])

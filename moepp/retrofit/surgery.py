@@ -20,6 +20,7 @@ from moepp.retrofit.modeling import (
     PlusPlusModel,
     PlusPlusRouter,
     accept_no_one,
+    become,
     blocks,
     count_experts,
     family,
@@ -33,6 +34,7 @@ from moepp.retrofit.modeling import (
 from moepp.retrofit.modeling_form import SILENT, Form
 from moepp.retrofit.recognise import recognise, unknown
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FAR = 64.0  # beyond which no offset is looked for
 BISECTIONS = 32
 
@@ -93,6 +95,8 @@ def choose_blocks(model: nn.Module, layers: Collection[int] | None) -> dict[str,
         raise UsageError(f"{name} has no MoE block of a router and stacked experts: {instead_of_blocks(model)}")
     if parallel := [path for path, (_, experts) in found.items() if getattr(experts, "_is_expert_parallel", False)]:
         raise UsageError(f"{parallel[0]} of {name} runs under transformers' expert parallelism: load it with ep_size=1")
+    refuse_weights(name, found)
+    refuse_shared(name, found)
     if layers is None:
         return found
     if not layers:
@@ -100,6 +104,29 @@ def choose_blocks(model: nn.Module, layers: Collection[int] | None) -> dict[str,
     if bad := [layer for layer in layers if layer not in range(len(found))]:
         raise UsageError(f"layers: {bad[0]!r} is no MoE block of {name}, which has {len(found)}, from 0")
     return {path: block for i, (path, block) in enumerate(found.items()) if i in layers}
+
+
+def refuse_weights(name: str, found: dict[str, tuple[nn.Module, nn.Module]]) -> None:
+    """Of kinds that new experts cannot be made like, or that lie elsewhere than in the model."""
+    for path, module in ((path, module) for path, block in found.items() for module in block):
+        for weight in module.parameters():
+            if weight.dtype not in FLOATS or type(weight) not in (nn.Parameter, DTensor):
+                kind = str(weight.dtype).removeprefix("torch.") if weight.dtype not in FLOATS else type(weight).__name__
+                raise UsageError(
+                    f"{path} of {name} has weights in {kind}, and new experts are none:"
+                    " load it in float32, bfloat16 or float16"
+                )
+            if weight.is_meta and hasattr(module, "_hf_hook"):
+                raise UsageError(f"{path} of {name} is offloaded: load it by a device_map without cpu and disk offload")
+
+
+def refuse_shared(name: str, found: dict[str, tuple[nn.Module, nn.Module]]) -> None:
+    """Of a router or experts that two blocks share there would be one set of new ones, for two layers' inputs."""
+    seen: dict[nn.Module, str] = {}
+    for path, block in found.items():
+        for what, module in zip(("router", "experts"), block, strict=True):
+            if (other := seen.setdefault(module, path)) != path:
+                raise UsageError(f"{path} of {name} shares its {what} with {other}: give it a copy of its own")
 
 
 def instead_of_blocks(model: nn.Module) -> str:
@@ -232,7 +259,7 @@ def strip(model: nn.Module) -> nn.Module:
 
 
 def remove(module: nn.Module, names: Iterable[str]) -> None:
-    module.__class__ = type(module).__bases__[1]
+    become(module, type(module).__bases__[1])
     for name in names:
         if hasattr(module, name):
             delattr(module, name)
