@@ -28,6 +28,15 @@ def pytest_make_parametrize_id(val, argname):
     return argname if isinstance(val, bytes) else None
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """What times a sweep's arms takes all cores and keeps them, and threads that wait for each other on busy cores need
+    minutes.
+    """
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def token_folder(tmp_path_factory):
     """Prepared tokens with something to learn: id + 1 follows id three times in four, over 64 ids; each id is one byte,

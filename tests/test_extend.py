@@ -2,18 +2,25 @@
 
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 
 from registered import forgotten
 
 from moepp import cli
+from moepp.sweeps.timing import time_arms
 
 PAGE = Path(__file__).parent.parent / "docs" / "extend.md"
-FAST = ["tracking=jsonl", "trainer.progress=false", "trainer.expert_timing=false", "trainer.threads=1"]
+FAST = [
+    "tracking=jsonl", "trainer.progress=false", "trainer.expert_timing=false", "trainer.threads=1",
+    "data.corpus_options.documents=100",
+]  # fmt: skip
 
 
 def test_the_page_trains_sweeps_and_reports_what_it_defines(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})  # threads that spin for each other's core take minutes
+    monkeypatch.setattr("moepp.sweeps.timing.time_arms", partial(time_arms, repeats=1))
     blocks = re.findall(r"```(python|yaml|sh)\n(.*?)```", PAGE.read_text(), re.DOTALL)
     commands = []
     for language, text in blocks:

@@ -4,6 +4,7 @@ import ast
 import json
 import subprocess
 import sys
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -62,23 +63,25 @@ def package(module: str) -> str:
     return module.split(".")[1]
 
 
-GRAPH = {module: imports(module) for module in MODULES if module != "moepp"}
+@cache
+def graph() -> dict[str, set[str]]:
+    return {module: imports(module) for module in MODULES if module != "moepp"}
 
 
 def test_every_package_has_its_place():
-    assert {package(module) for module in GRAPH} == set(RANK)
+    assert {package(module) for module in graph()} == set(RANK)
 
 
 @pytest.mark.parametrize("name", sorted(RANK))
 def test_a_package_names_nothing_above_it(name):
-    arrows = {(module, used) for module in GRAPH if package(module) == name for used in GRAPH[module]}
+    arrows = {(module, used) for module, names in graph().items() if package(module) == name for used in names}
     upward = {(a, b) for a, b in arrows if package(b) != name and RANK[package(b)] >= RANK[name]}
     assert not upward
 
 
 def test_no_modules_import_each_other_in_a_circle():
     try:
-        TopologicalSorter(GRAPH).prepare()
+        TopologicalSorter(graph()).prepare()
     except CycleError as error:
         pytest.fail(" -> ".join(error.args[1]))
 
@@ -103,7 +106,7 @@ for name, modules in json.load(sys.stdin).items():
 @pytest.fixture(scope="module")
 def alone():
     """By package: what of moepp is loaded once all its modules are, in an interpreter that knew nothing of moepp."""
-    modules = {name: [module for module in GRAPH if package(module) == name] for name in RANK}
+    modules = {name: [module for module in graph() if package(module) == name] for name in RANK}
     done = subprocess.run(
         [sys.executable, "-c", ALONE], input=json.dumps(modules), capture_output=True, text=True, cwd=ROOT.parent
     )

@@ -2,6 +2,7 @@
 
 import ast
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,6 @@ from moepp.shipped import EXPERIMENTS, SHIPPED
 
 PACKAGE = Path(moepp.__file__).parent
 SOURCES = {str(p.relative_to(PACKAGE)): p for p in sorted(PACKAGE.rglob("*.py")) if "_shipped" not in p.parts}
-TREES = {name: ast.parse(path.read_text()) for name, path in SOURCES.items()}
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 AGAIN = {  # where a name may stand a second time, and why
     "cli.py": "a command is called as what it runs",
@@ -22,6 +22,11 @@ AGAIN = {  # where a name may stand a second time, and why
     "retrofit/folders.py": "retrofit has a face of its own: retrofit.load",
     "retrofit/modeling_decoder.py": "goes into folders that work without this package",
 }
+
+
+@cache
+def trees():
+    return {name: ast.parse(path.read_text()) for name, path in SOURCES.items()}
 
 
 def of_others(name):
@@ -43,7 +48,7 @@ def _is_type(name):
 
 def test_a_public_name_is_defined_once():
     found = defaultdict(set)
-    for module, tree in TREES.items():
+    for module, tree in trees().items():
         for name in public_names(tree):
             if not name.startswith("_") and name != "main" and of_others(module):
                 found[name].add(module)
@@ -61,7 +66,7 @@ def parts_used(function, argument):
 def test_a_function_takes_its_part_of_a_runs_config():
     whole = [
         f"{module}: {function.name}"
-        for module, tree in TREES.items()
+        for module, tree in trees().items()
         for function in ast.walk(tree)
         if isinstance(function, FUNCTIONS)
         for argument in function.args.args

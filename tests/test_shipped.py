@@ -155,7 +155,7 @@ def test_experiments_and_sweeps_print_their_reports(name, two_steps, tmp_path, m
             train_arm(sweep, arm, two_steps)
     monkeypatch.setattr(Job, "start", lambda job, *_: pytest.fail(f"{job.label} is trained again"))
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})  # threads that spin for each other's core take minutes
-    monkeypatch.setattr("moepp.sweeps.timing.time_arms", partial(time_arms, repeats=2))
+    monkeypatch.setattr("moepp.sweeps.timing.time_arms", partial(time_arms, repeats=1))
     monkeypatch.chdir(tmp_path)
     reproduce.reproduce(name, "smoke", 1, two_steps if experiment.runs else [], seeds=[0], out=tmp_path / "out")
     [folder] = (tmp_path / "out" / name).iterdir()

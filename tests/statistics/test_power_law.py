@@ -64,9 +64,9 @@ def test_what_is_no_number_counts_at_both_ends():
 def test_intervals_cover_where_lengths_share_a_trunk():
     """Simulated truth: of the loss at a size not seen, and of the speed-up, with the scatter that runs have."""
     generator, covered = np.random.default_rng(1), {"loss": 0, "ratio": 0}
-    for _ in range(30):
+    for _ in range(15):
         base, ours = (fit_power_law(*runs(0.006, 0.008, 3, generator)) for _ in range(2))
         loss, ratio = interval(base.losses_F(1.6e6, 4e6)), interval(tokens_ratio_F(base, ours, 4e5, 4e5, 4e6))
         covered["loss"] += loss.low <= law(1.6e6, 4e6) <= loss.high
         covered["ratio"] += ratio.low <= 1 <= ratio.high
-    assert min(covered.values()) >= 26  # of 150 each were 96 and 97 %
+    assert min(covered.values()) >= 14  # of 150 each were 96 and 97 %; with a block for each run 9 and 13 of these

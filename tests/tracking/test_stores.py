@@ -1,6 +1,5 @@
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -41,6 +40,7 @@ from moepp.tracking.settings import TrackingConfig
 assert not {"mlflow", "torch", "lightning"} & set(sys.modules)
 import mlflow
 from moepp.tracking.mlflow_store import connect
+print("ready", flush=True)
 sys.stdin.readline()
 print(connect(TrackingConfig(), sys.argv[1])[1])
 """
@@ -54,7 +54,7 @@ def test_processes_that_start_at_once_create_one_store_without_chatter(tmp_path)
         )
         for _ in range(2)
     ]  # fmt: skip
-    time.sleep(3)  # until all have imported mlflow, so that they really meet
+    assert [process.stdout.readline() for process in processes] == ["ready\n"] * 2  # mlflow imported: they really meet
     for process in processes:
         process.stdin.write("go\n")
         process.stdin.flush()
