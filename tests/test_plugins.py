@@ -444,6 +444,40 @@ PART_OF_NO_USE = """
     @register.optimizer("unknowing")
     def unknowing(module, config):
         return torch.optim.SGD(module.parameters(), learning=3)
+
+    class Steps(torch.optim.Optimizer):
+        def step(self):
+            pass
+
+    @register.optimizer("rateless")
+    def rateless(module, config):
+        return Steps(module.parameters(), {})
+
+    @register.optimizer("closureless")
+    def closureless(module, config):
+        return Steps(module.parameters(), {"lr": 1.0})
+
+    @register.callback("uncalled")
+    class Uncalled:
+        pass
+
+    @register.logger("unlogged")
+    def unlogged(record):
+        return 3
+
+    @register.model("nobody")
+    def nobody(config, seed):
+        return None
+
+    @register.model("half_a_model")
+    class HalfAModel(nn.Module):
+        def __init__(self, config, seed):
+            super().__init__()
+            self.config = config
+
+    @register.corpus("unasked")
+    def unasked():
+        yield "text"
 """
 
 
@@ -462,6 +496,13 @@ PART_OF_NO_USE = """
         ("data.corpus=nothing", "corpus 'nothing' (mine.py) returned NoneType; it must yield texts", 0),
         ("optim.name=none", "optimizer 'none' (mine.py) returned list; a torch.optim.Optimizer is needed", 0),
         ("optim.name=unknowing", "optimizer 'unknowing' (mine.py) failed: TypeError: SGD.__init__() got an", 1),
+        ("optim.name=rateless", "optimizer 'rateless' (mine.py) has parameter groups without lr, which the sched", 0),
+        ("optim.name=closureless", "optimizer 'closureless' (mine.py) has a step() without closure, which computes", 0),
+        ("trainer.callbacks={uncalled: {}}", "callback 'uncalled' (mine.py) returned Uncalled; a Lightning Call", 0),
+        ("tracking.loggers=[unlogged]", "logger 'unlogged' (mine.py) returned int; a Lightning Logger is needed", 0),
+        ("model.name=nobody", "model 'nobody' (mine.py) returned NoneType; an nn.Module is needed", 0),
+        ("model.name=half_a_model", "model 'half_a_model' (mine.py) has no balance_loss, step_control, active_par", 0),
+        ("data.corpus=unasked", "corpus 'unasked' (mine.py) takes nothing; it is called with config", 0),
         ("trainer.callbacks.EarlyStopping.monitor=perf/mfu", "trainer.callbacks.EarlyStopping: Early stopping", 0),
     ],
 )

@@ -1,5 +1,6 @@
 """Every number of the schemas has a range, and every word a person may type is a choice, a registered name or text."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import is_dataclass
 from typing import Any, Literal, get_args, get_origin
@@ -75,6 +76,25 @@ def test_every_word_is_a_choice_a_registered_name_or_text():
         ),
         ("trainer.callbacks.EarlyStopping.monitor=val/los", "monitor=val/los: no such metric; choose from val/loss"),
         ("trainer.callbacks.ModelCheckpoint.monitor=router/fnn_share", "did you mean router/ffn_share?"),
+        (
+            "trainer.callbacks.EarlyStopping.monitor=val/accuracy",
+            "takes the worse val/accuracy for the better one: set trainer.callbacks.EarlyStopping.mode=max",
+        ),
+        (
+            "trainer.callbacks.ModelCheckpoint={monitor: val/loss, mode: max}",
+            "ModelCheckpoint.mode=max takes the worse val/loss for the better one",
+        ),
+        (
+            "trainer.callbacks.EarlyStopping={monitor: val/loss, patience: -1}",
+            "trainer.callbacks.EarlyStopping.patience=-1 must not be negative",
+        ),
+        ("optim.name=RMSprop optim.options.alpha=2", "10 steps down a slope, begun at 0, end at nan"),
+        ("optim.name=Rprop optim.options.step_sizes=[-5,-1]", "10 steps down a slope, begun at 0, end at"),
+        ("optim.name=SGD optim.options={momentum: 0.9, dampening: 5}", "10 steps down a slope, begun at 0, end at"),
+        ("optim.schedule=wsd optim.decay_share=0.9", "lets the rate fall after step 1 of trainer.steps=8, and"),
+        ("data.vocab_size=1000", "data.vocab_size=1000 is more ids than the embedding has rows, model.vocab_size=512"),
+        ("model=remoe model.balance.beta=0", "balance.control=remoe multiplies balance.beta, which is 0"),
+        ("model=remoe model.balance.expected_ffn=4", "balance.expected_ffn=4.0 must be less than experts.ffn=4"),
         ("trainer.callbacks.EarlyStopping={}", "EarlyStopping needs trainer.callbacks.EarlyStopping.monitor"),
         ("trainer.callbacks.Timer.duration=x", "trainer.callbacks.Timer={'duration': 'x'}: callback Timer refuses"),
         ("trainer.accelerator=mps", "trainer.accelerator=mps must be one of 'auto', 'cpu', 'gpu', 'cuda'"),
@@ -100,7 +120,7 @@ def test_every_word_is_a_choice_a_registered_name_or_text():
 )  # fmt: skip
 def test_what_only_building_would_show_is_refused_when_a_config_is_made(words, said):
     with pytest.raises(UsageError) as caught:
-        compose(RunConfig, ["size=smoke", *words.split()])
+        compose(RunConfig, ["size=smoke", *re.split(r" (?=[a-z]\w*[.=])", words)])
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 

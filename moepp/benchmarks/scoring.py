@@ -150,7 +150,7 @@ def as_transformers(model: Decoder) -> torch.nn.Module:
     from moepp.training.export import decoder_keys
 
     with torch.device("meta"):
-        plain = MoEPlusPlusForCausalLM(MoEPlusPlusConfig(**decoder_keys(model.config)))
+        plain = MoEPlusPlusForCausalLM(MoEPlusPlusConfig(**decoder_keys(model)))
     plain.load_state_dict(model.state_dict(), assign=True)
     return plain.eval()
 

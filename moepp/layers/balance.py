@@ -41,11 +41,14 @@ def load_balance_loss(
     """One layer's loss in the config's form, not yet multiplied by beta.
 
     A form sees each expert's mean probability P_i, and f_i = count_i / tokens, which carries no gradient. 0 without
-    tokens.
+    tokens. Raises PartError where the form, somebody's own, gives no scalar.
     """
     share_N = count_N.to(probs_TN.dtype) / (tokens or 1)
     form = registry.balance[config.form]
-    return form(token_mean(probs_TN), share_N, counts, config, **config.options)
+    loss = form(token_mean(probs_TN), share_N, counts, config, **config.options)
+    if not (isinstance(loss, Tensor) and loss.ndim == 0):
+        raise registry.balance.unusable(config.form, loss, "a tensor of one number, []")
+    return loss
 
 
 @registry.balance("paper")

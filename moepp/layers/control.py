@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import registry
 from .balance import load_targets
+from .registry import PartError
 from .settings import BalanceConfig, ExpertCounts
 
 
@@ -66,6 +67,13 @@ class SparsityControl(nn.Module):
 
 
 def build_control(config: BalanceConfig, counts: ExpertCounts) -> nn.Module | None:
+    """Raises PartError where the control, somebody's own, is no module with `step` and `reset_parameters`."""
     if config.control is None:
         return None
-    return registry.control[config.control](config, counts, **config.control_options)
+    control = registry.control[config.control](config, counts, **config.control_options)
+    if not isinstance(control, nn.Module):
+        raise registry.control.unusable(config.control, control, "an nn.Module")
+    for method in ("step", "reset_parameters"):
+        if not hasattr(control, method):
+            raise PartError(f"{registry.control.described(config.control)} has no {method}()")
+    return control

@@ -153,8 +153,10 @@ def one_affine(types: dict[str, AffineExperts], ids: dict[str, range], routing: 
     """All types as one map; `terms` are those of each, `ids` those of all types but FFN."""
     gates = gates_by_type(routing, ids)
     scales, mixes, vectors = [], [], []
-    for (kind, experts), (a, b_TC) in zip(types.items(), terms, strict=True):
-        gate_TC = gates[kind]
+    for (kind, experts), given in zip(types.items(), terms, strict=True):
+        if not (isinstance(given, tuple) and len(given) == 2):
+            raise registry.expert.unusable(kind, given, "a pair, a and b", "gave terms")
+        (a, b_TC), gate_TC = given, gates[kind]
         for name, term in (("a", a), ("b", b_TC)):
             if isinstance(term, Tensor) and term.ndim:
                 _refuse_others(kind, f"term {name}", term, gate_TC)
@@ -163,8 +165,11 @@ def one_affine(types: dict[str, AffineExperts], ids: dict[str, range], routing: 
         elif a:
             scales.append(gate_TC.sum(1) if a == 1 else a * gate_TC.sum(1))
         if b_TC is not None:
+            vectors_CD = experts.vectors_CD()
+            if vectors_CD is None:
+                raise PartError(f"{registry.expert.described(kind)} gave a term b; vectors_CD() is needed for it")
             mixes.append(gate_TC * b_TC)
-            vectors.append(experts.vectors_CD().to(gate_TC.dtype))
+            vectors.append(vectors_CD.to(gate_TC.dtype))
     scale_T = reduce(torch.add, scales) if scales else routing.gate_TK.new_zeros(routing.gate_TK.shape[0])
     return Affine(scale_T, *((_joined(mixes, 1), _joined(vectors, 0)) if mixes else ()))
 

@@ -109,7 +109,20 @@ class MoELayer(nn.Module):
         if kind in parts.defined:
             return build()
         self.foreign[name] = build
-        return built(build)
+        return built(lambda: self._usable(parts, kind, build()))
+
+    def _usable(self, parts: Registry, kind: str, module: Any) -> nn.Module:
+        """A part of somebody else. Raises PartError where it is none that a layer can call."""
+        if not isinstance(module, nn.Module):
+            raise parts.unusable(kind, module, "an nn.Module")
+        base, method = (AffineExperts, "terms") if isinstance(module, AffineExperts) else (nn.Module, "forward")
+        if getattr(getattr(module, method), "__func__", None) is getattr(base, method):
+            raise PartError(f"{parts.described(kind)} has no {method}()")
+        vectors_CD = module.vectors_CD() if isinstance(module, AffineExperts) else None
+        needed = [self.config.experts.by_kind()[kind], self.config.dim] if vectors_CD is not None else None
+        if needed and list(vectors_CD.shape) != needed:
+            raise parts.unusable(kind, vectors_CD, f"{needed}", "gave vectors")
+        return module
 
     def parts_of_others(self) -> list[nn.Module]:
         return [getattr(self, name) for name in self.foreign]
@@ -154,7 +167,9 @@ class MoELayer(nn.Module):
             )
 
     def routed(self, x_TD: Tensor, previous: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The router's logits [T, N] and what it hands on. Raises PartError where it, somebody's own, gives others."""
+        """The router's logits [T, N], in at least float32 whatever autocast made of them, and what it hands on. Raises
+        PartError where it, somebody's own, gives others.
+        """
         # No len(): it makes a number of the tokens, which torch.export may have left open.
         given, needed = self.router(x_TD, previous), [x_TD.shape[0], self.config.experts.total]
         if not (isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], Tensor)):
@@ -167,7 +182,8 @@ class MoELayer(nn.Module):
                 f"{registry.router.described(self.config.router)} returned logits {list(given[0].shape)}; "
                 f"{needed} is needed, tokens and experts"
             )
-        return given
+        logits_TN, carried = given
+        return logits_TN.to(torch.promote_types(logits_TN.dtype, torch.float32)), carried
 
     def route(self, logits_TN: Tensor) -> Routing:
         return route(logits_TN, self.config, getattr(self.control, "bias_N", None))

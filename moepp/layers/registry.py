@@ -81,6 +81,12 @@ class Registry:
         file = getattr(sys.modules.get(self.module(name)), "__file__", None)
         return f"{self.kind} '{name}'" + (f" ({PurePath(file).name})" if file else "")
 
+    def unusable(self, name: str, given: object, needed: str, what: str = "returned") -> PartError:
+        """What to raise where the part gave something else than is needed."""
+        shape = getattr(given, "shape", None)
+        found = type(given).__name__ if shape is None else list(shape)
+        return PartError(f"{self.described(name)} {what} {found}; {needed} is needed")
+
     def part_in(self, frame: FrameType) -> str | None:
         """The name of the registered part whose code the frame runs."""
         module, runs, of = frame.f_globals.get("__name__"), frame.f_code.co_qualname, type(frame.f_locals.get("self"))
@@ -109,6 +115,7 @@ class Registry:
             self._check_options(name, options)
 
     def _check_options(self, name: str, options: Mapping[str, Any]) -> None:
+        self._check_given(name)
         taken, key = self.options(name), self.options_key.format(name)
         anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
         for option, value in options.items():
@@ -127,6 +134,13 @@ class Registry:
                 raise ValueError(f"{self.kind} {name} needs {key}.{option}")
         if name in self.defined:
             self._try(name, options)
+
+    def _check_given(self, name: str) -> None:
+        parameters = inspect.signature(self[name]).parameters.values()
+        by_position = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        if len(by_position) < len(self.given) and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+            taken = ", ".join(p.name for p in by_position) or "nothing"
+            raise ValueError(f"{self.described(name)} takes {taken}; it is called with {', '.join(self.given)}")
 
     def _try(self, name: str, options: Mapping[str, Any]) -> None:
         key = self.options_key.format(name)

@@ -5,6 +5,7 @@ experts, E experts of a group or FFN experts, L groups that a token may choose f
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from . import registry
 from .bounds import Positive
 from .initial import draw
+from .registry import PartError, Registry
 from .settings import MoEConfig
 
 
@@ -93,7 +95,7 @@ class Routing:
 
 def route(logits_TN: Tensor, config: MoEConfig, bias_N: Tensor | None = None) -> Routing:
     """Logits to each token's experts and gates, by the config's selection and gate form. A control's bias counts in a
-    top-k choice.
+    top-k choice. Raises PartError where either, somebody's own, gives what no layer can use.
     """
     if config.logits_norm is not None:
         logits_TN = normalize_logits(logits_TN, config.logits_norm)
@@ -101,7 +103,41 @@ def route(logits_TN: Tensor, config: MoEConfig, bias_N: Tensor | None = None) ->
         ffn, bias = config.experts.ffn, config.zero_computation_bias
         logits_TN = torch.cat([logits_TN[:, :ffn], logits_TN[:, ffn:] + bias], 1)
     routing = registry.selection[config.selection](logits_TN, config, bias_N, **config.selection_options)
-    return replace(routing, gate_TK=registry.gate[config.gate](routing, config, **config.gate_options))
+    _refuse_selection(config.selection, routing, logits_TN)
+    gate_TK = registry.gate[config.gate](routing, config, **config.gate_options)
+    _refuse_gates(registry.gate, config.gate, gate_TK, routing.expert_TK)
+    return replace(routing, gate_TK=gate_TK)
+
+
+def _refuse_selection(name: str, routing: Any, logits_TN: Tensor) -> None:
+    """Raises PartError where a selection, somebody's own, gives what no layer can use."""
+    parts, (tokens, experts) = registry.selection, logits_TN.shape
+    if name in parts.defined:
+        return
+    if not isinstance(routing, Routing):
+        raise parts.unusable(name, routing, "a Routing (moepp.layers.router)")
+    expert_TK = routing.expert_TK
+    if expert_TK.ndim != 2 or expert_TK.shape[0] != tokens:
+        raise parts.unusable(name, expert_TK, f"[{tokens}, slots]", "gave expert_TK")
+    if expert_TK.dtype != torch.int64:
+        raise PartError(f"{parts.described(name)} gave expert_TK of {expert_TK.dtype}; torch.int64 is needed")
+    _refuse_gates(parts, name, routing.gate_TK, expert_TK)
+    if routing.probs_TN.shape != logits_TN.shape:
+        raise parts.unusable(name, routing.probs_TN, f"{list(logits_TN.shape)}", "gave probs_TN")
+    # Not on a GPU, which would wait at every layer.
+    if expert_TK.device.type == "cpu" and expert_TK.numel() and not torch.compiler.is_compiling():
+        least, most = map(int, expert_TK.aminmax())
+        if least < 0 or most > experts:
+            found = least if least < 0 else most
+            raise PartError(
+                f"{parts.described(name)} gave the id {found}; 0 to {experts - 1} are experts, and {experts} a slot"
+                " that is not used"
+            )
+
+
+def _refuse_gates(parts: Registry, name: str, gate_TK: Any, expert_TK: Tensor) -> None:
+    if not isinstance(gate_TK, Tensor) or gate_TK.shape != expert_TK.shape:
+        raise parts.unusable(name, gate_TK, f"{list(expert_TK.shape)}", "gave gates")
 
 
 def normalize_logits(logits_TN: Tensor, std: float) -> Tensor:

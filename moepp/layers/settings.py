@@ -274,6 +274,14 @@ def _conflicts(config: MoEConfig) -> list[tuple[bool, str]]:
             f"balance.expected_ffn={balance.expected_ffn} must be less than top_k={config.top_k}",
         ),
         (
+            balance.control == "remoe" and balance.expected_ffn >= experts.ffn,
+            f"balance.expected_ffn={balance.expected_ffn} must be less than experts.ffn={experts.ffn}",
+        ),
+        (
+            balance.control == "remoe" and balance.beta == 0,
+            "balance.control=remoe multiplies balance.beta, which is 0: set it above 0",
+        ),
+        (
             balance.control == "remoe" and config.selection != "relu",
             "balance.control=remoe steers how many ReLU scores are positive: set selection=relu",
         ),

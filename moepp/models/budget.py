@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from moepp import register
 from moepp.layers import registry
 from moepp.layers.settings import TOP_K_SELECTIONS, MoEConfig, ffn_share
 from moepp.models.settings import DecoderConfig
@@ -158,7 +157,9 @@ class Budget:
         """As the model itself says, built without weights; whoever registers one has imported torch."""
         import torch
 
+        from moepp.models.build import build_model
+
         with torch.device("meta"):
-            model = register.model[config.name](config, None, **config.options)
+            model = build_model(config)
         total = sum(parameter.numel() for parameter in model.parameters())
         return cls(total, model.active_parameters(), sum(model.forward_flops(seq_len).values()), tokens)

@@ -261,10 +261,10 @@ def _log(directory: Path, experiment: str, found: Findings, files: list[Path], t
     """Puts a report onto the parent run of a sweep that it read, and onto runs of its arms, where these are tracked."""
     from moepp.tracking.arm_runs import log_arms
     from moepp.tracking.mirror import log_report
-    from moepp.tracking.settings import TrackingConfig
+    from moepp.tracking.settings import mirror_config
 
     first = read_json(directory / "sweep.json")["trials"][0]["path"]
-    tracking = TrackingConfig(**RunRecord(directory / first).read("config.yaml").get("tracking", {"backend": "jsonl"}))
+    tracking = mirror_config(RunRecord(directory / first).read("config.yaml").get("tracking", {"backend": "jsonl"}))
     if tracking.backend == "mlflow":
         log_report(directory, tracking, directory.parent, experiment, found.metrics, files, text)
         if found.arm_runs:

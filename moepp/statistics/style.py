@@ -204,8 +204,8 @@ def as_svg(canvas: "Canvas") -> str:
 
 
 def compact_svg(svg: str) -> str:
-    """The same picture in fewer bytes than Matplotlib's: no indentation, places to a hundredth of a point, the family of
-    all texts said once, and any other style that elements share.
+    """The same picture in fewer bytes than Matplotlib's: no indentation, places to a hundredth of a point, the family
+    of all texts said once, and any other style that elements share.
     """
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), svg)

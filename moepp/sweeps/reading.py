@@ -60,6 +60,8 @@ def _read(path: Path) -> Sweep:
     sweep.arms = {arm: _changes(arm, changes) for arm, changes in sweep.arms.items()}
     _refuse_equal_names(path, sweep.arms)
     _check_lengths(path, sweep, searched=search is not None)
+    if search is None:
+        _refuse_words_of_a_search(path, sweep)
     _check_report_keys(path, sweep, searched=search is not None)
     for name, scale in sweep.scales.items():
         _check_scale_arms(f"{path}: scales: {name}: arms", sweep, scale.arms, searched=search is not None)
@@ -77,6 +79,15 @@ def _check_lengths(path: Path, sweep: Sweep, searched: bool) -> None:
         raise UsageError(f"{path}: lengths={sweep.lengths} are of named arms; a search has none to train for longer")
     if unknown := [arm for arm in sweep.lengthened if arm not in sweep.arms]:
         raise UsageError(f"{path}: lengthened: {unknown_name('arm', unknown[0], sweep.arms)}")
+    if sweep.lengthened and not (sweep.lengths or any(scale.lengths for scale in sweep.scales.values())):
+        raise UsageError(f"{path}: lengthened={sweep.lengthened} needs lengths, to which these arms are trained")
+
+
+def _refuse_words_of_a_search(path: Path, sweep: Sweep) -> None:
+    proposals = {f"scales.{name}.proposals": scale.proposals for name, scale in sweep.scales.items()}
+    for key, value in {"storage": sweep.storage, **proposals}.items():
+        if value:
+            raise UsageError(f"{path}: {key}={value} is of a search: leave it out, or write the space as space.tpe")
 
 
 def _seed_list(path: Path, key: str, seeds: Any) -> list[int]:

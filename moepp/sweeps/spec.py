@@ -17,6 +17,11 @@ from moepp.sweeps.space import Point, SearchSpace, expand, overrides, search_spa
 if TYPE_CHECKING:
     from moepp.training.settings import RunConfig
 
+SET_BY_SWEEP = {  # keys of a run, and what to say instead
+    "seed": "name its seeds with --seeds, or in its file as seeds",
+    "name": "its runs lie below its own name; keep them apart with runs=FOLDER",
+}
+
 
 @dataclass
 class Scale(Bounded, key="scales"):
@@ -178,12 +183,15 @@ class Sweep(Bounded):
         """Words of the command, or of the file where the command changes nothing of it, that no run reads."""
         from moepp.training.asked import refuse_vain
 
+        _refuse_set_by_sweep(extra)
         refuse_vain(extra, configs.values())
         places = {"base": (self.base, configs.values()), f"scale {scale}": (self.scale(scale).set, configs.values())}
         places |= {f"arm {arm}": (_layers(self.arms[arm]), [config]) for arm, config in configs.items()}
         for place, (words, read_by) in places.items() if not extra else ():
+            said = [word for word in words if isinstance(word, str)]
             with at(f"{self.file or self.name}: {place}"):
-                refuse_vain([word for word in words if isinstance(word, str)], read_by)
+                _refuse_set_by_sweep(said)
+                refuse_vain(said, read_by)
 
     def _lengthened(self, trials: Sequence["Trial"], lengths: Sequence[float]) -> list["Trial"]:
         chosen = [trial for trial in trials if trial.arm in (self.lengthened or [self.baseline])] if lengths else []
@@ -238,15 +246,22 @@ class Sweep(Bounded):
 
     def extremes(self, scale: str, extra: Sequence[str] = ()) -> list["Trial"]:
         """Every arm of a search at the ends of each axis: what fits there fits in between. Raises UsageError for an
-        axis along which nothing changes, such as that of the seed.
+        axis along which nothing changes, such as that of the seed, and for one that nothing reads wherever the others
+        lead.
         """
+        from moepp.training.asked import refuse_vain
+
         seeds, found = self.chosen_seeds(scale)[:1], []
         for arm in self.arms:
-            for key, axis in self.search(scale).of(arm).items():
+            axes, begun = self.search(scale).of(arm), len(found)
+            for key, axis in axes.items():
                 points = {f"{arm}, {key}={value}": {key: value} for value in axis.extremes}
                 ends = [t for name in points for t in self.proposal(arm, name, points[name], scale, extra, seeds)]
                 _refuse_equal_arms(ends)
                 found += ends
+            searched = overrides({key: axis.extremes[0] for key, axis in axes.items()})
+            with at(f"{self.file or self.name}: space.tpe, arm {arm}"):
+                refuse_vain(searched, [trial.config for trial in found[begun:]])
         return found
 
     def _compose(self, arm: str, layers: Sequence[Any], scale: str, extra: Iterable[str]) -> "RunConfig":
@@ -304,11 +319,21 @@ class Trial:
 
 def _refuse_rungs_between_validations(halving: pruning.SuccessiveHalving | None, trials: list[Trial]) -> None:
     for trial in trials if halving else ():
+        if halving.first >= (steps := trial.config.trainer.steps):
+            raise UsageError(
+                f"pruner: first={halving.first} must lie before the last of trainer.steps={steps}, or nothing is pruned"
+            )
         if halving.first % (every := trial.config.trainer.val_every):
             raise UsageError(
                 f"pruner: first={halving.first} must be a multiple of trainer.val_every={every}, for a rung compares"
                 " validation losses"
             )
+
+
+def _refuse_set_by_sweep(words: Iterable[str]) -> None:
+    for word in words:
+        if instead := SET_BY_SWEEP.get(word.partition("=")[0]):
+            raise UsageError(f"{word} has no effect in a sweep: {instead}")
 
 
 def _layers(changes: Any) -> list[Any]:

@@ -20,7 +20,7 @@ from moepp.records import RunRecord
 from moepp.terminal import working
 from moepp.tracking.mirror import SECONDS_TO_END, FolderMirror, Mirror, follow
 from moepp.tracking.mlflow_store import store_uri
-from moepp.tracking.settings import TrackingConfig
+from moepp.tracking.settings import TrackingConfig, mirror_config
 
 NICE = 10  # training comes first where cores are few
 PATIENCE = 600.0  # seconds that a last pass may take once nobody waits for it any more
@@ -78,7 +78,7 @@ def main() -> None:
     for number in (signal.SIGINT, *STOP_SIGNALS):  # the end of the run ends this process too, after the last pass
         signal.signal(number, signal.SIG_IGN)
     about = json.loads(sys.stdin.readline())
-    directory, tracking, runs = Path(about["directory"]), TrackingConfig(**about["tracking"]), about["runs"]
+    directory, tracking, runs = Path(about["directory"]), mirror_config(about["tracking"]), about["runs"]
     of_folder = about["folder"]
     mirror = FolderMirror(directory, tracking, runs) if of_folder else Mirror(RunRecord(directory), tracking, runs)
     with follow(mirror, PATIENCE):

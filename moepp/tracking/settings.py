@@ -1,5 +1,6 @@
 """Where runs can be looked at. Read without MLflow."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,3 +26,10 @@ class TrackingConfig:
             if not isinstance(options, dict):
                 raise ValueError(f"tracking.logger_options.{name}={options} must be a mapping of options")
             register.logger.check(name, options)
+
+
+def mirror_config(values: Mapping[str, Any]) -> TrackingConfig:
+    """What the mirror of a run needs of its config's `tracking`: nothing of loggers, which the trainer calls and which
+    may be a plugin's that this process never imports.
+    """
+    return TrackingConfig(**{key: values[key] for key in ("backend", "uri", "experiment") if key in values})

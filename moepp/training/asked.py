@@ -3,6 +3,7 @@ whoever compares runs that differ in it alone finds that it makes no difference.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,11 +12,13 @@ from moepp.config import compose
 from moepp.data.settings import refuse_unread
 from moepp.errors import UsageError
 from moepp.layers.registry import Registry
-from moepp.layers.settings import BalanceConfig
+from moepp.layers.settings import TOP_K_SELECTIONS, BalanceConfig, MoEConfig
 from moepp.models.settings import DecoderConfig
 from moepp.training.settings import RunConfig
 
 OF_ADAMW = ("optim.beta1", "optim.beta2", "optim.eps")  # and of muon, which has AdamW beside it
+# Not of a model without MoE layers, but for what dense blocks have as well and what other keys ask to be switched off.
+OF_MOE = {part.name for part in fields(MoEConfig)} - {"dim", "hidden", "top_k", "gating_residual", "capacity_factor"}
 # Of a model of transformers, beside `balance`: the rest of `model` its own config.json says.
 OF_FOREIGN = ("name", "options", "path", "retrofit", "architecture", "balance", "activation_checkpointing")
 
@@ -42,7 +45,44 @@ def _weighs(model: DecoderConfig) -> bool:
     return model.name == "hf" or model.experts.zero_computation > 0 or _is_foreign(model.balance)
 
 
+def _reads_tau(model: DecoderConfig) -> bool:
+    """Whether a loss, a capacity or a bias is weighed with it; see moepp/layers/balance.py and control.py."""
+    balance = model.balance
+    if model.name == "hf" or _is_foreign(balance):
+        return True
+    in_loss = balance.beta > 0 and balance.form != "grouped"
+    return in_loss or model.capacity_factor is not None or balance.control == "loss_free"
+
+
+def _carries_in_vain(model: DecoderConfig) -> bool:
+    """Whether there are logits to carry, and no second layer that takes them."""
+    return model.name == "decoder" and model.gating_residual and len(model.moe_blocks) < 2
+
+
+def _reads_top_k(model: DecoderConfig) -> bool:
+    """Dense blocks take their width from it where they have none of their own."""
+    if model.name != "decoder" or (len(model.moe_blocks) < model.layers and model.dense_hidden is None):
+        return True
+    chooses = _chosen(register.selection, model.selection, *TOP_K_SELECTIONS)
+    return bool(model.moe_blocks) and (chooses or model.multiply_by_top_k)
+
+
 CONDITIONS = (
+    Condition(
+        ("model.top_k",),
+        lambda config: _reads_top_k(config.model),
+        "choose a selection that takes so many experts, such as model.selection=top_k",
+    ),
+    Condition(
+        ("model.gating_residual", "model.residual_detached", "model.residual_init"),
+        lambda config: not _carries_in_vain(config.model),
+        "choose a model of two MoE layers or more, of which the second carries the logits of the first",
+    ),
+    Condition(
+        ("model.balance.over",),
+        lambda config: config.model.balance.beta > 0 or _is_foreign(config.model.balance),
+        "set model.balance.beta above 0",
+    ),
     Condition(
         ("model.top_p",),
         lambda config: _chosen(register.selection, config.model.selection, "top_p"),
@@ -72,6 +112,11 @@ CONDITIONS = (
         ("model.balance.tau",),
         lambda config: _weighs(config.model),
         "choose a model that has zero-computation experts, such as model=moepp",
+    ),
+    Condition(
+        ("model.balance.tau",),
+        lambda config: _reads_tau(config.model),
+        "set model.capacity_factor, or model.balance.beta above 0 with a form other than grouped",
     ),
     Condition(
         ("model.dense_hidden",),
@@ -137,6 +182,9 @@ def _instead(key: str, config: RunConfig) -> str:
     section, _, inside = key.partition(".")
     if section == "model" and config.model.name == "hf" and inside.partition(".")[0] not in ("", *OF_FOREIGN):
         return "choose another model: model=hf has it from its own config.json, and what is added in model.retrofit"
+    dense = config.model.name == "decoder" and not config.model.moe_blocks
+    if section == "model" and dense and inside.partition(".")[0] in OF_MOE:
+        return "choose a model that has MoE layers: set model.moe_every above 0"
     if key.startswith("tracking.logger_options."):
         logger, loggers = key.split(".")[2], config.tracking.loggers
         return "" if logger in loggers else f"name the logger in tracking.loggers=[{', '.join([*loggers, logger])}]"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from moepp.errors import UsageError
+from moepp.models.decoder import Decoder
 from moepp.models.settings import DecoderConfig
 from moepp.records import TOKENIZER, write_json
 from moepp.retrofit import folders, modeling
@@ -91,7 +92,7 @@ def write_decoder(run: LoadedRun, folder: Path) -> None:
     kept = {name: value for name, value in state.items() if ".control." not in name or name.endswith("bias_N")}
     save_file(kept, folder / "model.safetensors", {"format": "pt"})
     stem = CODE.stem
-    described = decoder_keys(config) | {
+    described = decoder_keys(run.model) | {
         "architectures": ["MoEPlusPlusForCausalLM"],
         "auto_map": {
             "AutoConfig": f"{stem}.MoEPlusPlusConfig",
@@ -121,8 +122,9 @@ def refuse_what_the_code_lacks(config: DecoderConfig) -> None:
         raise UsageError(f"format=hf has no experts.others.{others[0]}: its code has constant, copy and zero experts")
 
 
-def decoder_keys(config: DecoderConfig) -> dict[str, Any]:
-    """The decoder's config in the words of transformers."""
+def decoder_keys(model: Decoder) -> dict[str, Any]:
+    """The decoder's config in the words of transformers, and whether a control, registered ones too, has a bias."""
+    config = model.config
     moe = dict(zip(config.moe_blocks, config.moe_configs, strict=True))
     blocks = [moe[b].experts.built_in if b in moe else {"dense": config.dense_width} for b in range(config.layers)]
     return {
@@ -135,7 +137,7 @@ def decoder_keys(config: DecoderConfig) -> dict[str, Any]:
         "shared_experts": config.experts.shared,
         "num_experts_per_tok": config.top_k,
         "gate_scale": config.gate_options.get("scale", 1.0),
-        "choice_bias": config.balance.control in ("loss_free", "longcat"),
+        "choice_bias": any(name.endswith("control.bias_N") for name, _ in model.named_buffers()),
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
     } | {

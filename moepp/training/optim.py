@@ -20,6 +20,7 @@ from moepp.training.settings import OptimConfig
 
 Momentum = Annotated[float, Range(0, below=1)]
 SET_HERE = ("params", "lr", "weight_decay")  # by OptimConfig
+STEPS_TRIED = 10  # of an optimizer with options, before a run begins
 NONE_OF_OURS = ("maximize", "differentiable")  # would climb the loss, or keep a graph of every step
 
 
@@ -53,19 +54,37 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> Optimizer:
     if not isinstance(made, Optimizer):
         named = register.optimizer.described(config.name)
         raise UsageError(f"{named} returned {type(made).__name__}; a torch.optim.Optimizer is needed")
+    if config.name not in register.optimizer.defined:
+        _refuse_steps(made, register.optimizer.described(config.name))
     return made
 
 
-def _step_once(name: str, options: Mapping[str, Any]) -> None:
-    """Of the optimizer with these options, on a matrix without gradients to speak of."""
+def _refuse_steps(optimizer: Optimizer, named: str) -> None:
+    """Raises UsageError where the schedule cannot set the rate, or Lightning cannot step."""
+    if any("lr" not in group for group in optimizer.param_groups):
+        raise UsageError(f"{named} has parameter groups without lr, which the schedule sets")
+    step = inspect.signature(optimizer.step).parameters
+    if "closure" not in step and not any(p.kind is p.VAR_KEYWORD for p in step.values()):
+        raise UsageError(f"{named} has a step() without closure, which computes the loss and its gradients")
+
+
+def _walk_down(name: str, options: Mapping[str, Any]) -> None:
+    """Of the optimizer with these options, from 0 down an even slope: libraries do not check all of their ranges, and
+    what lies outside ends in NaN there or climbs. Raises ValueError.
+    """
     module = torch.nn.utils.skip_init(nn.Linear, 2, 2)  # draws no random numbers
     for parameter in module.parameters():
         parameter.data.zero_()
-        parameter.grad = torch.zeros_like(parameter)
-    register.optimizer[name](module, OptimConfig(), **options).step()
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = register.optimizer[name](module, OptimConfig(), **options)
+    for _ in range(STEPS_TRIED):
+        optimizer.step()
+    ends = torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+    if not ((ends <= 0) & ends.isfinite()).all():
+        raise ValueError(f"{STEPS_TRIED} steps down a slope, begun at 0, end at {ends.max():.3g}")
 
 
-register.optimizer.attempt = _step_once
+register.optimizer.attempt = _walk_down
 
 
 def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:

@@ -27,6 +27,8 @@ FINAL = (  # what a run ends with beside final/val_*, the shares of its expert t
     *METRICS["perf"], "online_loss", "train_dropped_share", "train_dropped_share_early", "train_dropped_share_late",
     "train_seconds", "stopped_at_step", "active_params", "flops_per_token",
 )  # fmt: skip
+# How the names of metrics end that rise, and that fall, as a model gets better.
+RISING, FALLING = ("accuracy",), ("loss", "bits_per_byte", "divergence")
 LATE_SHARE = 0.2  # of all steps: the weights of `trainer.average_checkpoints` lie in these
 CLOZE_CHOICES = 4  # continuations to choose from: the text's own and those of other questions
 
@@ -199,7 +201,7 @@ class RunConfig(Bounded):
 
     def check_new(self) -> None:
         """What is asked of a run that is to begin, beyond one that is read. Raises ValueError, in one line."""
-        for hopeless, reason in (*_hopeless(self), *_never_logged(self)):
+        for hopeless, reason in (*_hopeless(self), *_never_logged(self), *_turned_round(self.trainer)):
             if hopeless:
                 raise ValueError(reason)
 
@@ -276,6 +278,16 @@ def _hopeless(config: RunConfig) -> list[tuple[bool, str]]:
             f" optim.lr={optim.lr}: set it to {steps} at most, or train longer",
         ),
         (
+            optim.schedule == "wsd" and common < optim.warmup_steps < steps,
+            f"optim.decay_share={optim.decay_share} lets the rate fall after step {common} of trainer.steps={steps},"
+            f" and optim.warmup_steps={optim.warmup_steps} lets it rise until later: lower one, or train longer",
+        ),
+        (
+            config.data.vocab_size > model.vocab_size,
+            f"data.vocab_size={config.data.vocab_size} is more ids than the embedding has rows,"
+            f" model.vocab_size={model.vocab_size}: set model.vocab_size, which the data follow",
+        ),
+        (
             averaged > late,
             f"trainer.average_checkpoints={averaged} is more than the last fifth of trainer.steps={steps} has, and"
             f" weights before it are not averaged: set it to {late}{' at most' if late else ''}, or train longer",
@@ -321,6 +333,22 @@ def _never_logged(config: RunConfig) -> list[tuple[bool, str]]:
             f"val/bits_per_byte, train/loss or others that a run's metrics.jsonl has{nearest(str(monitor), known)}",
         )
         for name, monitor in asked.items()
+    ]
+
+
+def _turned_round(trainer: TrainerConfig) -> list[tuple[bool, str]]:
+    """Callbacks that take the worse value of a metric for the better one, as Lightning's do of an accuracy where no
+    mode is given: whether one does, and what to change.
+    """
+    chosen = {name: trainer.callbacks.get(name) or {} for name in ("EarlyStopping", "ModelCheckpoint")}
+    asked = [(name, str(options.get("monitor")), options.get("mode", "min")) for name, options in chosen.items()]
+    return [
+        (
+            monitor.endswith(FALLING if mode == "max" else RISING),
+            f"trainer.callbacks.{name}.mode={mode} takes the worse {monitor} for the better one: set"
+            f" trainer.callbacks.{name}.mode={'min' if mode == 'max' else 'max'}",
+        )
+        for name, monitor, mode in asked
     ]
 
 

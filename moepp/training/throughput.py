@@ -189,7 +189,7 @@ def _layer_inputs(model: Decoder, ids_BS: Tensor) -> list[LayerCase]:
 
     def remember(layer: MoELayer | DenseFFN, inputs: tuple[Tensor, ...]) -> None:
         x_TD = inputs[0].flatten(0, -2)
-        routing = layer.route(layer.router(x_TD, inputs[1])[0]) if isinstance(layer, MoELayer) else None
+        routing = layer.route(layer.routed(x_TD, inputs[1])[0]) if isinstance(layer, MoELayer) else None
         seen.append((layer, x_TD, routing))
 
     layers = model.moe_layers() or [block.ffn for block in model.blocks]

@@ -16,6 +16,8 @@ from moepp import register
 from moepp.data.token_files import TokenFiles
 from moepp.data.windows import window_count
 from moepp.errors import UsageError
+from moepp.layers.bounds import Whole
+from moepp.layers.registry import Registry
 from moepp.records import RunRecord
 from moepp.strategies import CheckpointsOfAnyForm, make_strategy
 from moepp.tracking.settings import TrackingConfig
@@ -30,6 +32,7 @@ from moepp.training.recorded_trainer import RecordedTrainer
 from moepp.training.settings import RunConfig
 from moepp.training.totals import TrainingTotals
 
+RANGES = {"patience": Whole}  # of options that Lightning takes whatever they are: -1 does not mean never there
 PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
 
 
@@ -88,7 +91,7 @@ def _own_callbacks(record: RunRecord, config: RunConfig, tokens: TokenFiles, pru
 def make_callbacks(named: Mapping[str, Mapping[str, Any]]) -> list[Callback]:
     """The callbacks that `trainer.callbacks` names, with their options."""
     return [
-        _made(f"trainer.callbacks.{name}", register.callback[name], **(options or {}))
+        _made(register.callback, name, f"trainer.callbacks.{name}", Callback, **(options or {}))
         for name, options in named.items()
     ]
 
@@ -101,7 +104,7 @@ def make_profiler(name: str, record: RunRecord) -> Profiler | None:
 def make_loggers(config: TrackingConfig, record: RunRecord) -> list[Logger]:
     """The loggers that `tracking.loggers` names, with the options of `tracking.logger_options`."""
     return [
-        _made(f"tracking.loggers={name}", register.logger[name], record, **config.logger_options.get(name, {}))
+        _made(register.logger, name, f"tracking.loggers={name}", Logger, record, **config.logger_options.get(name, {}))
         for name in config.loggers
     ]
 
@@ -117,11 +120,14 @@ def refused_by_callback(error: Exception) -> str | None:
     return f"trainer.callbacks.{name}: {' '.join(str(error).split())}"
 
 
-def _made(key: str, part: Any, *given: Any, **options: Any) -> Any:
+def _made(parts: Registry, name: str, key: str, needed: type, *given: Any, **options: Any) -> Any:
     try:
-        return part(*given, **options)
+        made = parts[name](*given, **options)
     except (TypeError, ValueError, ImportError) as error:
         raise UsageError(f"{key}: {' '.join(str(error).split())}") from None
+    if not isinstance(made, needed):
+        raise parts.unusable(name, made, f"a Lightning {needed.__name__}")
+    return made
 
 
 @register.logger("csv")
@@ -148,7 +154,9 @@ def _from_lightning(made: type[Callback]) -> Callable[..., Callback]:
     def build(**options: Any) -> Callback:
         return made(**options)
 
-    build.__signature__ = inspect.signature(made, eval_str=True)
+    signature = inspect.signature(made, eval_str=True)
+    own = [p.replace(annotation=RANGES.get(p.name, p.annotation)) for p in signature.parameters.values()]
+    build.__signature__ = signature.replace(parameters=own)
     return build
 
 

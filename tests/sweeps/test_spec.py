@@ -39,6 +39,51 @@ def write(tmp_path):
     return write
 
 
+LR = {"optim.lr": {"float": [1e-3, 1e-2]}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "extra", "message"),
+    [
+        ({}, ["seed=3"], "^seed=3 has no effect in a sweep: name its seeds with --seeds"),
+        ({}, ["name=mine"], "^name=mine has no effect in a sweep: its runs lie below its own name"),
+        ({"base": ["model=moepp", "seed=3"]}, [], r"toy\.yaml: base: seed=3 has no effect in a sweep"),
+        (
+            {"space": {"grid": {"optim.lr": [0.1, 0.2]}}, "pruner": {"successive_halving": {"first": 4, "factor": 2}}},
+            ["trainer.val_every=4"],
+            "pruner: first=4 must lie before the last of trainer.steps=4, or nothing is pruned",
+        ),
+    ],
+)
+def test_what_a_sweep_would_pass_over_is_refused(write, changes, extra, message):
+    with pytest.raises(UsageError, match=message):
+        read_sweep(write(**changes)).trials("smoke", extra)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"storage": "sqlite:///x.db"}, "storage=sqlite:///x.db is of a search: leave it out"),
+        ({"scales": {"smoke": {"proposals": 3}}}, "scales.smoke.proposals=3 is of a search"),
+        ({"lengthened": ["zero"]}, r"lengthened=\['zero'\] needs lengths"),
+    ],
+)
+def test_keys_of_other_kinds_of_sweeps_are_refused(write, changes, message):
+    with pytest.raises(UsageError, match=message):
+        read_sweep(write(**changes))
+
+
+def test_an_axis_of_a_search_is_refused_where_nothing_reads_it_wherever_the_others_lead(write):
+    def ends(**axes):
+        space = {"tpe": {"n": 2, "keys": {"model.top_p": {"float": [0.2, 0.5]}, **axes}}}
+        base = ["model=moepp", "model.capacity_factor=null"]
+        return read_sweep(write(base=base, space=space)).extremes("smoke")
+
+    with pytest.raises(UsageError, match=r"space\.tpe, arm vanilla: model\.top_p=0\.2 has no effect"):
+        ends(**LR)
+    assert len(ends(**{"model.selection": {"choice": ["top_k", "top_p"]}})) == 8
+
+
 def test_all_arms_of_the_first_seed_come_first(write):
     trials = read_sweep(write()).trials("laptop")
     assert [(t.seed, t.arm) for t in trials] == [(s, arm) for s in (0, 1, 2) for arm in ("vanilla", "zero")]

@@ -5,7 +5,9 @@ import time
 from pathlib import Path
 
 from mirrored import log, make_sweep, run_of, steps_in_store
+from registered import forgotten
 
+from moepp import register
 from moepp.records import RunRecord
 from moepp.tracking.follower import Follower
 from moepp.tracking.mirror import Mirror, follow, sync_all
@@ -17,6 +19,17 @@ def test_following_mirrors_to_the_end_and_marks_what_was_cut_short(record, runs)
         log(record, 1, 3)
     assert steps_in_store(record, runs) == [1, 2, 3]
     assert run_of(record, runs).info.status == "KILLED"
+
+
+def test_a_run_with_a_logger_of_ones_own_is_mirrored_by_a_process_that_does_not_know_it(record, runs):
+    with forgotten():
+        register.logger("mine")(lambda record, file="mine.jsonl": None)
+        tracking = TrackingConfig(loggers=["mine"], logger_options={"mine": {"file": "other.jsonl"}})
+        follower = Follower(record.path, tracking, runs)
+    log(record, 1, 2)
+    follower.end()
+    follower._process.wait()
+    assert steps_in_store(record, runs) == [1, 2]
 
 
 TRAIN_AND_HANG = """

@@ -16,6 +16,13 @@ READ = {  # a word, the words that make nothing read it, and those that make som
     "model.balance.control_decay=0.5": ("model=remoe", "model=longcat"),
     "model.balance.expected_ffn=1.1": ("", "model=longcat"),
     "model.balance.tau=0.5": ("model=vanilla", ""),
+    "model.experts.ffn=8": ("model=dense", ""),
+    "model.balance.beta=0.5": ("model=dense", "model.moe_every=2"),
+    "model.top_k=3": ("model=top_p", "model=top_p model.dense_first=1"),
+    "model.gating_residual=true": ("model.layers=1", ""),
+    "model.gating_residual=false": (None, "model.layers=1"),
+    "model.balance.over=sequence": ("model.balance.beta=0", ""),
+    "model.balance.tau=0.4": ("model=longcat", "model=loss_free"),
     "model.dense_hidden=48": ("", "model.dense_first=1"),
     "optim.beta1=0.8": ("optim.name=SGD", "optim.name=muon"),
     "optim.eps=1e-6": ("optim.name=RMSprop", ""),
@@ -57,7 +64,7 @@ def test_a_registered_part_may_read_any_key(tmp_path):
     plugin = tmp_path / "reads_everything.py"
     plugin.write_text(
         "from moepp import register\n\n\n"
-        "@register.selection('reads_everything')\ndef choose(scores_TN, config):\n    return scores_TN\n"
+        "@register.selection('reads_everything')\ndef choose(scores_TN, config, bias_N):\n    return scores_TN\n"
     )
     chosen = [f"plugins={plugin}", "model.selection=reads_everything", "model.capacity_factor=null"]
     with forgotten():

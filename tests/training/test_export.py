@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("transformers", "5.24", reason="needs the extra hf")
 
 import transformers
+from registered import forgotten
 
 from moepp import load_run
 from moepp.config import compose
@@ -53,6 +54,34 @@ def test_an_exported_run_has_the_runs_logits(trained, plain, words):
     torch.testing.assert_close(
         model.generate(IDS[:1], max_new_tokens=4, min_new_tokens=4, do_sample=False), own.generate(IDS[:1], 4)
     )
+
+
+TILTED = """
+import torch
+from torch import nn
+from moepp import register
+
+@register.control("tilted")
+class Tilted(nn.Module):
+    def __init__(self, config, counts):
+        super().__init__()
+        self.register_buffer("bias_N", torch.linspace(0, 1, counts.total))
+        self.register_buffer("steps", torch.zeros(()))
+
+    def reset_parameters(self):
+        torch.linspace(0, 1, len(self.bias_N), out=self.bias_N)
+
+    def step(self, chosen_N, tokens):
+        self.steps += 1
+"""
+
+
+def test_the_bias_of_a_registered_control_is_exported_and_counts(trained, plain, tmp_path):
+    (tmp_path / "tilted.py").write_text(TILTED)
+    with forgotten():
+        record = trained(f"plugins={tmp_path / 'tilted.py'}", "model.balance.control=tilted")
+        model, own = plain(export_run(record.path)), load_run(record.path).model
+    torch.testing.assert_close(model(IDS).logits, own(IDS).logits.detach(), rtol=0, atol=1e-5)
 
 
 def test_padding_on_the_left_changes_nothing(trained, plain):
