@@ -26,7 +26,7 @@ from moepp.statistics.style import (
     room_for,
     wrapped,
 )
-from moepp.statistics.tables import Cell, Rows, Table
+from moepp.statistics.tables import Cell, Rows, Table, rounded
 
 EFFECT = "effect of "
 ROW = 0.32  # inches of a row of a difference
@@ -50,7 +50,7 @@ def paired(comparison: Comparison) -> Figure | None:
 
 def _numbers(difference: Difference) -> tuple[float | str | None, ...]:
     estimate = difference.estimate
-    by_seed = " ".join(f"{seed}:{value}" for seed, value in difference.by_seed.items())
+    by_seed = " ".join(f"{seed}:{rounded(value)}" for seed, value in difference.by_seed.items())
     return estimate.n, estimate.mean, estimate.low, estimate.high, difference.p_holm, by_seed
 
 

@@ -1,4 +1,4 @@
-"""Tables of a comparison: what is shown, with intervals and marks, and the full precision beside it."""
+"""Tables of a comparison: what is shown, with intervals and marks, and seven digits beside it."""
 
 from collections.abc import Sequence
 
@@ -277,7 +277,7 @@ def budget_table(comparison: Comparison) -> Table:
 
 
 def full_table(comparison: Comparison) -> Table:
-    """One row per arm: every mean with its interval, differences, times and the paper's numbers, at full precision."""
+    """One row per arm: every mean with its interval, differences, times and the paper's numbers, to seven digits."""
     results, arms = comparison.results, comparison.design.arms
     fewer = [m for m in MEASURED if any(0 < len(results.by_seed(a, m)) < len(results.runs.get(a, {})) for a in arms)]
     rows = [_full_row(comparison, arm, fewer) for arm in arms]

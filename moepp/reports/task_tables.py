@@ -87,7 +87,7 @@ class TaskDifference:
 
 @dataclass(frozen=True)
 class TaskTables:
-    """`setup`, `accuracy` and `gold` are shown; `full` has both measures at full precision, a line per arm and row;
+    """`setup`, `accuracy` and `gold` are shown; `full` has both measures to seven digits, a line per arm and row;
     `asked` goes into provenance.json; `left_out` names tasks that not all runs answered alike.
     """
 

@@ -1,4 +1,4 @@
-"""The one table of all reports, and how it is written: csv at full precision, markdown and terminal as text."""
+"""The one table of all reports, and how it is written: csv to seven digits, markdown and terminal as text."""
 
 import csv
 import io
@@ -10,6 +10,7 @@ from moepp.statistics import markup
 from moepp.terminal import painted, width
 
 NONE = "–"  # no value: never NaN, never 0
+DIGITS = 7  # of what is saved, as many as a float32 has; the records have all of them
 
 Cell = str | int | float | None
 Rows = Sequence[Sequence[Cell]]
@@ -17,7 +18,7 @@ Rows = Sequence[Sequence[Cell]]
 
 @dataclass(frozen=True)
 class Table:
-    """Saved as `name`.csv at full precision; shown with four significant digits, None as a dash, text as it stands.
+    """Saved as `name`.csv, to seven digits; shown with four significant digits, None as a dash, text as it stands.
 
     One without a name is only shown: its numbers are rounded or carry intervals, and another table has them in full.
     """
@@ -38,9 +39,14 @@ def as_text(cell: Cell) -> str:
 
 def as_csv(table: Table) -> str:
     text = io.StringIO()
-    rows = [["" if cell is None else cell for cell in row] for row in table.rows]
+    rows = [["" if cell is None else rounded(cell) for cell in row] for row in table.rows]
     csv.writer(text, lineterminator="\n").writerows([table.columns, *rows])
     return text.getvalue()
+
+
+def rounded(cell: str | int | float) -> str | int | float:
+    """To `DIGITS`, but for whole numbers."""
+    return float(f"{cell:.{DIGITS}g}") if isinstance(cell, float) and not cell.is_integer() else cell
 
 
 def as_markdown(table: Table) -> str:

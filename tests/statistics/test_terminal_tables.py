@@ -3,7 +3,7 @@
 import click
 import pytest
 
-from moepp.statistics.tables import Table, as_lines, on_terminal
+from moepp.statistics.tables import Table, as_csv, as_lines, on_terminal
 from moepp.terminal import WIDE
 
 TABLE = Table(
@@ -37,3 +37,9 @@ def test_markdown_is_shown_alike(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     lines = ["Before.", "", "| arm | loss |", "|---|---:|", "| zero | 4.7 |", "", "After."]
     assert list(on_terminal(lines)) == ["Before.", "", "arm   loss", "zero   4.7", "", "After."]
+
+
+def test_a_saved_table_has_seven_digits_and_whole_numbers_whole():
+    cells = ("a", 3.1415926535, -1.23456789e-9, 123456789.0, 123456789, 0.1, None, 1234567.891)
+    table = Table("t", "", ("arm", *"bcdefgh"), (cells,))
+    assert as_csv(table).splitlines()[1] == "a,3.141593,-1.234568e-09,123456789.0,123456789,0.1,,1234568.0"
