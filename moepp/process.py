@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from moepp.errors import RunError, reason
@@ -87,14 +87,25 @@ def no_collections() -> Iterator[None]:
         gc.enable()
 
 
+def lower_session() -> None:
+    """Gives this process's session the process's own priority: where Linux shares the cores among sessions first
+    (sched_autogroup_enabled), nice is heard only within one, and what `start` starts has its own. What was asked to
+    leave the cores to others would otherwise take as many as they.
+    """
+    with suppress(OSError):  # no Linux, one that does not, or a higher priority than it grants
+        Path("/proc/self/autogroup").write_text(str(os.nice(0)))
+
+
 def die_with_parent() -> None:
-    """Ties this process to the one that started it: when that dies, by SIGKILL too, the kernel kills this one.
+    """Ties this process to the one that started it: when that dies, by SIGKILL too, the kernel kills this one. And its
+    session is as nice as that was.
 
     Does nothing in a process that `start` did not start, or away from Linux.
     """
     # Taken out of the environment, for this process's own children have it as their parent.
     parent = os.environ.pop(PARENT_PID, None)
     if parent is not None:
+        lower_session()
         die_with(int(parent))
 
 

@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +44,23 @@ def test_a_trial_starts_in_its_own_session_with_its_slot(tmp_path):
     )
     assert start([sys.executable, "-c", script], log, {"OMP_NUM_THREADS": "3"}).wait() == 0
     assert log.read_text().split() == ["True", "3", str(os.getpid())]
+
+
+@pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="sessions share the cores alike here")
+def test_the_session_of_a_child_is_as_nice_as_what_started_it(tmp_path):
+    """Without that, Linux gives a sweep that was asked to leave the cores to others as many as they get."""
+    child = (
+        "import os\nfrom pathlib import Path\nfrom moepp.process import die_with_parent\ndie_with_parent()\n"
+        "print(os.nice(0), Path('/proc/self/autogroup').read_text().split()[-1])"
+    )
+    parent = (
+        f"import os, sys\nfrom pathlib import Path\nfrom moepp.process import start\nos.nice(7)\n"
+        f"start([sys.executable, '-c', {child!r}], Path(sys.argv[1]), {{}}).wait()"
+    )
+    log = tmp_path / "log.txt"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", parent, log], env=environment, check=True)
+    assert log.read_text().split() == ["7", "7"]
 
 
 def test_a_child_is_no_rank_of_what_started_its_parent(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-from moepp.process import STOP_SIGNALS, die_with, die_with_parent, start
+from moepp.process import STOP_SIGNALS, die_with, die_with_parent, lower_session, start
 from moepp.sweeps.allocations import Allocation
 from moepp.sweeps.trial import TRIAL_COMMAND, load_libraries
 
@@ -195,6 +195,7 @@ def _fork_on_request(runner: Connection) -> Path | None:
 def _become_trial(fork: _Fork, server: int) -> None:
     """Gives this process what `process.start` and a new Python would have given it."""
     os.setsid()
+    lower_session()
     die_with(server)
     with open(fork.log, "ab") as log:
         os.dup2(log.fileno(), 1)

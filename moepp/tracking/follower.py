@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from moepp.addresses import without_user
-from moepp.process import STOP_SIGNALS, python_path
+from moepp.process import STOP_SIGNALS, lower_session, python_path
 from moepp.records import RunRecord
 from moepp.terminal import working
 from moepp.tracking.mirror import SECONDS_TO_END, FolderMirror, Mirror, follow
@@ -87,12 +87,8 @@ def main() -> None:
 
 
 def _yield_cores() -> None:
-    """Lowers this process's priority, and its session's: where Linux shares the cores among sessions first
-    (sched_autogroup_enabled), nice alone is heard only within one, and this process has its own.
-    """
     os.nice(NICE)
-    with suppress(OSError):  # no Linux, or one that does not
-        Path("/proc/self/autogroup").write_text(str(NICE))
+    lower_session()
 
 
 def _outlast(mirror: Mirror | FolderMirror) -> None:

@@ -86,6 +86,13 @@ def test_a_trial_has_its_environment_its_log_and_a_session_of_its_own(trials):
     assert trials.printed(second).startswith("copy 3 1 True")
 
 
+@pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="sessions share the cores alike here")
+def test_the_sessions_of_trials_are_as_nice_as_their_server(trials, monkeypatch):
+    monkeypatch.setattr(fork_server, "COMMAND", ("nice", "-n", "7", *fork_server.COMMAND))
+    trial = trials("print(open('/proc/self/autogroup').read().split()[-1], __import__('os').nice(0))")
+    assert trial.wait(20) == 0 and trials.printed(trial) == "7 7\n"
+
+
 def test_all_trials_are_forks_of_one_process(trials):
     parents = [trials("import os; print(os.getppid())") for _ in range(3)]
     assert [trial.wait(20) for trial in parents] == [0, 0, 0]
