@@ -29,14 +29,16 @@ def faults(svg: str) -> list[str]:
     """Every text that leaves the canvas, and every two that share a place."""
     root = ElementTree.fromstring(svg)
     _, _, width, height = map(float, root.get("viewBox").split())
-    boxes = [_box(element) for element in root.iter(f"{SVG}text")]
+    classes = dict(re.findall(r"\.(\w+)\{([^}]*)\}", "".join(sheet.text for sheet in root.iter(f"{SVG}style"))))
+    styles = {e: e.get("style") or classes.get(e.get("class", ""), "") for e in root.iter(f"{SVG}text")}
+    boxes = [_box(element, style) for element, style in styles.items()]
     cut = [b.text for b in boxes if b.left < -0.5 or b.top < -0.5 or b.right > width + 0.5 or b.bottom > height + 0.5]
     pairs = [f"{a.text} / {b.text}" for a, b in combinations(boxes, 2) if a.covers(b)]
     return [*(f"cut: {text}" for text in cut), *(f"overlap: {pair}" for pair in pairs)]
 
 
-def _box(element: ElementTree.Element) -> Box:
-    style, text = element.get("style", ""), "".join(element.itertext()).strip()
+def _box(element: ElementTree.Element, style: str) -> Box:
+    text = "".join(element.itertext()).strip()
     size = float(re.search(r"([\d.]+)px", style)[1])
     width = _width(text, size, "bold" in style or "700" in style)
     start = {"middle": -0.5, "end": -1.0}.get(_anchor(style), 0.0) * width

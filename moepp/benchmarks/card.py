@@ -35,7 +35,7 @@ class CardBenchmark:
     """Random numbers copied, and two square bfloat16 matrices of them multiplied; small ones without a GPU."""
 
     copy_gib: float = _size(2.0, 1 / 16)
-    size: int = _size(8192, 1024)  # of the matrices
+    size: int = _size(8192, 512)  # of the matrices
     repeats: int = _size(30, 5)
     warmup: int = _size(5, 1)
     seed: int = 0

@@ -90,7 +90,8 @@ def end_of_text(tokenizer: Tokenizer, folder: Path | None = None, name: str = ""
             f"data.tokenizer{f' in {folder}' if folder else ''}: {name or 'end-of-text'} is no token of it; set"
             f" data.end_of_text to the token that ends a document, such as {' '.join(END_OF_TEXT)}"
         )
-    if name and end in encode_text(tokenizer, tokenizer.decode([end], skip_special_tokens=False)):
+    text = tokenizer.decode([end], skip_special_tokens=False)
+    if name and ("\ufffd" in text or end in encode_text(tokenizer, text)):  # a part of a character is of text as well
         raise UsageError(
             f"data.end_of_text={name} is a token of ordinary text, which would end documents wherever it stands; set it"
             f" to a token that no text gives, such as {' '.join(END_OF_TEXT)}"

@@ -52,12 +52,12 @@ def test_it_says_what_it_wrote_and_deletes_nothing(written, tmp_path):
     assert json.loads((tmp_path / "provenance.json").read_text())["repeats"] == 3
 
 
-def test_csv_files_keep_full_precision_and_the_report_rounds(written, tmp_path):
+def test_csv_files_keep_seven_digits_and_the_report_four(written, tmp_path):
     rows = list(csv.reader((tmp_path / "counts.csv").open()))
     assert rows == [["what", "n", "share"], ["tokens", "12345", "0.123456"], ["none", "", ""]]
     text = (tmp_path / "report.md").read_text()
     assert "| tokens | 12,345 | 0.1235 |" in text and "| none | – | – |" in text
-    assert list(csv.reader((tmp_path / "line.csv").open()))[1] == ["1", str(1 / 3)]
+    assert list(csv.reader((tmp_path / "line.csv").open()))[1] == ["1", "0.3333333"]
 
 
 def test_the_report_says_what_was_asked_expected_found_and_printed_in_the_paper(written, tmp_path):
