@@ -1,8 +1,10 @@
-"""Keeps what one test registers from the next."""
+"""Plugins of a test, and what it registers kept from the next."""
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from textwrap import dedent
 
 from moepp import plugins, register
 from moepp.layers.registry import Registry
@@ -27,3 +29,9 @@ def forgotten() -> Iterator[None]:
         plugins.load_installed.cache_clear()
         for name in [name for name in set(sys.modules) - modules if name.startswith("moepp_plugin_")]:
             del sys.modules[name]
+
+
+def plugin(folder: Path, name: str, text: str) -> str:
+    path = folder / f"{name}.py"
+    path.write_text(dedent(text))
+    return str(path)

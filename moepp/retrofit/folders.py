@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from moepp.errors import UsageError
 from moepp.retrofit import modeling, modeling_form
+from moepp.retrofit.calibration import require
 from moepp.retrofit.modeling import NEW_OF_ROUTER, PlusPlusRouter, blocks, family, plus_plus, plus_plus_name, routers
-from moepp.retrofit.surgery import require, retrofit
+from moepp.retrofit.surgery import retrofit
 
 CODE = "modeling_moepp.py"
 

@@ -26,6 +26,7 @@ from moepp.models.foreign import RetrofitConfig, architecture_of, folder_of
 from moepp.models.protocol import ModelOutput
 from moepp.models.sampling import continue_ids
 from moepp.models.settings import DecoderConfig
+from moepp.retrofit.calibration import calibrate, wake
 from moepp.retrofit.folders import load as load_folder
 from moepp.retrofit.modeling import (
     NEW_OF_EXPERTS,
@@ -40,7 +41,7 @@ from moepp.retrofit.modeling import (
 from moepp.retrofit.modeling_form import INDEPENDENT
 from moepp.retrofit.observe import are_probabilities, first_answer
 from moepp.retrofit.recognise import recognise
-from moepp.retrofit.surgery import calibrate, retrofit, router_width, wake
+from moepp.retrofit.surgery import retrofit, router_width
 from moepp.retrofit.upcycle import aligned, upcycle
 
 

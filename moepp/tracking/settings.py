@@ -32,4 +32,5 @@ def mirror_config(values: Mapping[str, Any]) -> TrackingConfig:
     """What the mirror of a run needs of its config's `tracking`: nothing of loggers, which the trainer calls and which
     may be a plugin's that this process never imports.
     """
-    return TrackingConfig(**{key: values[key] for key in ("backend", "uri", "experiment") if key in values})
+    of_trainer = ("loggers", "logger_options")
+    return TrackingConfig(**{key: value for key, value in values.items() if key not in of_trainer})

@@ -54,9 +54,9 @@ def _reads_tau(model: DecoderConfig) -> bool:
     return in_loss or model.capacity_factor is not None or balance.control == "loss_free"
 
 
-def _carries_in_vain(model: DecoderConfig) -> bool:
-    """Whether there are logits to carry, and no second layer that takes them."""
-    return model.name == "decoder" and model.gating_residual and len(model.moe_blocks) < 2
+def _reads_residual(model: DecoderConfig) -> bool:
+    """Switched off it is read by any model; switched on, by a second MoE layer, which takes the first one's logits."""
+    return model.name != "decoder" or not model.gating_residual or len(model.moe_blocks) > 1
 
 
 def _reads_top_k(model: DecoderConfig) -> bool:
@@ -75,7 +75,7 @@ CONDITIONS = (
     ),
     Condition(
         ("model.gating_residual", "model.residual_detached", "model.residual_init"),
-        lambda config: not _carries_in_vain(config.model),
+        lambda config: _reads_residual(config.model),
         "choose a model of two MoE layers or more, of which the second carries the logits of the first",
     ),
     Condition(

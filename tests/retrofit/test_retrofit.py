@@ -9,9 +9,9 @@ from families import FAMILIES, IDS, tiny, transformers
 
 from moepp.errors import UsageError
 from moepp.retrofit import calibrate, export, load, observe, retrofit, strip, upcycle, wake
+from moepp.retrofit.calibration import Aim
 from moepp.retrofit.model import skeleton
 from moepp.retrofit.modeling import blocks, routers
-from moepp.retrofit.surgery import Aim
 
 
 def answers(model, ids=IDS):
