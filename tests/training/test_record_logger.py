@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 pytest.importorskip("lightning")
@@ -55,6 +57,16 @@ def test_clocks_and_counters_are_kept_to_six_digits_and_losses_whole(tmp_path):
     RecordLogger(RunRecord(tmp_path)).log_metrics({"train/loss": loss, "perf/step_time_ms": seconds}, step=1)
     (line,) = RunRecord(tmp_path).metrics()
     assert line["train/loss"] == loss and line["perf/step_time_ms"] == 17636.7
+
+
+def test_a_float32_keeps_what_tells_it_from_its_neighbours_and_a_count_every_digit(tmp_path):
+    loss, tokens = torch.tensor(1 / 3), 10_000_000_001.0
+    values = {"train/loss": loss, "train/tokens": tokens, "train/huge": 1e300 / 3, "val/loss": float("nan"), "val/z": math.inf}
+    RecordLogger(RunRecord(tmp_path)).log_metrics(values, step=1)
+    (line,) = RunRecord(tmp_path).metrics()
+    assert line["train/loss"] == 0.333333343 and torch.tensor(line["train/loss"]) == loss
+    assert line["train/tokens"] == tokens and line["train/huge"] == 1e300 / 3
+    assert math.isnan(line["val/loss"]) and line["val/z"] == math.inf
 
 
 def test_it_is_named_after_the_record(tmp_path):
