@@ -61,8 +61,8 @@ def test_clocks_and_counters_are_kept_to_six_digits_and_losses_whole(tmp_path):
 
 def test_a_float32_keeps_what_tells_it_from_its_neighbours_and_a_count_every_digit(tmp_path):
     loss, tokens = torch.tensor(1 / 3), 10_000_000_001.0
-    values = {"train/loss": loss, "train/tokens": tokens, "train/huge": 1e300 / 3, "val/loss": float("nan"), "val/z": math.inf}
-    RecordLogger(RunRecord(tmp_path)).log_metrics(values, step=1)
+    odd = {"train/huge": 1e300 / 3, "val/loss": math.nan, "val/z": math.inf}
+    RecordLogger(RunRecord(tmp_path)).log_metrics({"train/loss": loss, "train/tokens": tokens, **odd}, step=1)
     (line,) = RunRecord(tmp_path).metrics()
     assert line["train/loss"] == 0.333333343 and torch.tensor(line["train/loss"]) == loss
     assert line["train/tokens"] == tokens and line["train/huge"] == 1e300 / 3
