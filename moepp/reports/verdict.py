@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from moepp.reports.comparison import BUDGETS, EQUAL_WITHIN, Comparison, Difference
 from moepp.reports.effective_speedup import effective_speedups
 from moepp.reports.recipe import RECIPE, recipe_of
+from moepp.reports.results import SweepResults
 from moepp.reports.tables import CONFOUNDED, UNSTABLE, plus_minus, signed, speedup_over_seeds, speedups, typical
 from moepp.statistics.seeds import POWER, SIGNIFICANCE
 from moepp.statistics.tables import quantity
@@ -62,13 +63,30 @@ def _uneven(comparison: Comparison) -> list[str]:
     known = {arm: results.mean(arm, "load_max_over_mean") for arm in comparison.design.arms}
     loads = {arm: load for arm, load in known.items() if load is not None}
     least = min(loads, key=loads.__getitem__, default="")
-    said = [f"{arm} {load:.2f}" for arm, load in loads.items() if load > UNEVEN * loads[least]]
-    if not said:
+    uneven = [arm for arm, load in loads.items() if load > UNEVEN * loads[least]]
+    if not uneven:
         return []
+    said = "; ".join(f"{arm} {loads[arm]:.2f}{_waited_for(results, arm)}" for arm in uneven)
     return [
         f"Warning: the busiest FFN expert has {loads[least]:.2f} times the mean load in {least}, far more elsewhere:"
-        f" {'; '.join(said)}. One device does not pay for that; expert parallelism and a capacity do."
+        f" {said}. One device does not pay for that; expert parallelism and a capacity do."
     ]
+
+
+def _waited_for(results: SweepResults, arm: str) -> str:
+    """What all wait for where every FFN expert has a device of its own."""
+    own, base = _busiest_rows(results, arm), _busiest_rows(results, results.baseline)
+    if arm == results.baseline or not own or not base:
+        return ""
+    return f" ({own / base:.2f} times the rows of the busiest in {results.baseline})"
+
+
+def _busiest_rows(results: SweepResults, arm: str) -> float | None:
+    """Of one FFN expert, per token, as far as means over layers tell."""
+    run = next(iter(results.runs.get(arm, {}).values()), None)
+    experts = run.experts.get("ffn") if run else None
+    routed, load = (results.mean(arm, name) for name in ("ffn_per_token", "load_max_over_mean"))
+    return routed * load / experts if experts and routed and load else None
 
 
 def _recipes(comparison: Comparison) -> list[str]:

@@ -120,12 +120,13 @@ def test_drops_in_training_are_shown_and_warned_of(tmp_path):
 def test_loads_that_are_far_more_uneven_than_in_another_arm_are_shown_and_warned_of(tmp_path):
     write_sweep(tmp_path, CLEAR)
     for seed in range(3):
-        write_run(tmp_path / f"trials/{FULL}-{seed}", 3.1, load_max_over_mean=3.01)
-        write_run(tmp_path / f"trials/vanilla-{seed}", 3.2, load_max_over_mean=1.07)
+        write_run(tmp_path / f"trials/{FULL}-{seed}", 3.1, load_max_over_mean=3.01, ffn_per_token=1.2)
+        write_run(tmp_path / f"trials/vanilla-{seed}", 3.2, load_max_over_mean=1.07, ffn_per_token=2.0)
         write_run(tmp_path / f"trials/no_residual-{seed}", 3.1, load_max_over_mean=1.5)
     found = compared(TABLE6, tmp_path)
     (warning,) = [line for line in verdict(found) if line.startswith("Warning: the busiest")]
-    assert "1.07 times the mean load in vanilla" in warning and f": {FULL} 3.01." in warning
+    assert "1.07 times the mean load in vanilla" in warning
+    assert f": {FULL} 3.01 (1.69 times the rows of the busiest in vanilla)." in warning
     column = cost_table(found).columns.index("busiest FFN expert, times the mean load")
     assert {row[0]: row[column] for row in cost_table(found).rows}[FULL] == "3.01"
     for seed in range(3):
