@@ -20,11 +20,13 @@ class DeviceLost(RunError):
         self.rows = rows
 
 
-def attempt(call: Callable[[], Result]) -> tuple[Result | None, str | None]:
-    """The call's result, or None and the reason. An AcceleratorError, after which no other can run, passes."""
+def attempt(call: Callable[[], Result], passing: tuple[type[Exception], ...] = ()) -> tuple[Result | None, str | None]:
+    """The call's result, or None and the reason. The caller gets `passing`, and an AcceleratorError, after which no
+    other can run.
+    """
     try:
         return call(), None
-    except torch.AcceleratorError:
+    except (torch.AcceleratorError, *passing):
         raise
     except Exception as error:  # whatever it is, the others shall be measured
         return None, describe_failure(error)

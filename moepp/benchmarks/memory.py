@@ -1,7 +1,8 @@
 """The most memory that a call held above what stood there before it."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,19 @@ def resident_bytes(call: Call) -> int:
     before = resident_before()
     call()
     return grown_since(before)
+
+
+def growth(device: torch.device) -> Callable[[], int | None]:
+    """Watches from now on: the returned call says how many bytes the most that stood there since was above what stands
+    there now, as CUDA's allocator counts it, or by how much the process grew. None where the system does not tell.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+        return lambda: torch.cuda.max_memory_allocated(device) - held
+    if not counts_pages():
+        return lambda: None
+    return partial(grown_since, resident_before())
 
 
 def resident_before() -> int:
