@@ -12,7 +12,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from functools import lru_cache, reduce
 from typing import Any, TypeVar
 
-from omegaconf import DictConfig, OmegaConf, ValueNode
+from omegaconf import DictConfig, OmegaConf, UnionNode, ValueNode
 
 from moepp.layers.bounds import parts, taken_apart
 
@@ -93,6 +93,8 @@ def _part(schema: type, name: str) -> type | None:
 @lru_cache(maxsize=4096, typed=True)
 def _scalar(schema: type, names: tuple[str, ...], given: Any) -> Any:
     node = _node(schema, names)
+    if isinstance(node, UnionNode):  # which of its types this is, a merge finds out
+        return _container(schema, names, json.dumps(given))
     if not isinstance(node, ValueNode) or (given is None and not node._is_optional()):
         raise NeedsWhole
     return None if given is None else node.validate_and_convert(given)
@@ -103,7 +105,8 @@ def _container(schema: type, names: tuple[str, ...], text: str) -> Any:
     nested = json.loads(text)
     for name in reversed(names):
         nested = {name: nested}
-    return OmegaConf.to_object(OmegaConf.select(OmegaConf.merge(structured(schema), nested), ".".join(names)))
+    found = OmegaConf.select(OmegaConf.merge(structured(schema), nested), ".".join(names))
+    return OmegaConf.to_object(found) if OmegaConf.is_config(found) else found
 
 
 def _node(schema: type, names: tuple[str, ...]) -> Any:

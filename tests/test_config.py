@@ -265,16 +265,17 @@ def test_many_configs_are_made_value_by_value(monkeypatch):
     """OmegaConf joins a whole config in tens of milliseconds; a sweep makes a thousand that differ in one value."""
     merge, merges = OmegaConf.merge, []
     monkeypatch.setattr(OmegaConf, "merge", lambda *configs: (merges.append(1), merge(*configs))[1])
-    first = compose(RunConfig, ["size=smoke", "optim.lr=0.0011"])
+    same = ["size=smoke", "data.path=texts"]  # a path, or a list of them
+    first = compose(RunConfig, [*same, "optim.lr=0.0011"])
     merges.clear()
     for number in range(20):
-        found = compose(RunConfig, ["size=smoke", f"optim.lr=0.00{20 + number}"])
+        found = compose(RunConfig, [*same, f"optim.lr=0.00{20 + number}"])
         assert found.optim.lr == pytest.approx(0.002 + 0.0001 * number)
     assert not merges and found.model == first.model and found.model is not first.model
 
 
 def test_values_are_made_as_omegaconf_makes_them(monkeypatch):
-    words = ["size=smoke", "optim.lr=1", "tags.a=1", "optim.schedule=wsd", "trainer.keep_at=[3]"]
+    words = ["size=smoke", "optim.lr=1", "data.path=1", "tags.a=1", "optim.schedule=wsd", "trainer.keep_at=[3]"]
     found = compose(RunConfig, words)
     monkeypatch.setattr(typed, "make", None)
     assert repr(found) == repr(compose(RunConfig, words))

@@ -90,6 +90,18 @@ PART_OF_NO_USE = """
         def step(self):
             pass
 
+    @register.optimizer("parameterless")
+    def parameterless(module, config):
+        return torch.optim.SGD([nn.Parameter(torch.zeros(3))], lr=config.lr)
+
+    class Ignoring(torch.optim.SGD):
+        def step(self, closure=None):
+            pass
+
+    @register.optimizer("ignoring")
+    def ignoring(module, config):
+        return Ignoring(module.parameters(), lr=config.lr)
+
     @register.optimizer("rateless")
     def rateless(module, config):
         return Steps(module.parameters(), {})
@@ -137,6 +149,8 @@ PART_OF_NO_USE = """
         ("data.corpus=nothing", "corpus 'nothing' (mine.py) returned NoneType; it must yield texts", 0),
         ("optim.name=none", "optimizer 'none' (mine.py) returned list; a torch.optim.Optimizer is needed", 0),
         ("optim.name=unknowing", "optimizer 'unknowing' (mine.py) failed: TypeError: SGD.__init__() got an", 1),
+        ("optim.name=parameterless", "optimizer 'parameterless' (mine.py) has none of the parameters that are tr", 0),
+        ("optim.name=ignoring", "Ignoring has a step() that does not call its closure, which computes the loss and", 0),
         ("optim.name=rateless", "optimizer 'rateless' (mine.py) has parameter groups without lr, which the sched", 0),
         ("optim.name=closureless", "optimizer 'closureless' (mine.py) has a step() without closure, which computes", 0),
         ("trainer.callbacks={uncalled: {}}", "callback 'uncalled' (mine.py) returned Uncalled; a Lightning Call", 0),

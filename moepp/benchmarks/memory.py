@@ -51,7 +51,7 @@ def resident_bytes(call: Call) -> int:
     return grown_since(before)
 
 
-def growth(device: torch.device) -> Callable[[], int | None]:
+def memory_growth(device: torch.device) -> Callable[[], int | None]:
     """Watches from now on: the returned call says how many bytes the most that stood there since was above what stands
     there now, as CUDA's allocator counts it, or by how much the process grew. None where the system does not tell.
     """

@@ -15,7 +15,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from moepp.benchmarks.failures import DeviceLost, attempt, describe_failure
-from moepp.benchmarks.memory import growth
+from moepp.benchmarks.memory import memory_growth
 from moepp.benchmarks.race import SMOOTHED, Race, steps_to_loss
 from moepp.benchmarks.subjects import Subject, decoder, mixtral, qwen3_moe
 from moepp.benchmarks.tables import Columns, Row, markdown_table, ratio
@@ -184,7 +184,7 @@ class TrainingBenchmark:
         """Built and warm. Its rate is 0: all keep the routing of untrained routers, so that what is compared computes
         as much.
         """
-        config, grown = entrant.config(), growth(device)
+        config, grown = entrant.config(), memory_growth(device)
         subject = entrant.subject(config, device)
         for group in subject.optimizer.param_groups:
             group["lr"] = 0.0

@@ -1,7 +1,7 @@
 """How a layer's weights begin when nobody says otherwise."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -27,13 +27,21 @@ def uninitialized() -> Iterator[None]:
 
 
 def draw(module: nn.Module) -> None:
-    """N(0, INIT_STD) into all of the module's parameters, but those with a beginning of their own. A layer that stands
-    alone has no depth by which to scale down what it writes, as a decoder does.
+    """N(0, INIT_STD) into all of the module's parameters, but those with a beginning of their own, as buffers too may
+    have. A layer that stands alone has no depth by which to scale down what it writes, as a decoder does.
     """
     if not _left_to_others.get():
         own = own_beginnings(module)
         for name, parameter in module.named_parameters():
             own.get(name, _normal)(parameter)
+        begin_buffers(module, own)
+
+
+def begin_buffers(module: nn.Module, own: Mapping[str, Callable[[Tensor], Any]]) -> None:
+    """Those that `own_beginnings` found; others are set where they are built, by no random number."""
+    for name, buffer in module.named_buffers():
+        if name in own:
+            own[name](buffer)
 
 
 def _normal(parameter: Tensor) -> None:
@@ -42,7 +50,7 @@ def _normal(parameter: Tensor) -> None:
 
 def own_beginnings(module: nn.Module, seed: int | None = None) -> dict[str, Callable[[Tensor], Any]]:
     """By name, how the parameters begin that are not drawn: what each module's `initial` names, and what parts of other
-    people (`foreign`) set when they are built, each of them anew by `seed` and its name.
+    people (`foreign`) set when they are built, their buffers included, each of them anew by `seed` and its name.
     """
     found: dict[str, Callable[[Tensor], Any]] = {}
     for path, part in module.named_modules():
@@ -78,12 +86,13 @@ class _UnsetIsNaN(TorchFunctionMode):
         return result.fill_(torch.nan) if unset and result.is_floating_point() else result
 
 
-def _is_unset(parameter: Tensor) -> bool:
-    return not parameter.is_meta and bool(parameter.isnan().any())
+def _is_unset(value: Tensor) -> bool:
+    return not value.is_meta and bool(value.isnan().any())
 
 
 def _set(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    return ((name, value.detach()) for name, value in module.named_parameters() if not _is_unset(value))
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    return ((name, value.detach()) for name, value in tensors if not _is_unset(value))
 
 
 def _built_on_cpu(build: Callable[[], nn.Module], seed: int | None) -> nn.Module:

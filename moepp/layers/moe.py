@@ -124,8 +124,14 @@ class MoELayer(nn.Module):
             raise parts.unusable(kind, vectors_CD, f"{needed}", "gave vectors")
         return module
 
-    def parts_of_others(self) -> list[nn.Module]:
-        return [getattr(self, name) for name in self.foreign]
+    def with_parts_of_others(self, y_TD: Tensor) -> Tensor:
+        """`y_TD`, with every parameter of theirs in its graph: one that no token has reached gets a gradient of 0, as
+        FFN experts do, for devices on which some have reached it wait for this one's.
+        """
+        for name in self.foreign:
+            for parameter in getattr(self, name).parameters():
+                y_TD = y_TD + parameter.flatten()[:0].sum().to(y_TD.dtype)
+        return y_TD
 
     def reset_parameters(self) -> None:
         draw(self)
@@ -154,7 +160,7 @@ class MoELayer(nn.Module):
         sequences = math.prod(x_BSD.shape[:-2]) or 1  # an empty batch is one sequence without tokens
         if self.training and self.config.capacity_factor is not None:
             kept, accepted = self.drop_over_capacity(routing, counts, sequences)
-        y_TD = self.expert_forward(x_TD, kept, accepted, terms)
+        y_TD = self.with_parts_of_others(self.expert_forward(x_TD, kept, accepted, terms))
         # After the experts: where counts come from other devices, nothing before this needs to wait for them.
         return y_TD.view_as(x_BSD), self.statistics(logits_TN, carried, routing, counts, accepted, sequences)
 

@@ -17,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from moepp import register
 from moepp.layers.balance import combine_layers
 from moepp.layers.dense import DenseFFN
-from moepp.layers.initial import own_beginnings, seed_of, uninitialized
+from moepp.layers.initial import begin_buffers, own_beginnings, seed_of, uninitialized
 from moepp.layers.moe import MoELayer, MoEStats
+from moepp.layers.others import buffers_of_others, repeatable
 from moepp.layers.rival_routers import shared_gru
 from moepp.layers.settings import MoEConfig
 from moepp.models.attention import Attention, KeyValueCache, rotary_table
@@ -89,6 +90,7 @@ class Decoder(nn.Module):
         own = own_beginnings(self, seed)
         for name, parameter in self.named_parameters():
             self._begin(name, parameter, seed, own)
+        begin_buffers(self, own)
 
     def _begin(self, name: str, parameter: Tensor, seed: int, own: Mapping[str, Callable[[Tensor], Any]]) -> None:
         std, scaled = self.config.init_std, self.config.init_std / math.sqrt(2 * self.config.layers)
@@ -122,7 +124,7 @@ class Decoder(nn.Module):
                 states.append(x_BSD)
             inputs = (x_BSD, rotary, carried, caches[index] if caches else None)
             if self.config.activation_checkpointing and self.training:
-                x_BSD, layer = checkpoint(block, *inputs, use_reentrant=False, **keeping(block))
+                x_BSD, layer = checkpoint(repeatable(block), *inputs, use_reentrant=False, **keeping(block))
             else:
                 x_BSD, layer = block(*inputs)
             if layer is not None:
@@ -169,7 +171,7 @@ class Decoder(nn.Module):
     @property
     def has_buffers_of_others(self) -> bool:
         """Whether parts that are not the package's own have any."""
-        return any(True for layer in self.moe_layers() for part in layer.parts_of_others() for _ in part.buffers())
+        return bool(buffers_of_others(self))
 
     def moe_layers(self) -> list[MoELayer]:
         return [block.ffn for block in self.blocks if isinstance(block.ffn, MoELayer)]

@@ -21,7 +21,7 @@ class DecoderConfig(MoEConfig):
     name: str = "decoder"  # or a registered one
     options: dict[str, Any] = field(default_factory=dict)  # of a registered one
     vocab_size: Count = 2048  # rows of the embedding
-    layers: Count = 4  # blocks of attention and MoE layer or dense FFN
+    layers: Annotated[int, Range(1, 2**16)] = 4  # blocks of attention and MoE layer or dense FFN
     heads: Count = 4  # attention heads
     kv_heads: Count | None = None  # grouped-query attention; null: as many as heads
     moe_every: Whole = 1  # blocks moe_every, 2*moe_every, ... (counted from 1) hold an MoE layer, the others a dense

@@ -8,6 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moepp.strategies.base import MoEStrategy
 from moepp.strategies.reduction import GradientReduction
+from moepp.strategies.sharding import broadcast_first
 
 
 class MoEDDPStrategy(MoEStrategy, DDPStrategy):
@@ -21,6 +22,7 @@ class MoEDDPStrategy(MoEStrategy, DDPStrategy):
         module = self.lightning_module
         self.shard_experts(module)
         self.take_parts(module)
+        broadcast_first(module.buffers(), self.root_device)  # parameters DDP itself does
         experts = [name for name, parameter in module.named_parameters() if self.sharding.is_sharded(parameter)]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, experts)
         super().setup(trainer)

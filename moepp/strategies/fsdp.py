@@ -20,6 +20,7 @@ from torch.distributed.tensor import Shard
 from moepp.errors import UsageError
 from moepp.layers.dense import DenseFFN
 from moepp.layers.experts import FFNExperts
+from moepp.layers.others import parts_of_others
 from moepp.strategies.base import MoEStrategy
 from moepp.strategies.groups import CopyGroups
 from moepp.strategies.sharding import broadcast_first, dividing_dimension, expert_banks, local
@@ -81,14 +82,21 @@ class MoEFSDPStrategy(MoEStrategy, ModelParallelStrategy):
                 f"{type(self).__name__} shards the parts of a module: {', '.join(loose)} of {type(module).__name__} "
                 "would drift apart; put parameters into a child module"
             )
+        if scalars := [name for name, parameter in module.named_parameters() if not parameter.ndim]:
+            raise UsageError(
+                f"{type(self).__name__} shards no parameter of shape []: give {', '.join(scalars)} the shape [1]"
+            )
         broadcast_first([*module.parameters(), *module.buffers()], self.root_device)
         self.shard_experts(module)
         world = self._mesh()
         experts = world if self.groups is None else DeviceMesh.from_group(self.groups.across, self.root_device.type)
-        for part in module.modules():  # before the blocks, which would take their parameters into their own groups
+        # A part of somebody else may call what it is made of for some tokens alone, and not on all devices.
+        within = {id(m) for part in parts_of_others(module).values() for m in part.modules()}
+        apart = [m for m in module.modules() if id(m) not in within]
+        for part in apart:  # before the blocks, which would take their parameters into their own groups
             if isinstance(part, FFN):
                 self._shard_part(part, experts if isinstance(part, FFNExperts) else world)
-        lists = [list(m) for m in module.modules() if isinstance(m, nn.ModuleList)]
+        lists = [list(m) for m in apart if isinstance(m, nn.ModuleList)]
         for part in [*reversed([block for blocks in lists for block in blocks]), *module.children()]:
             if any(True for _ in part.parameters()) and not isinstance(part, FSDPModule):
                 self._shard_part(part, world)  # inner lists come later in modules()

@@ -79,7 +79,7 @@ CONDITIONS = (
         "choose a model of two MoE layers or more, of which the second carries the logits of the first",
     ),
     Condition(
-        ("model.balance.over",),
+        ("model.balance.form", "model.balance.over"),
         lambda config: config.model.balance.beta > 0 or _is_foreign(config.model.balance),
         "set model.balance.beta above 0",
     ),

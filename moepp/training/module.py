@@ -1,7 +1,7 @@
 """The LightningModule: next-token cross-entropy plus the balance loss, and validation that is exact over devices."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
@@ -14,6 +14,7 @@ from torchmetrics import CatMetric, MeanMetric, Metric
 
 from moepp.errors import UsageError
 from moepp.layers.moe import MoEStats
+from moepp.layers.others import without_trace
 from moepp.models.build import build_model, describe_model
 from moepp.models.decoder import InitialState
 from moepp.models.protocol import CausalLM
@@ -155,16 +156,17 @@ class LanguageModel(pl.LightningModule):
 
     def _count_step(self, batches: list[Tensor]) -> None:
         """Hands every MoE layer the step's counts, from a forward pass of its micro-batches without gradients: they
-        need memory for one at a time, and the routers do not change before the update.
+        need memory for one at a time, and the routers do not change before the update. What a pass writes into buffers
+        counts for nothing: the step's own passes write it again.
         """
         layers = self._counted_layers()
         if not layers:
             return
-        chosen = []
+        chosen, state = [], dict(self.model.named_buffers())
         with torch.no_grad(), self.trainer.precision_plugin.train_step_context():
             for ids in batches:
                 ids = ids.to(self.device, non_blocking=True)
-                stats = self.model(ids[:, :-1], targets_BS=ids[:, 1:]).stats
+                stats = without_trace(self.model, state, ids[:, :-1], targets_BS=ids[:, 1:]).stats
                 chosen.append([layer.chosen_N for layer in stats])
         tokens = len(stats[0].logits_TN) * len(batches) * self.trainer.world_size
         for layer, counts in zip(layers, zip(*chosen, strict=True), strict=True):
@@ -238,9 +240,25 @@ class LanguageModel(pl.LightningModule):
         self.step_chosen_LN = chosen_LN if self.step_chosen_LN is None else self.step_chosen_LN + chosen_LN
         self.step_tokens += len(stats[0].logits_TN)
 
-    def optimizer_step(self, *arguments: Any, **options: Any) -> None:
-        """The update, which runs the step's last micro-batch first, then that of the layers' control."""
-        super().optimizer_step(*arguments, **options)
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer, optimizer_closure: Callable[[], Any]
+    ) -> None:
+        """The update, which runs the step's last micro-batch first, then that of the layers' control. Raises UsageError
+        where the optimizer, somebody's own, does not run it.
+        """
+        ran = False
+
+        def closure() -> Any:
+            nonlocal ran
+            ran = True
+            return optimizer_closure()
+
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
+        if not ran:
+            raise UsageError(
+                f"{type(self.trainer.optimizers[0]).__name__} has a step() that does not call its closure, which "
+                "computes the loss and its gradients"
+            )
         if self.step_chosen_LN is not None:
             if dist.is_initialized():  # without the barrier of Lightning's `reduce`
                 dist.all_reduce(self.step_chosen_LN)

@@ -55,12 +55,17 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> Optimizer:
         named = register.optimizer.described(config.name)
         raise UsageError(f"{named} returned {type(made).__name__}; a torch.optim.Optimizer is needed")
     if config.name not in register.optimizer.defined:
-        _refuse_steps(made, register.optimizer.described(config.name))
+        _refuse_steps(made, module, register.optimizer.described(config.name))
     return made
 
 
-def _refuse_steps(optimizer: Optimizer, named: str) -> None:
-    """Raises UsageError where the schedule cannot set the rate, or Lightning cannot step."""
+def _refuse_steps(optimizer: Optimizer, module: nn.Module, named: str) -> None:
+    """Raises UsageError where nothing of the module would learn, the schedule cannot set the rate, or Lightning cannot
+    step.
+    """
+    given = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not any(parameter.requires_grad and id(parameter) in given for parameter in module.parameters()):
+        raise UsageError(f"{named} has none of the parameters that are trained")
     if any("lr" not in group for group in optimizer.param_groups):
         raise UsageError(f"{named} has parameter groups without lr, which the schedule sets")
     step = inspect.signature(optimizer.step).parameters

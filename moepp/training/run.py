@@ -20,7 +20,12 @@ from moepp.training.branching import branch_off
 from moepp.training.final import finish
 from moepp.training.foreign import completed
 from moepp.training.initial import initial_weights
-from moepp.training.machine import refuse_what_the_machine_lacks, uses_gpus, warn_of_slow_products
+from moepp.training.machine import (
+    is_out_of_memory,
+    refuse_what_the_machine_lacks,
+    uses_gpus,
+    warn_of_slow_products,
+)
 from moepp.training.module import LanguageModel
 from moepp.training.provenance import record_attempt
 from moepp.training.pruning import Pruner, was_pruned
@@ -36,7 +41,7 @@ def freeze(config: RunConfig) -> RunConfig:
     """The config with the digests of its prepared tokens and of the weights it begins with, so that with others it is
     another run. Builds the tokens.
     """
-    refuse_what_the_machine_lacks(config.trainer, config.model)
+    refuse_what_the_machine_lacks(config)
     config = completed(config)
     tokens = prepare(config.data, progress=config.trainer.progress)
     data = replace(config.data, digest=tokens.header.digest)
@@ -56,7 +61,7 @@ def train(config: RunConfig, directory: Path | None = None, pruner: Pruner | Non
         directory = run_directory(config)
     rank, record = Rank.here(), RunRecord(directory)
     config = rank.spread(config)
-    refuse_what_the_machine_lacks(config.trainer, config.model)
+    refuse_what_the_machine_lacks(config)
     try:
         with record.lock() if rank.keeps_record(config.trainer.num_nodes) else nullcontext():
             _refuse_another_record(record, config)
@@ -109,6 +114,11 @@ def _train_as(rank: Rank, record: RunRecord, config: RunConfig, pruner: Pruner |
     except Exception as error:
         if refused := refused_by_callback(error):
             raise UsageError(refused) from error
+        if is_out_of_memory(error):
+            raise RunError(
+                f"out of memory: {' '.join(str(error).split())}; --dry-run says what a step takes: choose a smaller"
+                " model or data.batch_size, more trainer.accumulate, or model.activation_checkpointing=true"
+            ) from error
         if rank.started_by and is_lost_connection(error):
             raise PeerLost(f"rank {rank.rank} lost another rank: {str(error).splitlines()[0]}") from error
         raise

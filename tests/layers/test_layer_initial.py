@@ -107,14 +107,29 @@ def test_a_decoder_keeps_what_parts_set_and_draws_the_same_for_the_same_seed(own
     assert all(torch.equal(state[name], again[name]) for name in again)
 
 
+class Projecting(Own):
+    """With a matrix that nothing trains."""
+
+    def __init__(self, config, first):
+        super().__init__(config, first)
+        self.register_buffer("projection", torch.randn(config.dim, 4))
+
+
 def test_a_decoder_says_whether_parts_of_ones_own_have_buffers(own, monkeypatch):
     config = DecoderConfig(**SIZES, heads=4, vocab_size=64, router="own", gating_residual=False)
     assert not Decoder(config).has_buffers_of_others
-
-    class Counting(Own):
-        def __init__(self, config, first):
-            super().__init__(config, first)
-            self.register_buffer("seen", torch.zeros(config.experts.total))
-
-    monkeypatch.setitem(registry.router._parts, "own", Counting)
+    monkeypatch.setitem(registry.router._parts, "own", Projecting)
     assert Decoder(config).has_buffers_of_others
+
+
+def test_buffers_that_a_part_draws_follow_the_seed_too(own, monkeypatch):
+    monkeypatch.setitem(registry.router._parts, "own", Projecting)
+    config = DecoderConfig(**SIZES, heads=4, layers=2, vocab_size=64, router="own", gating_residual=False)
+    first, again, other = (
+        torch.stack([layer.router.projection for layer in Decoder(config, seed).moe_layers()]) for seed in (3, 3, 4)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other) and not torch.equal(*first)
+    layer = MoELayer(own)
+    before = layer.router.projection.clone()
+    layer.reset_parameters()
+    assert not torch.equal(layer.router.projection, before)

@@ -26,7 +26,7 @@ from moepp.training.cloze import ClozeScorer
 from moepp.training.module import LanguageModel
 from moepp.training.settings import RunConfig
 
-STEPS = 6
+STEPS = 4
 CLIP = 0.3  # below every gradient norm of these runs
 MODELS = {
     "moepp": [],
@@ -146,7 +146,7 @@ class SGDLanguageModel(LanguageModel):
     """With an optimizer that, unlike Adam, does not forgive a wrong gradient scale."""
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.3, momentum=0.9)
+        return torch.optim.SGD(self.parameters(), lr=0.5, momentum=0.9)
 
 
 class WrongScale(ExpertParallelStrategy):

@@ -1,7 +1,8 @@
 """Strategies in this process: world size 1, refusals, names."""
 
+import importlib
+import multiprocessing
 import os
-import subprocess
 import sys
 from contextlib import nullcontext
 from functools import partial
@@ -14,11 +15,11 @@ import scenarios
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.strategies import StrategyRegistry
 from scenarios import STEPS, STRATEGIES, Scenario, SGDLanguageModel, run_scenario
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 
-from moepp.config import CONF
 from moepp.errors import UsageError
 from moepp.layers.dispatch import LocalDispatcher, SlotCounts
 from moepp.layers.experts import FFNExperts
@@ -106,13 +107,20 @@ def test_names_work_in_any_trainer(name, strategy):
     assert trainer.strategy._timeout.total_seconds() == 600
 
 
+def import_strategies() -> None:
+    """As in an interpreter that has loaded Lightning, and nothing of moepp."""
+    StrategyRegistry.clear()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "moepp"]:
+        del sys.modules[name]
+    importlib.import_module("moepp.strategies")
+    assert {"moe_ddp", "moe_fsdp", "expert_parallel", "expert_parallel_fsdp"} <= set(StrategyRegistry)
+
+
 def test_importing_the_package_registers_the_names():
-    script = (
-        "import moepp.strategies\n"
-        "from lightning.pytorch.strategies import StrategyRegistry as registry\n"
-        "assert {'moe_ddp', 'moe_fsdp', 'expert_parallel', 'expert_parallel_fsdp'} <= set(registry)"
-    )
-    subprocess.run([sys.executable, "-c", script], cwd=CONF.parent, check=True)
+    fresh = multiprocessing.get_context("fork").Process(target=import_strategies)
+    fresh.start()
+    fresh.join(60)
+    assert fresh.exitcode == 0
 
 
 @pytest.mark.parametrize(

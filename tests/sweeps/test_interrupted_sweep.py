@@ -1,16 +1,17 @@
 """A real trial, killed with its sweep: its scores are those of a run that nobody disturbed."""
 
-import os
-import signal
-import subprocess
-import sys
+import multiprocessing
 import time
 from pathlib import Path
 
+import forked
 import pytest
 
-from moepp.config import CONF, load
+from moepp.config import load
 from moepp.records import RunRecord, read_json
+from moepp.sweeps import fork_server
+from moepp.sweeps.reading import read_sweep
+from moepp.sweeps.runner import run_sweep
 from moepp.training.run import train
 from moepp.training.settings import RunConfig
 
@@ -24,22 +25,20 @@ baseline: moepp
 arms: {moepp: []}
 seeds: [0]
 """
-SCRIPT = """
-import sys
-from moepp.sweeps.runner import run_sweep
-from moepp.sweeps.reading import read_sweep
-run_sweep(read_sweep(sys.argv[1]), "smoke", workers=1, extra=sys.argv[2:], progress=False)
-"""
 
 
 @pytest.fixture
-def start(tmp_path, token_folder):
+def start(tmp_path, token_folder, monkeypatch):
+    """Starts the sweep in a process of its own, whose fork server has one of its own, too."""
+    monkeypatch.setattr(fork_server, "start", forked.start)
     (tmp_path / "toy.yaml").write_text(SWEEP)
+    toy = read_sweep(str(tmp_path / "toy.yaml"))
 
-    def start(runs: Path) -> subprocess.Popen:
-        arguments = [str(tmp_path / "toy.yaml"), f"data.path={token_folder}", f"runs={runs}"]
-        environment = {**os.environ, "PYTHONPATH": str(CONF.parent)}
-        return subprocess.Popen([sys.executable, "-c", SCRIPT, *arguments], env=environment)
+    def start(runs: Path) -> multiprocessing.Process:
+        options = {"workers": 1, "extra": [f"data.path={token_folder}", f"runs={runs}"], "progress": False}
+        process = multiprocessing.get_context("fork").Process(target=run_sweep, args=(toy, "smoke"), kwargs=options)
+        process.start()
+        return process
 
     return start
 
@@ -53,12 +52,14 @@ def test_a_sweep_killed_again_and_again_ends_as_an_undisturbed_one(start, tmp_pa
             for path in (tmp_path / "cut").glob("toy-smoke/*/metrics.jsonl")
             for line in RunRecord(path.parent).metrics()
         ):
-            assert process.poll() is None and time.monotonic() < deadline, "the sweep ended before it could be killed"
+            assert process.is_alive() and time.monotonic() < deadline, "the sweep ended before it could be killed"
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         assert not list((tmp_path / "cut").glob("toy-smoke/*/done"))
-    assert start(tmp_path / "cut").wait(timeout=120) == 0
+    last = start(tmp_path / "cut")
+    last.join(120)
+    assert last.exitcode == 0
     directory = tmp_path / "cut" / "toy-smoke"
     [trial] = [directory / trial["path"] for trial in read_json(directory / "sweep.json")["trials"]]
     assert RunRecord(trial).status == "done"

@@ -1,6 +1,6 @@
 from unittest import mock
 
-import forked_ranks
+import forked
 import pytest
 
 from moepp.config import compose
@@ -118,7 +118,7 @@ def test_a_run_that_falls_behind_stops_at_its_rung(plan):
 
 
 def test_ranks_stop_at_the_same_rung_by_the_verdict_of_one(plan, overrides, monkeypatch):
-    monkeypatch.setattr(launch, "start", forked_ranks.start)
+    monkeypatch.setattr(launch, "start", forked.start)
     _, directory, rival = plan
     rival("better_later", {5: 99.0, 10: 0.0})
     config = freeze(compose(RunConfig, [*overrides, "strategy=ddp", "trainer.devices=2", "strategy.timeout_s=20"]))

@@ -22,6 +22,7 @@ READ = {  # a word, the words that make nothing read it, and those that make som
     "model.gating_residual=true": ("model.layers=1", ""),
     "model.gating_residual=false": (None, "model.layers=1"),
     "model.balance.over=sequence": ("model.balance.beta=0", ""),
+    "model.balance.form=paper": ("model.balance.beta=0", ""),
     "model.balance.tau=0.4": ("model=longcat", "model=loss_free"),
     "model.dense_hidden=48": ("", "model.dense_first=1"),
     "optim.beta1=0.8": ("optim.name=SGD", "optim.name=muon"),

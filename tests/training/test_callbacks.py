@@ -77,7 +77,7 @@ def test_counts_for_the_control_are_summed_without_a_barrier(overrides):
     module._trainer = SimpleNamespace(world_size=1, strategy=None)  # whose `reduce` has one
     layers, experts = len(module.model.moe_layers()), module.model.config.experts.total
     module.step_chosen_LN, module.step_tokens = torch.ones(layers, experts, dtype=torch.int64), experts // 2
-    module.optimizer_step(0, 0, SimpleNamespace(step=lambda closure: None), None)
+    module.optimizer_step(0, 0, SimpleNamespace(step=lambda closure: closure()), lambda: None)
     assert module.step_chosen_LN is None
     assert all(layer.control.bias_N.any() for layer in module.model.moe_layers())
 

@@ -8,7 +8,7 @@ import threading
 import time
 from pathlib import Path
 
-import forked_ranks
+import forked
 import pytest
 from torch.distributed.launcher import LaunchConfig, elastic_launch
 
@@ -35,7 +35,7 @@ def children() -> list[int]:
         except OSError:
             continue
         number = int(stat.parent.name)
-        if int(parent) == os.getpid() and state != "Z" and (b"trial" in arguments or number in forked_ranks.started):
+        if int(parent) == os.getpid() and state != "Z" and (b"trial" in arguments or number in forked.started):
             found.append(number)
     return found
 
@@ -83,7 +83,7 @@ def test_two_devices_train_what_one_does_and_write_one_record(overrides, whole, 
 def test_a_stopped_launch_saves_and_continues_under_torchrun_which_restarts_it(
     overrides, whole, tmp_path, monkeypatch, capfd
 ):
-    monkeypatch.setattr(launching, "start", forked_ranks.start)
+    monkeypatch.setattr(launching, "start", forked.start)
     words = [*(w for w in overrides if "checkpoint_every" not in w), "trainer.checkpoint_every=1000", "name=stopped"]
     config, directory = frozen(words, *TWO)
     record = RunRecord(directory)
@@ -140,7 +140,7 @@ def test_a_rank_that_dies_while_training_ends_the_run_with_its_name(overrides, m
         return step(module, tokens)
 
     monkeypatch.setattr(LanguageModel, "training_step", dying_step)
-    monkeypatch.setattr(launching, "start", forked_ranks.start)
+    monkeypatch.setattr(launching, "start", forked.start)
     more = ["trainer.steps=100000", "trainer.val_every=100000"]
     config, directory = frozen(overrides, *TWO, f"strategy={strategy}", *more)
     record, times = RunRecord(directory), []

@@ -120,8 +120,8 @@ def test_the_csv_logger_shows_what_the_record_holds(overrides):
     rows = {int(row["step"]): row for row in lines if row["train/loss"]}
     for line in record.metrics():
         if "train/loss" in line:
-            assert float(rows[line["step"]]["train/loss"]) == line["train/loss"]
-    assert float(last["final/val_loss"]) == record.final()["val_loss"]
+            assert float(rows[line["step"]]["train/loss"]) == pytest.approx(line["train/loss"], rel=1e-8)
+    assert float(last["final/val_loss"]) == pytest.approx(record.final()["val_loss"], rel=1e-8)
     assert losses(record) == losses(run(overrides, "name=without"))
 
 

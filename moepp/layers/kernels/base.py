@@ -134,15 +134,30 @@ def taken_from(ctx: Any) -> tuple[Tensor | None, ...]:
 
 def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
     """For a backward pass that has none itself: who differentiates what it gives gets torch's error for that. By itself
-    torch raises it only where the gradient that comes in has a derivative. That of a sum has none, and a second
-    derivative would lack what goes through the function.
+    torch raises it only where the gradient that comes in has a derivative, which that of a sum has not, and only where
+    all leaves are asked for (`backward()`): elsewhere a second derivative would lack what goes through the function.
     """
     once = once_differentiable(backward)
 
     @wraps(backward)
     def marked(ctx: Any, *gradients: Tensor) -> Any:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            gradients = tuple(gradient.detach().requires_grad_() for gradient in gradients)
-        return once(ctx, *gradients)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return once(ctx, *gradients)
+        inputs = ctx.saved_tensors  # before they are freed
+        with torch.no_grad():
+            outputs = backward(ctx, *gradients)
+        return _Underivable.apply(outputs, *gradients, *inputs)  # create_graph=True
 
     return marked
+
+
+class _Underivable(torch.autograd.Function):
+    """`outputs`, as if they followed from the other arguments, but by no derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, outputs: tuple[Tensor | None, ...], *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        raise RuntimeError("trying to differentiate twice a function that has a first derivative only")
