@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moepp import register
-from moepp.errors import UsageError
+from moepp.errors import UsageError, refused_at
 from moepp.layers.balance import combine_layers, load_balance_loss, router_losses, selection_counts
 from moepp.layers.moe import MoEStats
 from moepp.layers.router import Routing
@@ -137,7 +137,8 @@ class TransformersModel(nn.Module):
         self.original = [load(architecture).requires_grad_(False)] if compares else []  # in no state
         add_experts(self.hf, asked, seed)
         found = blocks(self.hf)
-        self.config = replace(config, architecture=architecture, **counts_of(self.hf, found))
+        with refused_at(f"model.path={config.path} with what model.retrofit adds"):
+            self.config = replace(config, architecture=architecture, **counts_of(self.hf, found))
         self.watches = nn.ModuleList(LayerWatch(*block, self.config) for block in found.values())
         self.score = score_of(found) if config.balance.beta else "softmax"
         self.sizes = sizes_of(self.hf, found)

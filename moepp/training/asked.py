@@ -40,6 +40,10 @@ def _is_foreign(balance: BalanceConfig) -> bool:
     return _chosen(register.balance, balance.form) or _chosen(register.control, balance.control)
 
 
+def _reads_form(balance: BalanceConfig) -> bool:
+    return balance.beta > 0 or _is_foreign(balance)
+
+
 def _weighs(model: DecoderConfig) -> bool:
     """Whether there is anything that tau sets against FFN experts; a folder may bring its own."""
     return model.name == "hf" or model.experts.zero_computation > 0 or _is_foreign(model.balance)
@@ -79,8 +83,13 @@ CONDITIONS = (
         "choose a model of two MoE layers or more, of which the second carries the logits of the first",
     ),
     Condition(
-        ("model.balance.form", "model.balance.over"),
-        lambda config: config.model.balance.beta > 0 or _is_foreign(config.model.balance),
+        ("model.balance.over",),
+        lambda config: _reads_form(config.model.balance),
+        "set model.balance.beta above 0",
+    ),
+    Condition(
+        ("model.balance.form",),  # an arm may take back what its base says
+        lambda config: _reads_form(config.model.balance) or config.model.balance.form == BalanceConfig.form,
         "set model.balance.beta above 0",
     ),
     Condition(

@@ -15,6 +15,7 @@ from moepp import load_run
 from moepp.config import compose, load
 from moepp.errors import UsageError
 from moepp.evaluation.checkpoints import load_checkpoint
+from moepp.models.build import build_model
 from moepp.models.foreign import architecture_of
 from moepp.retrofit import load as load_model
 from moepp.retrofit import strip
@@ -271,3 +272,10 @@ def test_what_cannot_be_is_refused(overrides, mixtral, words, said):
 def test_only_models_of_transformers_are_retrofitted(overrides):
     with pytest.raises(UsageError, match="set model=hf"):
         compose(RunConfig, [*overrides, "model.retrofit.zero=1"])
+
+
+def test_a_balance_loss_that_the_models_experts_do_not_allow_is_refused_in_one_line(overrides, mixtral):
+    more = ["model.retrofit.zero=0", "model.retrofit.constant=0", "model.retrofit.wake_steps=0"]
+    config = asked(overrides, mixtral, *more, "model.balance.form=grouped", "model.balance.expected_ffn=1.5")
+    with pytest.raises(UsageError, match=f"^model.path={mixtral} .*: balance.form=grouped needs zero-computation"):
+        build_model(config.model)
