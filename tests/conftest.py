@@ -65,3 +65,20 @@ def overrides(token_folder, tmp_path):
         "trainer.log_every=2", "trainer.expert_timing=false", "trainer.accelerator=cpu",
         "trainer.threads=1",
     ]  # fmt: skip
+
+
+@pytest.fixture
+def unrendered(monkeypatch):
+    """Figures are drawn, but not written by Matplotlib, which takes most of a report's time: see test_figures.py."""
+    from moepp.reports import report
+    from moepp.statistics.style import styled
+
+    def save_figure(figure, folder):
+        with styled():
+            figure.draw()
+        files = [folder / f"{figure.data.name}{suffix}" for suffix in (".svg", ".png")]
+        for file in files:
+            file.write_text("<svg/>")
+        return files
+
+    monkeypatch.setattr(report, "save_figure", save_figure)

@@ -148,8 +148,10 @@ def test_arm_trains_two_steps(name, arm, two_steps):
 
 
 @pytest.mark.parametrize("name", sorted({*discover(), *NAMES} - {*ELSEWHERE, *SPACES}))
-def test_experiments_and_sweeps_print_their_reports(name, two_steps, tmp_path, monkeypatch, capsys):
+def test_experiments_and_sweeps_print_their_reports(name, two_steps, tmp_path, monkeypatch, capsys, request):
     experiment = reproduce.find(name)
+    if name not in discover():
+        request.getfixturevalue("unrendered")
     for sweep, arms in ((read_sweep(runs.sweep), runs.arms) for runs in experiment.runs):
         for arm in arms or sweep.arms_at("smoke"):
             train_arm(sweep, arm, two_steps)
@@ -161,5 +163,8 @@ def test_experiments_and_sweeps_print_their_reports(name, two_steps, tmp_path, m
     [folder] = (tmp_path / "out" / name).iterdir()
     report = (folder / "report.md").read_text()
     assert experiment.question in report and f"report: {folder}" in capsys.readouterr().out
+    if name in NAMES:
+        said = [*read_sweep(name).contrasts_at("smoke"), *(note[:40] for note in read_sweep(name).notes)]
+        assert not [words for words in said if words not in report]
     assert all((folder / figure).is_file() for figure in re.findall(r"\]\(([\w./]+)\)", report))
     assert not (tmp_path / "results").exists()
