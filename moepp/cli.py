@@ -362,7 +362,7 @@ def convert(source: Path, target: Path, form: str, run: Path | None) -> None:
     print(target)
 
 
-@commands.command(examples=["runs/train/<hash> runs/train/<other>", "runs/tau-laptop:vanilla runs/tau-laptop:tau_0.5"])
+@commands.command(examples=["runs/train/<hash> runs/train/<other>", "runs/tau-laptop:vanilla runs/tau-laptop:tau_0.50"])
 @click.argument("a")
 @click.argument("b")
 @wide
@@ -398,7 +398,7 @@ def rerun(run: Path) -> None:
         raise RunError(f"the losses of {run} differ although nothing else does")
 
 
-@commands.command(examples=["", "tau", "tau --scale smoke runs=runs/softmax"])
+@commands.command(examples=["", "tau", "tau --scale smoke runs=runs/softmax", "runs/tau-laptop"])
 @click.argument("sweep", required=False)
 @click.option("--port", type=Number(Annotated[int, Range(1, 65535)]), default=5000, help="Where it is served.")
 @scale
@@ -406,7 +406,7 @@ def rerun(run: Path) -> None:
 def ui(sweep: str | None, port: int, scale: str, overrides: Sequence[str]) -> None:
     """Open the MLflow UI on the runs, on this machine only.
 
-    SWEEP is a file of sweeps/, such as tau; without it the newest one opens.
+    SWEEP is a file of sweeps/, such as tau, or a folder of its records; without it the newest one opens.
     """
     from moepp.config import compose
     from moepp.sweeps.reading import read_sweep
@@ -417,9 +417,12 @@ def ui(sweep: str | None, port: int, scale: str, overrides: Sequence[str]) -> No
         from moepp.tracking.ui import serve
 
     config = compose(RunConfig, overrides)
-    folder = read_sweep(sweep).folder(scale, overrides) if sweep else None
-    tracking = as_recorded(config.tracking, folder) if folder else config.tracking
-    serve(tracking, config.runs, port, folder)
+    if sweep is None:
+        serve(config.tracking, config.runs, port, None)
+        return
+    records = Path(sweep)
+    folder = records if (records / "sweep.json").is_file() else read_sweep(sweep).folder(scale, overrides)
+    serve(as_recorded(config.tracking, folder), folder.parent, port, folder)
 
 
 @commands.command(examples=["", "tracking.uri=http://tracker:5000"])

@@ -83,7 +83,9 @@ def keys(schema: type, prefix: str = "") -> Iterator[Key]:
             yield from keys(inner, f"{name}.")
             continue
         default = field.default if field.default_factory is MISSING else field.default_factory()
-        yield Key(name, in_words(kind), default, said.get(field.name, ""), _choices(name))
+        named = {other.name for other in fields(schema)} if get_origin(inner) is dict else set()  # by keys beside it
+        choices = tuple(choice for choice in _choices(name) if choice not in named)
+        yield Key(name, in_words(kind), default, said.get(field.name, ""), choices)
         if get_origin(inner) is dict and is_dataclass(get_args(inner)[1]):
             yield from keys(get_args(inner)[1], f"{name}.NAME.")
 

@@ -64,6 +64,11 @@ def test_a_key_is_found_by_its_group_and_by_its_last_name():
     assert "tiny" in " ".join(describe_keys(config, "size"))
 
 
+def test_types_with_a_key_of_their_own_are_no_choice_among_others():
+    [others] = [key for key in keys(RunConfig) if key.name == "model.experts.others"]
+    assert others.choices == ("vector", "scaled_copy")
+
+
 def test_a_key_that_is_none_gets_the_nearest():
     with pytest.raises(UsageError, match=r"^unknown key model\.tau; did you mean model\.balance\.tau\?$"):
         describe_keys(compose(RunConfig, []), "model.tau")

@@ -21,6 +21,8 @@ def convert(source: Path, target: Path, to: Form, run: Path | None = None) -> No
     """
     if target.exists():
         raise UsageError(f"{target} exists already; name another target")
+    if not source.exists():
+        raise UsageError(f"there is no file and no folder {source}")
     if to == "torchtitan":
         model, config = load_model(source)
         parts.write(to_torchtitan(model.state_dict(), config.model), target)

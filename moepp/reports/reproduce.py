@@ -9,7 +9,7 @@ from typing import Any
 from moepp.errors import RunError, UsageError
 from moepp.experiments import discover
 from moepp.names import did_you_mean
-from moepp.program import program
+from moepp.program import command
 from moepp.records import RunRecord, read_json, write_json, write_text
 from moepp.reports.arms import TASKS, of_records, of_sweep
 from moepp.reports.experiment import Context, Experiment, Findings, Runs
@@ -236,9 +236,8 @@ def _publish(experiment: Experiment, context: Context, out: Path | None) -> None
             _log(directory, experiment.name, found, [*files, page], note(experiment, found, made_by))
     print(terminal(found))
     print(f"\nreport: {folder / 'report.md'}")
-    for sweep, directory in context.directories.items():
-        runs = "" if directory.parent == RUNS else f" runs={directory.parent}"
-        print(f"compare the runs in the browser: {program()} ui {sweep} --scale {context.scale}{runs}")
+    for directory in context.directories.values():
+        print(f"compare the runs in the browser: {command('ui', directory)}")
 
 
 def _standing(experiment: Experiment, context: Context) -> tuple[Standing, ...]:

@@ -25,7 +25,7 @@ def estimate(config: RunConfig) -> list[str]:
     tokens = trainer.steps * data.batch_size * data.seq_len
     budget = Budget.of(config.model, data.seq_len, tokens)
     training = 3 * budget.flops_per_token * tokens
-    hours = ", ".join(f"{_short(training / (MFU * peak) / 3600)} on {name}" for name, peak in PEAKS.items())
+    hours = ", ".join(f"{two_digits(training / (MFU * peak) / 3600)} on {name}" for name, peak in PEAKS.items())
     foreign = config.model.name == "hf"
     shown = {
         **(_foreign_size if foreign else _size)(config.model, budget),
@@ -63,16 +63,16 @@ def _foreign_memory(model: DecoderConfig) -> str:
     total, trained = (sum(p.numel() for p in kept) for kept in (parameters, [p for p in parameters if p.requires_grad]))
     size = WIDE * total + (STATE_BYTES - WIDE) * trained
     size += WIDE * total if model.retrofit.loss != "cross_entropy" else 0
-    return f"about {_short(size / 2**30)} GiB unsharded, without activations, with {trained:,} parameters trained"
+    return f"about {two_digits(size / 2**30)} GiB unsharded, without activations, with {trained:,} parameters trained"
 
 
 def _memory(config: RunConfig) -> str:
     trainer, strategy = config.trainer, config.strategy
     devices = trainer.devices * trainer.num_nodes
     parts, sequences = device_memory(config), config.data.batch_size / trainer.accumulate / devices
-    named = ", ".join(f"{_short(size / 2**30)} {name}" for name, size in parts.items())
+    named = ", ".join(f"{two_digits(size / 2**30)} {name}" for name, size in parts.items())
     where = f"strategy={strategy.name}" + (f" on {devices} devices" if devices > 1 else "")
-    total = _short(sum(parts.values()) / 2**30)
+    total = two_digits(sum(parts.values()) / 2**30)
     return f"about {total} GiB under {where}, with {sequences:g} sequences at a time: {named}"
 
 
@@ -85,7 +85,8 @@ def device_memory(config: RunConfig) -> dict[str, float]:
     return state.bytes() | step.peak()
 
 
-def _short(value: float) -> str:
+def two_digits(value: float) -> str:
+    """At least: all of a number's digits before the point are said."""
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from moepp.models.budget import expected_ffn_per_token, forward_flops, parameters
 from moepp.training.device_state import EXPERTS, FFN, WIDE, product_bytes
-from moepp.training.estimate import MFU, PEAKS, device_memory
+from moepp.training.estimate import MFU, PEAKS, device_memory, two_digits
 from moepp.training.settings import RunConfig, StrategyConfig
 
 # Bytes per second that a device sends: NVLink of an H100 in one direction (NVIDIA's data sheet: 900 GB/s in both), and
@@ -41,11 +41,12 @@ def plan(config: RunConfig) -> list[str]:
 def _row(config: RunConfig) -> str:
     memory, sent = sum(device_memory(config).values()), PlannedTraffic(config)
     fits = "" if memory <= USABLE * CARD else f", too much for {CARD / 1e9:g} GB"
-    return f"{sent.seconds:5.2g} s, {_gb(sent.between)} GB between nodes; {memory / 2**30:.0f} GiB per device{fits}"
+    held = two_digits(memory / 2**30)
+    return f"{sent.seconds:5.2g} s, {_gb(sent.between)} GB between nodes; {held} GiB per device{fits}"
 
 
 def _gb(size: float) -> str:
-    return f"{size / 1e9:,.0f}" if size >= 1e10 else f"{size / 1e9:.2g}"
+    return two_digits(size / 1e9)
 
 
 def compute_seconds(config: RunConfig) -> float:

@@ -37,6 +37,8 @@ def test_what_cannot_be_converted_is_named(run, tmp_path):
         convert(file, file, "parts")
     with pytest.raises(UsageError, match=r"final\.ckpt is not a checkpoint in parts"):
         convert(file, tmp_path / "other.ckpt", "file")
+    with pytest.raises(UsageError, match=r"^there is no file and no folder .*one\.ckpt$"):
+        convert(tmp_path / "one.ckpt", tmp_path / "other.ckpt", "file")
     convert(file, tmp_path / "parts", "parts")
     with pytest.raises(UsageError, match=r"has no layers\.0\.attention"):
         convert(tmp_path / "parts", tmp_path / "other.ckpt", "file", run)

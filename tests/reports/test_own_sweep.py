@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from synthetic_sweep import write_sweep, write_times
 
+from moepp.cli import main
 from moepp.errors import UsageError
 from moepp.records import read_json, write_json
 from moepp.reports import reproduce
@@ -67,6 +68,16 @@ def test_a_sweep_file_of_ones_own_makes_its_report_beside_the_records(own, what,
     for name in ("table.csv", "differences.svg", "speedup.png", "curves.csv", "trend.csv", "provenance.json"):
         assert (own / "report" / name).exists()
     assert {path: path.read_bytes() for path in before} == before and not Path("results").exists()
+
+
+@pytest.mark.parametrize("what", ["mine.yaml", "runs/mine-laptop"])
+def test_the_browser_that_a_report_names_opens_its_records(own, what, monkeypatch, capsys):
+    served = []
+    monkeypatch.setattr("moepp.tracking.ui.serve", lambda *given: served.append(given[1:]))
+    reproduce.report(what, "laptop")
+    [hint] = [line for line in capsys.readouterr().out.splitlines() if "in the browser: " in line]
+    assert main(["ui", *hint.partition(" ui ")[2].split()]) == 0
+    assert served == [(Path("runs"), 5000, own)]
 
 
 def test_the_command_of_a_report_names_the_file(own):

@@ -33,7 +33,9 @@ def test_five_lines_lead_from_a_hub_id_to_an_evaluated_model(overrides, tmp_path
     code = code.replace("None, 100", f"Path({str(tasks)!r}), 1")
     words = [*overrides, *text_data(tmp_path)]
     names = {"Path": Path}
-    exec(code.replace('"data=sotu"]', f"*{words!r}]"), names)
+    assert code.count('"data=sotu"') == 1
+    exec(code.replace('"data=sotu"', f"*{words!r}"), names)
+    assert names["run"].is_relative_to(tmp_path)
     assert type(names["model"]).__name__ == "MixtralPlusPlusForCausalLM"
     assert "sciq" in capsys.readouterr().out
 

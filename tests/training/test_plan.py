@@ -37,6 +37,11 @@ def test_expert_parallel_sends_the_rows_of_ffn_experts():
     assert once.between == pytest.approx(dense + own)
 
 
+def test_the_plan_of_a_small_model_says_what_a_device_holds():
+    lines = plan(compose(RunConfig, ["size=tiny", "trainer.devices=4", "strategy=ddp"]))
+    assert any("strategy=ddp" in line and "; 0.033 GiB per device" in line for line in lines)
+
+
 def test_the_plan_names_what_fits_and_sends_least_first():
     lines = plan(compose(RunConfig, [*EIGHT_NODES, "strategy=fsdp"]))
     first, *others = [line.strip() for line in lines[2:]]
