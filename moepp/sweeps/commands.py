@@ -7,9 +7,11 @@ from pathlib import Path
 
 from moepp.errors import UsageError
 from moepp.records import RunRecord
+from moepp.sweeps.budgets import MatchedTrials, match_trials, require_match, table
 from moepp.sweeps.hints import sweep_command
 from moepp.sweeps.launchers.call import SweepCall
 from moepp.sweeps.plan import edits, read_plan, refuse_another_sweep
+from moepp.sweeps.spec import Sweep
 from moepp.sweeps.status import STATES, SweepStatus, TrialStatus, read_status
 from moepp.terminal import painted
 
@@ -22,9 +24,6 @@ def plan(call: SweepCall, register: str | None = None) -> None:
     Unless `register` is None the plan is registered, with the power that the records in that folder let expect (empty:
     the sweep file says it).
     """
-    from moepp.sweeps.allocations import threads
-    from moepp.sweeps.budgets import match_trials, require_match, table
-    from moepp.sweeps.probe import step_seconds
     from moepp.sweeps.search import proposed, searched
 
     sweep = call.load()
@@ -55,21 +54,30 @@ def plan(call: SweepCall, register: str | None = None) -> None:
             " afresh under another name or with runs=FOLDER, or remove that folder"
         )
     status = _status(directory)
-    done, seconds = (status.count("done"), status.trial_seconds) if status else (0, None)
-    source = "from finished trials"
-    if seconds is None:
-        per_step = step_seconds(directory, trials, threads(allocations[0]))
-        seconds = statistics.fmean(trial.config.trainer.steps * per_step[trial.arm] for trial in trials)
-        source = "from a probe of each arm's steps, without start and validation"
-    ended = done + (status.count("pruned") if status else 0)
-    estimate = _duration(seconds * max(0, n * len(trials) - ended) / len(allocations))
-    most = ", less what is pruned" if sweep.pruner_at(call.scale) else ""
-    print(f"done: {done} trials; {len(allocations)} run at a time")
-    print(f"time: about {estimate}{most} ({source})")
+    print(f"done: {status.count('done') if status else 0} trials; {len(allocations)} run at a time")
+    print(f"time: {_time_left(call, sweep, matched, n * len(trials), status)}")
     if register is not None:
         from moepp.sweeps.registration import register as write_plan
 
         print("\n".join(write_plan(sweep, call.scale, trials, call.overrides, register)))
+
+
+def _time_left(call: SweepCall, sweep: Sweep, matched: MatchedTrials, planned: int, status: SweepStatus | None) -> str:
+    """Of `planned` trials, by what those that are finished took, or by a probe."""
+    from moepp.sweeps.allocations import threads
+    from moepp.sweeps.probe import beyond_this_machine, step_seconds
+
+    trials, shares = matched.trials, matched.allocations
+    ended = status.count("done") + status.count("pruned") if status else 0
+    source, seconds = "from finished trials", status.trial_seconds if status else None
+    if seconds is None:
+        if beyond_this_machine(trials, {arm: budget.flops_per_token for arm, budget in matched.arms.items()}):
+            return "not known here: its steps are for a GPU, and none is visible; plan it where it will run"
+        per_step = step_seconds(sweep.folder(call.scale, call.overrides), trials, threads(shares[0]))
+        seconds = statistics.fmean(trial.config.trainer.steps * per_step[trial.arm] for trial in trials)
+        source = "from a probe of each arm's steps, without start and validation"
+    most = ", less what is pruned" if sweep.pruner_at(call.scale) else ""
+    return f"about {_duration(seconds * max(0, planned - ended) / len(shares))}{most} ({source})"
 
 
 def run(call: SweepCall, launcher: Sequence[str]) -> Path | None:

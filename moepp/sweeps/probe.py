@@ -11,7 +11,7 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 SECONDS = 1.0  # of measurement for each arm, about
 WARMUP, STEPS = 2, 10  # steps; at least three are measured
+MOST_FLOPS = 2e12  # of a step that a CPU is asked for: half a minute, several times for each model
 SHAPES = 4  # of models that an estimate probes, from all over the sweep; the rest are taken for their mean
 
 
@@ -51,6 +52,20 @@ def step_seconds(directory: Path, trials: Sequence["Trial"], threads: int, most:
     seconds = known["seconds"]
     mean = statistics.fmean(seconds[key] for key in chosen)
     return {arm: seconds.get(key, mean) for arm, key in keys.items()}
+
+
+def beyond_this_machine(trials: Sequence["Trial"], flops_per_token: Mapping[str, float]) -> bool:
+    """Whether a step of one of them is more than a CPU should be asked for, and no GPU is here. `flops_per_token`: of
+    a forward pass, by arm.
+    """
+    import torch
+
+    def is_heavy(trial: "Trial") -> bool:
+        data = trial.config.data
+        return 3 * flops_per_token[trial.of_arm] * data.batch_size * data.seq_len > MOST_FLOPS
+
+    heavy = [trial.config.trainer.accelerator for trial in trials if is_heavy(trial)]
+    return bool(heavy) and ("cpu" in heavy or not torch.cuda.is_available())
 
 
 def give_equal_seconds(trials: Sequence["Trial"], baseline: str, seconds: dict[str, float]) -> None:

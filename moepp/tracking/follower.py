@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -38,7 +39,8 @@ class Follower:
         about = {"directory": str(directory), "tracking": asdict(tracking), "runs": str(runs), "folder": folder}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "moepp.tracking.follower"],
-            stdin=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": python_path()}, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+            env={**os.environ, "PYTHONPATH": python_path()}, start_new_session=True,
         )  # fmt: skip
         self._say(json.dumps(about))
 
@@ -82,13 +84,26 @@ def main() -> None:
     of_folder = about["folder"]
     mirror = FolderMirror(directory, tracking, runs) if of_folder else Mirror(RunRecord(directory), tracking, runs)
     with follow(mirror, PATIENCE):
-        if not sys.stdin.read():  # killed without a word, and its children are about to be
+        told = sys.stdin.read()
+        let_go_of_errors(SECONDS_TO_END)
+        if not told:  # killed without a word, and its children are about to be
             _outlast(mirror)
 
 
 def _yield_cores() -> None:
     os.nice(NICE)
     lower_session()
+
+
+def let_go_of_errors(seconds: float) -> None:
+    """Once nobody waits for this process, none waits for the end of a pipe that it holds: `train 2>&1 | tee log`."""
+
+    def let_go() -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+    timer = threading.Timer(seconds, let_go)
+    timer.daemon = True
+    timer.start()
 
 
 def _outlast(mirror: Mirror | FolderMirror) -> None:

@@ -3,9 +3,10 @@ from run_fake_sweep import sweep
 
 from moepp.errors import UsageError
 from moepp.records import read_json
-from moepp.sweeps import probe
+from moepp.sweeps import commands, probe
 from moepp.sweeps.budgets import match_trials, require_match
-from moepp.sweeps.probe import give_equal_seconds, step_seconds
+from moepp.sweeps.launchers.call import SweepCall
+from moepp.sweeps.probe import beyond_this_machine, give_equal_seconds, step_seconds
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +51,15 @@ def test_arms_that_cost_the_same_share_a_probe_and_the_rest_is_estimated(tmp_pat
     seconds = step_seconds(tmp_path, toy.trials("smoke", extra), threads=1, most=3)
     assert measured == [3] and len(set(list(seconds.values())[:5])) == 1
     assert seconds["tau4"] == pytest.approx((0.2 + 0.1 + 0.2) / 3)  # every other one: of tau 0.75, 0.4 and 0.6
+
+
+def test_a_step_for_a_gpu_is_not_tried_on_a_cpu_and_the_plan_is_made_without_its_time(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(probe, "_measure", lambda *_: pytest.fail("a step of a large model is timed"))
+    call = SweepCall("tau", "gpu", overrides=("data.corpus=sotu", "trainer.accelerator=cpu", f"runs={tmp_path}"))
+    commands.plan(call)
+    assert "\ntime: not known here: its steps are for a GPU, and none is visible" in capsys.readouterr().out
+    matched = match_trials(sweep(), "smoke", timed()[1], None, workers=1)
+    assert not beyond_this_machine(matched.trials, {arm: b.flops_per_token for arm, b in matched.arms.items()})
 
 
 def test_arms_get_the_steps_that_fit_into_the_baselines_time(tmp_path, measured):

@@ -48,10 +48,11 @@ with followed(Path(record), TrackingConfig(), runs):
 
 
 def test_the_follower_of_a_killed_run_mirrors_its_last_steps_and_says_that_it_ended(record, runs):
-    run = subprocess.Popen([sys.executable, "-c", TRAIN_AND_HANG, record.path, runs], stdout=subprocess.PIPE)
+    command = [sys.executable, "-c", TRAIN_AND_HANG, record.path, runs]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert run.stdout.readline() == b"logged\n"
     run.kill()
-    run.communicate()  # returns when the follower, which shares the pipe, has left
+    run.communicate()  # returns when the follower, which shares the pipe of errors, has left
     assert steps_in_store(record, runs) == [1, 2, 3]
     assert run_of(record, runs).info.status == "KILLED"
 
@@ -77,7 +78,8 @@ def test_the_runs_of_a_killed_worker_of_a_sweep_are_killed_in_mlflow(runs):
     """With the worker die its trials, by the kernel's hand; what mirrors them lives on to say so."""
     tests = Path(__file__).parents[1] / "sweeps"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "SECONDS_PER_STEP": "0.05"}
-    worker = subprocess.Popen([sys.executable, "-c", RUN_SWEEP, runs, tests], env=environment, stdout=subprocess.PIPE)
+    command = [sys.executable, "-c", RUN_SWEEP, runs, tests]
+    worker = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     directory = runs / "toy-smoke"
     try:
         assert worker.stdout.readline() == b"followed\n"
@@ -85,11 +87,32 @@ def test_the_runs_of_a_killed_worker_of_a_sweep_are_killed_in_mlflow(runs):
             time.sleep(0.02)
     finally:
         worker.kill()
-    worker.communicate()  # returns when the follower, which shares the pipe, has left
+    worker.communicate()  # returns when the follower, which shares the pipe of errors, has left
     trials = [RunRecord(path.parent) for path in directory.glob("*/metrics.jsonl")]
     assert [run_of(record, runs).info.status for record in (*trials, RunRecord(directory))] == ["KILLED"] * 3
     for record in trials:
         assert steps_in_store(record, runs) == [line["step"] for line in record.metrics()]
+
+
+LET_GO_AND_STAY = """
+import time
+from moepp.tracking.follower import let_go_of_errors
+let_go_of_errors(0.1)
+time.sleep(20)
+"""
+
+
+def test_a_pipe_ends_although_the_follower_of_a_run_is_not_done_yet(record, runs):
+    """As of `train 2>&1 | tee log`, with a tracker that is slow."""
+    follower = Follower(record.path, TrackingConfig(), runs)
+    assert Path(f"/proc/{follower._process.pid}/fd/1").readlink() == Path(os.devnull)
+    follower.end()
+    command = [sys.executable, "-c", LET_GO_AND_STAY]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    slow = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+    assert slow.stderr.read() == b"" and slow.poll() is None
+    slow.kill()
+    slow.wait()
 
 
 def test_a_follower_takes_the_word_of_its_end_and_leaves_a_sweep_with_true_statuses(runs):
