@@ -7,6 +7,7 @@ import torch
 from moepp.benchmarks import race, training
 from moepp.benchmarks.commands import at_scale
 from moepp.benchmarks.folder import run_benchmark
+from moepp.benchmarks.memory import counts_pages
 from moepp.benchmarks.subjects import decoder, mixtral, qwen3_moe
 from moepp.benchmarks.training import MIXTRAL, QWEN, RELEASED, Entrant, TrainingBenchmark, TrainingGroup
 from moepp.config import compose
@@ -121,12 +122,15 @@ def test_a_model_of_which_no_sequence_fits_is_a_cell(monkeypatch):
 
 
 def test_models_of_a_size_are_timed_in_turn_with_one_routing_and_one_that_fails_costs_itself_alone(monkeypatch):
-    order = []
+    order, peaks = [], {}
 
     def begin(self, entrant, tokens, device):
         if entrant.model == MIXTRAL:
             raise ValueError("no such package")
         begun = self.begun(entrant, tokens, device)
+        fresh = entrant.subject(entrant.config(), device)
+        assert all(map(torch.equal, begun.subject.model.parameters(), fresh.model.parameters()))  # it was not trained
+        peaks[entrant.model] = begun.peak
         step = begun.subject.step
         begun.subject.step = lambda *given: order.append(entrant.model) or step(*given)
         return begun
@@ -141,6 +145,7 @@ def test_models_of_a_size_are_timed_in_turn_with_one_routing_and_one_that_fails_
     assert ours["ffn_per_token"] == released["ffn_per_token"] < 2
     assert mixtral_row["failure"] == "ValueError: no such package" and "step_ms" not in mixtral_row
     assert all(row["step_ms"] > 0 and row["failure"] is None for row in (ours, released))
+    assert ours["gib"] == (peaks["moepp"] / 2**30 if counts_pages() else None)
 
 
 def test_the_gpu_scale_has_every_model_with_and_without_compilation():

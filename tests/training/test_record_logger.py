@@ -60,7 +60,7 @@ def test_clocks_and_counters_are_kept_to_six_digits_and_losses_whole(tmp_path):
 
 
 def test_a_float32_keeps_what_tells_it_from_its_neighbours_and_a_count_every_digit(tmp_path):
-    loss, tokens = torch.tensor(1 / 3), 10_000_000_001.0
+    loss, tokens = torch.tensor(1 / 3), 2.0**34 + 2048  # a float32 of eleven digits
     odd = {"train/huge": 1e300 / 3, "val/loss": math.nan, "val/z": math.inf}
     RecordLogger(RunRecord(tmp_path)).log_metrics({"train/loss": loss, "train/tokens": tokens, **odd}, step=1)
     (line,) = RunRecord(tmp_path).metrics()
