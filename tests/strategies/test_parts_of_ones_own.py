@@ -71,7 +71,7 @@ PARTS = """
                 if dist.is_initialized():
                     dist.all_reduce(mean_D)
                     mean_D /= dist.get_world_size()
-                self.mean_D = self.mean_D.lerp(mean_D, 0.5)
+                self.mean_D.lerp_(mean_D, 0.5)
                 self.passes += 1
             return logits_TN, logits_TN
 """
@@ -117,7 +117,8 @@ def test_two_devices_train_as_one_does(overrides, tmp_path, strategy, words, pas
         "model.experts.others.listed=9", "model.top_k=1", "model.gate=softmax", "data.batch_size=4", "data.seq_len=16",
         "trainer.steps=4", "trainer.val_every=4", "optim.name=SGD", "optim.warmup_steps=1", "optim.lr=0.1",
     ]  # fmt: skip
-    alone = freeze(compose(RunConfig, [*common, *words, "strategy=single", "name=one"]))
+    once = [word for word in words if "checkpointing" not in word]  # no pass is repeated
+    alone = freeze(compose(RunConfig, [*common, *once, "strategy=single", "name=one"]))
     together = freeze(compose(RunConfig, [*common, *words, f"strategy={strategy}", "trainer.devices=2", "name=two"]))
     train_on_two(together)
     train(alone, run_directory(alone))
