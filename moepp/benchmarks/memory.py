@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,10 @@ def peak_bytes(call: Call, device: torch.device) -> int:
 
 
 def _on_gpu(call: Call, device: torch.device) -> int:
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
+    grown = memory_growth(device)
     call()
     torch.cuda.synchronize(device)  # so that what goes wrong on the device is not taken for the next one's
-    return torch.cuda.max_memory_allocated(device) - before
+    return grown()
 
 
 def _on_cpu(call: Call) -> int:
@@ -46,9 +44,9 @@ def resident_bytes(call: Call) -> int:
     """By how much the process grew during the call, at most, once it has given back what it had freed: with the holes
     that its allocator leaves and what libraries need for themselves.
     """
-    before = resident_before()
+    grown = memory_growth(torch.device("cpu"))
     call()
-    return grown_since(before)
+    return grown()
 
 
 def memory_growth(device: torch.device) -> Callable[[], int | None]:
@@ -61,18 +59,10 @@ def memory_growth(device: torch.device) -> Callable[[], int | None]:
         return lambda: torch.cuda.max_memory_allocated(device) - held
     if not counts_pages():
         return lambda: None
-    return partial(grown_since, resident_before())
-
-
-def resident_before() -> int:
-    """The size of the process, from which on the largest is watched."""
     give_back_freed_memory()
     FORGET.write_text("5")  # proc(5): VmHWM is VmRSS from here on
-    return _status("VmRSS")
-
-
-def grown_since(before: int) -> int:
-    return _status("VmHWM") - before
+    before = _status("VmRSS")
+    return lambda: _status("VmHWM") - before
 
 
 def _status(name: str) -> int:

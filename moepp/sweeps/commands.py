@@ -7,10 +7,12 @@ from pathlib import Path
 
 from moepp.errors import UsageError
 from moepp.records import RunRecord
+from moepp.sweeps.allocations import threads
 from moepp.sweeps.budgets import MatchedTrials, match_trials, require_match, table
 from moepp.sweeps.hints import sweep_command
 from moepp.sweeps.launchers.call import SweepCall
 from moepp.sweeps.plan import edits, read_plan, refuse_another_sweep
+from moepp.sweeps.probe import beyond_this_machine, step_seconds
 from moepp.sweeps.spec import Sweep
 from moepp.sweeps.status import STATES, SweepStatus, TrialStatus, read_status
 from moepp.terminal import painted
@@ -64,9 +66,6 @@ def plan(call: SweepCall, register: str | None = None) -> None:
 
 def _time_left(call: SweepCall, sweep: Sweep, matched: MatchedTrials, planned: int, status: SweepStatus | None) -> str:
     """Of `planned` trials, by what those that are finished took, or by a probe."""
-    from moepp.sweeps.allocations import threads
-    from moepp.sweeps.probe import beyond_this_machine, step_seconds
-
     trials, shares = matched.trials, matched.allocations
     ended = status.count("done") + status.count("pruned") if status else 0
     source, seconds = "from finished trials", status.trial_seconds if status else None

@@ -58,14 +58,17 @@ def beyond_this_machine(trials: Sequence["Trial"], flops_per_token: Mapping[str,
     """Whether a step of one of them is more than a CPU should be asked for, and no GPU is here. `flops_per_token`: of
     a forward pass, by arm.
     """
-    import torch
 
     def is_heavy(trial: "Trial") -> bool:
         data = trial.config.data
         return 3 * flops_per_token[trial.of_arm] * data.batch_size * data.seq_len > MOST_FLOPS
 
     heavy = [trial.config.trainer.accelerator for trial in trials if is_heavy(trial)]
-    return bool(heavy) and ("cpu" in heavy or not torch.cuda.is_available())
+    if not heavy:
+        return False
+    import torch
+
+    return "cpu" in heavy or not torch.cuda.is_available()
 
 
 def give_equal_seconds(trials: Sequence["Trial"], baseline: str, seconds: dict[str, float]) -> None:
